@@ -1,0 +1,33 @@
+//! The event contract between the person service, the score service and whoever else subscribes:
+//! exchange names, event types and bodies. No I/O; `docs/EVENTS.md` says the same for other languages.
+//!
+//! Bodies grow by addition only and readers ignore what they do not know, so nothing here denies
+//! unknown fields. `golden/` keeps a body of every shape ever published; a test parses them all.
+
+mod body;
+mod cpf;
+
+pub use body::{Baseline, BaselineItem, Deleted, Item, Kind, ParseError, Person, PersonEvent, Score};
+pub use cpf::{Cpf, InvalidCpf};
+
+/// The topic exchange that every event is published to, with the event type as its routing key.
+pub const EXCHANGE: &str = "event_dispatcher";
+
+/// A headers exchange fed by everything from [`EXCHANGE`]. Who follows versions binds here by
+/// `aggregate_type`, and so also receives the types that are invented later.
+pub const EXCHANGE_BY_AGGREGATE: &str = "event_dispatcher.by_aggregate";
+
+/// The aggregate type of a person with all of their items. The aggregate id is the person's UUID.
+pub const AGGREGATE_PERSON: &str = "person";
+
+/// The aggregate type of a person's score. The aggregate id is the person's UUID.
+pub const AGGREGATE_SCORE: &str = "score";
+
+/// A score entry came into being.
+pub const SCORE_NEW: &str = "score.new";
+
+/// A score entry's value changed.
+pub const SCORE_CHANGED: &str = "score.changed";
+
+/// A score entry is gone.
+pub const SCORE_DELETED: &str = "score.deleted";

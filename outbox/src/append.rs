@@ -1,0 +1,83 @@
+use serde_json::{Map, Value, value::RawValue};
+use sqlx::{Postgres, Transaction, types::Json};
+use uuid::Uuid;
+
+/// An event to be appended.
+#[derive(Clone, Debug)]
+pub struct NewEvent {
+    /// The event's own id, a UUIDv7: what a subscriber deduplicates by when it does not follow versions.
+    pub id: Uuid,
+    /// What kind of thing the event is about, 1 to 255 bytes.
+    pub aggregate_type: &'static str,
+    /// Which one, 1 to 255 bytes. It travels in headers and logs, so it must not be personal data.
+    pub aggregate_id: String,
+    /// The aggregate's next version. Take it from the aggregate's row, under the row's lock, in the
+    /// same transaction and before this call; then versions and positions rise together.
+    pub version: i64,
+    /// The event type and routing key, 1 to 255 bytes.
+    pub type_: &'static str,
+    /// The body, forwarded byte for byte.
+    pub payload: Box<RawValue>,
+    /// Extra AMQP headers, such as `traceparent`.
+    pub headers: Option<Map<String, Value>>,
+}
+
+/// Why events were not appended. The transaction is aborted then, as after any failed statement.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// Somebody took the version already: it was not taken under the aggregate's row lock.
+    #[error("a version of this aggregate was taken twice; take it under the aggregate's row lock")]
+    VersionTaken,
+    /// The database refused or did not answer.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// Appends events in the caller's transaction, in their order, in one round trip. Takes a transaction
+/// by type: appending outside of one would be the dual write that an outbox is there to avoid.
+///
+/// Once the transaction is committed, call [`Waker::wake`](crate::Waker::wake); without it the events
+/// leave a little later.
+///
+/// ```compile_fail
+/// async fn dual_write(pool: sqlx::PgPool, event: outbox::NewEvent) {
+///     outbox::append(&pool, &[event]).await.unwrap(); // a pool is no transaction
+/// }
+/// ```
+pub async fn append(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> Result<(), AppendError> {
+    if events.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<Uuid> = events.iter().map(|e| e.id).collect();
+    let aggregate_types: Vec<&str> = events.iter().map(|e| e.aggregate_type).collect();
+    let aggregate_ids: Vec<&str> = events.iter().map(|e| e.aggregate_id.as_str()).collect();
+    let versions: Vec<i64> = events.iter().map(|e| e.version).collect();
+    let types: Vec<&str> = events.iter().map(|e| e.type_).collect();
+    let payloads: Vec<&str> = events.iter().map(|e| e.payload.get()).collect();
+    let headers: Vec<Option<Json<&Map<String, Value>>>> =
+        events.iter().map(|e| e.headers.as_ref().map(Json)).collect();
+    // The sort comes before the defaults are evaluated, so positions follow the order of the slice.
+    // Payloads travel as text: a json array would be parsed twice.
+    sqlx::query(
+        "INSERT INTO outbox.event (id, aggregate_type, aggregate_id, version, type, payload, headers)
+         SELECT id, aggregate_type, aggregate_id, version, type, payload::json, headers
+         FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::text[], $6::text[], $7::jsonb[])
+              WITH ORDINALITY AS new (id, aggregate_type, aggregate_id, version, type, payload, headers, n)
+         ORDER BY n",
+    )
+    .bind(ids)
+    .bind(aggregate_types)
+    .bind(aggregate_ids)
+    .bind(versions)
+    .bind(types)
+    .bind(payloads)
+    .bind(headers)
+    .execute(&mut **tx)
+    .await
+    .map_err(|error| match error.as_database_error() {
+        // Each partition has its own unique index; all of them guard the same rule.
+        Some(db) if db.is_unique_violation() => AppendError::VersionTaken,
+        _ => AppendError::Database(error),
+    })?;
+    Ok(())
+}

@@ -1,0 +1,92 @@
+use std::fmt;
+
+use sqlx::{PgConnection, migrate::Migrator};
+
+/// The schema that holds everything of the outbox.
+pub const SCHEMA: &str = "outbox";
+
+/// The outbox's migrations. Their record is kept in `outbox.migration`, so that the outbox can be
+/// added to any database, whatever migrates the rest of it.
+pub fn migrator() -> Migrator {
+    let mut migrator = sqlx::migrate!("../migrations/outbox");
+    migrator.dangerous_set_table_name("outbox.migration");
+    migrator.create_schema(SCHEMA);
+    migrator
+}
+
+/// Who publishes from a database, as stored there at `migrate`.
+#[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
+pub struct Source {
+    /// The publishing service, for example `person`.
+    pub name: String,
+    /// 1, or more after a restore that lost commits.
+    pub incarnation: i32,
+}
+
+/// As AMQP's `app_id` spells it: `person`, and `person~2` from the second incarnation on.
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)?;
+        if self.incarnation > 1 { write!(f, "~{}", self.incarnation) } else { Ok(()) }
+    }
+}
+
+/// Why a database did not get, or does not have, a source.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The schema is there, the name is not.
+    #[error("this outbox has no source name; run: outbox-relay migrate --source NAME")]
+    Missing,
+    /// The name is taken for good: subscribers know this database's events by it.
+    #[error(
+        "this database already publishes as {stored:?}, so it cannot become {asked:?}; \
+         leave out --source, or use --source {stored}"
+    )]
+    Taken {
+        /// The name in the database.
+        stored: String,
+        /// The name that was asked for.
+        asked: String,
+    },
+    /// The name is none.
+    #[error(
+        "{0:?} is no source name: it starts with a lower-case letter and goes on with at most 62 \
+         lower-case letters, digits, '-' or '_'"
+    )]
+    Invalid(String),
+    /// The migrations did not run.
+    #[error("the outbox schema could not be installed: {0}")]
+    Migrate(#[from] sqlx::migrate::MigrateError),
+    /// The database did not answer as it should.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// Installs the outbox, or brings it up to date, and names its source. Running it again changes nothing.
+pub async fn install(conn: &mut PgConnection, name: &str) -> Result<Source, SourceError> {
+    let valid = name.len() <= 63
+        && name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b));
+    if !valid {
+        return Err(SourceError::Invalid(name.to_owned()));
+    }
+    migrator().run(&mut *conn).await?;
+    sqlx::query("INSERT INTO outbox.source (name) VALUES ($1) ON CONFLICT DO NOTHING")
+        .bind(name)
+        .execute(&mut *conn)
+        .await?;
+    let stored = source(conn).await?;
+    if stored.name == name {
+        Ok(stored)
+    } else {
+        Err(SourceError::Taken { stored: stored.name, asked: name.to_owned() })
+    }
+}
+
+/// Reads who publishes from this database.
+pub async fn source(conn: &mut PgConnection) -> Result<Source, SourceError> {
+    sqlx::query_as("SELECT name, incarnation FROM outbox.source")
+        .fetch_optional(conn)
+        .await?
+        .ok_or(SourceError::Missing)
+}

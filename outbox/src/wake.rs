@@ -1,0 +1,47 @@
+use std::{sync::Arc, time::Duration};
+
+use sqlx::PgPool;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// The channel on which the relay listens for "there may be something new". No payload: the relay
+/// reads the table anyway.
+pub const CHANNEL: &str = "outbox_event";
+
+/// One notice at most in this time; those in between are folded into the next.
+const DEBOUNCE: Duration = Duration::from_millis(5);
+/// A notice that takes longer is given up: polling finds the events without it.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Tells the relay, after a commit, that events are waiting.
+///
+/// `NOTIFY` inside the business transaction would take a lock on the whole server until its commit,
+/// so it goes out afterwards, on another connection, folded together. A lost notice costs a moment,
+/// never an event.
+#[derive(Clone, Debug, Default)]
+pub struct Waker(Arc<Notify>);
+
+impl Waker {
+    /// A waker whose notices are sent by [`run`](Self::run).
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Call after the commit. Never waits and never fails.
+    pub fn wake(&self) {
+        self.0.notify_one();
+    }
+
+    /// Sends the notices until `stop`.
+    pub async fn run(self, pool: PgPool, stop: CancellationToken) {
+        while stop.run_until_cancelled(self.0.notified()).await.is_some() {
+            let notice = sqlx::query("SELECT pg_notify($1, '')").bind(CHANNEL).execute(&pool);
+            match tokio::time::timeout(TIMEOUT, notice).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "the relay was not woken; it will poll"),
+                Err(_) => tracing::debug!("the relay was not woken in time; it will poll"),
+            }
+            stop.run_until_cancelled(tokio::time::sleep(DEBOUNCE)).await;
+        }
+    }
+}
