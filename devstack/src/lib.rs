@@ -1,1 +1,3 @@
-//! devstack
+//! The private stack: PostgreSQL, RabbitMQ and the programs, for development and tests.
+
+pub mod testing;

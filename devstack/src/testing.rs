@@ -1,0 +1,45 @@
+//! What tests need of the private servers that `devstack run -- COMMAND` starts around them: a fresh
+//! database and a fresh virtual host each, so that tests neither wait for nor see each other.
+
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use uuid::Uuid;
+
+/// A superuser's URL of the private PostgreSQL, without a database.
+pub const POSTGRES_URL: &str = "DEVSTACK_POSTGRES_URL";
+/// An administrator's URL of the private RabbitMQ, without a virtual host.
+pub const AMQP_URL: &str = "DEVSTACK_AMQP_URL";
+/// The private RabbitMQ's management API, with the administrator's name and password.
+pub const MANAGEMENT_URL: &str = "DEVSTACK_MANAGEMENT_URL";
+
+/// The address in the variable `name`.
+///
+/// # Panics
+/// When the servers are not there, with the command that starts them.
+fn server(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| {
+        panic!("{name} is not set: run `make test`, or `cargo run -p devstack -- run -- cargo test -p …`")
+    })
+}
+
+/// Creates an empty database and returns a superuser's URL of it.
+pub async fn database(name: &str) -> String {
+    let server = server(POSTGRES_URL);
+    let database = format!("{name}_{}", Uuid::new_v4().simple());
+    let mut conn =
+        PgConnection::connect(&format!("{server}/postgres")).await.expect("the private PostgreSQL answers");
+    sqlx::query(AssertSqlSafe(format!("CREATE DATABASE {database}")))
+        .execute(&mut conn)
+        .await
+        .expect("a superuser may create databases");
+    format!("{server}/{database}")
+}
+
+/// Creates an empty virtual host and returns an administrator's AMQP URL of it.
+pub async fn virtual_host(name: &str) -> String {
+    let amqp = server(AMQP_URL);
+    let vhost = format!("{name}_{}", Uuid::new_v4().simple());
+    let url = format!("{}/api/vhosts/{vhost}", server(MANAGEMENT_URL));
+    let answer = reqwest::Client::new().put(url).send().await.expect("the private RabbitMQ answers");
+    assert!(answer.status().is_success(), "the virtual host was not created: {}", answer.status());
+    format!("{amqp}/{vhost}")
+}

@@ -1,0 +1,158 @@
+//! The connection to PostgreSQL, and the check that its schema is the one this program was built for.
+
+use std::{path::PathBuf, time::Duration};
+
+use sqlx::{
+    AssertSqlSafe, PgConnection, PgPool,
+    migrate::Migrator,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+
+use super::{SettingError, parse_secret, secret};
+
+const FORM: &str = "postgres://user:password@host:5432/database";
+
+/// Where the database is. The URL itself is a secret: set `DATABASE_URL`, or name a file that holds it.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DatabaseArgs {
+    /// A file that holds the PostgreSQL URL, instead of the variable `DATABASE_URL`
+    /// (`postgres://user:password@host:5432/database`).
+    #[arg(long, env = "DATABASE_URL_FILE", value_name = "PATH")]
+    pub database_url_file: Option<PathBuf>,
+}
+
+impl DatabaseArgs {
+    /// How to connect, under the program's name, with every statement limited to `statement_timeout`.
+    /// TCP notices a dead peer within 10 s (`tcp_user_timeout` is the server's half of it).
+    pub fn options(
+        &self,
+        application: &str,
+        statement_timeout: Duration,
+    ) -> Result<PgConnectOptions, SettingError> {
+        let url = secret("DATABASE_URL", self.database_url_file.as_ref(), FORM)?;
+        let options: PgConnectOptions = parse_secret("DATABASE_URL", &url, FORM)?;
+        let statement_timeout = statement_timeout.as_millis().to_string();
+        Ok(options.application_name(application).options([
+            ("statement_timeout", statement_timeout.as_str()),
+            ("idle_in_transaction_session_timeout", "30s"),
+            ("tcp_user_timeout", "10s"),
+        ]))
+    }
+}
+
+/// A pool that connects when it is first used, so that a program starts while its database is away and
+/// says so in its readiness.
+pub fn pool(options: PgConnectOptions, size: u32) -> PgPool {
+    PgPoolOptions::new()
+        .max_connections(size)
+        .acquire_timeout(Duration::from_secs(5))
+        .idle_timeout(Duration::from_mins(5))
+        .connect_lazy_with(options)
+}
+
+/// Why a program does not start on a schema.
+#[derive(Debug, thiserror::Error)]
+pub enum SchemaError {
+    /// Migrations are missing altogether or in part.
+    #[error("the schema {schema} is {state} in this database; run: {command}")]
+    NotCurrent {
+        /// The schema.
+        schema: &'static str,
+        /// What it is instead of current.
+        state: &'static str,
+        /// What brings it up to date.
+        command: &'static str,
+    },
+    /// A migration was applied in another wording than this program's.
+    #[error(
+        "migration {version} of the schema {schema} is not the one this program was built with; \
+             the database belongs to another build, or a migration was edited after it landed"
+    )]
+    Different {
+        /// The schema.
+        schema: &'static str,
+        /// The migration.
+        version: i64,
+    },
+    /// The role may not look.
+    #[error("this role may not read {schema}.migration; run: {command}, with the option that grants it")]
+    Forbidden {
+        /// The schema.
+        schema: &'static str,
+        /// What grants it.
+        command: &'static str,
+    },
+    /// The database did not answer. Worth another try, unlike the others.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// A schema that a program needs.
+#[derive(Debug)]
+pub struct Schema {
+    /// Its name; its migrations are recorded in `<name>.migration`.
+    pub name: &'static str,
+    /// What it should be.
+    pub migrator: Migrator,
+    /// What brings it up to date.
+    pub command: &'static str,
+}
+
+impl Schema {
+    /// Checks that every migration that this program knows was applied. A newer database is fine:
+    /// migrations only add, and during a rollout the database goes first.
+    pub async fn check(&self, conn: &mut PgConnection) -> Result<(), SchemaError> {
+        let (schema, command) = (self.name, self.command);
+        let sql = format!("SELECT version, checksum FROM {schema}.migration WHERE success");
+        let applied: Vec<(i64, Vec<u8>)> =
+            sqlx::query_as(AssertSqlSafe(sql)).fetch_all(conn).await.map_err(|error| {
+                match error.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref() {
+                    // undefined_table, invalid_schema_name
+                    Some("42P01" | "3F000") => SchemaError::NotCurrent { schema, state: "missing", command },
+                    // insufficient_privilege
+                    Some("42501") => SchemaError::Forbidden { schema, command },
+                    _ => SchemaError::Database(error),
+                }
+            })?;
+        for migration in self.migrator.iter() {
+            match applied.iter().find(|(version, _)| *version == migration.version) {
+                None => return Err(SchemaError::NotCurrent { schema, state: "not current", command }),
+                Some((version, checksum)) if checksum != migration.checksum.as_ref() => {
+                    return Err(SchemaError::Different { schema, version: *version });
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Checks `schemas` as soon as the database answers, with `waiting` told why it does not yet. Ends with
+/// an error when a schema is not what the program needs; waiting would not change that. `stop` ends
+/// the wait early, with `false`.
+pub async fn wait_until_current(
+    pool: &PgPool,
+    schemas: &[Schema],
+    stop: &tokio_util::sync::CancellationToken,
+    mut waiting: impl FnMut(&sqlx::Error),
+) -> Result<bool, SchemaError> {
+    let mut pause = Duration::from_millis(100);
+    loop {
+        let attempt = async {
+            let mut conn = pool.acquire().await?;
+            for schema in schemas {
+                schema.check(&mut conn).await?;
+            }
+            Ok(())
+        };
+        match attempt.await {
+            Ok(()) => return Ok(true),
+            Err(SchemaError::Database(error)) => waiting(&error),
+            Err(fatal) => return Err(fatal),
+        }
+        if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+            return Ok(false);
+        }
+        pause = (pause * 2).min(Duration::from_secs(2));
+    }
+}

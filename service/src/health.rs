@@ -1,0 +1,126 @@
+//! `/live`, `/ready` and `/metrics`: whether the process runs, whether it can do its work, and why not.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+use metrics_exporter_prometheus::PrometheusHandle;
+use poem::{IntoResponse, Response, Route, get, handler, http::StatusCode, web::Data};
+use serde_json::json;
+
+/// What a program waits for, by part: `database`, `broker`, … Ready when no part waits.
+#[derive(Clone, Debug, Default)]
+pub struct Health(Arc<Mutex<BTreeMap<&'static str, Option<Waiting>>>>);
+
+#[derive(Debug)]
+struct Waiting {
+    reason: String,
+    since: Instant,
+}
+
+impl Health {
+    /// Nothing registered, so ready.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Registers a part, which waits for its first success.
+    pub fn part(&self, name: &'static str) -> Part {
+        let part = Part { name, health: self.clone() };
+        part.waiting("starting");
+        part
+    }
+
+    /// Why the program is not ready, by part; empty when it is. Seconds tell for how long.
+    pub fn reasons(&self) -> Vec<(&'static str, String, u64)> {
+        let parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        parts
+            .iter()
+            .filter_map(|(name, state)| {
+                state.as_ref().map(|w| (*name, w.reason.clone(), w.since.elapsed().as_secs()))
+            })
+            .collect()
+    }
+
+    /// The routes, to be nested at `/` or added to a program's own.
+    pub fn add_to(&self, routes: Route, metrics: Option<PrometheusHandle>) -> Route {
+        use poem::EndpointExt;
+        routes
+            .at("/live", get(answer_live))
+            .at("/ready", get(answer_ready).data(self.clone()))
+            .at("/metrics", get(answer_metrics).data(metrics))
+    }
+}
+
+/// One part of a program's health.
+#[derive(Clone, Debug)]
+pub struct Part {
+    name: &'static str,
+    health: Health,
+}
+
+impl Part {
+    /// It does its work.
+    pub fn ready(&self) {
+        let mut parts = self.health.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Some(waiting)) = parts.insert(self.name, None) {
+            tracing::info!(part = self.name, waited = ?waiting.since.elapsed(), "ready");
+        }
+    }
+
+    /// It waits, and why. Logged when the reason changes; personal data and secrets stay out of it.
+    pub fn waiting(&self, reason: impl Into<String>) {
+        let reason = reason.into();
+        let mut parts = self.health.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = match parts.get(self.name) {
+            Some(Some(waiting)) if waiting.reason == reason => return,
+            Some(Some(waiting)) => waiting.since,
+            _ => Instant::now(),
+        };
+        tracing::info!(part = self.name, reason, "waiting");
+        parts.insert(self.name, Some(Waiting { reason, since }));
+    }
+}
+
+#[handler]
+fn answer_live() -> &'static str {
+    "live\n"
+}
+
+#[handler]
+fn answer_ready(Data(health): Data<&Health>) -> Response {
+    let reasons = health.reasons();
+    let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let waiting: Vec<_> = reasons
+        .into_iter()
+        .map(|(part, reason, seconds)| json!({"part": part, "reason": reason, "seconds": seconds}))
+        .collect();
+    let body = json!({"ready": waiting.is_empty(), "waiting": waiting});
+    Response::builder().status(status).content_type("application/json").body(format!("{body}\n"))
+}
+
+#[handler]
+fn answer_metrics(Data(metrics): Data<&Option<PrometheusHandle>>) -> Response {
+    match metrics {
+        Some(metrics) => metrics.render().with_content_type("text/plain; version=0.0.4").into_response(),
+        None => StatusCode::NOT_FOUND.into_response(),
+    }
+}
+
+/// The `health` command of every program, for a container's health check: asks the program that
+/// listens at `address` whether it is ready, and fails with its reasons.
+pub async fn probe(address: std::net::SocketAddr) -> anyhow::Result<()> {
+    let client = reqwest::Client::builder().timeout(Duration::from_secs(3)).no_proxy().build()?;
+    let url = format!("http://{address}/ready");
+    let answer = client.get(&url).send().await.with_context(|| format!("nobody answers at {url}"))?;
+    let ready = answer.status().is_success();
+    let body = answer.text().await.context("the answer broke off")?;
+    if !ready {
+        bail!("not ready: {}", body.trim());
+    }
+    println!("{}", body.trim());
+    Ok(())
+}

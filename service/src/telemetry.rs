@@ -1,0 +1,58 @@
+//! Logs to standard error: for people at a terminal, JSON otherwise. Metrics for Prometheus.
+
+use std::io::IsTerminal;
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+
+use crate::config::SettingError;
+
+/// How a program logs.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people at a terminal, JSON otherwise.
+    #[default]
+    Auto,
+    /// One readable line an event.
+    Human,
+    /// One JSON object an event.
+    Json,
+}
+
+/// What and how to log.
+#[derive(Clone, Debug, clap::Args)]
+pub struct TelemetryArgs {
+    /// What to log: a level, or directives such as `info,outbox_relay=debug`.
+    #[arg(long, env = "LOG", default_value = "info", value_name = "DIRECTIVES")]
+    pub log: String,
+    /// How to log; `auto` is `human` at a terminal and `json` elsewhere.
+    #[arg(long, env = "LOG_FORMAT", default_value = "auto", value_enum, value_name = "FORMAT")]
+    pub log_format: LogFormat,
+}
+
+/// Starts logging and metrics for the whole process; call once. The handle renders the metrics.
+pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
+    let filter = EnvFilter::try_new(&args.log).map_err(|e| {
+        SettingError::new("LOG", format_args!("{e}; it should look like info, or info,outbox_relay=debug"))
+    })?;
+    let json = match args.log_format {
+        LogFormat::Auto => !std::io::stderr().is_terminal(),
+        LogFormat::Human => false,
+        LogFormat::Json => true,
+    };
+    let registry = tracing_subscriber::registry().with(filter);
+    let started = if json {
+        registry.with(fmt::layer().with_writer(std::io::stderr).json().flatten_event(true)).try_init()
+    } else {
+        registry.with(fmt::layer().with_writer(std::io::stderr).with_target(false)).try_init()
+    };
+    started.map_err(|e| SettingError::new("LOG", format_args!("logging was started already: {e}")))?;
+    // Seconds, from a fast confirm to a very slow one.
+    PrometheusBuilder::new()
+        .set_buckets_for_metric(
+            Matcher::Suffix("_seconds".to_owned()),
+            &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0],
+        )
+        .and_then(PrometheusBuilder::install_recorder)
+        .map_err(|e| SettingError::new("metrics", e))
+}
