@@ -1,1 +1,81 @@
-//! outbox-relay
+//! Publishes any database's outbox to RabbitMQ. It knows nothing of what the events are about.
+//!
+//! The way of an event: [`reader`] finds it by its position, [`publish`] sends it and learns its fate,
+//! [`relay`] settles it, [`leader`] stores the progress. [`position`] remembers what was read and what
+//! is missing.
+
+pub mod broker;
+pub mod config;
+pub mod leader;
+mod migrate;
+mod pause;
+pub mod position;
+pub mod publish;
+pub mod reader;
+pub mod relay;
+pub mod unroutable;
+mod wake;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use metrics_exporter_prometheus::PrometheusHandle;
+use poem::{Route, listener::TcpAcceptor};
+use service::{health::Health, shutdown::Shutdown};
+use tokio::{net::TcpListener, sync::Notify};
+
+use config::{RunArgs, STATEMENT_TIMEOUT};
+use relay::Relay;
+
+pub use migrate::migrate;
+
+/// Relays until `shutdown`.
+pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -> anyhow::Result<()> {
+    let database = args.database.options("outbox-relay", STATEMENT_TIMEOUT)?;
+    let identity = identity();
+    let nodes = broker::Nodes {
+        uris: args.uris()?,
+        exchange: args.exchange.clone(),
+        declare: args.declare_exchange,
+        name: format!("outbox-relay {} {identity}", args.name),
+    };
+    let address = args.listen.listen;
+    let listener = TcpListener::bind(address).await.with_context(|| {
+        format!(
+            "LISTEN: cannot listen on {address}; is another program there? Choose another address and port"
+        )
+    })?;
+
+    let health = Health::new();
+    let wake = Arc::new(Notify::new());
+    let relay = Relay {
+        database: database.clone(),
+        name: args.name,
+        begin: args.begin,
+        identity,
+        nodes,
+        policy: args.unroutable,
+        wake: Arc::clone(&wake),
+        database_health: health.part("database"),
+        broker_health: health.part("broker"),
+    };
+    let stop = shutdown.requested().clone();
+    shutdown.spawn("relay", relay.run(stop.clone()));
+    shutdown.spawn("wake-up", wake::listen(database, wake, stop.clone()));
+    let routes = health.add_to(Route::new(), Some(metrics));
+    shutdown.spawn("health", async move {
+        let server = poem::Server::new_with_acceptor(TcpAcceptor::from_tokio(listener)?);
+        // Answers to the very end of draining, but does not hold it up.
+        server
+            .run_with_graceful_shutdown(routes, stop.cancelled_owned(), Some(std::time::Duration::ZERO))
+            .await?;
+        Ok(())
+    });
+    shutdown.finish(args.shutdown.drain_timeout).await
+}
+
+/// Who this process is, for people who look at the leader's row.
+fn identity() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}:{}", if host.trim().is_empty() { "localhost" } else { host.trim() }, std::process::id())
+}

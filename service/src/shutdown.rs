@@ -3,6 +3,7 @@
 
 use std::{
     future::Future,
+    process::ExitCode,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -17,6 +18,17 @@ pub struct ShutdownArgs {
     /// How long to drain after SIGTERM before what is left is given up.
     #[arg(long, env = "DRAIN_TIMEOUT", default_value = "10s", value_parser = crate::config::duration, value_name = "DURATION")]
     pub drain_timeout: Duration,
+}
+
+/// The end of `main`: an error is told in one line with its causes, for people, and makes the exit code 1.
+pub fn exit_code(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// The process's end, shared by all of its tasks.

@@ -35,6 +35,13 @@ pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
     let filter = EnvFilter::try_new(&args.log).map_err(|e| {
         SettingError::new("LOG", format_args!("{e}; it should look like info, or info,outbox_relay=debug"))
     })?;
+    // Whatever LOG says: lapin writes returned messages out in full, bodies with personal data included,
+    // and its frames below debug; sqlx reports notices such as "already exists, skipping".
+    let filter =
+        ["lapin=info", "lapin::returned_messages=off", "amq_protocol=info", "sqlx::postgres::notice=warn"]
+            .into_iter()
+            .filter_map(|directive| directive.parse().ok())
+            .fold(filter, EnvFilter::add_directive);
     let json = match args.log_format {
         LogFormat::Auto => !std::io::stderr().is_terminal(),
         LogFormat::Human => false,
@@ -44,7 +51,14 @@ pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
     let started = if json {
         registry.with(fmt::layer().with_writer(std::io::stderr).json().flatten_event(true)).try_init()
     } else {
-        registry.with(fmt::layer().with_writer(std::io::stderr).with_target(false)).try_init()
+        registry
+            .with(
+                fmt::layer()
+                    .with_writer(std::io::stderr)
+                    .with_ansi(std::io::stderr().is_terminal())
+                    .with_target(false),
+            )
+            .try_init()
     };
     started.map_err(|e| SettingError::new("LOG", format_args!("logging was started already: {e}")))?;
     // Seconds, from a fast confirm to a very slow one.

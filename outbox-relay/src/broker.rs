@@ -1,0 +1,151 @@
+//! The connection to RabbitMQ: one connection with one channel that publishes, in confirm mode.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures_util::StreamExt;
+use lapin::{
+    Channel, Connection, ConnectionProperties, ErrorKind, Event as ConnectionEvent, ExchangeKind,
+    options::{ConfirmSelectOptions, ExchangeDeclareOptions},
+    protocol::{AMQPErrorKind, AMQPSoftError},
+    types::{FieldTable, ShortString},
+    uri::AMQPUri,
+};
+
+/// Connecting, declaring and closing take no longer, or the node counts as away.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// The broker and the relay tell each other that they are there, so that a half-open connection ends.
+const HEARTBEAT_SECONDS: u16 = 10;
+
+/// Why nothing can be published right now.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum BrokerError {
+    /// No node answered.
+    #[error("RabbitMQ is away: {0}")]
+    Away(String),
+    /// The exchange is not there, and declaring it is not the relay's business or right.
+    #[error(
+        "the exchange {0:?} does not exist; declare it (topic, durable), or start with --declare-exchange"
+    )]
+    NoExchange(String),
+    /// The exchange may not be declared like this.
+    #[error("the exchange {exchange:?} cannot be declared: {reason}")]
+    NotDeclared {
+        /// The exchange.
+        exchange: String,
+        /// The broker's words.
+        reason: String,
+    },
+    /// The broker closed the channel or the connection, or did not answer in time. What was on its way
+    /// is unknown.
+    #[error("publishing failed: {0}")]
+    Publish(String),
+}
+
+/// The nodes of a cluster, and what to find there.
+#[derive(Clone, Debug)]
+pub struct Nodes {
+    /// Where to connect; the first that answers is used.
+    pub uris: Vec<AMQPUri>,
+    /// The exchange to publish to.
+    pub exchange: ShortString,
+    /// Declare the exchange if it does not exist.
+    pub declare: bool,
+    /// The connection's name in the management interface.
+    pub name: String,
+}
+
+/// An open connection with its publishing channel.
+#[derive(Debug)]
+pub struct Link {
+    connection: Connection,
+    /// In confirm mode.
+    pub channel: Channel,
+    blocked: Arc<Mutex<Option<String>>>,
+}
+
+impl Nodes {
+    /// Connects to the first node that answers, beginning with a different one at each `attempt`.
+    pub async fn connect(&self, attempt: usize) -> Result<Link, BrokerError> {
+        let mut last = BrokerError::Away("no node is configured".to_owned());
+        for n in 0..self.uris.len() {
+            let uri = self.uris[(attempt + n) % self.uris.len()].clone();
+            let node = format!("{}:{}", uri.authority.host, uri.authority.port);
+            match tokio::time::timeout(TIMEOUT, self.open(uri)).await {
+                Ok(Ok(link)) => return Ok(link),
+                Ok(Err(BrokerError::Away(reason))) => last = BrokerError::Away(format!("{node}: {reason}")),
+                // The node is there; another one of the same cluster would say the same.
+                Ok(Err(other)) => return Err(other),
+                Err(_) => last = BrokerError::Away(format!("{node} did not answer within {TIMEOUT:?}")),
+            }
+        }
+        Err(last)
+    }
+
+    async fn open(&self, mut uri: AMQPUri) -> Result<Link, BrokerError> {
+        let away = |e: lapin::Error| BrokerError::Away(e.to_string());
+        uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
+        let properties = ConnectionProperties::default().with_connection_name(self.name.as_str().into());
+        let connection = Connection::connect_uri(uri, properties).await.map_err(away)?;
+        let blocked = watch_blocked(&connection);
+
+        let options = ExchangeDeclareOptions { passive: !self.declare, durable: true, ..Default::default() };
+        let channel = connection.create_channel().await.map_err(away)?;
+        let declared = channel.exchange_declare(
+            self.exchange.clone(),
+            ExchangeKind::Topic,
+            options,
+            FieldTable::default(),
+        );
+        if let Err(error) = declared.await {
+            return Err(match error.kind() {
+                ErrorKind::ProtocolError(amqp) => match amqp.kind() {
+                    AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => {
+                        BrokerError::NoExchange(self.exchange.to_string())
+                    }
+                    _ => BrokerError::NotDeclared {
+                        exchange: self.exchange.to_string(),
+                        reason: amqp.get_message().to_string(),
+                    },
+                },
+                _ => away(error),
+            });
+        }
+        // Without this a publish would count as done once it is written to the socket.
+        channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(away)?;
+        Ok(Link { connection, channel, blocked })
+    }
+}
+
+impl Link {
+    /// Why the broker takes nothing at the moment (memory or disk alarm), if so.
+    pub fn blocked(&self) -> Option<String> {
+        self.blocked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Closes in good order, so that no confirm is left dangling on a live connection.
+    pub async fn close(self) {
+        let _ = tokio::time::timeout(TIMEOUT, self.connection.close(200, ShortString::default())).await;
+    }
+}
+
+/// Follows `connection.blocked` and `connection.unblocked`. While blocked, publishing hangs without a
+/// word, so the reason has to be known from elsewhere.
+fn watch_blocked(connection: &Connection) -> Arc<Mutex<Option<String>>> {
+    let blocked = Arc::new(Mutex::new(None));
+    let (state, mut events) = (Arc::downgrade(&blocked), connection.events_listener());
+    tokio::spawn(async move {
+        while let Some(event) = events.next().await {
+            let reason = match event {
+                ConnectionEvent::ConnectionBlocked(reason) => Some(reason),
+                ConnectionEvent::ConnectionUnblocked => None,
+                _ => continue,
+            };
+            let Some(state) = state.upgrade() else { return };
+            *state.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+        }
+    });
+    blocked
+}

@@ -1,0 +1,241 @@
+//! Reading events by position, without losing any. All the SQL of a read.
+
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, Utc};
+use futures_util::TryStreamExt;
+use sqlx::{PgConnection, types::Json};
+use uuid::Uuid;
+
+use crate::position::{Holder, Positions, Sample, Vxid};
+
+/// Stretches of missing positions beyond which the relay stops reading on until some are resolved.
+const MAX_GAPS: usize = 10_000;
+/// Looks at `pg_locks` are at least this far apart: each takes a lock on the server's lock table.
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// An event as it stands in the outbox.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// Its place in the order of reading.
+    pub position: i64,
+    /// Its own id.
+    pub id: Uuid,
+    /// What kind of thing it is about.
+    pub aggregate_type: String,
+    /// Which one.
+    pub aggregate_id: String,
+    /// Which event of that one: 1, 2, 3, …
+    pub version: i64,
+    /// Its type and routing key.
+    pub type_: String,
+    /// Its body, byte for byte.
+    pub payload: Box<str>,
+    /// Extra AMQP headers.
+    pub headers: Option<serde_json::Map<String, serde_json::Value>>,
+    /// When its writer's transaction began.
+    pub created_at: DateTime<Utc>,
+}
+
+impl Event {
+    /// About how many bytes of memory it holds.
+    pub fn size(&self) -> usize {
+        // Headers are few and small; what they take is covered by the flat amount.
+        self.payload.len() + self.type_.len() + self.aggregate_type.len() + self.aggregate_id.len() + 512
+    }
+}
+
+/// How much one read may bring.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// At most so many events.
+    pub events: usize,
+    /// At most so many bytes, by [`Event::size`]; but always one event.
+    pub bytes: usize,
+}
+
+/// What one read brought.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// The events that are new, in order of position.
+    pub events: Vec<Event>,
+    /// Positions among them that had been given up as rolled back.
+    pub late: Vec<i64>,
+    /// How many missing positions were given up now.
+    pub died: i64,
+    /// There is more to read right away.
+    pub more: bool,
+}
+
+/// The read. One statement, one snapshot: gaps first and the rest after, in two statements, would let an
+/// event overtake its predecessor. Each leg has its own order and limit, so that each is an index scan
+/// of at most `$4` rows; a limit around the union would read the whole rest.
+pub const READ: &str = "\
+(SELECT e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload::text, e.headers, e.created_at
+ FROM unnest($1::bigint[], $2::bigint[]) AS gap (lo, hi)
+ CROSS JOIN LATERAL (SELECT * FROM outbox.event WHERE position BETWEEN gap.lo AND gap.hi ORDER BY position LIMIT $4) e
+ ORDER BY e.position LIMIT $4)
+UNION ALL
+(SELECT position, id, aggregate_type, aggregate_id, version, type, payload::text, headers, created_at
+ FROM outbox.event WHERE position > $3 ORDER BY position LIMIT $5)
+ORDER BY position";
+
+/// Who holds the outbox lock (class 1869968482, key 1) in this database. A prepared transaction has no
+/// session; its lock belongs to `-1/<xid>`.
+const HOLDERS: &str = "\
+SELECT split_part(l.virtualtransaction, '/', 1)::int, split_part(l.virtualtransaction, '/', 2)::bigint,
+       l.pid IS NULL,
+       CASE WHEN l.pid IS NULL THEN p.prepared
+            WHEN a.state LIKE 'idle in transaction%' THEN a.state_change END,
+       a.xact_start
+FROM pg_locks l
+LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+LEFT JOIN pg_prepared_xacts p ON l.pid IS NULL AND l.virtualtransaction = '-1/' || p.transaction::text
+WHERE l.locktype = 'advisory' AND l.classid = 1869968482 AND l.objid = 1 AND l.objsubid = 2 AND l.granted
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+
+/// The sequence's mark between two times of the server. `statement_timestamp()` was taken before the
+/// sequence was read, `clock_timestamp()` is taken after.
+const SAMPLE: &str = "\
+SELECT statement_timestamp(), CASE WHEN is_called THEN last_value ELSE last_value - 1 END, clock_timestamp()
+FROM outbox.position";
+
+type Row = (
+    i64,
+    Uuid,
+    String,
+    String,
+    i64,
+    String,
+    String,
+    Option<Json<serde_json::Map<String, serde_json::Value>>>,
+    DateTime<Utc>,
+);
+
+/// Reads events through one connection.
+#[derive(Debug)]
+pub struct Reader {
+    positions: Positions,
+    looked: Option<Instant>,
+    sampled: Option<Instant>,
+}
+
+impl Reader {
+    /// Continues from where `positions` stands.
+    pub fn new(positions: Positions) -> Self {
+        Self { positions, looked: None, sampled: None }
+    }
+
+    /// Where the reading stands.
+    pub fn positions(&self) -> &Positions {
+        &self.positions
+    }
+
+    /// The event at `position` is confirmed, set aside or dropped.
+    pub fn settle(&mut self, position: i64) {
+        self.positions.settle(position);
+    }
+
+    /// Reads once. An error leaves nothing that could be used again: give up the connection and this
+    /// reader, and continue from what is stored.
+    pub async fn read(&mut self, conn: &mut PgConnection, budget: Budget) -> Result<Batch, sqlx::Error> {
+        let now = Instant::now();
+        if self.sampled.is_none_or(|at| now - at >= LOOK_INTERVAL) {
+            self.sampled = Some(now);
+            let (before, last_value, after) = sqlx::query_as(SAMPLE).fetch_one(&mut *conn).await?;
+            self.positions.sample(Sample { before, last_value, after });
+        }
+        if self.positions.wants_look() && self.looked.is_none_or(|at| now - at >= LOOK_INTERVAL) {
+            self.looked = Some(now);
+            self.positions.look(&holders(conn).await?);
+        }
+
+        let (from, to) = self.positions.missing(now);
+        let high = self.positions.high();
+        let limit = i64::try_from(budget.events).unwrap_or(i64::MAX);
+        let above = if self.positions.gaps() > MAX_GAPS { 0 } else { limit };
+        let mut rows = sqlx::query_as::<_, Row>(READ)
+            .bind(&from)
+            .bind(&to)
+            .bind(high)
+            .bind(limit)
+            .bind(above)
+            .fetch(&mut *conn);
+
+        let mut events: Vec<Event> = Vec::new();
+        let (mut missing, mut bytes) = (0, 0);
+        let mut covered = i64::MAX;
+        while let Some(row) = rows.try_next().await? {
+            let event = Event::from(row);
+            if event.position > high && missing == budget.events {
+                // The leg of the gaps was cut off: what lies above must wait, or it could overtake.
+                covered = events.last().map_or(high, |last| last.position);
+                break;
+            }
+            missing += usize::from(event.position <= high);
+            bytes += event.size();
+            if bytes > budget.bytes && !events.is_empty() {
+                covered = events.last().map_or(high, |last| last.position);
+                break;
+            }
+            events.push(event);
+        }
+        drop(rows);
+        if missing == budget.events {
+            covered = covered.min(events.last().map_or(high, |last| last.position));
+        }
+
+        let taken = self.positions.take(events.iter().map(|e| e.position), covered, now);
+        let more = covered < i64::MAX || events.len() >= budget.events;
+        // What was found a second time is in memory already.
+        if taken.fresh.len() < events.len() {
+            events.retain(|e| taken.fresh.binary_search(&e.position).is_ok());
+        }
+        Ok(Batch { events, late: taken.late, died: taken.died, more })
+    }
+}
+
+/// Looks at who holds the outbox lock now.
+pub async fn holders(conn: &mut PgConnection) -> Result<Vec<Holder>, sqlx::Error> {
+    type Row = (i32, i64, bool, Option<DateTime<Utc>>, Option<DateTime<Utc>>);
+    let rows: Vec<Row> = sqlx::query_as(HOLDERS).fetch_all(conn).await?;
+    rows.into_iter()
+        .map(|(backend, local, prepared, asleep_since, began)| {
+            let local = u32::try_from(local).map_err(|e| sqlx::Error::Decode(e.into()))?;
+            Ok(Holder { vxid: Vxid(backend, local), prepared, asleep_since, began })
+        })
+        .collect()
+}
+
+/// Waits until everything that was visible to the last read can no longer be taken back by a crash of
+/// the server. A commit with `synchronous_commit=off` is visible before its WAL is on disk; published
+/// and then lost, its position would be handed out again for another event.
+pub async fn ensure_flushed(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    // Written is read before flushed, so "yes" is certain.
+    let flushed: bool =
+        sqlx::query_scalar("SELECT pg_current_wal_insert_lsn() <= pg_current_wal_flush_lsn()")
+            .fetch_one(&mut *conn)
+            .await?;
+    if !flushed {
+        // A tiny commit of our own flushes everything before it, together with everybody else's.
+        sqlx::query("SELECT pg_logical_emit_message(true, 'outbox-relay', '')").execute(conn).await?;
+    }
+    Ok(())
+}
+
+impl From<Row> for Event {
+    fn from(row: Row) -> Self {
+        let (position, id, aggregate_type, aggregate_id, version, type_, payload, headers, created_at) = row;
+        Self {
+            position,
+            id,
+            aggregate_type,
+            aggregate_id,
+            version,
+            type_,
+            payload: payload.into_boxed_str(),
+            headers: headers.map(|Json(headers)| headers),
+            created_at,
+        }
+    }
+}

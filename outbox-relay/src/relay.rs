@@ -1,0 +1,333 @@
+//! The relay's life: take leadership, read, publish, settle, and again.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use chrono::Utc;
+use lapin::types::ShortString;
+use service::health::Part;
+use sqlx::postgres::PgConnectOptions;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    broker::{Link, Nodes},
+    leader::{Begin, Leader, LeaderError},
+    pause::Pause,
+    publish::{Fate, publish},
+    reader::{Budget, Event},
+    unroutable::{Action, Policy},
+};
+
+/// One read brings at most this into memory, and one event more.
+const BUDGET: Budget = Budget { events: 1_000, bytes: 8 * 1024 * 1024 };
+/// Events that are on their way to the broker together.
+const WINDOW: usize = 500;
+/// Progress is stored at most this often: a hot row bloats under somebody's old snapshot.
+const SAVE_INTERVAL: Duration = Duration::from_millis(250);
+/// With nothing to store, the leader's row is written this often, which also tells that the database
+/// and the leadership are still there.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Without notices, new events are found after at most this long.
+const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+/// How often a relay that does not lead asks whether it may.
+const STANDBY: Duration = Duration::from_secs(1);
+
+/// What a relay relays, from where to where.
+#[derive(Debug)]
+pub struct Relay {
+    /// The database.
+    pub database: PgConnectOptions,
+    /// The relay name: each has its own progress.
+    pub name: String,
+    /// Where a new name begins.
+    pub begin: Begin,
+    /// Who this process is, for the leader's row.
+    pub identity: String,
+    /// The broker.
+    pub nodes: Nodes,
+    /// What to do with what no queue takes.
+    pub policy: Policy,
+    /// Told when there may be something to read.
+    pub wake: Arc<Notify>,
+    /// Shown at `/ready`: the database and leadership.
+    pub database_health: Part,
+    /// Shown at `/ready`: the broker and what it does not take.
+    pub broker_health: Part,
+}
+
+/// How a leadership ended, when nothing failed.
+enum End {
+    /// There was none: another relay leads.
+    Standby,
+    /// The process is to end.
+    Stopped,
+}
+
+impl Relay {
+    /// Relays until `stop`. Waits out whatever time can heal, and says in the health what it waits for.
+    pub async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
+        let mut pause = Pause::default();
+        let mut link = None;
+        while !stop.is_cancelled() {
+            match self.lead(&mut link, &mut pause, &stop).await {
+                Ok(End::Stopped) => break,
+                Ok(End::Standby) => {
+                    // Healthy: somebody publishes, and this one stands by.
+                    self.database_health.ready();
+                    self.broker_health.ready();
+                    stop.run_until_cancelled(tokio::time::sleep(STANDBY)).await;
+                }
+                Err(error) if error.is_fatal() => return Err(error.into()),
+                Err(error) => {
+                    self.database_health.waiting(error.to_string());
+                    pause.wait(&stop).await;
+                }
+            }
+        }
+        if let Some(link) = link {
+            link.close().await;
+        }
+        Ok(())
+    }
+
+    /// One leadership, from taking it to losing it. Whatever was in memory is forgotten at its end.
+    async fn lead(
+        &mut self,
+        link: &mut Option<Link>,
+        pause: &mut Pause,
+        stop: &CancellationToken,
+    ) -> Result<End, LeaderError> {
+        let Some(mut leader) = Leader::take(&self.database, &self.name, self.begin, &self.identity).await?
+        else {
+            return Ok(End::Standby);
+        };
+        self.database_health.ready();
+        pause.reset();
+        let mut lead = Lead { relay: self, leader: &mut leader, link, stop, saved: Instant::now() };
+        lead.work().await?;
+        leader.resign().await?;
+        Ok(End::Stopped)
+    }
+}
+
+/// A leadership at work.
+struct Lead<'a> {
+    relay: &'a Relay,
+    leader: &'a mut Leader,
+    link: &'a mut Option<Link>,
+    stop: &'a CancellationToken,
+    saved: Instant,
+}
+
+impl Lead<'_> {
+    async fn work(&mut self) -> Result<(), LeaderError> {
+        let mut idle = Pause::new(POLL.0, POLL.1);
+        // Connected before there is anything to publish, so that readiness tells the truth.
+        while self.connect().await? {
+            self.relay.broker_health.ready();
+            let batch = self.leader.read(BUDGET).await?;
+            for position in &batch.late {
+                metrics::counter!("outbox_relay_late_events_total").increment(1);
+                tracing::error!(
+                    position,
+                    "an event appeared at a position that was given up as rolled back; \
+                     it is published now, out of order; was the outbox written around outbox.next_position()?"
+                );
+            }
+            let found = !batch.events.is_empty();
+            self.publish_all(batch.events.into()).await?;
+            self.gauge();
+            self.save_if_due(SAVE_INTERVAL).await?;
+            if found || batch.more {
+                idle.reset();
+                continue;
+            }
+            let wait = idle.step().min(if self.leader.has_progress() { SAVE_INTERVAL } else { POLL.1 });
+            tokio::select! {
+                () = self.relay.wake.notified() => idle.reset(),
+                () = tokio::time::sleep(wait) => {}
+                () = self.stop.cancelled() => {}
+            }
+        }
+        self.leader.save().await
+    }
+
+    /// Publishes all of `queue`, in the order of each aggregate, and returns when everything is settled
+    /// or the process is to end.
+    async fn publish_all(&mut self, mut queue: VecDeque<Event>) -> Result<(), LeaderError> {
+        let mut pause = Pause::default();
+        // Events that were not taken; nothing else is published until they are.
+        let mut held: HashSet<i64> = HashSet::new();
+        while !queue.is_empty() && !self.stop.is_cancelled() {
+            if !self.connect().await? {
+                break;
+            }
+            let Some(link) = self.link.as_ref() else { break };
+            let picked = pick(&queue, &held);
+            let window: Vec<&Event> = picked.iter().map(|&n| &queue[n]).collect();
+            let began = Instant::now();
+            let outcome = publish(link, &self.relay.nodes.exchange, &self.leader.source, &window).await;
+            let fates = match outcome {
+                Ok(fates) => fates,
+                Err(error) => {
+                    // Unknown which of them arrived: all are published again, on a new connection.
+                    self.relay.broker_health.waiting(error.to_string());
+                    metrics::counter!("outbox_relay_publish_failures_total").increment(1);
+                    if let Some(link) = self.link.take() {
+                        link.close().await;
+                    }
+                    pause.wait(self.stop).await;
+                    self.save_if_due(HEARTBEAT).await?;
+                    continue;
+                }
+            };
+            metrics::histogram!("outbox_relay_window_seconds").record(began.elapsed());
+            let waiting = self.settle(&window, &fates, &mut held);
+            let settled: HashSet<i64> =
+                window.iter().map(|e| e.position).filter(|p| !held.contains(p)).collect();
+            queue.retain(|e| !settled.contains(&e.position));
+            match waiting {
+                None => {
+                    self.relay.broker_health.ready();
+                    pause.reset();
+                }
+                Some(reason) => {
+                    self.relay.broker_health.waiting(reason);
+                    pause.wait(self.stop).await;
+                }
+            }
+            self.save_if_due(SAVE_INTERVAL).await?;
+        }
+        Ok(())
+    }
+
+    /// Acts on what became of each event of a window. Returns what the relay now waits for, if anything.
+    fn settle(&mut self, window: &[&Event], fates: &[Fate], held: &mut HashSet<i64>) -> Option<String> {
+        let mut reason = None;
+        let (mut published, mut dropped) = (0, 0);
+        for (event, fate) in window.iter().zip(fates) {
+            let why = match fate {
+                Fate::Confirmed => {
+                    published += 1;
+                    let delay = (Utc::now() - event.created_at).to_std().unwrap_or_default();
+                    metrics::histogram!("outbox_relay_delay_seconds").record(delay);
+                    None
+                }
+                Fate::Unroutable => match self.relay.policy.action(&event.type_) {
+                    Action::Drop => {
+                        dropped += 1;
+                        None
+                    }
+                    Action::Hold => Some(format!(
+                        "no queue takes events of type {}: bind a queue to the exchange {}, or let them go with \
+                         --unroutable '{}=drop'",
+                        event.type_, self.relay.nodes.exchange, event.type_
+                    )),
+                },
+                Fate::Nacked => Some(format!(
+                    "the broker refuses events of type {} for now; is a queue at its limit?",
+                    event.type_
+                )),
+                Fate::Refused(why) => {
+                    Some(format!("AMQP cannot carry event {} of type {}: {why}", event.id, event.type_))
+                }
+            };
+            match why {
+                None => {
+                    held.remove(&event.position);
+                    self.leader.settle(event.position);
+                }
+                Some(why) => {
+                    held.insert(event.position);
+                    reason.get_or_insert(why);
+                }
+            }
+        }
+        metrics::counter!("outbox_relay_published_total").increment(published);
+        metrics::counter!("outbox_relay_dropped_total").increment(dropped);
+        metrics::gauge!("outbox_relay_held_events").set(count(held.len()));
+        reason
+    }
+
+    /// Makes sure that there is a link, waiting for the broker as long as it takes. False when the
+    /// process is to end.
+    async fn connect(&mut self) -> Result<bool, LeaderError> {
+        let mut pause = Pause::default();
+        let mut attempt = 0;
+        loop {
+            if self.stop.is_cancelled() {
+                return Ok(false);
+            }
+            if self.link.as_ref().is_some_and(|link| link.channel.status().connected()) {
+                return Ok(true);
+            }
+            match self.relay.nodes.connect(attempt).await {
+                Ok(link) => *self.link = Some(link),
+                Err(error) => {
+                    *self.link = None;
+                    self.relay.broker_health.waiting(error.to_string());
+                    pause.wait(self.stop).await;
+                    attempt += 1;
+                    // Not the broker's absence but the database's would end the leadership.
+                    self.save_if_due(HEARTBEAT).await?;
+                }
+            }
+        }
+    }
+
+    async fn save_if_due(&mut self, interval: Duration) -> Result<(), LeaderError> {
+        let interval = if self.leader.has_progress() { interval } else { HEARTBEAT };
+        if self.saved.elapsed() >= interval {
+            self.leader.save().await?;
+            self.saved = Instant::now();
+        }
+        Ok(())
+    }
+
+    fn gauge(&self) {
+        let positions = self.leader.positions();
+        metrics::gauge!("outbox_relay_open_gaps").set(count(positions.gaps()));
+        metrics::gauge!("outbox_relay_low_water").set(position(positions.low_water()));
+        metrics::gauge!("outbox_relay_high").set(position(positions.high()));
+    }
+}
+
+/// Picks what goes out together: the oldest event of each aggregate, or of those that are held.
+fn pick(queue: &VecDeque<Event>, held: &HashSet<i64>) -> Vec<usize> {
+    let mut aggregates = HashSet::new();
+    let mut picked = Vec::new();
+    for (n, event) in queue.iter().enumerate() {
+        if picked.len() == WINDOW {
+            break;
+        }
+        if !held.is_empty() && !held.contains(&event.position) {
+            continue;
+        }
+        if aggregates.insert((&*event.aggregate_type, &*event.aggregate_id)) {
+            picked.push(n);
+        }
+    }
+    picked
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
+fn position(position: i64) -> f64 {
+    position as f64
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
+fn count(count: usize) -> f64 {
+    count as f64
+}
+
+/// The exchange's name, from the setting.
+pub fn exchange(name: &str) -> Result<ShortString, String> {
+    match ShortString::try_new(name) {
+        Ok(name) if !name.as_str().is_empty() => Ok(name),
+        _ => Err("an exchange's name has 1 to 255 bytes".to_owned()),
+    }
+}
