@@ -3,6 +3,8 @@
 //! any two steps of the relay, which restarts from what it stored. Nothing is lost, nothing of an
 //! aggregate is out of order on first delivery, nothing is settled that may still come.
 
+#![expect(clippy::unwrap_used, reason = "a panic is the report of a test")]
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     time::{Duration, Instant},
