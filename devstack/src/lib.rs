@@ -1,3 +1,30 @@
 //! The private stack: PostgreSQL, RabbitMQ and the programs, for development and tests.
+//!
+//! Everything belongs to one [`Folder`](folder::Folder) and ends with the process that started it, also
+//! when that is killed: the kernel tells the direct children ([`process`]), a small [`guard`] ends what
+//! they have started and removes a temporary folder. Each part can be started, stopped, killed, paused
+//! and resumed by itself, so that tests can take away what a bad day takes away.
+//!
+//! Linux only: it reads `/proc`, and `setpriv` (util-linux) arranges for the parent's death.
 
+pub mod command;
+pub mod ending;
+pub mod folder;
+pub mod guard;
+pub mod ports;
+pub mod postgres;
+mod proc;
+pub mod process;
+pub mod program;
+pub mod rabbitmq;
+pub mod servers;
+pub mod stack;
 pub mod testing;
+
+use std::io::Write;
+
+/// A line for whoever watches. It goes to standard error: what a command is asked for goes to standard
+/// output. Nobody may be left to read it.
+pub fn say(line: &str) {
+    let _closed = writeln!(std::io::stderr(), "devstack: {line}");
+}

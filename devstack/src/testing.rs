@@ -1,6 +1,12 @@
 //! What tests need of the private servers that `devstack run -- COMMAND` starts around them: a fresh
 //! database and a fresh virtual host each, so that tests neither wait for nor see each other.
 
+#![expect(
+    clippy::expect_used,
+    clippy::missing_panics_doc,
+    reason = "for tests only, where a panic is the report"
+)]
+
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use uuid::Uuid;
 

@@ -1,0 +1,99 @@
+//! `devstack demo`: the sample requests, and how long until the score knows of them.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail, ensure};
+use serde_json::Value;
+
+use super::env;
+use crate::{
+    ending::Ending,
+    folder::Folder,
+    program::client,
+    servers::Setup,
+    stack::{Addresses, Stack},
+};
+
+/// Of the samples: an asset of 100000 / 20, an income of 1000 / 50, less a debt of 1000 / 20.
+const SCORE: u64 = 5000 + 20 - 50;
+
+/// Plays the samples through the stack that runs, or through one of its own.
+pub async fn run() -> anyhow::Result<()> {
+    let payloads = super::checkout()?.join("payloads");
+    if let Some(addresses) = env::running()? {
+        return play(&addresses, &payloads).await;
+    }
+    let ending = Ending::watch()?;
+    let folder = Folder::temporary()?;
+    let own = async {
+        let stack = Stack::start(folder, Setup::PASSING).await?;
+        let played = play(&stack.addresses(), &payloads).await;
+        stack.stop(&ending.hurry).await;
+        played
+    };
+    match ending.asked.run_until_cancelled(Box::pin(own)).await {
+        Some(played) => played,
+        None => bail!("the demo was ended"),
+    }
+}
+
+async fn play(addresses: &Addresses, payloads: &Path) -> anyhow::Result<()> {
+    let sample = |name: &str| {
+        let path = payloads.join(format!("new_{name}.json"));
+        std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let mut person: Value =
+        serde_json::from_str(&sample("person")?).context("new_person.json is not JSON")?;
+    let persons = format!("{}/person", addresses.person_url);
+    let mut status = post(&persons, sample("person")?).await?;
+    if status == 409 {
+        let cpf = rand::random_range(10_000_000_000_u64..99_999_999_999);
+        println!("  The sample's cpf is known from an earlier time; another one, then.");
+        person["cpf"] = cpf.into();
+        status = post(&persons, person.to_string()).await?;
+    }
+    ensure!(status == 201, "the person was not taken");
+    let cpf = &person["cpf"];
+    for item in ["income", "asset", "debt"] {
+        ensure!(
+            post(&format!("{persons}/{cpf}/{item}"), sample(item)?).await? == 201,
+            "the {item} was not taken"
+        );
+    }
+    wait(&format!("{}/{cpf}/score", addresses.score_url)).await
+}
+
+/// Sends a body and shows the answer; returns its status.
+async fn post(url: &str, body: String) -> anyhow::Result<u16> {
+    println!("POST {url}");
+    let request = client()?.post(url).header("Content-Type", "application/json").body(body);
+    let answer = request.send().await.with_context(|| format!("nobody answers at {url}"))?;
+    let status = answer.status();
+    println!("  {status} {}", answer.text().await?.trim());
+    Ok(status.as_u16())
+}
+
+/// Asks for the score until it is right.
+async fn wait(url: &str) -> anyhow::Result<()> {
+    println!("GET {url}");
+    let begin = Instant::now();
+    let client = client()?;
+    loop {
+        let answer = client.get(url).send().await.with_context(|| format!("nobody answers at {url}"))?;
+        let (status, text) = (answer.status(), answer.text().await?);
+        let score = serde_json::from_str::<Value>(&text).ok().and_then(|body| body["score"].as_u64());
+        let took = begin.elapsed();
+        if status.is_success() && score == Some(SCORE) {
+            println!("  {status} {}", text.trim());
+            println!("The score {SCORE} was there {} ms after the last write.", took.as_millis());
+            return Ok(());
+        }
+        if took > Duration::from_secs(30) {
+            bail!("the score is not {SCORE} after 30 s, the last answer was {status} {}", text.trim());
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

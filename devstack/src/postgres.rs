@@ -1,0 +1,254 @@
+//! A private PostgreSQL.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, chown},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+use rustix::process::Signal;
+use sqlx::{Connection, PgConnection};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    folder::{Folder, write_private},
+    process::{Launch, Process, User},
+};
+
+/// The oldest release that the schemas work on: `int8multirange` came with it.
+const OLDEST: u32 = 14;
+
+/// A server that listens on 127.0.0.1 alone, with its data in a stack's folder.
+#[derive(Debug)]
+pub struct Postgres {
+    bin: PathBuf,
+    data: PathBuf,
+    user: Option<User>,
+    port: u16,
+    password: String,
+    durable: bool,
+    mark: String,
+    log: PathBuf,
+    process: Option<Process>,
+}
+
+impl Postgres {
+    /// Makes the data folder unless it is there. `durable`: a commit survives a loss of power, which
+    /// tests need not pay for.
+    pub async fn new(folder: &Folder, port: u16, durable: bool) -> anyhow::Result<Self> {
+        let home = folder.part("postgres")?;
+        let data = home.join("data");
+        let user = user(folder.path(), &home)?;
+        let postgres = Self {
+            bin: find(&data)?,
+            data,
+            user,
+            port,
+            password: folder.secrets().postgres.clone(),
+            durable,
+            mark: folder.mark().to_owned(),
+            log: folder.log("postgres")?,
+            process: None,
+        };
+        if !postgres.data.join("PG_VERSION").is_file() {
+            postgres.create(&home).await.context("cannot make PostgreSQL's data folder")?;
+        }
+        Ok(postgres)
+    }
+
+    async fn create(&self, home: &Path) -> anyhow::Result<()> {
+        // A half-made folder of an earlier attempt.
+        let new = home.join("new");
+        if new.exists() {
+            fs::remove_dir_all(&new)?;
+        }
+        let password = home.join("password");
+        write_private(&password, &self.password)?;
+        if let Some(user) = self.user {
+            chown(&password, Some(user.uid), Some(user.gid))?;
+        }
+        // `password` and not `scram-sha-256` between client and server: both store it as SCRAM, but
+        // a debug build needs a tenth of a second for each of SCRAM's handshakes. Nobody listens in
+        // on 127.0.0.1 who could not read the password's file.
+        let args =
+            ["--username=postgres", "--auth=password", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"];
+        self.launch("initdb")
+            .args(args)
+            .args([format!("--pgdata={}", new.display()), format!("--pwfile={}", password.display())])
+            .run()
+            .await?;
+        fs::remove_file(&password)?;
+        fs::rename(&new, &self.data)?;
+        Ok(())
+    }
+
+    fn launch(&self, program: &str) -> Launch {
+        // SIGQUIT: when this process is killed, the server ends at once and takes its sessions along.
+        Launch::new(
+            "PostgreSQL",
+            &self.bin.join(program),
+            self.user,
+            Signal::QUIT,
+            &self.mark,
+            self.log.clone(),
+        )
+    }
+
+    /// Starts it and waits until it answers.
+    pub async fn start(&mut self) -> anyhow::Result<()> {
+        ensure!(self.process.is_none(), "PostgreSQL runs already");
+        let durable = if self.durable { "on" } else { "off" };
+        let settings = [
+            format!("port={}", self.port),
+            "listen_addresses=127.0.0.1".to_owned(),
+            "unix_socket_directories=".to_owned(),
+            "max_connections=300".to_owned(),
+            "max_prepared_transactions=20".to_owned(),
+            format!("fsync={durable}"),
+            format!("full_page_writes={durable}"),
+            format!("cluster_name=devstack-{}", self.port),
+        ];
+        let launch = self.launch("postgres").args([Path::new("-D"), &self.data]);
+        let launch = settings.iter().fold(launch, |launch, setting| launch.args(["-c", setting]));
+        let process = self.process.insert(launch.spawn().await?);
+        let end = tokio::time::Instant::now() + Duration::from_mins(1);
+        loop {
+            process.check()?;
+            let url = format!("postgres://postgres:{}@127.0.0.1:{}/postgres", self.password, self.port);
+            let attempt = tokio::time::timeout(Duration::from_secs(5), PgConnection::connect(&url)).await;
+            let reason = match attempt {
+                Ok(Ok(conn)) => return Ok(conn.close().await?),
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => "it does not answer".to_owned(),
+            };
+            if tokio::time::Instant::now() > end {
+                bail!("PostgreSQL is not ready after a minute: {reason}{}", process.last_words());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// A superuser's URL, without a database.
+    pub fn url(&self) -> String {
+        self.url_of("postgres")
+    }
+
+    /// The URL of `role`, without a database.
+    pub(crate) fn url_of(&self, role: &str) -> String {
+        format!("postgres://{role}:{}@127.0.0.1:{}", self.password, self.port)
+    }
+
+    /// Its process, while there is one.
+    pub fn process(&mut self) -> Option<&mut Process> {
+        self.process.as_mut()
+    }
+
+    /// A fast shutdown: sessions are ended, everything is on disk. `false`
+    /// tells that there was no time for it.
+    pub async fn stop(&mut self, hurry: &CancellationToken) -> bool {
+        match self.process.take() {
+            Some(mut process) => process.stop(Signal::INT, Duration::from_secs(30), hurry).await,
+            None => true,
+        }
+    }
+
+    /// Kills all of its processes, as a loss of power would. It recovers at the next start.
+    pub async fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().await;
+        }
+    }
+
+    /// Stops all of its processes in their tracks with SIGSTOP.
+    pub fn pause(&self) {
+        self.process.iter().for_each(Process::pause);
+    }
+
+    /// Undoes [`pause`](Self::pause).
+    pub fn resume(&self) {
+        self.process.iter().for_each(Process::resume);
+    }
+}
+
+/// The server refuses to run as root, so root becomes somebody without rights: the owner of `home` if
+/// that is another user already, else `postgres`, else `nobody`.
+fn user(folder: &Path, home: &Path) -> anyhow::Result<Option<User>> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(None);
+    }
+    let owner = fs::metadata(home)?;
+    let (uid, gid) = if owner.uid() == 0 {
+        let accounts = fs::read_to_string("/etc/passwd").context("cannot read /etc/passwd")?;
+        ["postgres", "nobody"]
+            .iter()
+            .find_map(|name| account(&accounts, name))
+            .context("PostgreSQL will not run as root, and there is no user postgres or nobody to become")?
+    } else {
+        (owner.uid(), owner.gid())
+    };
+    chown(home, Some(uid), Some(gid))?;
+    let closed = |folder: &Path| fs::metadata(folder).is_ok_and(|folder| folder.mode() & 0o001 == 0);
+    Ok(Some(User { uid, gid, may_pass: folder.ancestors().any(closed) }))
+}
+
+fn account(accounts: &str, name: &str) -> Option<(u32, u32)> {
+    let fields = accounts.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let found = fields.into_iter().find(|fields| fields.first() == Some(&name))?;
+    Some((found.get(2)?.parse().ok()?, found.get(3)?.parse().ok()?))
+}
+
+/// The folder with `initdb` and `postgres`: `PG_BIN`, or the newest of the usual places. When there is
+/// data already, the release that made it.
+fn find(data: &Path) -> anyhow::Result<PathBuf> {
+    let made_by = fs::read_to_string(data.join("PG_VERSION")).ok().and_then(|text| text.trim().parse().ok());
+    let mut found: Vec<(u32, PathBuf)> =
+        candidates().into_iter().filter_map(|bin| Some((release(&bin)?, bin))).collect();
+    found.sort();
+    let fits = |release: u32| made_by.map_or(release >= OLDEST, |made_by: u32| made_by == release);
+    if let Some((_, bin)) = found.iter().rev().find(|(release, _)| fits(*release)) {
+        return Ok(bin.clone());
+    }
+    let found: Vec<_> =
+        found.iter().map(|(release, bin)| format!("{release} in {}", bin.display())).collect();
+    let found = if found.is_empty() { "none".to_owned() } else { found.join(", ") };
+    match made_by {
+        Some(made_by) => bail!(
+            "the data in {} is of PostgreSQL {made_by}, but found is {found}; install that release, set \
+             PG_BIN to its programs, or remove the folder",
+            data.display()
+        ),
+        None => bail!(
+            "PostgreSQL {OLDEST} or later is needed, found is {found}; run devstack/install, or set PG_BIN to \
+             the folder with initdb and postgres"
+        ),
+    }
+}
+
+fn candidates() -> Vec<PathBuf> {
+    if let Some(bin) = std::env::var_os("PG_BIN") {
+        return vec![bin.into()];
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // Debian and Ubuntu; the packages of PostgreSQL's own repository for Fedora and its relatives.
+    let places = [("/usr/lib/postgresql", ""), ("/usr", "pgsql-")].into_iter().flat_map(|(place, prefix)| {
+        let folders = fs::read_dir(place).into_iter().flatten().filter_map(Result::ok);
+        folders
+            .filter(move |folder| folder.file_name().to_string_lossy().starts_with(prefix))
+            .map(|folder| folder.path().join("bin"))
+    });
+    std::env::split_paths(&path).chain(places).collect()
+}
+
+/// The major release of the server in `bin`, if there is one.
+fn release(bin: &Path) -> Option<u32> {
+    if !bin.join("initdb").is_file() {
+        return None;
+    }
+    // `postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)`
+    let output = std::process::Command::new(bin.join("postgres")).arg("--version").output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let digits: String = text.split_once(") ")?.1.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}

@@ -1,0 +1,231 @@
+//! A private RabbitMQ node.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+use rustix::process::Signal;
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    folder::{Folder, write_private},
+    ports,
+    process::{Launch, Process},
+    program::client,
+};
+
+/// The same at every start: a node finds its data by its name. Two nodes of this name do not meet,
+/// because each has its own epmd, the daemon that knows names.
+const NODE: &str = "devstack@localhost";
+/// Its administrator.
+const USER: &str = "devstack";
+
+/// A node that listens on 127.0.0.1 alone, with the management plugin, and with its data, its cookie,
+/// its home and its epmd in a stack's folder.
+#[derive(Debug)]
+pub struct RabbitMq {
+    server: PathBuf,
+    epmd_program: PathBuf,
+    home: PathBuf,
+    ports: Ports,
+    password: String,
+    mark: String,
+    log: PathBuf,
+    epmd_log: PathBuf,
+    process: Option<Process>,
+    epmd: Option<Process>,
+}
+
+/// Where a node listens.
+#[derive(Clone, Copy, Debug)]
+struct Ports {
+    amqp: u16,
+    management: u16,
+    distribution: u16,
+    epmd: u16,
+}
+
+impl RabbitMq {
+    /// Writes the node's configuration. `amqp` and `management` are its ports.
+    pub fn new(folder: &Folder, amqp: u16, management: u16) -> anyhow::Result<Self> {
+        let home = folder.part("rabbitmq")?;
+        let password = folder.secrets().rabbitmq.clone();
+        // The first start makes the user; later ones find it in the data.
+        let settings = [
+            format!("listeners.tcp.1 = 127.0.0.1:{amqp}"),
+            "management.tcp.ip = 127.0.0.1".to_owned(),
+            format!("management.tcp.port = {management}"),
+            format!("default_user = {USER}"),
+            format!("default_pass = {password}"),
+            "log.console = true".to_owned(),
+            "log.file = false".to_owned(),
+            // Of all memory, 40 % by default; a developer's machine has other things to do.
+            "vm_memory_high_watermark.absolute = 1GB".to_owned(),
+        ];
+        write_private(&home.join("rabbitmq.conf"), &(settings.join("\n") + "\n"))?;
+        write_private(&home.join("advanced.config"), "[].\n")?;
+        write_private(&home.join("enabled_plugins"), "[rabbitmq_management].\n")?;
+        fs::create_dir_all(home.join("conf.d"))?;
+        let cookie = home.join(".erlang.cookie");
+        if !cookie.exists() {
+            write_private(&cookie, &folder.secrets().cookie)?;
+        }
+        Ok(Self {
+            server: find()?,
+            epmd_program: find_epmd()?,
+            home,
+            ports: Ports { amqp, management, distribution: ports::free(), epmd: ports::free() },
+            password,
+            mark: folder.mark().to_owned(),
+            log: folder.log("rabbitmq")?,
+            epmd_log: folder.log("epmd")?,
+            process: None,
+            epmd: None,
+        })
+    }
+
+    /// Starts it and waits until it answers.
+    pub async fn start(&mut self) -> anyhow::Result<()> {
+        ensure!(self.process.is_none(), "RabbitMQ runs already");
+        self.start_epmd().await?;
+        let launch = self.launch("RabbitMQ", &self.server, self.log.clone());
+        let process = self.process.insert(launch.spawn().await?);
+        let end = tokio::time::Instant::now() + Duration::from_mins(3);
+        loop {
+            process.check()?;
+            let ports = self.ports;
+            let Err(reason) = answers(ports, &self.password).await else { return Ok(()) };
+            if tokio::time::Instant::now() > end {
+                bail!("RabbitMQ is not ready after 3 minutes: {reason}{}", process.last_words());
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Otherwise the node would start one that outlives it.
+    async fn start_epmd(&mut self) -> anyhow::Result<()> {
+        if let Some(epmd) = &mut self.epmd
+            && epmd.exited().is_none()
+        {
+            return Ok(());
+        }
+        let launch = self.launch("epmd", &self.epmd_program, self.epmd_log.clone());
+        let epmd = self.epmd.insert(launch.spawn().await?);
+        let end = tokio::time::Instant::now() + Duration::from_secs(10);
+        while let Err(error) = TcpStream::connect(("127.0.0.1", self.ports.epmd)).await {
+            epmd.check()?;
+            ensure!(tokio::time::Instant::now() < end, "epmd is not ready after 10 s: {error}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    fn launch(&self, name: &str, program: &Path, log: PathBuf) -> Launch {
+        let Ports { distribution, epmd, .. } = self.ports;
+        let path = |name: &str| self.home.join(name);
+        Launch::new(name, program, None, Signal::KILL, &self.mark, log)
+            .env("HOME", &self.home)
+            .env("ERL_EPMD_PORT", epmd.to_string())
+            .env("ERL_EPMD_ADDRESS", "127.0.0.1")
+            .env("RABBITMQ_NODENAME", NODE)
+            .env("RABBITMQ_DIST_PORT", distribution.to_string())
+            .env("RABBITMQ_MNESIA_BASE", path("data"))
+            .env("RABBITMQ_LOG_BASE", path("log"))
+            .env("RABBITMQ_CONFIG_FILE", path("rabbitmq.conf"))
+            .env("RABBITMQ_CONFIG_FILES", path("conf.d"))
+            .env("RABBITMQ_ADVANCED_CONFIG_FILE", path("advanced.config"))
+            .env("RABBITMQ_ENABLED_PLUGINS_FILE", path("enabled_plugins"))
+            .env("RABBITMQ_GENERATED_CONFIG_DIR", path("generated"))
+            // The machine's own settings are none of ours.
+            .env("RABBITMQ_CONF_ENV_FILE", "/dev/null")
+            // "Allowing input", which `-noinput` takes back, makes the script become the node instead
+            // of starting it, so that our signals reach the node.
+            .env("RABBITMQ_ALLOW_INPUT", "1")
+            .env("RABBITMQ_SERVER_START_ARGS", "-noinput +B i")
+            .env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "-kernel inet_dist_use_interface {127,0,0,1}")
+    }
+
+    /// The administrator's AMQP URL, without a virtual host.
+    pub fn url(&self) -> String {
+        format!("amqp://{USER}:{}@127.0.0.1:{}", self.password, self.ports.amqp)
+    }
+
+    /// The management API's URL, with the administrator's name and password.
+    pub fn management_url(&self) -> String {
+        format!("http://{USER}:{}@127.0.0.1:{}", self.password, self.ports.management)
+    }
+
+    /// Its process, while there is one.
+    pub fn process(&mut self) -> Option<&mut Process> {
+        self.process.as_mut()
+    }
+
+    /// Stops the node in good order, then its epmd. `false` tells that the node was killed.
+    pub async fn stop(&mut self, hurry: &CancellationToken) -> bool {
+        let stopped = match self.process.take() {
+            Some(mut process) => process.stop(Signal::TERM, Duration::from_secs(40), hurry).await,
+            None => true,
+        };
+        if let Some(mut epmd) = self.epmd.take() {
+            epmd.kill().await;
+        }
+        stopped
+    }
+
+    /// Kills the node with SIGKILL.
+    pub async fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().await;
+        }
+    }
+
+    /// Stops the node in its tracks with SIGSTOP: connections stay open, nobody answers.
+    pub fn pause(&self) {
+        self.process.iter().for_each(Process::pause);
+    }
+
+    /// Undoes [`pause`](Self::pause).
+    pub fn resume(&self) {
+        self.process.iter().for_each(Process::resume);
+    }
+}
+
+/// Whether the management API lets the administrator in, and AMQP is open: it opens last.
+async fn answers(ports: Ports, password: &str) -> anyhow::Result<()> {
+    let url = format!("http://127.0.0.1:{}/api/overview", ports.management);
+    let answer = client()?.get(url).basic_auth(USER, Some(password)).send().await;
+    let status = answer.map_err(|_| anyhow::anyhow!("its management API does not answer"))?.status();
+    ensure!(status.is_success(), "its management API answers {status}");
+    TcpStream::connect(("127.0.0.1", ports.amqp)).await.context("its AMQP port is closed")?;
+    Ok(())
+}
+
+/// The script that becomes the node: in `RABBITMQ_BIN`, or in one of the usual places. Debian's wrapper
+/// in `/usr/sbin` insists on the user `rabbitmq`, so it comes last.
+fn find() -> anyhow::Result<PathBuf> {
+    let name = "rabbitmq-server";
+    let folders = match std::env::var_os("RABBITMQ_BIN") {
+        Some(bin) => vec![PathBuf::from(bin)],
+        None => [PathBuf::from("/usr/lib/rabbitmq/bin")].into_iter().chain(path()).collect(),
+    };
+    folders.iter().map(|folder| folder.join(name)).find(|file| file.is_file()).context(
+        "RabbitMQ is not there; run devstack/install, or set RABBITMQ_BIN to the folder with rabbitmq-server",
+    )
+}
+
+fn find_epmd() -> anyhow::Result<PathBuf> {
+    let folders = path().chain([PathBuf::from("/usr/lib/erlang/bin")]);
+    folders
+        .map(|folder| folder.join("epmd"))
+        .find(|file| file.is_file())
+        .context("epmd is not there; it is part of Erlang, which RabbitMQ needs")
+}
+
+fn path() -> impl Iterator<Item = PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).collect::<Vec<_>>().into_iter()
+}

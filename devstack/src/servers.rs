@@ -1,0 +1,69 @@
+//! PostgreSQL and RabbitMQ together, in one folder.
+
+use std::time::Instant;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::{folder::Folder, ports, postgres::Postgres, rabbitmq::RabbitMq, say};
+
+/// How a stack is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    /// The usual ports where they are free, instead of any.
+    pub usual_ports: bool,
+    /// Commits survive a loss of power, which tests need not pay for.
+    pub durable: bool,
+}
+
+impl Setup {
+    /// For people: data is kept, addresses can be remembered.
+    pub const KEPT: Self = Self { usual_ports: true, durable: true };
+    /// For tests and other passing use.
+    pub const PASSING: Self = Self { usual_ports: false, durable: false };
+
+    /// The port `usual`, or any free one.
+    pub(crate) fn port(self, usual: u16) -> u16 {
+        if self.usual_ports { ports::usual(usual) } else { ports::free() }
+    }
+}
+
+/// The two servers.
+#[derive(Debug)]
+pub struct Servers {
+    /// The private PostgreSQL.
+    pub postgres: Postgres,
+    /// The private RabbitMQ.
+    pub rabbitmq: RabbitMq,
+}
+
+impl Servers {
+    /// Starts both at once and waits until both answer.
+    pub async fn start(folder: &Folder, setup: Setup) -> anyhow::Result<Self> {
+        let begin = Instant::now();
+        say(&format!("starting PostgreSQL and RabbitMQ in {}", folder.path().display()));
+        let (amqp, management) = (setup.port(5680), setup.port(15680));
+        let postgres = async {
+            let mut postgres = Postgres::new(folder, setup.port(5440), setup.durable).await?;
+            postgres.start().await?;
+            say(&format!("PostgreSQL answers after {:.1} s", begin.elapsed().as_secs_f32()));
+            anyhow::Ok(postgres)
+        };
+        let rabbitmq = async {
+            let mut rabbitmq = RabbitMq::new(folder, amqp, management)?;
+            rabbitmq.start().await?;
+            say(&format!("RabbitMQ answers after {:.1} s", begin.elapsed().as_secs_f32()));
+            anyhow::Ok(rabbitmq)
+        };
+        let (postgres, rabbitmq) = tokio::try_join!(postgres, rabbitmq)?;
+        Ok(Self { postgres, rabbitmq })
+    }
+
+    /// Stops both, at once instead of in good order when `hurry` is cancelled.
+    pub async fn stop(&mut self, hurry: &CancellationToken) {
+        for (name, in_good_order) in
+            [("RabbitMQ", self.rabbitmq.stop(hurry).await), ("PostgreSQL", self.postgres.stop(hurry).await)]
+        {
+            say(&format!("{name} has stopped{}", if in_good_order { "" } else { ", in a hurry" }));
+        }
+    }
+}

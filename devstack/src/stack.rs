@@ -1,0 +1,207 @@
+//! The whole system: both servers, two databases, the four programs and a second relay.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    folder::{Folder, write_private},
+    program::Program,
+    say,
+    servers::{Servers, Setup},
+};
+
+/// The roles that the programs log in as, and no other rights than their migrations grant.
+const ROLES: [&str; 4] = ["person_api", "outbox_relay", "score_projector", "score_api"];
+
+/// How long a program may take until it is ready.
+const READY: Duration = Duration::from_mins(1);
+
+/// A running stack.
+#[derive(Debug)]
+pub struct Stack {
+    /// PostgreSQL and RabbitMQ.
+    pub servers: Servers,
+    /// Takes persons, at the usual port 8000.
+    pub person_api: Program,
+    /// Publishes the database `person`, at 8002.
+    pub person_relay: Program,
+    /// Follows the events, at 8004.
+    pub score_projector: Program,
+    /// Publishes the database `score`, at 8003.
+    pub score_relay: Program,
+    /// Answers scores, at 8001.
+    pub score_api: Program,
+    // Last, because it waits for what is left of the others.
+    folder: Folder,
+}
+
+/// Where everything is, for whoever wants to join in. The names are those of `devstack env`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub struct Addresses {
+    /// person-api.
+    pub person_url: String,
+    /// score-api.
+    pub score_url: String,
+    /// The database `person`, as the superuser.
+    pub person_database_url: String,
+    /// The database `score`, as the superuser.
+    pub score_database_url: String,
+    /// RabbitMQ, as the administrator.
+    pub amqp_url: String,
+    /// Its management API, with name and password.
+    pub rabbitmq_management_url: String,
+    /// The relay of the database `person`.
+    pub person_relay_url: String,
+    /// The relay of the database `score`.
+    pub score_relay_url: String,
+    /// score-projector.
+    pub projector_url: String,
+}
+
+impl Stack {
+    /// Starts everything in `folder` and waits until all of it is ready.
+    pub async fn start(folder: Folder, setup: Setup) -> anyhow::Result<Self> {
+        let servers = Servers::start(&folder, setup).await?;
+        let mut stack = Self::new(folder, servers, setup)?;
+        stack.migrate().await?;
+        let begin = Instant::now();
+        for program in stack.programs() {
+            program.start().await?;
+        }
+        for program in stack.programs() {
+            program.ready(READY).await?;
+            say(&format!("{} is ready after {:.1} s", program.name(), begin.elapsed().as_secs_f32()));
+        }
+        let addresses = serde_json::to_string_pretty(&stack.addresses())?;
+        write_private(&stack.folder.path().join(ADDRESSES), &addresses)?;
+        Ok(stack)
+    }
+
+    fn new(folder: Folder, servers: Servers, setup: Setup) -> anyhow::Result<Self> {
+        let amqp = format!("{}/%2f", servers.rabbitmq.url());
+        let program = |name: &str, file: &str, port: u16, role: &str, database: &str| {
+            let url = format!("{}/{database}", servers.postgres.url_of(role));
+            anyhow::Ok(Program::new(&folder, name, file, setup.port(port))?.env("DATABASE_URL", &url))
+        };
+        let relay = |name: &str, port: u16, database: &str| {
+            let relay = program(name, "outbox-relay", port, "outbox_relay", database)?;
+            anyhow::Ok(relay.env("AMQP_URL", &amqp).args(["--declare-exchange"]))
+        };
+        Ok(Self {
+            person_api: program("person-api", "person-api", 8000, "person_api", "person")?,
+            score_api: program("score-api", "score-api", 8001, "score_api", "score")?,
+            person_relay: relay("person-relay", 8002, "person")?,
+            // Nobody follows scores yet.
+            score_relay: relay("score-relay", 8003, "score")?.args(["--unroutable", "score.*=drop"]),
+            score_projector: program("score-projector", "score-projector", 8004, "score_projector", "score")?
+                .env("AMQP_URL", &amqp),
+            servers,
+            folder,
+        })
+    }
+
+    /// Roles, databases and schemas, each unless it is there.
+    async fn migrate(&self) -> anyhow::Result<()> {
+        let server = self.servers.postgres.url();
+        let mut conn = PgConnection::connect(&format!("{server}/postgres")).await?;
+        for role in ROLES {
+            let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)")
+                .bind(role)
+                .fetch_one(&mut conn)
+                .await?;
+            if !exists {
+                // DDL takes no parameters. The password is ours: hexadecimal digits.
+                let password = &self.folder.secrets().postgres;
+                let sql = format!("CREATE ROLE {role} LOGIN PASSWORD '{password}'");
+                sqlx::query(AssertSqlSafe(sql)).execute(&mut conn).await?;
+            }
+        }
+        // So that a relay sees who sleeps in a transaction.
+        sqlx::query("GRANT pg_read_all_stats TO outbox_relay").execute(&mut conn).await?;
+        for database in ["person", "score"] {
+            let exists: bool =
+                sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)")
+                    .bind(database)
+                    .fetch_one(&mut conn)
+                    .await?;
+            if !exists {
+                let sql = format!("CREATE DATABASE {database}");
+                sqlx::query(AssertSqlSafe(sql)).execute(&mut conn).await?;
+            }
+        }
+        conn.close().await?;
+
+        let person = format!("{server}/person");
+        let score = format!("{server}/score");
+        let outbox = |source, writer| {
+            ["migrate", "--source", source, "--grant-writer", writer, "--grant-relay", "outbox_relay"]
+        };
+        let commands: [(&Program, &[&str], &str); 4] = [
+            (&self.person_api, &["migrate", "--grant-to", "person_api"], &person),
+            (&self.person_relay, &outbox("person", "person_api"), &person),
+            (
+                &self.score_projector,
+                &["migrate", "--grant-to", "score_projector", "--grant-api", "score_api"],
+                &score,
+            ),
+            (&self.score_relay, &outbox("score", "score_projector"), &score),
+        ];
+        for (program, args, url) in commands {
+            program
+                .command(args, &[("DATABASE_URL", url)])
+                .await
+                .with_context(|| format!("the schemas of {} are not current", program.name()))?;
+        }
+        say("the schemas are current");
+        Ok(())
+    }
+
+    /// The programs, in the order in which an event passes them.
+    pub fn programs(&mut self) -> [&mut Program; 5] {
+        [
+            &mut self.person_api,
+            &mut self.person_relay,
+            &mut self.score_projector,
+            &mut self.score_relay,
+            &mut self.score_api,
+        ]
+    }
+
+    /// Where everything is.
+    pub fn addresses(&self) -> Addresses {
+        let database = |name: &str| format!("{}/{name}", self.servers.postgres.url());
+        Addresses {
+            person_url: self.person_api.url(),
+            score_url: self.score_api.url(),
+            person_database_url: database("person"),
+            score_database_url: database("score"),
+            amqp_url: format!("{}/%2f", self.servers.rabbitmq.url()),
+            rabbitmq_management_url: self.servers.rabbitmq.management_url(),
+            person_relay_url: self.person_relay.url(),
+            score_relay_url: self.score_relay.url(),
+            projector_url: self.score_projector.url(),
+        }
+    }
+
+    /// Stops the programs, which drain, then the servers; at once when `hurry` is cancelled.
+    pub async fn stop(mut self, hurry: &CancellationToken) {
+        let _never_written = std::fs::remove_file(self.folder.path().join(ADDRESSES));
+        for program in self.programs() {
+            let in_good_order = program.stop(hurry).await;
+            say(&format!(
+                "{} has stopped{}",
+                program.name(),
+                if in_good_order { "" } else { ", in a hurry" }
+            ));
+        }
+        self.servers.stop(hurry).await;
+    }
+}
+
+/// The file with the addresses, while a stack runs.
+pub(crate) const ADDRESSES: &str = "addresses.json";
