@@ -1,12 +1,13 @@
 //! What a client gets.
 
+use std::time::Duration;
+
 use events::Cpf;
 use poem::{
     Response,
     http::{StatusCode, header},
 };
 use service::problem::Problem;
-use std::time::Duration;
 use uuid::Uuid;
 
 use crate::store::{Found, StoreError, Written};

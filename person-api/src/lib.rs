@@ -15,7 +15,7 @@ pub mod store;
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use metrics_exporter_prometheus::PrometheusHandle;
 use outbox::Waker;
 use poem::{
@@ -89,7 +89,12 @@ pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
             .bind(role)
             .execute(&mut conn)
             .await
-            .with_context(|| format!("the rights on the schema person could not be granted to {role}"))?;
+            .map_err(|error| {
+                // Without the place in the server's source that the driver's own text ends in.
+                let why =
+                    error.as_database_error().map_or_else(|| error.to_string(), |e| e.message().to_owned());
+                anyhow!("the rights on the schema person could not be granted to {role}: {why}")
+            })?;
     }
     conn.close().await?;
     println!("the schema person is current");

@@ -39,7 +39,7 @@ SELECT id, id AS person_id, version, 1 / (SELECT count(*) FROM event) AS events 
 ///
 /// `MATERIALIZED` keeps the lock a step of its own: a second writer waits there, and goes on from the
 /// version that the first one left. The ids come from the database, under the lock, so that they follow
-/// the order of the versions.
+/// the versions to the millisecond.
 ///
 /// The division is the guard that no write is stored without its event: when something in the database
 /// swallows the event, such as a trigger, it fails, and with it the whole statement.

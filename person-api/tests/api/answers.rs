@@ -33,15 +33,32 @@ async fn every_form_that_the_contract_allows_is_taken() {
     let app = database.app();
     let mut shown = String::new();
     for (name, request) in [
-        ("without address, a string of digits, a date",
-         post("/person", r#"{"cpf": "00000022222", "name": "Ana \"Zé\" \u00c7\ud83d\ude00 / ~", "date_of_birth": "2000-02-29"}"#)),
-        ("null for the address, a media type with parameters",
-         raw_request(Method::POST, "/person", Some("Application/JSON; charset=utf-8"),
-                     r#"{"cpf": 99999999999, "name": "b", "address": null, "date_of_birth": "1999-12-31T23:59:59.123456Z"}"#)),
-        ("15 digits with 4 decimals", post("/person/22222/asset", r#"{"type": "farm", "value": 999999999999999.9999}"#)),
+        (
+            "without address, a string of digits, a date",
+            post(
+                "/person",
+                r#"{"cpf": "00000022222", "name": "Ana \"Zé\" \u00c7\ud83d\ude00 / ~", "date_of_birth": "2000-02-29"}"#,
+            ),
+        ),
+        (
+            "null for the address, a media type with parameters",
+            raw_request(
+                Method::POST,
+                "/person",
+                Some("Application/JSON; charset=utf-8"),
+                r#"{"cpf": 99999999999, "name": "b", "address": null, "date_of_birth": "1999-12-31T23:59:59.123456Z"}"#,
+            ),
+        ),
+        (
+            "15 digits with 4 decimals",
+            post("/person/22222/asset", r#"{"type": "farm", "value": 999999999999999.9999}"#),
+        ),
         ("another notation", post("/person/22222/asset", r#"{"value": 1.50e2, "type": "farm"}"#)),
         ("nothing", post("/person/22222/debt", r#"{"value": 0}"#)),
-        ("zeros before and after", post("/person/00000022222/income", r#"{"type": "wage", "value": 0.10000000}"#)),
+        (
+            "zeros before and after",
+            post("/person/00000022222/income", r#"{"type": "wage", "value": 0.10000000}"#),
+        ),
         ("all of it", raw_request(Method::GET, "/person/0022222", None, "")),
     ] {
         shown += &exchange(&app, name, request).await;
@@ -65,7 +82,8 @@ async fn a_long_list_is_cut_and_says_so() {
     .await
     .unwrap();
     let response = app.call(raw_request(Method::GET, "/person/11111", None, "")).await;
-    let body: serde_json::Value = serde_json::from_slice(&response.into_body().into_vec().await.unwrap()).unwrap();
+    let body: serde_json::Value =
+        serde_json::from_slice(&response.into_body().into_vec().await.unwrap()).unwrap();
     assert_eq!(body["truncated"], serde_json::json!(["debts"]));
     assert_eq!(body["debts"].as_array().unwrap().len(), 1000);
     assert_eq!(body["assets"].as_array().unwrap().len(), 1000);
@@ -87,7 +105,10 @@ async fn what_is_not_there_and_what_is_there_already() {
         ("a path that is not there", raw_request(Method::GET, "/people", None, "")),
         ("a method that a collection has not", raw_request(Method::GET, "/person", None, "")),
         ("a method that a person has not", post("/person/11111", PERSON)),
-        ("a method that items have not", raw_request(Method::PUT, "/person/11111/debt", Some("application/json"), DEBT)),
+        (
+            "a method that items have not",
+            raw_request(Method::PUT, "/person/11111/debt", Some("application/json"), DEBT),
+        ),
     ] {
         shown += &exchange(&app, name, request).await;
     }

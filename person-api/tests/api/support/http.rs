@@ -12,7 +12,12 @@ pub(crate) fn post(path: &str, body: impl Into<Vec<u8>>) -> Request {
 }
 
 /// Any request.
-pub(crate) fn raw_request(method: Method, path: &str, media_type: Option<&str>, body: impl Into<Vec<u8>>) -> Request {
+pub(crate) fn raw_request(
+    method: Method,
+    path: &str,
+    media_type: Option<&str>,
+    body: impl Into<Vec<u8>>,
+) -> Request {
     let request = Request::builder().method(method).uri(path.parse().unwrap());
     let request = match media_type {
         Some(media_type) => request.content_type(media_type),
@@ -40,8 +45,11 @@ pub(crate) async fn exchange(app: &App, name: &str, mut request: Request) -> Str
 
 async fn answer(mut response: Response) -> String {
     let mut text = format!("{}\n", response.status());
-    let mut headers: Vec<_> =
-        response.headers().iter().map(|(name, value)| format!("{name}: {}\n", value.to_str().unwrap())).collect();
+    let mut headers: Vec<_> = response
+        .headers()
+        .iter()
+        .map(|(name, value)| format!("{name}: {}\n", value.to_str().unwrap()))
+        .collect();
     headers.sort();
     text.extend(headers);
     let body = response.take_body().into_string().await.unwrap();

@@ -13,7 +13,7 @@ use person_api::{
     schema,
     store::Store,
 };
-use poem::{Endpoint, Request, Response};
+use poem::{Endpoint, EndpointExt, Request, Response};
 use service::{config::database, health::Health};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgConnectOptions};
 use tokio::time::Instant;
@@ -76,7 +76,7 @@ impl Database {
         let timeout = statement_timeout.as_millis().to_string();
         let pool = database::pool(options.options([("statement_timeout", timeout)]), 8);
         let api = Api::new(Store::new(pool), Waker::new());
-        App(Box::new(api::answering(Health::new().add_to(api.routes(), None)).boxed()))
+        App(api::answering(Health::new().add_to(api.routes(), None)).boxed())
     }
 
     /// Every row that a write could leave, one a line.
@@ -90,7 +90,9 @@ impl Database {
             ("outbox.event", "position"),
         ] {
             let sql = format!("SELECT row_to_json(t)::text FROM {table} t ORDER BY {order}");
-            for row in sqlx::query_scalar::<_, String>(AssertSqlSafe(sql)).fetch_all(&self.admin).await.unwrap() {
+            for row in
+                sqlx::query_scalar::<_, String>(AssertSqlSafe(sql)).fetch_all(&self.admin).await.unwrap()
+            {
                 rows += &format!("{table} {row}\n");
             }
         }

@@ -30,7 +30,8 @@ pub(crate) fn command(args: &[&str]) -> Command {
 pub(crate) async fn finished(command: &mut Command) -> (Option<i32>, String, String) {
     let output = timeout(LIMIT, command.output()).await.expect("the program ends").unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    let error = text(output.stderr).lines().filter(|line| !line.starts_with('{')).collect::<Vec<_>>().join("\n");
+    let error =
+        text(output.stderr).lines().filter(|line| !line.starts_with('{')).collect::<Vec<_>>().join("\n");
     (output.status.code(), text(output.stdout), error)
 }
 
@@ -72,7 +73,8 @@ impl Program {
 
     /// Status line, headers and body as they came over the socket.
     pub(crate) async fn get(&self, path: &str) -> String {
-        let stream = self.send(&format!("GET {path} HTTP/1.1\r\nhost: person\r\nconnection: close\r\n\r\n")).await;
+        let stream =
+            self.send(&format!("GET {path} HTTP/1.1\r\nhost: person\r\nconnection: close\r\n\r\n")).await;
         answer(stream).await
     }
 
@@ -104,5 +106,8 @@ pub(crate) fn post_request(path: &str, body: &str) -> String {
 pub(crate) async fn answer(mut stream: TcpStream) -> String {
     let mut text = String::new();
     timeout(LIMIT, stream.read_to_string(&mut text)).await.expect("the program answers").unwrap();
-    text.lines().filter(|line| !line.starts_with("date: ")).map(|line| format!("{line}\n")).collect()
+    text.split_inclusive('\n')
+        .filter(|line| !line.starts_with("date: "))
+        .collect::<String>()
+        .replace('\r', "")
 }
