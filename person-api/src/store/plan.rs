@@ -40,9 +40,18 @@ async fn statements_use_indexes_only() {
                 .fetch_all(&mut conn)
                 .await
                 .unwrap();
-        let plan = plan.join("\n");
-        assert!(!plan.contains("Seq Scan"), "{name}: {plan}");
-        plans.push(format!("## {name}\n{plan}\n"));
+        // How rows of tables are found; the rest of a plan is spelled differently by each version.
+        let access: Vec<&str> = plan
+            .iter()
+            .map(|line| line.trim_start_matches([' ', '-', '>']))
+            .filter(|line| {
+                ["Index Scan", "Seq Scan", "Bitmap", "Conflict", "Limit", "LockRows"]
+                    .iter()
+                    .any(|p| line.starts_with(p))
+            })
+            .collect();
+        assert!(!access.iter().any(|line| line.starts_with("Seq Scan")), "{name}: {plan:#?}");
+        plans.push(format!("## {name}\n{}\n", access.join("\n")));
     }
     insta::assert_snapshot!(plans.join("\n"));
 }
