@@ -1,0 +1,146 @@
+//! A JSON object, field by field, with everything that is wrong with it collected.
+
+use std::{borrow::Cow, fmt::Write};
+
+use poem::http::StatusCode;
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
+use serde_json::value::RawValue;
+use service::problem::{FieldError, Problem};
+
+/// So many errors are listed at most: a body of nothing but wrong fields must not make a huge answer.
+const ERRORS_MAX: usize = 50;
+
+/// The fields of a body that nobody asked for yet, and what was wrong with the others.
+pub(super) struct Fields<'a> {
+    rest: Vec<(Cow<'a, str>, &'a RawValue)>,
+    errors: Vec<FieldError>,
+}
+
+impl<'a> Fields<'a> {
+    /// Reads a JSON object. Values stay as they are written, so that no number goes through a float;
+    /// they are skipped without recursion, so that depth costs nothing.
+    pub(super) fn read(body: &'a [u8]) -> Result<Self, Problem> {
+        let text = std::str::from_utf8(body).map_err(|_| malformed("It is not UTF-8."))?;
+        let value: &RawValue = serde_json::from_str(text).map_err(|error| not_json(&error))?;
+        if !value.get().starts_with('{') {
+            return Err(Problem::invalid(vec![FieldError {
+                pointer: "#".into(),
+                detail: "must be an object".into(),
+            }]));
+        }
+        // What can still fail is a name with half a surrogate pair.
+        let Object(rest) = serde_json::from_str(value.get()).map_err(|error| not_json(&error))?;
+        Ok(Self { rest, errors: Vec::new() })
+    }
+
+    /// A field that must be there and follow its rule. `None` stands for an error that is kept.
+    pub(super) fn required<T>(
+        &mut self,
+        name: &'static str,
+        rule: impl FnOnce(&RawValue) -> Result<T, Cow<'static, str>>,
+    ) -> Option<T> {
+        match self.take(name)[..] {
+            [] => self.reject(field(name, "is required")),
+            [raw] => return rule(raw).map_err(|detail| self.reject(field(name, detail))).ok(),
+            _ => self.reject(field(name, "is given more than once")),
+        }
+        None
+    }
+
+    /// A field that may be missing or null, which mean the same.
+    pub(super) fn optional<T>(
+        &mut self,
+        name: &'static str,
+        rule: impl FnOnce(&RawValue) -> Result<T, Cow<'static, str>>,
+    ) -> Option<T> {
+        match self.rest.iter().find(|(other, _)| other == name) {
+            None => None,
+            Some(_) => self.required(name, |raw| match raw.get() {
+                "null" => Ok(None),
+                _ => rule(raw).map(Some),
+            })?,
+        }
+    }
+
+    /// Takes every field of this name out of the rest.
+    fn take(&mut self, name: &str) -> Vec<&'a RawValue> {
+        self.rest.extract_if(.., |(other, _)| other == name).map(|(_, raw)| raw).collect()
+    }
+
+    /// Adds an error.
+    pub(super) fn reject(&mut self, error: FieldError) {
+        self.errors.push(error);
+    }
+
+    /// What `build` makes of the fields, when nothing was wrong and nothing is left.
+    pub(super) fn finish<T>(mut self, build: impl FnOnce() -> Option<T>) -> Result<T, Problem> {
+        self.errors.extend(self.rest.iter().map(|(name, _)| field(name, "is not known here")));
+        if self.errors.is_empty()
+            && let Some(whole) = build()
+        {
+            return Ok(whole);
+        }
+        let more = self.errors.len().saturating_sub(ERRORS_MAX);
+        if more > 0 {
+            self.errors.truncate(ERRORS_MAX);
+            self.reject(FieldError { pointer: "#".into(), detail: format!("has {more} more errors").into() });
+        }
+        Err(Problem::invalid(self.errors))
+    }
+}
+
+fn field(name: &str, detail: impl Into<Cow<'static, str>>) -> FieldError {
+    FieldError { pointer: pointer(name).into(), detail: detail.into() }
+}
+
+/// A JSON pointer as a URI fragment (RFC 6901, section 6): `~` and `/` escaped for the pointer, then
+/// whatever a fragment may not contain for the URI.
+fn pointer(name: &str) -> String {
+    let mut pointer = String::from("#/");
+    for byte in name.replace('~', "~0").replace('/', "~1").bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@".contains(&byte) {
+            pointer.push(byte.into());
+        } else {
+            // Writing to a string cannot fail.
+            let _ = write!(pointer, "%{byte:02X}");
+        }
+    }
+    pointer
+}
+
+fn not_json(error: &serde_json::Error) -> Problem {
+    malformed(format_args!("It is not JSON at line {}, column {}.", error.line(), error.column()))
+}
+
+fn malformed(what: impl std::fmt::Display) -> Problem {
+    let detail = format!("The request's body could not be read. {what}");
+    Problem::new(StatusCode::BAD_REQUEST, "malformed-json", "Malformed JSON", detail)
+}
+
+/// An object's members in their order, with duplicates, which a map would swallow.
+struct Object<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Object<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members;
+        impl<'de> Visitor<'de> for Members {
+            type Value = Object<'de>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut members = Vec::new();
+                while let Some(member) = map.next_entry()? {
+                    members.push(member);
+                }
+                Ok(Object(members))
+            }
+        }
+        deserializer.deserialize_map(Members)
+    }
+}

@@ -1,0 +1,12 @@
+//! The person service over real PostgreSQL, as the role with the fewest rights that it can run with.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
+#![expect(clippy::format_push_string, reason = "what tests show is put together line by line")]
+
+mod answers;
+mod bad_input;
+mod concurrency;
+mod events;
+mod outage;
+mod program;
+mod support;

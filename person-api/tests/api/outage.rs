@@ -1,0 +1,130 @@
+//! Bad days: the database is away, or does not answer.
+
+use std::time::Duration;
+
+use sqlx::postgres::PgListener;
+
+use crate::support::{Database, Program, Proxy, Redactions, answer, exchange, post, post_request, until};
+
+const PERSON: &str = r#"{"cpf": 11111, "name": "abc", "date_of_birth": "2019-06-15"}"#;
+const DEBT: &str = r#"{"value": 1}"#;
+
+/// A lock on the person's row, as a slow transaction of somebody else holds it.
+async fn lock(database: &Database) -> sqlx::Transaction<'static, sqlx::Postgres> {
+    let mut holder = database.admin.begin().await.unwrap();
+    sqlx::query("SELECT FROM person.person FOR UPDATE").execute(&mut *holder).await.unwrap();
+    holder
+}
+
+fn status(answer: &str) -> &str {
+    answer.lines().next().unwrap()
+}
+
+#[tokio::test]
+async fn without_the_database_it_says_so_and_recovers_by_itself() {
+    let database = Database::new().await;
+    let mut proxy = Proxy::new(database.server()).await;
+    let program = Program::start(&database.url(Some(proxy.port))).await;
+    let ready = async || program.get("/ready").await.contains("\"ready\":true");
+    until("it is ready", &ready).await;
+    assert_eq!(status(&program.post("/person", PERSON).await), "HTTP/1.1 201 Created");
+
+    proxy.cut().await;
+    let mut shown = program.post("/person/11111/debt", DEBT).await + "\n";
+    shown += &program.get("/person/11111").await;
+    insta::assert_snapshot!(shown);
+    until("it is not ready", async || !ready().await).await;
+    assert!(program.get("/ready").await.contains("the database does not answer"));
+    assert_eq!(status(&program.get("/live").await), "HTTP/1.1 200 OK");
+    assert_eq!(database.rows().await.lines().count(), 2, "nothing was written in between");
+
+    proxy.resume().await;
+    until("it is ready again", &ready).await;
+    assert_eq!(status(&program.post("/person/11111/debt", DEBT).await), "HTTP/1.1 201 Created");
+}
+
+#[tokio::test]
+async fn a_connection_lost_in_the_middle_leaves_the_outcome_open() {
+    let database = Database::new().await;
+    let mut proxy = Proxy::new(database.server()).await;
+    let program = Program::start(&database.url(Some(proxy.port))).await;
+    until("it is ready", async || program.get("/ready").await.contains("\"ready\":true")).await;
+    program.post("/person", PERSON).await;
+    let holder = lock(&database).await;
+    let stream = program.send(&post_request("/person/11111/debt", DEBT)).await;
+    database.until_blocked().await;
+    proxy.cut().await;
+    insta::assert_snapshot!(answer(stream).await);
+    drop(holder);
+}
+
+#[tokio::test]
+async fn a_statement_that_takes_too_long_is_given_up() {
+    let database = Database::new().await;
+    let app = database.app_with(Duration::from_millis(200));
+    app.create("/person", PERSON).await;
+    let before = database.rows().await;
+    let holder = lock(&database).await;
+    insta::assert_snapshot!(
+        exchange(&app, "somebody holds the person", post("/person/11111/debt", DEBT)).await
+    );
+    holder.rollback().await.unwrap();
+    assert_eq!(database.rows().await, before, "something was written");
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_does_not_cut_its_write_in_half() {
+    let database = Database::new().await;
+    let program = Program::start(&database.url(None)).await;
+    program.post("/person", PERSON).await;
+    let mut notices = PgListener::connect_with(&database.admin).await.unwrap();
+    notices.listen(outbox::CHANNEL).await.unwrap();
+
+    let holder = lock(&database).await;
+    let stream = program.send(&post_request("/person/11111/debt", DEBT)).await;
+    database.until_blocked().await;
+    drop(stream);
+    // The server sees it at once; this answer comes after it saw it.
+    program.get("/live").await;
+    holder.rollback().await.unwrap();
+
+    let notice = tokio::time::timeout(Duration::from_secs(20), notices.recv()).await;
+    notice.expect("the write was finished and the relay woken").unwrap();
+    let events: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox.event WHERE type = 'debt.new'")
+        .fetch_one(&database.admin)
+        .await
+        .unwrap();
+    assert_eq!(events, 1);
+}
+
+#[tokio::test]
+async fn sigterm_lets_what_is_under_way_end() {
+    let database = Database::new().await;
+    let program = Program::start(&database.url(None)).await;
+    program.post("/person", PERSON).await;
+    let holder = lock(&database).await;
+    let stream = program.send(&post_request("/person/11111/debt", DEBT)).await;
+    let hung_up = program.send(&post_request("/person/11111/income", r#"{"type": "t", "value": 1}"#)).await;
+    database.until_blocked().await;
+    until("both wait for the lock", async || {
+        let waiting = "SELECT count(*) FROM pg_stat_activity
+                       WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        sqlx::query_scalar::<_, i64>(waiting).fetch_one(&database.admin).await.unwrap() == 2
+    })
+    .await;
+    drop(hung_up);
+
+    program.terminate();
+    until("nobody listens any more", async || tokio::net::TcpStream::connect(program.address).await.is_err())
+        .await;
+    holder.rollback().await.unwrap();
+    insta::assert_snapshot!(Redactions::default().apply(&answer(stream).await));
+    let (code, log) = program.ended().await;
+    assert_eq!(code, Some(0), "{log}");
+    let items: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox.event WHERE version > 1")
+        .fetch_one(&database.admin)
+        .await
+        .unwrap();
+    assert_eq!(items, 2, "the one whose client hung up was finished too");
+    assert!(!log.contains("11111") && !log.contains("abc"), "nothing personal in the log: {log}");
+}

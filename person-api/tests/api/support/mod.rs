@@ -1,0 +1,151 @@
+//! A database, the app on it, and what a test says to it and reads from it.
+
+mod http;
+mod process;
+mod proxy;
+mod redact;
+
+use std::time::Duration;
+
+use outbox::Waker;
+use person_api::{
+    api::{self, Api},
+    schema,
+    store::Store,
+};
+use poem::{Endpoint, EndpointExt, Request, Response};
+use service::{config::database, health::Health};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgConnectOptions};
+use tokio::time::Instant;
+
+pub(crate) use http::{exchange, post, raw_request};
+pub(crate) use process::{Program, answer, command, finished, post_request};
+pub(crate) use proxy::Proxy;
+pub(crate) use redact::Redactions;
+
+/// A role of this name gets what the API needs and no more. Roles belong to the whole server, so all
+/// tests share it.
+const ROLE: &str = "person_api_test";
+
+/// A database with both schemas and the role's grants.
+pub(crate) struct Database {
+    /// As a superuser.
+    pub(crate) admin: PgPool,
+    admin_url: String,
+}
+
+impl Database {
+    pub(crate) async fn new() -> Self {
+        let admin_url = devstack::testing::database("person_api").await;
+        let admin = database::pool(admin_url.parse().unwrap(), 4);
+        let mut conn = admin.acquire().await.unwrap();
+        schema::migrator().run(&mut *conn).await.unwrap();
+        outbox::install(&mut conn, "person").await.unwrap();
+        create_role(&mut conn).await;
+        sqlx::query("SELECT person.grant_api($1::text::regrole), outbox.grant_writer($1::text::regrole)")
+            .bind(ROLE)
+            .execute(&mut *conn)
+            .await
+            .unwrap();
+        Self { admin, admin_url }
+    }
+
+    /// The URL of the role that the API runs as, on another port if a proxy is between.
+    pub(crate) fn url(&self, port: Option<u16>) -> String {
+        let (_, place) = self.admin_url.rsplit_once('@').unwrap();
+        let (server, name) = place.split_once('/').unwrap();
+        let server = match port {
+            Some(port) => format!("127.0.0.1:{port}"),
+            None => server.to_owned(),
+        };
+        format!("postgres://{ROLE}:test@{server}/{name}")
+    }
+
+    /// Where the server listens.
+    pub(crate) fn server(&self) -> String {
+        self.admin_url.rsplit_once('@').unwrap().1.split_once('/').unwrap().0.to_owned()
+    }
+
+    /// The app as the role that it runs as.
+    pub(crate) fn app(&self) -> App {
+        self.app_with(Duration::from_secs(30))
+    }
+
+    pub(crate) fn app_with(&self, statement_timeout: Duration) -> App {
+        let options: PgConnectOptions = self.url(None).parse().unwrap();
+        let timeout = statement_timeout.as_millis().to_string();
+        let pool = database::pool(options.options([("statement_timeout", timeout)]), 8);
+        let api = Api::new(Store::new(pool), Waker::new());
+        App(api::answering(Health::new().add_to(api.routes(), None)).boxed())
+    }
+
+    /// Every row that a write could leave, one a line.
+    pub(crate) async fn rows(&self) -> String {
+        let mut rows = String::new();
+        for (table, order) in [
+            ("person.person", "created_at, id"),
+            ("person.income", "id"),
+            ("person.asset", "id"),
+            ("person.debt", "id"),
+            ("outbox.event", "position"),
+        ] {
+            let sql = format!("SELECT row_to_json(t)::text FROM {table} t ORDER BY {order}");
+            for row in
+                sqlx::query_scalar::<_, String>(AssertSqlSafe(sql)).fetch_all(&self.admin).await.unwrap()
+            {
+                rows += &format!("{table} {row}\n");
+            }
+        }
+        rows
+    }
+
+    /// Waits until a statement of this database waits for a lock.
+    pub(crate) async fn until_blocked(&self) {
+        let blocked = "SELECT count(*) FROM pg_stat_activity
+                       WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        until("a statement waits for a lock", async || {
+            sqlx::query_scalar::<_, i64>(blocked).fetch_one(&self.admin).await.unwrap() > 0
+        })
+        .await;
+    }
+}
+
+async fn create_role(conn: &mut PgConnection) {
+    // Tests of other processes do the same at the same time; whoever is first wins.
+    let sql = format!(
+        "DO $$ BEGIN CREATE ROLE {ROLE} LOGIN PASSWORD 'test';
+         EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$"
+    );
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.unwrap();
+}
+
+/// An empty database, as a superuser.
+pub(crate) async fn empty_database() -> (String, PgConnection) {
+    let url = devstack::testing::database("person_api").await;
+    let conn = PgConnection::connect(&url).await.unwrap();
+    (url, conn)
+}
+
+/// The whole app without a socket.
+pub(crate) struct App(poem::endpoint::BoxEndpoint<'static, Response>);
+
+impl App {
+    pub(crate) async fn call(&self, request: Request) -> Response {
+        self.0.call(request).await.unwrap()
+    }
+
+    /// Posts JSON, expects 201.
+    pub(crate) async fn create(&self, path: &str, body: &str) {
+        let response = self.call(post(path, body)).await;
+        assert_eq!(response.status().as_u16(), 201, "{path} {body}");
+    }
+}
+
+/// Waits for a condition, at most 20 s.
+pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition().await {
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
