@@ -21,6 +21,9 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+/// A connection on which nothing happens for so long is closed.
+const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
+
 /// How long draining may take before what is left is given up.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct ShutdownArgs {
@@ -118,6 +121,7 @@ impl Shutdown {
         let grace = drain.mul_f32(0.9);
         self.spawn("http", async move {
             Server::new_with_acceptor(acceptor)
+                .idle_timeout(IDLE_TIMEOUT)
                 .run_with_graceful_shutdown(app, async move { requested.cancelled().await }, Some(grace))
                 .await
                 .context("the HTTP server failed")
