@@ -1,1 +1,113 @@
-//! score-api
+//! Serves each person's score from the read model that the score projector writes. Reads only, and
+//! from nowhere else: the person service may be away.
+
+mod api;
+mod read_model;
+
+use std::{net::SocketAddr, time::Duration};
+
+use metrics_exporter_prometheus::PrometheusHandle;
+use service::{
+    config::database::{self, DatabaseArgs, Schema, wait_until_current},
+    health::{Health, Part},
+    shutdown::{Shutdown, ShutdownArgs},
+    telemetry::{self, TelemetryArgs},
+};
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+/// How long a statement may take before the server ends it. Every read is one row by an index.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Connections to the database. Reads are short, so a few serve many requests.
+const CONNECTIONS: u32 = 10;
+
+/// How often readiness asks the database.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+
+/// Serves each person's score over HTTP.
+#[derive(Debug, clap::Parser)]
+#[command(version, about)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the program can do.
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Serve `GET /{cpf}/score` until SIGTERM.
+    Run(Config),
+    /// Ask the running program whether it is ready; for a container's health check.
+    Health {
+        /// Where it listens.
+        #[command(flatten)]
+        listen: ListenArgs,
+    },
+}
+
+/// Where the program listens.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct ListenArgs {
+    /// Where the API, /live, /ready and /metrics listen.
+    #[arg(long, env = "LISTEN", default_value = "127.0.0.1:8001", value_name = "ADDRESS")]
+    pub listen: SocketAddr,
+}
+
+/// All settings of `run`.
+#[derive(Clone, Debug, clap::Args)]
+#[expect(missing_docs, reason = "each group documents itself")]
+pub struct Config {
+    #[command(flatten)]
+    pub listen: ListenArgs,
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+    #[command(flatten)]
+    pub shutdown: ShutdownArgs,
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+}
+
+/// Serves until `shutdown` is requested. An error when the settings are wrong, the address is taken,
+/// or the schema is not the one this program was built for.
+pub async fn run(
+    config: Config,
+    metrics: Option<PrometheusHandle>,
+    shutdown: Shutdown,
+) -> anyhow::Result<()> {
+    // The role's rights say it too; this holds when somebody runs it under a greater one.
+    let options = config
+        .database
+        .options("score-api", STATEMENT_TIMEOUT)?
+        .options([("default_transaction_read_only", "on")]);
+    let pool = database::pool(options, CONNECTIONS);
+
+    let health = Health::new();
+    let readiness = watch(pool.clone(), health.part("database"), shutdown.requested().clone());
+    shutdown.spawn("readiness", readiness);
+
+    let routes = health.add_to(api::routes(pool), metrics);
+    let drain = config.shutdown.drain_timeout;
+    shutdown.serve(config.listen.listen, telemetry::observed(routes), drain).await?;
+    shutdown.finish(drain).await
+}
+
+/// Ready while the database answers and its schema is current. A schema that is not ends the program,
+/// also when it is found so after a reconnect: waiting would not change it.
+async fn watch(pool: PgPool, database: Part, stop: CancellationToken) -> anyhow::Result<()> {
+    let schemas = [read_model::schema()];
+    let waiting = |error: &sqlx::Error| database.waiting(read_model::reason(error));
+    while wait_until_current(&pool, &schemas, &stop, waiting).await? {
+        database.ready();
+        if stop.run_until_cancelled(tokio::time::sleep(PROBE_EVERY)).await.is_none() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The schema that the program reads; the score projector's migrations make it.
+pub fn schema() -> Schema {
+    read_model::schema()
+}

@@ -3,14 +3,27 @@
 
 use std::{
     future::Future,
+    net::SocketAddr,
     process::ExitCode,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context, anyhow};
-use tokio::signal::unix::{SignalKind, signal};
+use poem::{
+    Endpoint, Response, Server,
+    http::uri::Scheme,
+    listener::{Acceptor, TcpAcceptor},
+    web::{LocalAddr, RemoteAddr},
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    signal::unix::{SignalKind, signal},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// A connection on which nothing happens for so long is closed.
+const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// How long draining may take before what is left is given up.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -102,6 +115,32 @@ impl Shutdown {
         });
     }
 
+    /// Serves `app` on `address` as the task `http`, until the end is requested; then lets the requests
+    /// under way end, for at most `drain`. Bound when this returns, so that a taken address is the
+    /// start's own error. Returns the address, for when the port was 0.
+    pub async fn serve(
+        &self,
+        address: SocketAddr,
+        app: impl Endpoint<Output = Response> + 'static,
+        drain: Duration,
+    ) -> anyhow::Result<SocketAddr> {
+        let listener =
+            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+        let bound = listener.local_addr()?;
+        let acceptor = PatientAcceptor(TcpAcceptor::from_tokio(listener)?);
+        let requested = self.requested.clone();
+        // Ends before the process gives up: a client that dawdles is cut off and is no failure of ours.
+        let grace = drain.mul_f32(0.9);
+        self.spawn("http", async move {
+            Server::new_with_acceptor(acceptor)
+                .idle_timeout(IDLE_TIMEOUT)
+                .run_with_graceful_shutdown(app, async move { requested.cancelled().await }, Some(grace))
+                .await
+                .context("the HTTP server failed")
+        });
+        Ok(bound)
+    }
+
     /// Waits for the request, then for the tasks, at most `deadline`. The error of the first task that
     /// failed is the process's own.
     pub async fn finish(self, deadline: Duration) -> anyhow::Result<()> {
@@ -117,5 +156,26 @@ impl Shutdown {
                 self.tasks.len()
             )
         })
+    }
+}
+
+/// Waits a moment after an error. The server accepts again at once, which would be a hot loop while
+/// the process is out of file descriptors.
+struct PatientAcceptor(TcpAcceptor);
+
+impl Acceptor for PatientAcceptor {
+    type Io = TcpStream;
+
+    fn local_addr(&self) -> Vec<LocalAddr> {
+        self.0.local_addr()
+    }
+
+    async fn accept(&mut self) -> std::io::Result<(TcpStream, LocalAddr, RemoteAddr, Scheme)> {
+        let accepted = self.0.accept().await;
+        if let Err(error) = &accepted {
+            tracing::warn!(%error, "a connection could not be accepted");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        accepted
     }
 }

@@ -31,9 +31,9 @@ impl DatabaseArgs {
         statement_timeout: Duration,
     ) -> Result<PgConnectOptions, SettingError> {
         let url = secret("DATABASE_URL", self.database_url_file.as_ref(), FORM)?;
-        // sqlx takes any scheme, and would go and look for PostgreSQL at a MySQL server.
+        // The driver takes any scheme, and then waits for a server that will never understand it.
         if !["postgres://", "postgresql://"].iter().any(|scheme| url.expose_secret().starts_with(scheme)) {
-            return Err(SettingError::new("DATABASE_URL", format_args!("should look like {FORM}")));
+            return Err(SettingError::new("DATABASE_URL", format_args!("it should look like {FORM}")));
         }
         let options: PgConnectOptions = parse_secret("DATABASE_URL", &url, FORM)?;
         let statement_timeout = statement_timeout.as_millis().to_string();
@@ -150,10 +150,12 @@ pub async fn wait_until_current(
             }
             Ok(())
         };
-        match attempt.await {
-            Ok(()) => return Ok(true),
-            Err(SchemaError::Database(error)) => waiting(&error),
-            Err(fatal) => return Err(fatal),
+        // The attempt too: while the database is away it lasts as long as the pool waits for a connection.
+        match stop.run_until_cancelled(attempt).await {
+            None => return Ok(false),
+            Some(Ok(())) => return Ok(true),
+            Some(Err(SchemaError::Database(error))) => waiting(&error),
+            Some(Err(fatal)) => return Err(fatal),
         }
         if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
             return Ok(false);

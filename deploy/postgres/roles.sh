@@ -1,0 +1,15 @@
+#!/bin/sh
+# Creates the programs' login roles, once, when the volume is empty. What each may do is granted by the
+# migrations; here they only get in. LOGIN_ROLES lists them; the password of `score_api` is in
+# SCORE_API_PASSWORD, and so on.
+set -e
+for role in $LOGIN_ROLES; do
+    variable=$(echo "$role" | tr '[:lower:]' '[:upper:]')_PASSWORD
+    eval "password=\${$variable:?}"
+    psql --no-psqlrc --quiet --set=ON_ERROR_STOP=1 --username="$POSTGRES_USER" --dbname="$POSTGRES_DB" \
+        --set=role="$role" --set=database="$POSTGRES_DB" --set=password="$password" <<'SQL'
+REVOKE CONNECT ON DATABASE :"database" FROM PUBLIC;
+CREATE ROLE :"role" LOGIN PASSWORD :'password';
+GRANT CONNECT ON DATABASE :"database" TO :"role";
+SQL
+done
