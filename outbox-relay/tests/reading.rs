@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use devstack::{folder::Folder, ports, postgres::Postgres};
 use outbox_relay::{
     leader::{Begin, Leader, LeaderError},
     reader::{Budget, Event, READ},
@@ -357,4 +358,74 @@ async fn a_read_is_two_short_index_scans() {
     if release.starts_with("15") {
         insta::assert_snapshot!(plan.join("\n"));
     }
+}
+
+/// A server that is killed takes back what was committed with `synchronous_commit=off` and not yet
+/// written, and hands out the same positions again. Nothing of what it takes back was published, and
+/// nothing that it puts at those positions later is skipped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_server_takes_nothing_back_that_was_published() {
+    let seed = seed();
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let folder = Folder::temporary().unwrap();
+    let mut postgres = Postgres::new(&folder, ports::free(), false).await.unwrap();
+    postgres.start().await.unwrap();
+    let server = prepare(format!("{}/postgres", postgres.url())).await;
+    // As late as it gets: the writer of the WAL wakes up every 10 s.
+    let mut conn = connect(&server.admin).await;
+    for setting in [
+        "ALTER SYSTEM SET synchronous_commit = off",
+        "ALTER SYSTEM SET wal_writer_delay = '10s'",
+        "SELECT pg_reload_conf()",
+    ] {
+        conn.execute(setting).await.unwrap();
+    }
+
+    // At the worst moment: killed between the read and anything else that would flush the commit.
+    let mut relay = Relay::default();
+    for version in 1..=3 {
+        relay.run_once(&server, &mut rng, 0.0).await;
+        connect(&server.admin).await.execute("SELECT append(1)").await.unwrap();
+        let leader = relay.leader.as_mut().unwrap();
+        let batch = leader.read(Budget { events: 10, bytes: 10_000 }).await.unwrap();
+        assert_eq!(batch.events.last().unwrap().version, version);
+        relay.delivered.extend(batch.events);
+        postgres.kill().await;
+        postgres.start().await.unwrap();
+        relay.crash();
+        assert_eq!(relay.ids(), committed(&server.admin).await, "a published event was taken back");
+    }
+
+    let stop = Arc::new(AtomicBool::new(false));
+    let writers: Vec<_> =
+        (0..4).map(|n| tokio::spawn(writer(server.admin.clone(), seed + 1 + n, Arc::clone(&stop)))).collect();
+    for _ in 0..5 {
+        let end = Instant::now() + Duration::from_millis(rng.random_range(400..1_200));
+        while Instant::now() < end {
+            relay.run_once(&server, &mut rng, 0.0).await;
+        }
+        postgres.kill().await;
+        postgres.start().await.unwrap();
+    }
+    stop.store(true, Ordering::Relaxed);
+    for writer in writers {
+        writer.await.unwrap();
+    }
+
+    let mut conn = connect(&server.admin).await;
+    let prepared: Vec<String> =
+        sqlx::query_scalar("SELECT gid FROM pg_prepared_xacts").fetch_all(&mut conn).await.unwrap();
+    for gid in prepared {
+        conn.execute(AssertSqlSafe(format!("COMMIT PREPARED '{gid}'"))).await.unwrap();
+    }
+    let all = committed(&server.admin).await;
+    relay
+        .until(&server, &mut rng, "everything that survived is read", async |relay| {
+            relay.ids().is_superset(&all)
+        })
+        .await;
+    relay.assert_in_order();
+    let taken_back = relay.ids().difference(&all).count();
+    println!("{} events survived, {} restarts", all.len(), relay.restarts);
+    assert_eq!(taken_back, 0, "events were published that the server took back");
 }
