@@ -35,7 +35,7 @@ async fn bad_settings_are_named() {
     let secret = [("DATABASE_URL", "mysql://root:secret@db/score")];
     insta::assert_snapshot!(output(&run, &secret).await, @r"
     exit code 1
-    score-api: DATABASE_URL: it should look like postgres://user:password@host:5432/database
+    score-api: DATABASE_URL: should look like postgres://user:password@host:5432/database
     ");
     let database = [("DATABASE_URL", "postgres://127.0.0.1:1/score")];
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
