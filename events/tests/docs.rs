@@ -1,5 +1,7 @@
 //! The samples in `docs/EVENTS.md` are what the types here read and write, field for field.
 
+#![expect(clippy::unwrap_used, reason = "a panic in a test is the report")]
+
 use events::{PersonEvent, Score};
 use serde_json::Value;
 
