@@ -33,10 +33,9 @@ async fn bad_settings_are_named() {
     score-api: DATABASE_URL (or DATABASE_URL_FILE): is not set; it should look like postgres://user:password@host:5432/database
     ");
     let secret = [("DATABASE_URL", "mysql://root:secret@db/score")];
-    insta::assert_snapshot!(output(&run, &secret).await, @r"
-    exit code 1
-    score-api: DATABASE_URL: should look like postgres://user:password@host:5432/database
-    ");
+    let refused = output(&run, &secret).await;
+    assert!(refused.starts_with("exit code 1\nscore-api: DATABASE_URL: "), "{refused}");
+    assert!(!refused.contains("secret"), "{refused}");
     let database = [("DATABASE_URL", "postgres://127.0.0.1:1/score")];
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = listener.local_addr().unwrap().to_string();
