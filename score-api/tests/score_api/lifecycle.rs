@@ -33,10 +33,9 @@ async fn bad_settings_are_named() {
     score-api: DATABASE_URL (or DATABASE_URL_FILE): is not set; it should look like postgres://user:password@host:5432/database
     ");
     let secret = [("DATABASE_URL", "mysql://root:secret@db/score")];
-    insta::assert_snapshot!(output(&run, &secret).await, @r"
-    exit code 1
-    score-api: DATABASE_URL: it should look like postgres://user:password@host:5432/database
-    ");
+    let refused = output(&run, &secret).await;
+    assert!(refused.starts_with("exit code 1\nscore-api: DATABASE_URL: "), "{refused}");
+    assert!(!refused.contains("secret"), "{refused}");
     let database = [("DATABASE_URL", "postgres://127.0.0.1:1/score")];
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = listener.local_addr().unwrap().to_string();
@@ -98,7 +97,7 @@ async fn it_starts_without_its_database_and_survives_its_absence() {
     let mut wire = Wire::to(&database).await;
     wire.cut().await;
 
-    let mut program = Program::start(&database.url_through(&wire.address.to_string())).await;
+    let program = Program::start(&database.url_through(&wire.address.to_string())).await;
     assert_eq!(program.get("/live").await.status, 200);
     insta::assert_snapshot!(program.get("/11111/score").await, @r#"
     > GET /11111/score
@@ -134,9 +133,15 @@ async fn it_starts_without_its_database_and_survives_its_absence() {
     wire.mend().await;
     program.until_ready().await;
     assert_eq!(program.get("/11111/score").await.status, 200);
+}
 
+#[tokio::test]
+async fn sigterm_does_not_wait_for_a_database_that_is_away() {
+    let database = Database::migrated().await;
+    let mut wire = Wire::to(&database).await;
     wire.cut().await;
-    program.until("/ready", 503).await;
+    // In its first look at the database, which lasts as long as the pool waits for a connection.
+    let mut program = Program::start(&database.url_through(&wire.address.to_string())).await;
     let asked = std::time::Instant::now();
     program.signal().await;
     assert_eq!(program.ended().await.code(), Some(0));
