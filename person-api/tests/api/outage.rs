@@ -2,10 +2,17 @@
 
 use std::time::Duration;
 
+use outbox::Waker;
 use sqlx::postgres::PgListener;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
-use crate::support::{Database, Program, Proxy, Redactions, answer, exchange, post, post_request, until};
+use crate::support::{
+    App, Database, Program, Proxy, Redactions, answer, exchange, post, post_request, until,
+};
 
+/// How long a test waits for what should come at once.
+const LIMIT: Duration = Duration::from_secs(20);
 const PERSON: &str = r#"{"cpf": 11111, "name": "abc", "date_of_birth": "2019-06-15"}"#;
 const DEBT: &str = r#"{"value": 1}"#;
 
@@ -52,7 +59,7 @@ async fn a_connection_lost_in_the_middle_leaves_the_outcome_open() {
     program.post("/person", PERSON).await;
     let holder = lock(&database).await;
     let stream = program.send(&post_request("/person/11111/debt", DEBT)).await;
-    database.until_blocked().await;
+    database.until_blocked(1).await;
     proxy.cut().await;
     insta::assert_snapshot!(answer(stream).await);
     drop(holder);
@@ -61,7 +68,7 @@ async fn a_connection_lost_in_the_middle_leaves_the_outcome_open() {
 #[tokio::test]
 async fn a_statement_that_takes_too_long_is_given_up() {
     let database = Database::new().await;
-    let app = database.app_with(Duration::from_millis(200));
+    let app = App::new(&database.api(Duration::from_millis(200), Waker::new()));
     app.create("/person", PERSON).await;
     let before = database.rows().await;
     let holder = lock(&database).await;
@@ -75,26 +82,33 @@ async fn a_statement_that_takes_too_long_is_given_up() {
 #[tokio::test]
 async fn a_client_that_hangs_up_does_not_cut_its_write_in_half() {
     let database = Database::new().await;
-    let program = Program::start(&database.url(None)).await;
-    program.post("/person", PERSON).await;
+    let (waker, stop) = (Waker::new(), CancellationToken::new());
+    tokio::spawn(waker.clone().run(database.admin.clone(), stop.clone()));
+    let api = database.api(Duration::from_secs(30), waker);
+    let app = App::new(&api);
     let mut notices = PgListener::connect_with(&database.admin).await.unwrap();
     notices.listen(outbox::CHANNEL).await.unwrap();
+    app.create("/person", PERSON).await;
+    timeout(LIMIT, notices.recv()).await.expect("the relay is woken").unwrap();
 
+    // What the server does with the handler of a connection or stream that is gone.
     let holder = lock(&database).await;
-    let stream = program.send(&post_request("/person/11111/debt", DEBT)).await;
-    database.until_blocked().await;
-    drop(stream);
-    // The server sees it at once; this answer comes after it saw it.
-    program.get("/live").await;
+    let handler = tokio::spawn(async move { app.call(post("/person/11111/debt", DEBT)).await.status() });
+    database.until_blocked(1).await;
+    handler.abort();
+    assert!(handler.await.unwrap_err().is_cancelled());
+    let early = timeout(Duration::from_millis(100), api.finish()).await;
+    assert!(early.is_err(), "the end waits for writes without a client");
     holder.rollback().await.unwrap();
 
-    let notice = tokio::time::timeout(Duration::from_secs(20), notices.recv()).await;
-    notice.expect("the write was finished and the relay woken").unwrap();
+    timeout(LIMIT, api.finish()).await.expect("the write ends");
+    timeout(LIMIT, notices.recv()).await.expect("the relay is woken for it too").unwrap();
     let events: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox.event WHERE type = 'debt.new'")
         .fetch_one(&database.admin)
         .await
         .unwrap();
     assert_eq!(events, 1);
+    stop.cancel();
 }
 
 #[tokio::test]
@@ -104,15 +118,11 @@ async fn sigterm_lets_what_is_under_way_end() {
     program.post("/person", PERSON).await;
     let holder = lock(&database).await;
     let stream = program.send(&post_request("/person/11111/debt", DEBT)).await;
-    let hung_up = program.send(&post_request("/person/11111/income", r#"{"type": "t", "value": 1}"#)).await;
-    database.until_blocked().await;
-    until("both wait for the lock", async || {
-        let waiting = "SELECT count(*) FROM pg_stat_activity
-                       WHERE datname = current_database() AND wait_event_type = 'Lock'";
-        sqlx::query_scalar::<_, i64>(waiting).fetch_one(&database.admin).await.unwrap() == 2
-    })
-    .await;
-    drop(hung_up);
+    database.until_blocked(1).await;
+    let income = post_request("/person/11111/income", r#"{"type": "t", "value": 1}"#);
+    let given_up = program.send(&income).await;
+    database.until_blocked(2).await;
+    drop(given_up);
 
     program.terminate();
     until("nobody listens any more", async || tokio::net::TcpStream::connect(program.address).await.is_err())
@@ -127,4 +137,17 @@ async fn sigterm_lets_what_is_under_way_end() {
         .unwrap();
     assert_eq!(items, 2, "the one whose client hung up was finished too");
     assert!(!log.contains("11111") && !log.contains("abc"), "nothing personal in the log: {log}");
+}
+
+#[tokio::test]
+async fn a_half_sent_request_does_not_hold_the_end_up() {
+    let database = Database::new().await;
+    let program = Program::start(&database.url(None)).await;
+    let half = program.send("POST /person HTTP/1.1\r\nhost: person\r\ncontent-le").await;
+    // Connections are taken in their order, so the half one is served by now.
+    program.get("/live").await;
+    program.terminate();
+    let (code, log) = program.ended().await;
+    assert_eq!(code, Some(0), "{log}");
+    drop(half);
 }

@@ -68,15 +68,15 @@ impl Database {
 
     /// The app as the role that it runs as.
     pub(crate) fn app(&self) -> App {
-        self.app_with(Duration::from_secs(30))
+        App::new(&self.api(Duration::from_secs(30), Waker::new()))
     }
 
-    pub(crate) fn app_with(&self, statement_timeout: Duration) -> App {
+    /// What is behind the app.
+    pub(crate) fn api(&self, statement_timeout: Duration, waker: Waker) -> Api {
         let options: PgConnectOptions = self.url(None).parse().unwrap();
         let timeout = statement_timeout.as_millis().to_string();
         let pool = database::pool(options.options([("statement_timeout", timeout)]), 8);
-        let api = Api::new(Store::new(pool), Waker::new());
-        App(api::answering(Health::new().add_to(api.routes(), None)).boxed())
+        Api::new(Store::new(pool), waker)
     }
 
     /// Every row that a write could leave, one a line.
@@ -99,12 +99,12 @@ impl Database {
         rows
     }
 
-    /// Waits until a statement of this database waits for a lock.
-    pub(crate) async fn until_blocked(&self) {
+    /// Waits until so many statements of this database wait for a lock.
+    pub(crate) async fn until_blocked(&self, statements: i64) {
         let blocked = "SELECT count(*) FROM pg_stat_activity
                        WHERE datname = current_database() AND wait_event_type = 'Lock'";
-        until("a statement waits for a lock", async || {
-            sqlx::query_scalar::<_, i64>(blocked).fetch_one(&self.admin).await.unwrap() > 0
+        until("statements wait for a lock", async || {
+            sqlx::query_scalar::<_, i64>(blocked).fetch_one(&self.admin).await.unwrap() == statements
         })
         .await;
     }
@@ -130,6 +130,10 @@ pub(crate) async fn empty_database() -> (String, PgConnection) {
 pub(crate) struct App(poem::endpoint::BoxEndpoint<'static, Response>);
 
 impl App {
+    pub(crate) fn new(api: &Api) -> Self {
+        Self(api::answering(Health::new().add_to(api.routes(), None)).boxed())
+    }
+
     pub(crate) async fn call(&self, request: Request) -> Response {
         self.0.call(request).await.unwrap()
     }

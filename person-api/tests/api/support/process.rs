@@ -40,6 +40,7 @@ impl Program {
     pub(crate) async fn start(database_url: &str) -> Self {
         let mut child = command(&["run", "--listen", "127.0.0.1:0"])
             .env("DATABASE_URL", database_url)
+            .env("DRAIN_TIMEOUT", "3s")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
