@@ -12,7 +12,7 @@ use lapin::{
     Channel, Connection, ConnectionProperties, Consumer, ExchangeKind,
     message::Delivery,
     options::{BasicConsumeOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
-    types::FieldTable,
+    types::{AMQPValue, FieldTable},
 };
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
@@ -157,7 +157,8 @@ fn shown(message: &Delivery) -> String {
     let properties = &message.properties;
     let text = |value: &Option<lapin::types::ShortString>| value.as_ref().map(ToString::to_string);
     let headers: BTreeMap<_, _> = properties.headers().iter().flat_map(FieldTable::inner).collect();
-    let headers: Vec<_> = headers.iter().map(|(name, value)| format!("  {name}: {value:?}")).collect();
+    let headers: Vec<_> =
+        headers.iter().map(|(name, value)| format!("  {name}: {}", header(value))).collect();
     let timestamp = properties.timestamp().expect("a timestamp");
     assert!((1_600_000_000..10_000_000_000).contains(&timestamp), "seconds since 1970: {timestamp}");
     let properties = json!({
@@ -185,6 +186,14 @@ fn shown(message: &Delivery) -> String {
         headers.join("\n"),
         String::from_utf8_lossy(&message.data),
     )
+}
+
+/// A header's value with its AMQP type.
+fn header(value: &AMQPValue) -> String {
+    match value {
+        AMQPValue::LongString(text) => format!("{:?}", String::from_utf8_lossy(text.as_bytes())),
+        other => format!("{other:?}"),
+    }
 }
 
 /// Gives what differs in every run a name that does not, the same name for the same value, so that a

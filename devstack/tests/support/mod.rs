@@ -16,7 +16,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_mins(2);
 /// A stack of this test's own.
 pub(crate) async fn stack() -> Stack {
     let folder = Folder::temporary().unwrap();
-    Box::pin(Stack::start(folder, Setup::PASSING)).await.unwrap_or_else(|error| panic!("{error:#}"))
+    Box::pin(Stack::start(folder, Setup::QUIET)).await.unwrap_or_else(|error| panic!("{error:#}"))
 }
 
 /// Asks again until there is an answer; says what was `awaited`, and what was seen last, when there is none.
