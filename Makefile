@@ -1,9 +1,10 @@
-# Everything that a developer calls. Each target says what it does; `make help` lists them.
+# Everything that a developer calls; `make help` lists it.
 .DEFAULT_GOAL := help
 .PHONY: up demo env test test-faults help
 
-# What comes after `--` runs with private servers around it; nothing of them is left afterwards.
-DEVSTACK := cargo run --quiet --package devstack --
+# `run -- COMMAND` puts private servers around a command and leaves nothing of them. The binary and not
+# `cargo run -p devstack`: for one package alone cargo builds the dependencies again, with fewer features.
+DEVSTACK := $(or $(CARGO_TARGET_DIR),target)/debug/devstack
 
 up: ## Start the whole stack in this checkout, until Ctrl-C
 	@devstack/install
@@ -16,6 +17,7 @@ demo: ## Play payloads/ through the running stack, or through one of its own, an
 	@exec $(DEVSTACK) demo
 
 env: ## Print the running stack's addresses as export lines for a shell
+	@cargo build --quiet --workspace
 	@exec $(DEVSTACK) env
 
 test: ## Run all tests but the slow fault suite
@@ -26,7 +28,7 @@ test: ## Run all tests but the slow fault suite
 test-faults: ## Run the fault suite: servers stopped and programs killed under load
 	@devstack/install
 	cargo build --workspace
-	exec $(DEVSTACK) run -- cargo test --package devstack --test faults -- --ignored --nocapture --test-threads=1
+	cargo test --workspace --test faults -- --ignored --nocapture
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\): ## \(.*\)/\1\t\2/p' Makefile | expand -t 14

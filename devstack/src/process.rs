@@ -197,6 +197,9 @@ impl Process {
     pub fn last_words(&self) -> String {
         let text = tail(&self.log, self.begin).unwrap_or_default();
         let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        if lines.is_empty() {
+            return " without a word".to_owned();
+        }
         let last = lines[lines.len().saturating_sub(8)..].join("\n    ");
         format!("\n    {last}\n  all of it: {}", self.log.display())
     }

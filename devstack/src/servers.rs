@@ -13,13 +13,17 @@ pub struct Setup {
     pub usual_ports: bool,
     /// Commits survive a loss of power, which tests need not pay for.
     pub durable: bool,
+    /// Is told of each step.
+    pub report: fn(&str),
 }
 
 impl Setup {
     /// For people: data is kept, addresses can be remembered.
-    pub const KEPT: Self = Self { usual_ports: true, durable: true };
-    /// For tests and other passing use.
-    pub const PASSING: Self = Self { usual_ports: false, durable: false };
+    pub const KEPT: Self = Self { usual_ports: true, durable: true, report: say };
+    /// For a passing use.
+    pub const PASSING: Self = Self { usual_ports: false, durable: false, report: say };
+    /// For tests, whose output is about failures.
+    pub const QUIET: Self = Self { report: |_| (), ..Self::PASSING };
 
     /// The port `usual`, or any free one.
     pub(crate) fn port(self, usual: u16) -> u16 {
@@ -34,28 +38,30 @@ pub struct Servers {
     pub postgres: Postgres,
     /// The private RabbitMQ.
     pub rabbitmq: RabbitMq,
+    report: fn(&str),
 }
 
 impl Servers {
     /// Starts both at once and waits until both answer.
     pub async fn start(folder: &Folder, setup: Setup) -> anyhow::Result<Self> {
         let begin = Instant::now();
-        say(&format!("starting PostgreSQL and RabbitMQ in {}", folder.path().display()));
+        let report = setup.report;
+        report(&format!("starting PostgreSQL and RabbitMQ in {}", folder.path().display()));
         let (amqp, management) = (setup.port(5680), setup.port(15680));
         let postgres = async {
             let mut postgres = Postgres::new(folder, setup.port(5440), setup.durable).await?;
             postgres.start().await?;
-            say(&format!("PostgreSQL answers after {:.1} s", begin.elapsed().as_secs_f32()));
+            report(&format!("PostgreSQL answers after {:.1} s", begin.elapsed().as_secs_f32()));
             anyhow::Ok(postgres)
         };
         let rabbitmq = async {
             let mut rabbitmq = RabbitMq::new(folder, amqp, management)?;
             rabbitmq.start().await?;
-            say(&format!("RabbitMQ answers after {:.1} s", begin.elapsed().as_secs_f32()));
+            report(&format!("RabbitMQ answers after {:.1} s", begin.elapsed().as_secs_f32()));
             anyhow::Ok(rabbitmq)
         };
         let (postgres, rabbitmq) = tokio::try_join!(postgres, rabbitmq)?;
-        Ok(Self { postgres, rabbitmq })
+        Ok(Self { postgres, rabbitmq, report })
     }
 
     /// Stops both, at once instead of in good order when `hurry` is cancelled.
@@ -63,7 +69,7 @@ impl Servers {
         for (name, in_good_order) in
             [("RabbitMQ", self.rabbitmq.stop(hurry).await), ("PostgreSQL", self.postgres.stop(hurry).await)]
         {
-            say(&format!("{name} has stopped{}", if in_good_order { "" } else { ", in a hurry" }));
+            (self.report)(&format!("{name} has stopped{}", if in_good_order { "" } else { ", in a hurry" }));
         }
     }
 }

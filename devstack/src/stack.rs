@@ -10,7 +10,6 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     folder::{Folder, write_private},
     program::Program,
-    say,
     servers::{Servers, Setup},
 };
 
@@ -35,13 +34,13 @@ pub struct Stack {
     pub score_relay: Program,
     /// Answers scores, at 8001.
     pub score_api: Program,
+    report: fn(&str),
     // Last, because it waits for what is left of the others.
     folder: Folder,
 }
 
-/// Where everything is, for whoever wants to join in. The names are those of `devstack env`.
+/// Where everything is, for whoever wants to join in.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub struct Addresses {
     /// person-api.
     pub person_url: String,
@@ -63,6 +62,23 @@ pub struct Addresses {
     pub projector_url: String,
 }
 
+impl Addresses {
+    /// The variables of `devstack env`.
+    pub fn variables(&self) -> [(&'static str, &str); 9] {
+        [
+            ("PERSON_URL", &self.person_url),
+            ("SCORE_URL", &self.score_url),
+            ("PERSON_DATABASE_URL", &self.person_database_url),
+            ("SCORE_DATABASE_URL", &self.score_database_url),
+            ("AMQP_URL", &self.amqp_url),
+            ("RABBITMQ_MANAGEMENT_URL", &self.rabbitmq_management_url),
+            ("PERSON_RELAY_URL", &self.person_relay_url),
+            ("SCORE_RELAY_URL", &self.score_relay_url),
+            ("PROJECTOR_URL", &self.projector_url),
+        ]
+    }
+}
+
 impl Stack {
     /// Starts everything in `folder` and waits until all of it is ready.
     pub async fn start(folder: Folder, setup: Setup) -> anyhow::Result<Self> {
@@ -75,7 +91,11 @@ impl Stack {
         }
         for program in stack.programs() {
             program.ready(READY).await?;
-            say(&format!("{} is ready after {:.1} s", program.name(), begin.elapsed().as_secs_f32()));
+            (setup.report)(&format!(
+                "{} is ready after {:.1} s",
+                program.name(),
+                begin.elapsed().as_secs_f32()
+            ));
         }
         let addresses = serde_json::to_string_pretty(&stack.addresses())?;
         write_private(&stack.folder.path().join(ADDRESSES), &addresses)?;
@@ -101,6 +121,7 @@ impl Stack {
             score_projector: program("score-projector", "score-projector", 8004, "score_projector", "score")?
                 .env("AMQP_URL", &amqp),
             servers,
+            report: setup.report,
             folder,
         })
     }
@@ -157,7 +178,7 @@ impl Stack {
                 .await
                 .with_context(|| format!("the schemas of {} are not current", program.name()))?;
         }
-        say("the schemas are current");
+        (self.report)("the schemas are current");
         Ok(())
     }
 
@@ -191,13 +212,11 @@ impl Stack {
     /// Stops the programs, which drain, then the servers; at once when `hurry` is cancelled.
     pub async fn stop(mut self, hurry: &CancellationToken) {
         let _never_written = std::fs::remove_file(self.folder.path().join(ADDRESSES));
+        let report = self.report;
         for program in self.programs() {
             let in_good_order = program.stop(hurry).await;
-            say(&format!(
-                "{} has stopped{}",
-                program.name(),
-                if in_good_order { "" } else { ", in a hurry" }
-            ));
+            let hurried = if in_good_order { "" } else { ", in a hurry" };
+            report(&format!("{} has stopped{hurried}", program.name()));
         }
         self.servers.stop(hurry).await;
     }

@@ -195,7 +195,7 @@ async fn servers_keep_their_data_through_stop_kill_and_pause() {
     let folder = Folder::temporary().unwrap();
     let path = folder.path().to_owned();
     let no_hurry = CancellationToken::new();
-    let mut servers = Servers::start(&folder, Setup::PASSING).await.unwrap();
+    let mut servers = Servers::start(&folder, Setup::QUIET).await.unwrap();
     private_to_their_owner(&path);
     servers_write(&servers, 1).await;
 

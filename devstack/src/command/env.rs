@@ -22,10 +22,8 @@ pub fn run() -> anyhow::Result<()> {
     let Some(addresses) = running()? else {
         bail!("no stack runs in this checkout; start one with: make up")
     };
-    if let serde_json::Value::Object(addresses) = serde_json::to_value(addresses)? {
-        for (name, address) in addresses {
-            println!("export {name}='{}'", address.as_str().unwrap_or_default());
-        }
+    for (name, address) in addresses.variables() {
+        println!("export {name}='{address}'");
     }
     Ok(())
 }

@@ -1,0 +1,114 @@
+//! What the tests of the whole system share: requests, and waiting with an end.
+
+use std::{fmt::Write, time::Duration};
+
+use devstack::{
+    folder::Folder,
+    servers::Setup,
+    stack::{Addresses, Stack},
+};
+use serde_json::Value;
+use tokio::time::Instant;
+
+/// How long anything may take on a busy machine.
+pub(crate) const DEADLINE: Duration = Duration::from_mins(2);
+
+/// A stack of this test's own.
+pub(crate) async fn stack() -> Stack {
+    let folder = Folder::temporary().unwrap();
+    Box::pin(Stack::start(folder, Setup::QUIET)).await.unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// Asks again until there is an answer; says what was `awaited`, and what was seen last, when there is none.
+pub(crate) async fn eventually<T>(awaited: &str, mut ask: impl AsyncFnMut() -> Result<T, String>) -> T {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        match ask().await {
+            Ok(answer) => return answer,
+            Err(seen) => {
+                assert!(Instant::now() < end, "not within {DEADLINE:?}: {awaited}; last seen: {seen}");
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// An HTTP answer.
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) head: String,
+    pub(crate) body: String,
+}
+
+impl Answer {
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
+    }
+
+    /// As curl shows it, without what differs each time anyway.
+    pub(crate) fn shown(&self) -> String {
+        format!("{}\n{}\n", self.head, self.body.trim_end())
+    }
+}
+
+/// The two APIs of a stack, by the names that people call them by.
+#[derive(Clone)]
+pub(crate) struct Apis {
+    client: reqwest::Client,
+    person: String,
+    score: String,
+}
+
+impl Apis {
+    pub(crate) fn of(addresses: &Addresses) -> Self {
+        let localhost = "127.0.0.1:0".parse().unwrap();
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(Duration::from_secs(10))
+            .resolve("person.localhost", localhost)
+            .resolve("score.localhost", localhost);
+        Self {
+            client: client.build().unwrap(),
+            person: addresses.person_url.replace("127.0.0.1", "person.localhost"),
+            score: addresses.score_url.replace("127.0.0.1", "score.localhost"),
+        }
+    }
+
+    /// `curl -H 'Content-Type: application/json' http://person.localhost:…{path} --data …`
+    pub(crate) async fn post(&self, path: &str, body: String) -> Answer {
+        let request = self.client.post(format!("{}{path}", self.person));
+        answer(request.header("Content-Type", "application/json").body(body)).await
+    }
+
+    /// `curl http://score.localhost:…/{cpf}/score`
+    pub(crate) async fn score(&self, cpf: u64) -> Answer {
+        answer(self.client.get(format!("{}/{cpf}/score", self.score))).await
+    }
+
+    /// Waits until the score of `cpf` is `score`.
+    pub(crate) async fn until_score(&self, cpf: u64, score: i64) -> Answer {
+        eventually(&format!("the score {score}"), async || {
+            let answer = self.score(cpf).await;
+            let right = answer.status == 200 && answer.json()["score"].as_i64() == Some(score);
+            if right { Ok(answer) } else { Err(answer.shown()) }
+        })
+        .await
+    }
+}
+
+async fn answer(request: reqwest::RequestBuilder) -> Answer {
+    let answer = request.send().await.unwrap();
+    let mut head = answer.status().to_string();
+    let mut headers: Vec<_> = answer.headers().iter().filter(|(name, _)| *name != "date").collect();
+    headers.sort_by_key(|(name, _)| name.as_str());
+    for (name, value) in headers {
+        write!(head, "\n{name}: {}", value.to_str().unwrap()).unwrap();
+    }
+    Answer { status: answer.status().as_u16(), head, body: answer.text().await.unwrap() }
+}
+
+/// A sample of `payloads/`.
+pub(crate) fn payload(name: &str) -> String {
+    let path = format!("{}/../payloads/new_{name}.json", env!("CARGO_MANIFEST_DIR"));
+    std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
