@@ -375,7 +375,9 @@ impl<H: Handler> Sequencer<H> {
         count("inbox_rejected_total", outcome.rejected);
         count("inbox_forks_total", outcome.forks);
         let lag = metrics::histogram!("inbox_lag_seconds", "consumer" => self.consumer.clone());
-        lags.iter().for_each(|seconds| lag.record(seconds.max(0.0)));
+        for seconds in lags {
+            lag.record(seconds.max(0.0));
+        }
         if outcome.applied > 0 {
             self.handler.committed();
         }
