@@ -146,8 +146,8 @@ impl<H: Handler> Consumer<H> {
         let session = stop.child_token();
         let settled = || progress.store(true, Ordering::Relaxed);
         let (main, dead, database) = tokio::join!(
-            ending(&session, main.run(&self.sequencer, &session, settled)),
-            ending(&session, dead.run(&self.sequencer, &session, settled)),
+            Box::pin(ending(&session, main.run(&self.sequencer, &session, settled))),
+            Box::pin(ending(&session, dead.run(&self.sequencer, &session, settled))),
             ending(&session, self.watch_database(&session)),
         );
         if let Err(trouble) = answer(connection.close(200, "bye".into())).await {

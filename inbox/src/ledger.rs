@@ -233,7 +233,7 @@ impl<'a> Ledger<'a> {
         let inserted = sqlx::query(
             "INSERT INTO inbox.held (consumer, source, aggregate_type, aggregate_id, version, event_id, type,
                                      occurred_at, headers, payload, reason)
-             SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10,
+             SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9::text::json, $10,
                     CASE WHEN EXISTS (
                         SELECT FROM inbox.held
                         WHERE (consumer, source, aggregate_type, aggregate_id, version) = ($1, $2, $3, $4, $11)
@@ -248,7 +248,7 @@ impl<'a> Ledger<'a> {
         .bind(event.id)
         .bind(&event.type_)
         .bind(event.occurred_at)
-        .bind(Json(&event.headers))
+        .bind(json_text(&event.headers))
         .bind(&event.payload)
         .bind(next)
         .execute(&mut **tx)
@@ -279,7 +279,7 @@ impl<'a> Ledger<'a> {
         sqlx::query(
             "INSERT INTO inbox.held (consumer, source, aggregate_type, aggregate_id, version, event_id, type,
                                      occurred_at, headers, payload, reason, error, attempts)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'poison', $11, 1)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::json, $10, 'poison', $11, 1)
              ON CONFLICT (consumer, source, aggregate_type, aggregate_id, version) DO UPDATE
              SET reason = 'poison', error = excluded.error, attempts = held.attempts + 1, last_at = now()",
         )
@@ -291,7 +291,7 @@ impl<'a> Ledger<'a> {
         .bind(event.id)
         .bind(&event.type_)
         .bind(event.occurred_at)
-        .bind(Json(&event.headers))
+        .bind(json_text(&event.headers))
         .bind(&event.payload)
         .bind(error)
         .execute(&mut **tx)
@@ -320,7 +320,7 @@ impl<'a> Ledger<'a> {
         }
         sqlx::query(
             "INSERT INTO inbox.rejected AS r (consumer, digest, reason, detail, routing_key, properties, body)
-             VALUES ($1, sha256($2 || $7), $3, $4, $5, $6, $7)
+             VALUES ($1, sha256($2 || $7), $3, $4, $5, $6::text::json, $7)
              ON CONFLICT (consumer, digest) DO UPDATE SET times = r.times + 1, last_at = now()",
         )
         .bind(self.consumer)
@@ -328,7 +328,7 @@ impl<'a> Ledger<'a> {
         .bind(reason.as_str())
         .bind(detail)
         .bind(envelope.routing_key.replace('\0', "\u{fffd}"))
-        .bind(Json(envelope.properties_json()))
+        .bind(envelope.properties_json().to_string())
         .bind(&envelope.body)
         .execute(&mut **tx)
         .await?;
@@ -394,6 +394,12 @@ impl<'a> Ledger<'a> {
         }
         Ok(())
     }
+}
+
+/// As text: sqlx sends JSON as jsonb, which refuses the "\u0000" that a header may hold.
+fn json_text(headers: &Map<String, Value>) -> String {
+    // Keys are texts, so this cannot fail.
+    serde_json::to_string(headers).unwrap_or_default()
 }
 
 #[derive(sqlx::FromRow)]

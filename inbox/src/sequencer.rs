@@ -188,7 +188,8 @@ impl<H: Handler> Sequencer<H> {
         mode: Mode,
     ) -> Result<(Outcome, Vec<Key>), Stop> {
         let work = async {
-            let mut tx = self.pool.begin().await?;
+            // Whatever keeps it from beginning (no connection, no login) is no message's fault.
+            let mut tx = self.pool.begin().await.map_err(|error| Stop::Transient(describe(&error)))?;
             let events = messages.iter().filter_map(|message| message.event.as_ref().ok());
             let keys: BTreeSet<Key> = events.map(Key::from).chain(resume.iter().cloned()).collect();
             let ledger = Ledger::lock(&mut tx, &self.consumer, keys).await?;
