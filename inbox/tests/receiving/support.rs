@@ -179,7 +179,7 @@ pub(crate) async fn tables(pool: &PgPool, consumer: &str) -> String {
 }
 
 /// Waits until `condition` holds.
-pub(crate) async fn until<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
+pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
     while !condition().await {
         assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
