@@ -12,7 +12,7 @@ mod store;
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use inbox::{Consumer, Sequencer, Topology};
 use metrics_exporter_prometheus::PrometheusHandle;
 use outbox::Waker;
@@ -159,7 +159,10 @@ async fn apply(conn: &mut PgConnection, schema: &str, migrator: &Migrator) -> an
 }
 
 async fn grant(conn: &mut PgConnection, role: &str, sql: &'static str) -> anyhow::Result<()> {
-    let granted = sqlx::query(sql).bind(role).execute(conn).await;
-    granted.with_context(|| format!("the rights could not be granted to {role}"))?;
+    sqlx::query(sql).bind(role).execute(conn).await.map_err(|error| {
+        let reason =
+            error.as_database_error().map_or_else(|| error.to_string(), |db| db.message().to_owned());
+        anyhow!("the rights could not be granted to {role}: {reason}")
+    })?;
     Ok(())
 }
