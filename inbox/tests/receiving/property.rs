@@ -88,7 +88,8 @@ async fn check(pool: &PgPool, name: &str, world: &World, steps: &[Vec<Step>; 2])
     // What was not acknowledged comes again, to both at once and in opposite directions.
     let reversed: Vec<Envelope> = all.iter().rev().cloned().collect();
     let (one, two) = tokio::join!(consumers[0].apply(&all), consumers[1].apply(&reversed));
-    (one.unwrap(), two.unwrap());
+    one.unwrap();
+    two.unwrap();
 
     let applied: Vec<(String, i64)> =
         sqlx::query_as("SELECT aggregate, version FROM applied WHERE consumer = $1 ORDER BY n")

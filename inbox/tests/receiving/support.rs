@@ -70,12 +70,12 @@ impl Handler for Recorder {
             "transient" if !self.passed.load(Ordering::Relaxed) => {
                 return Err(Failure::Transient("another service is away".to_owned()));
             }
-            "divide" => drop(sqlx::query("SELECT 1 / 0").execute(&mut **tx).await?),
+            "divide" => run(tx, "SELECT 1 / 0").await?,
             // Its violation shows at the commit only.
-            "deferred" => drop(sqlx::query("INSERT INTO twin VALUES (1)").execute(&mut **tx).await?),
+            "deferred" => run(tx, "INSERT INTO twin VALUES (1)").await?,
             // A handler that overlooks an error leaves a transaction that can do nothing more.
-            "overlook" => drop(sqlx::query("SELECT 1 / 0").execute(&mut **tx).await),
-            "slow" => drop(sqlx::query("SELECT pg_sleep(0.5)").execute(&mut **tx).await?),
+            "overlook" => drop(run(tx, "SELECT 1 / 0").await),
+            "slow" => run(tx, "SELECT pg_sleep(0.5)").await?,
             body => {
                 if let Ok(number) = body.parse::<i64>() {
                     let sql = if event.is_baseline() {
@@ -100,6 +100,11 @@ impl Handler for Recorder {
     fn committed(&self) {
         self.commits.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+async fn run(tx: &mut Transaction<'_, Postgres>, sql: &'static str) -> sqlx::Result<()> {
+    sqlx::query(sql).execute(&mut **tx).await?;
+    Ok(())
 }
 
 /// An id that tells what it is of; made at a fixed time, plus `seconds`.

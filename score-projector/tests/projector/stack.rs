@@ -1,6 +1,7 @@
 //! A database with a role of its own, a virtual host, and events published by hand.
 
 use std::{
+    fmt::Write,
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -157,9 +158,9 @@ impl Stack {
         ];
         for (title, sql) in sections {
             let rows: Vec<String> = sqlx::query_scalar(sql).fetch_all(&self.pool).await.unwrap();
-            text += &format!("{title}\n");
+            writeln!(text, "{title}").unwrap();
             for row in rows {
-                text += &format!("  {row}\n");
+                writeln!(text, "  {row}").unwrap();
             }
         }
         text
@@ -168,7 +169,7 @@ impl Stack {
 
 /// Waits until `condition` holds.
 pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+    let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
     while !condition().await {
         assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
