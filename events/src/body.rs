@@ -74,7 +74,7 @@ pub struct Item {
     pub person: Person,
 }
 
-/// The body of `person.deleted`: the id alone.
+/// The body of `person.deleted` and `score.deleted`: the person's id alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deleted {
     /// The id of what is gone.
@@ -110,7 +110,7 @@ pub struct BaselineItem {
     pub created_at: DateTime<Utc>,
 }
 
-/// The body of `score.new`, `score.changed` and `score.deleted`: one entry of a person's score.
+/// The body of `score.new` and `score.changed`: one entry of a person's score.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Score {
     /// The item's own id, so that a rebuilt read model publishes nothing different.

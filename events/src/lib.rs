@@ -26,8 +26,11 @@ pub const AGGREGATE_SCORE: &str = "score";
 /// A score entry came into being.
 pub const SCORE_NEW: &str = "score.new";
 
-/// A score entry's value changed.
+/// What a score entry adds has changed. An entry whose item is gone is published a last time, with
+/// value and score 0.
 pub const SCORE_CHANGED: &str = "score.changed";
 
-/// A score entry is gone.
+/// A person's score has ended, with all of its entries, because the person is gone. Its body is the
+/// person's id alone: like `person.deleted` it ends its aggregate, so receivers may jump to it, and that
+/// is why it never stands for a single entry.
 pub const SCORE_DELETED: &str = "score.deleted";

@@ -1,1 +1,168 @@
-//! score-projector
+//! The score service's consuming side: applies the person service's events to the read model and
+//! appends the score service's own events to its outbox, in one transaction per batch.
+//!
+//! An event comes in through [`inbox`], which knows about order and repetition; [`projection`] says what
+//! it means for the read model, [`score`] what an item is worth, and [`store`] holds all of the SQL.
+
+pub mod config;
+pub mod projection;
+pub mod schema;
+pub mod score;
+mod store;
+
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use inbox::{Consumer, Sequencer, Topology};
+use metrics_exporter_prometheus::PrometheusHandle;
+use outbox::Waker;
+use poem::{
+    Route, Server,
+    listener::{Listener, TcpListener},
+};
+use secrecy::ExposeSecret;
+use service::{
+    config::{SettingError, broker::BrokerArgs, database},
+    health::{Health, Part},
+    shutdown::Shutdown,
+};
+use sqlx::{ConnectOptions, Connection, PgConnection, migrate::Migrator};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::{MigrateArgs, RunArgs},
+    projection::Projection,
+};
+
+/// The consumer's name in the inbox. Not a setting: what was applied is remembered by it.
+const CONSUMER: &str = "score";
+/// How long the server lets one statement run.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Creating an index on a large table takes its time.
+const MIGRATION_TIMEOUT: Duration = Duration::from_hours(1);
+/// Connections: the queue, its dead letters, the check that the database is there, the relay's notice.
+const POOL_SIZE: u32 = 4;
+/// How many events one transaction takes at most.
+const BATCH: u16 = 100;
+
+/// Consumes until `shutdown` is requested and what is under way has been acknowledged.
+pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shutdown) -> anyhow::Result<()> {
+    let drain = args.shutdown.drain_timeout;
+    let pool = database::pool(args.database.options("score-projector", STATEMENT_TIMEOUT)?, POOL_SIZE);
+    let topology = Topology::new(
+        events::EXCHANGE,
+        events::EXCHANGE_BY_AGGREGATE,
+        &args.queue,
+        &[events::AGGREGATE_PERSON],
+    )
+    .map_err(|e| SettingError::new("QUEUE", e))?;
+    let nodes = nodes(&args.broker)?;
+    let acceptor = TcpListener::bind(args.listen)
+        .into_acceptor()
+        .await
+        .with_context(|| format!("cannot listen at {}", args.listen))?;
+
+    let health = Health::new();
+    let (database, broker, consuming) =
+        (health.part("database"), health.part("broker"), health.part("consuming"));
+    let stop = shutdown.requested().clone();
+    let routes = health.add_to(Route::new(), metrics);
+    shutdown.spawn("server", async move {
+        Server::new_with_acceptor(acceptor)
+            .run_with_graceful_shutdown(routes, stop.cancelled_owned(), Some(drain.mul_f32(0.9)))
+            .await?;
+        Ok(())
+    });
+
+    // Without its schemas the program would only hold or refuse what it consumes.
+    let stop = shutdown.requested().clone();
+    let needed = schema::needed();
+    let current = database::wait_until_current(&pool, &needed, &stop, |error| {
+        database.waiting(format!("the database does not answer: {error}"));
+    });
+    match current.await {
+        Ok(true) => {}
+        Ok(false) => return shutdown.finish(drain).await,
+        Err(error) => {
+            shutdown.request();
+            shutdown.finish(drain).await?;
+            return Err(error.into());
+        }
+    }
+
+    let waker = Waker::new();
+    let sequencer = Sequencer::new(CONSUMER, pool.clone(), Projection::new(waker.clone()));
+    let config =
+        inbox::Config { topology, nodes, connection_name: "score-projector".to_owned(), batch: BATCH };
+    let consumer = Consumer::new(config, sequencer);
+    shutdown.spawn("health", mirror(consumer.status(), [database, broker, consuming], stop.clone()));
+    let until = stop.clone();
+    shutdown.spawn("waker", async move {
+        waker.run(pool, until).await;
+        Ok(())
+    });
+    shutdown.spawn("consumer", async move {
+        consumer.run(stop).await;
+        Ok(())
+    });
+    shutdown.finish(drain).await
+}
+
+fn nodes(broker: &BrokerArgs) -> Result<Vec<inbox::Node>, SettingError> {
+    let parse = |url: &secrecy::SecretString| url.expose_secret().parse();
+    let nodes: Result<_, inbox::InvalidNode> = broker.urls()?.iter().map(parse).collect();
+    nodes.map_err(|e| SettingError::new("AMQP_URL", e))
+}
+
+/// Shows in the program's readiness what the consumer waits for.
+async fn mirror(
+    mut status: tokio::sync::watch::Receiver<inbox::Status>,
+    parts: [Part; 3],
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    loop {
+        let now = status.borrow_and_update().clone();
+        for (part, state) in parts.iter().zip([now.database, now.broker, now.consuming]) {
+            match state {
+                Ok(()) => part.ready(),
+                Err(reason) => part.waiting(reason),
+            }
+        }
+        // The sender goes with the consumer, at the end.
+        if !matches!(stop.run_until_cancelled(status.changed()).await, Some(Ok(()))) {
+            stop.cancelled().await;
+            return Ok(());
+        }
+    }
+}
+
+/// Creates the schemas or brings them up to date, then grants. Running it again changes nothing.
+pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
+    let options = args.database.options("score-projector migrate", MIGRATION_TIMEOUT)?;
+    let mut conn = options.connect().await.context("cannot connect to the database")?;
+    apply(&mut conn, schema::SCHEMA, &schema::migrator()).await?;
+    apply(&mut conn, inbox::SCHEMA, &inbox::migrator()).await?;
+    for role in &args.grant_to {
+        grant(&mut conn, role, "SELECT score.grant_projector($1::text::regrole)").await?;
+        grant(&mut conn, role, "SELECT inbox.grant_consumer($1::text::regrole)").await?;
+    }
+    for role in &args.grant_api {
+        grant(&mut conn, role, "SELECT score.grant_api($1::text::regrole)").await?;
+    }
+    conn.close().await?;
+    println!("the schemas score and inbox are current");
+    Ok(())
+}
+
+async fn apply(conn: &mut PgConnection, schema: &str, migrator: &Migrator) -> anyhow::Result<()> {
+    migrator.run(conn).await.with_context(|| format!("the schema {schema} could not be migrated"))
+}
+
+async fn grant(conn: &mut PgConnection, role: &str, sql: &'static str) -> anyhow::Result<()> {
+    sqlx::query(sql).bind(role).execute(conn).await.map_err(|error| {
+        let reason =
+            error.as_database_error().map_or_else(|| error.to_string(), |db| db.message().to_owned());
+        anyhow!("the rights could not be granted to {role}: {reason}")
+    })?;
+    Ok(())
+}

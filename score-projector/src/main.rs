@@ -1,2 +1,28 @@
-//! main
-fn main() {}
+//! `score-projector`: parse the command line and hand over.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use score_projector::config::{Cli, Command, RunArgs};
+use service::shutdown::Shutdown;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Run(args) => run(args).await,
+        Command::Migrate(args) => score_projector::migrate(args).await,
+        Command::Health(args) => service::health::probe(args.listen).await,
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("score-projector: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(args: RunArgs) -> anyhow::Result<()> {
+    let metrics = service::telemetry::start(&args.telemetry)?;
+    score_projector::run(args, Some(metrics), Shutdown::on_signals()?).await
+}

@@ -1,0 +1,13 @@
+use sqlx::migrate::Migrator;
+
+/// The schema that holds everything of the inbox.
+pub const SCHEMA: &str = "inbox";
+
+/// The inbox's migrations. Their record is kept in `inbox.migration`, so that the inbox can be added to
+/// any database, whatever migrates the rest of it.
+pub fn migrator() -> Migrator {
+    let mut migrator = sqlx::migrate!("../migrations/inbox");
+    migrator.dangerous_set_table_name("inbox.migration");
+    migrator.create_schema(SCHEMA);
+    migrator
+}

@@ -1,0 +1,144 @@
+use lapin::{
+    Channel, ExchangeKind,
+    options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable, ShortString},
+};
+
+/// How often the broker redelivers a message before it moves it to the dead letters, where it is taken
+/// alone. Deliveries are used up by consumers that die, not by events that are refused.
+const DELIVERY_LIMIT: i64 = 20;
+/// Dead letters are redelivered until they are settled. From RabbitMQ 4.0 on a queue without a limit
+/// drops after 20, and before it there is no spelling for "none".
+const NO_DELIVERY_LIMIT: i64 = 1_000_000_000;
+
+/// Where a subscriber's events come from: an exchange, what of it to follow, and its own queue.
+///
+/// Declaring is idempotent and checks too: when something exists with other properties the broker says
+/// what differs, and the consumer waits with that reason. The queue's arguments can never be changed
+/// afterwards, so they are complete from the start:
+///
+/// - `quorum`, durable: replicated where there is a cluster, and deliveries are counted.
+/// - `x-delivery-limit`: explicit, because the default changed with RabbitMQ 4.0. A policy can lower it.
+/// - dead letters to the fanout exchange `<queue>.dead`, `at-least-once`, with the routing key that they
+///   had, into the queue `<queue>.dead`, which is drained through the same sequencer.
+/// - `x-overflow: reject-publish`: at-least-once dead-lettering needs it, and should a policy ever
+///   limit the queue's length, then the publisher waits and nothing is dropped.
+/// - `x-single-active-consumer`: other replicas stand by. Order does not depend on it, but replicas
+///   that share the work would hold much and wait for each other's locks.
+///
+/// What may change later (length, expiry) is left to policies.
+#[derive(Clone, Debug)]
+pub struct Topology {
+    exchange: ShortString,
+    by_aggregate: ShortString,
+    queue: ShortString,
+    dead: ShortString,
+    aggregate_types: Vec<String>,
+}
+
+/// A name that AMQP cannot carry.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what} must be 1 to {limit} bytes long")]
+pub struct InvalidTopology {
+    what: &'static str,
+    limit: usize,
+}
+
+impl Topology {
+    /// `queue` receives from the topic exchange `exchange` every event of `aggregate_types`, types of
+    /// events that are invented later included: by way of the headers exchange `by_aggregate`.
+    pub fn new(
+        exchange: &str,
+        by_aggregate: &str,
+        queue: &str,
+        aggregate_types: &[&str],
+    ) -> Result<Self, InvalidTopology> {
+        let name = |what, name: &str, limit| match ShortString::try_new(name) {
+            Ok(short) if (1..=limit).contains(&name.len()) => Ok(short),
+            _ => Err(InvalidTopology { what, limit }),
+        };
+        for aggregate_type in aggregate_types {
+            name("an aggregate type", aggregate_type, 255)?;
+        }
+        Ok(Self {
+            exchange: name("the exchange's name", exchange, 255)?,
+            by_aggregate: name("the name of the exchange by aggregate", by_aggregate, 255)?,
+            queue: name("the queue's name", queue, 250)?,
+            dead: name("the name of the queue of dead letters", &format!("{queue}.dead"), 255)?,
+            aggregate_types: aggregate_types.iter().map(|&t| t.to_owned()).collect(),
+        })
+    }
+
+    /// The subscriber's queue.
+    pub(crate) fn queue(&self) -> &ShortString {
+        &self.queue
+    }
+
+    /// The queue of its dead letters.
+    pub(crate) fn dead(&self) -> &ShortString {
+        &self.dead
+    }
+
+    /// Declares everything, the source of each arrow before the arrow.
+    pub(crate) async fn declare(&self, channel: &Channel) -> lapin::Result<()> {
+        let exchange = |name: &ShortString, kind| {
+            let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
+            channel.exchange_declare(name.clone(), kind, options, FieldTable::default())
+        };
+        exchange(&self.exchange, ExchangeKind::Topic).await?;
+        exchange(&self.by_aggregate, ExchangeKind::Headers).await?;
+        exchange(&self.dead, ExchangeKind::Fanout).await?;
+        channel
+            .exchange_bind(
+                self.by_aggregate.clone(),
+                self.exchange.clone(),
+                "#".into(),
+                ExchangeBindOptions::default(),
+                FieldTable::default(),
+            )
+            .await?;
+
+        // The dead letters' queue first, so that no letter is ever without one.
+        self.declare_queue(channel, &self.dead, NO_DELIVERY_LIMIT, &[]).await?;
+        self.bind(channel, &self.dead, &self.dead, FieldTable::default()).await?;
+        let dead_lettering =
+            [("x-dead-letter-exchange", self.dead.as_str()), ("x-dead-letter-strategy", "at-least-once")];
+        self.declare_queue(channel, &self.queue, DELIVERY_LIMIT, &dead_lettering).await?;
+        for aggregate_type in &self.aggregate_types {
+            let mut matching = FieldTable::default();
+            matching.insert("x-match".into(), AMQPValue::LongString("all".into()));
+            matching.insert("aggregate_type".into(), AMQPValue::LongString(aggregate_type.as_str().into()));
+            self.bind(channel, &self.queue, &self.by_aggregate, matching).await?;
+        }
+        Ok(())
+    }
+
+    async fn declare_queue(
+        &self,
+        channel: &Channel,
+        name: &ShortString,
+        delivery_limit: i64,
+        texts: &[(&'static str, &str)],
+    ) -> lapin::Result<()> {
+        let mut arguments = FieldTable::default();
+        let common = [("x-queue-type", "quorum"), ("x-overflow", "reject-publish")];
+        for (argument, text) in common.iter().chain(texts) {
+            arguments.insert((*argument).into(), AMQPValue::LongString((*text).into()));
+        }
+        arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(delivery_limit));
+        arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+        let options = QueueDeclareOptions { durable: true, ..Default::default() };
+        channel.queue_declare(name.clone(), options, arguments).await.map(drop)
+    }
+
+    async fn bind(
+        &self,
+        channel: &Channel,
+        queue: &ShortString,
+        exchange: &ShortString,
+        matching: FieldTable,
+    ) -> lapin::Result<()> {
+        let options = QueueBindOptions::default();
+        channel.queue_bind(queue.clone(), exchange.clone(), "".into(), options, matching).await
+    }
+}

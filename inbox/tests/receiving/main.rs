@@ -1,0 +1,8 @@
+//! The receiving side against a real PostgreSQL and a real RabbitMQ.
+
+#![expect(clippy::unwrap_used, reason = "in a test a panic is the report, in its helpers too")]
+
+mod consumer;
+mod property;
+mod sequencer;
+mod support;

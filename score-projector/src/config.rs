@@ -1,0 +1,76 @@
+//! The command line.
+
+use std::net::SocketAddr;
+
+use clap::{Args, Parser, Subcommand};
+use service::{
+    config::{broker::BrokerArgs, database::DatabaseArgs},
+    shutdown::ShutdownArgs,
+    telemetry::TelemetryArgs,
+};
+
+/// Applies the person service's events to the score service's read model, and publishes the scores.
+#[derive(Debug, Parser)]
+#[command(name = "score-projector", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the program can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Consume events until SIGTERM.
+    Run(RunArgs),
+    /// Create the schemas `score` and `inbox` in the database, or bring them up to date.
+    Migrate(MigrateArgs),
+    /// Ask the program that runs at this address whether it is ready; for a container's health check.
+    Health(HealthArgs),
+}
+
+/// Settings of `run`.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// Where to answer /live, /ready and /metrics.
+    #[arg(long, env = "LISTEN", default_value = "127.0.0.1:8004", value_name = "ADDRESS")]
+    pub listen: SocketAddr,
+    /// The queue to consume from; its dead letters go to `<queue>.dead`. Both are declared.
+    #[arg(long, env = "QUEUE", default_value = "score", value_name = "NAME")]
+    pub queue: String,
+    /// Where the database is.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+    /// Where the broker is.
+    #[command(flatten)]
+    pub broker: BrokerArgs,
+    /// How long to drain.
+    #[command(flatten)]
+    pub shutdown: ShutdownArgs,
+    /// What to log.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+}
+
+/// Settings of `migrate`.
+#[derive(Clone, Debug, Args)]
+pub struct MigrateArgs {
+    /// Where the database is.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+    /// A role that `score-projector run` uses: it gets the rights on `score` and `inbox` that it needs
+    /// (those on `outbox` come from `outbox-relay migrate --grant-writer`). May be repeated.
+    #[arg(long, value_name = "ROLE")]
+    pub grant_to: Vec<String>,
+    /// A role that `score-api run` uses: it may read the scores. May be repeated.
+    #[arg(long, value_name = "ROLE")]
+    pub grant_api: Vec<String>,
+}
+
+/// Settings of `health`.
+#[derive(Clone, Debug, Args)]
+pub struct HealthArgs {
+    /// Where the program listens.
+    #[arg(long, env = "LISTEN", default_value = "127.0.0.1:8004", value_name = "ADDRESS")]
+    pub listen: SocketAddr,
+}

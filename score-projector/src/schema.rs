@@ -1,0 +1,30 @@
+//! The schemas in the score database: their migrations, and what a running program needs to find.
+
+use service::config::database::Schema;
+use sqlx::migrate::Migrator;
+
+/// The schema that holds the read model.
+pub const SCHEMA: &str = "score";
+
+/// The read model's migrations. Their record is kept in `score.migration`, so that the schema can share
+/// a database with others.
+pub fn migrator() -> Migrator {
+    let mut migrator = sqlx::migrate!("../migrations/score");
+    migrator.dangerous_set_table_name("score.migration");
+    migrator.create_schema(SCHEMA);
+    migrator
+}
+
+/// What has to be current before the program consumes: the read model, the inbox and the outbox.
+pub fn needed() -> [Schema; 3] {
+    const COMMAND: &str = "score-projector migrate";
+    [
+        Schema { name: SCHEMA, migrator: migrator(), command: COMMAND },
+        Schema { name: inbox::SCHEMA, migrator: inbox::migrator(), command: COMMAND },
+        Schema {
+            name: outbox::SCHEMA,
+            migrator: outbox::migrator(),
+            command: "outbox-relay migrate --source score",
+        },
+    ]
+}

@@ -1,0 +1,8 @@
+//! The program against a real PostgreSQL and a real RabbitMQ, under a role with no more rights than it
+//! is granted.
+
+#![expect(clippy::unwrap_used, reason = "in a test a panic is the report, in its helpers too")]
+
+mod cli;
+mod projection;
+mod stack;

@@ -1,0 +1,148 @@
+//! What the events of persons become.
+
+use serde_json::json;
+use uuid::Uuid;
+
+use crate::stack::{Stack, id, item, person, until};
+
+#[tokio::test]
+async fn the_samples_give_4970() {
+    let stack = Stack::new("samples").await;
+    let mut program = stack.start().await;
+    let p = id(1);
+    stack.publish("person.new", p, 1, &person(p, 11111)).await;
+    stack.publish("income.new", p, 2, &item(id(2), p, 11111, "1000")).await;
+    stack.publish("asset.new", p, 3, &item(id(3), p, 11111, "100000")).await;
+    stack.publish("debt.new", p, 4, &item(id(4), p, 11111, "1000")).await;
+    // 15 digits and 4 decimals arrive to the last of them.
+    stack.publish("asset.new", p, 5, &item(id(5), p, 11111, "999999999999999.9999")).await;
+    stack.until_version(p, 5).await;
+    insta::assert_snapshot!(stack.state().await);
+    let ids: Vec<Uuid> =
+        sqlx::query_scalar("SELECT id FROM outbox.event").fetch_all(&stack.pool).await.unwrap();
+    assert!(ids.iter().all(|id| id.get_version_num() == 7));
+    // SIGTERM ends it in order.
+    let signalled = std::process::Command::new("kill").arg(program.0.id().to_string()).status().unwrap();
+    assert!(signalled.success());
+    assert!(program.0.wait().unwrap().success());
+}
+
+#[tokio::test]
+async fn every_event_of_a_person() {
+    let stack = Stack::new("lifecycle").await;
+    let _program = stack.start().await;
+    let p = id(1);
+    let baseline = |n: u128, cpf: i64, income: &str| {
+        let mut body = person(id(n), cpf);
+        let entry = |n, value: &str| {
+            let value: serde_json::Value = serde_json::from_str(value).unwrap();
+            json!({"id": id(n), "value": value, "created_at": "2026-01-01T00:00:01+00:00"})
+        };
+        body["incomes"] = json!([entry(n + 1, income)]);
+        body["assets"] = json!([entry(n + 4, "60")]);
+        body["debts"] = json!([]);
+        body
+    };
+    stack.publish("person.new", p, 1, &person(p, 11111)).await;
+    stack.publish("income.new", p, 2, &item(id(2), p, 11111, "1000")).await;
+    stack.publish("debt.new", p, 3, &item(id(3), p, 11111, "1000")).await;
+    stack.publish("income.changed", p, 4, &item(id(2), p, 11111, "500.5")).await;
+    // The same value: nothing differs, nothing is published.
+    stack.publish("income.changed", p, 5, &item(id(2), p, 11111, "500.5")).await;
+    stack.publish("debt.deleted", p, 6, &item(id(3), p, 11111, "1000")).await;
+    stack.publish("person.changed", p, 7, &person(p, 11111)).await;
+    stack.publish("person.married", p, 8, &json!({"what": "a type of tomorrow"})).await;
+    stack.publish("asset.new", p, 9, &json!({"id": id(4), "erased": true})).await;
+    stack.until_version(p, 9).await;
+    insta::assert_snapshot!("changes", stack.state().await);
+
+    // Only what differs is published: the asset is new, the income is as it was.
+    stack.publish("person.baseline", p, 20, &baseline(1, 11111, "500.5")).await;
+    stack.until_version(p, 20).await;
+    // A late subscriber begins with a baseline, and so does this one for somebody new.
+    stack.publish("person.baseline", id(100), 7, &baseline(100, 22222, "50")).await;
+    stack.until_version(id(100), 7).await;
+    // Another cpf is in the body of every entry.
+    stack.publish("person.changed", p, 21, &person(p, 33333)).await;
+    stack.until_version(p, 21).await;
+    insta::assert_snapshot!("baselines", stack.state().await);
+
+    stack.publish("person.deleted", p, 22, &json!({"id": p})).await;
+    // A late event does not revive them, and the same cpf is a new life.
+    stack.publish("income.new", p, 23, &item(id(9), p, 33333, "50")).await;
+    stack.publish("person.new", id(200), 1, &person(id(200), 33333)).await;
+    stack.until_version(id(200), 1).await;
+    until("the late event is held", async || stack.state().await.contains("does not know this person")).await;
+    insta::assert_snapshot!("deleted", stack.state().await);
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_held_with_its_reason() {
+    let stack = Stack::new("wrong").await;
+    let _program = stack.start().await;
+    let (p, q) = (id(1), id(2));
+    let first = |n: u128| id(1_000 + n);
+    stack.publish("person.new", first(0), 1, &json!({"id": first(0), "cpf": "Maria's"})).await;
+    stack.publish("income.new", first(1), 1, &item(id(5), first(1), 1, "1")).await;
+    stack.publish("person.new", first(2), 1, &person(p, 1)).await;
+    for (n, value) in [(3, "-1"), (4, "0.00001"), (5, "1000000000000000"), (6, "1e40")] {
+        stack.publish("person.new", first(n), 1, &person(first(n), 1)).await;
+        stack.publish("asset.new", first(n), 2, &item(id(5), first(n), 1, value)).await;
+    }
+    stack.publish("person.new", p, 1, &person(p, 1)).await;
+    stack.publish("asset.new", p, 2, &item(id(5), p, 1, "20")).await;
+    stack.publish("debt.changed", p, 3, &item(id(5), p, 1, "20")).await;
+    // Another person's item.
+    stack.publish("person.new", q, 1, &person(q, 2)).await;
+    stack.publish("asset.new", q, 2, &item(id(5), q, 2, "20")).await;
+    // Nobody else waits.
+    stack.publish("person.new", id(7), 1, &person(id(7), 3)).await;
+    stack.until_version(id(7), 1).await;
+    let state = stack.state().await;
+    insta::assert_snapshot!(state);
+    assert!(!state.contains("Maria"));
+}
+
+#[tokio::test]
+async fn sigkill_loses_and_doubles_nothing() {
+    let stack = Stack::new("sigkill").await;
+    // Its queue is there and everything waits in it.
+    drop(stack.start().await);
+    let (persons, items) = (6, 120);
+    for version in 1..=items + 1 {
+        for n in 0..persons {
+            let p = id(1_000 * n);
+            if version == 1 {
+                stack.publish("person.new", p, 1, &person(p, 1)).await;
+            } else {
+                let v = u128::try_from(version).unwrap();
+                stack.publish("asset.new", p, version, &item(id(1_000 * n + v), p, 1, "20")).await;
+            }
+        }
+    }
+    let expected = items * i64::try_from(persons).unwrap();
+    let published = async || -> i64 {
+        sqlx::query_scalar("SELECT count(*) FROM outbox.event").fetch_one(&stack.pool).await.unwrap()
+    };
+    for _ in 0..4 {
+        let before = published().await;
+        let program = stack.start().await;
+        // In the middle of the batches that follow the first one.
+        until("it has begun", async || published().await > before).await;
+        drop(program);
+    }
+    assert!(published().await < expected, "every kill came in the middle");
+    let _program = stack.start().await;
+    for n in 0..persons {
+        stack.until_version(id(1_000 * n), items + 1).await;
+    }
+    let (totals, versions): (i64, i64) =
+        sqlx::query_as("SELECT sum(total)::bigint, sum(score_version)::bigint FROM score.person")
+            .fetch_one(&stack.pool)
+            .await
+            .unwrap();
+    assert_eq!((totals, versions, published().await), (expected, expected, expected));
+    let held: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM inbox.held").fetch_one(&stack.pool).await.unwrap();
+    assert_eq!(held, 0);
+}

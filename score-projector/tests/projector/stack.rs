@@ -1,0 +1,199 @@
+//! A database with a role of its own, a virtual host, and events published by hand.
+
+use std::{
+    fmt::Write,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use lapin::{
+    BasicProperties, Channel, Connection, ConnectionProperties,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+    types::{AMQPValue, FieldTable},
+};
+use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, PgPool, postgres::PgConnectOptions};
+use uuid::Uuid;
+
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_score-projector");
+
+pub(crate) struct Stack {
+    pub(crate) amqp: String,
+    /// As the superuser, to look.
+    pub(crate) pool: PgPool,
+    /// As the program's own role.
+    pub(crate) database: String,
+    channel: Channel,
+    _connection: Connection,
+}
+
+/// A running program, killed when it is dropped.
+pub(crate) struct Program(pub(crate) Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs a command of the program to its end.
+pub(crate) fn command(arguments: &[&str], database: &str) -> std::process::Output {
+    Command::new(PROGRAM).args(arguments).env("DATABASE_URL", database).output().unwrap()
+}
+
+impl Stack {
+    pub(crate) async fn new(name: &str) -> Self {
+        let admin = devstack::testing::database(name).await;
+        let options: PgConnectOptions = admin.parse().unwrap();
+        let pool = PgPool::connect_with(options.clone()).await.unwrap();
+        // Roles belong to the whole server, so each test has its own.
+        let role = format!("score_projector_{}", Uuid::new_v4().simple());
+        sqlx::raw_sql(AssertSqlSafe(format!("CREATE ROLE {role} LOGIN"))).execute(&pool).await.unwrap();
+        let migrated = command(&["migrate", "--grant-to", &role], &admin);
+        assert!(migrated.status.success(), "{}", String::from_utf8_lossy(&migrated.stderr));
+        outbox::install(&mut pool.acquire().await.unwrap(), "score").await.unwrap();
+        sqlx::query("SELECT outbox.grant_writer($1::text::regrole)")
+            .bind(&role)
+            .execute(&pool)
+            .await
+            .unwrap();
+
+        let amqp = devstack::testing::virtual_host(name).await;
+        let connection = Connection::connect(&amqp, ConnectionProperties::default()).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        let database = admin.replacen("postgres@", &format!("{role}@"), 1);
+        Self { amqp, pool, database, channel, _connection: connection }
+    }
+
+    /// Starts the program; it has declared its queue when it is ready.
+    pub(crate) async fn start(&self) -> Program {
+        let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let program = Program(
+            Command::new(PROGRAM)
+                .args(["run", "--listen", &listen])
+                .env("DATABASE_URL", &self.database)
+                .env("AMQP_URL", &self.amqp)
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap(),
+        );
+        until("the program is ready", async || {
+            let answer = reqwest::get(format!("http://{listen}/ready")).await;
+            answer.is_ok_and(|answer| answer.status().is_success())
+        })
+        .await;
+        program
+    }
+
+    pub(crate) async fn publish(&self, type_: &str, person: Uuid, version: i64, body: &Value) {
+        let mut headers = FieldTable::default();
+        headers.insert("aggregate_type".into(), AMQPValue::LongString("person".into()));
+        headers.insert("aggregate_id".into(), AMQPValue::LongString(person.to_string().into()));
+        headers.insert("aggregate_version".into(), AMQPValue::LongLongInt(version));
+        let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        headers.insert("traceparent".into(), AMQPValue::LongString(trace.into()));
+        if type_ == "person.baseline" {
+            headers.insert("baseline".into(), AMQPValue::Boolean(true));
+        }
+        if body.get("erased").is_some() {
+            headers.insert("erased".into(), AMQPValue::Boolean(true));
+        }
+        let properties = BasicProperties::default()
+            .with_message_id(Uuid::now_v7().to_string().into())
+            .with_type(type_.into())
+            .with_app_id("person".into())
+            .with_timestamp(1_767_225_600)
+            .with_delivery_mode(2)
+            .with_headers(headers);
+        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+        let body = body.to_string();
+        let published = self.channel.basic_publish(
+            "event_dispatcher".into(),
+            type_.into(),
+            options,
+            body.as_bytes(),
+            properties,
+        );
+        let confirmed = published.await.unwrap().await.unwrap();
+        assert!(confirmed.take_message().is_none(), "no queue takes {type_}");
+    }
+
+    /// Waits until the read model contains `version` of the person.
+    pub(crate) async fn until_version(&self, person: Uuid, version: i64) {
+        until(&format!("version {version} is projected"), async || {
+            sqlx::query_scalar("SELECT version FROM score.person WHERE id = $1")
+                .bind(person)
+                .fetch_optional(&self.pool)
+                .await
+                .unwrap()
+                == Some(version)
+        })
+        .await;
+    }
+
+    /// The read model, and the events that the score service publishes.
+    pub(crate) async fn state(&self) -> String {
+        let mut text = String::new();
+        let sections = [
+            (
+                "score.person",
+                "SELECT concat_ws(' ', id, cpf, created_at, 'version', version, 'total', total, 'score', score_version)
+                 FROM score.person ORDER BY id",
+            ),
+            (
+                "score.entry",
+                "SELECT concat_ws(' ', id, person_id, type, value, score, created_at) FROM score.entry ORDER BY id",
+            ),
+            (
+                "outbox.event",
+                "SELECT concat_ws(' ', type, aggregate_type || '/' || aggregate_id, version, payload, headers)
+                 FROM outbox.event ORDER BY position",
+            ),
+            (
+                "inbox.held",
+                "SELECT concat_ws(' ', version, type, reason, error) FROM inbox.held ORDER BY aggregate_id, version",
+            ),
+        ];
+        for (title, sql) in sections {
+            let rows: Vec<String> = sqlx::query_scalar(sql).fetch_all(&self.pool).await.unwrap();
+            writeln!(text, "{title}").unwrap();
+            for row in rows {
+                writeln!(text, "  {row}").unwrap();
+            }
+        }
+        text
+    }
+}
+
+/// Waits until `condition` holds.
+pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
+    while !condition().await {
+        assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The id of the n-th record of a test.
+pub(crate) fn id(n: u128) -> Uuid {
+    Uuid::from_u128(0x0198_c0de_0000_7000_8000_0000_0000_0000 + n)
+}
+
+/// The person of the samples.
+pub(crate) fn person(id: Uuid, cpf: i64) -> Value {
+    json!({
+        "id": id, "cpf": cpf, "name": "abc", "address": "abc",
+        "date_of_birth": "2019-06-15T22:23:55+00:00", "created_at": "2026-01-01T00:00:00.123456+00:00",
+    })
+}
+
+/// One of their items. The value is JSON text, since a float would not do.
+pub(crate) fn item(item: Uuid, person_id: Uuid, cpf: i64, value: &str) -> Value {
+    let value: Value = serde_json::from_str(value).unwrap();
+    json!({
+        "id": item, "person_id": person_id, "type": "renting", "value": value,
+        "created_at": "2026-01-01T00:00:01+00:00", "person": person(person_id, cpf),
+    })
+}
