@@ -1,6 +1,8 @@
 //! Every body that was ever published stays readable, to the last digit. `golden/` is append-only:
 //! a file is named `<event type>.json`, with `-2`, `-3`, … for later shapes of the same type.
 
+#![expect(clippy::unwrap_used, reason = "a panic is the report of a test")]
+
 use events::{Deleted, PersonEvent, Score};
 use serde_json::Value;
 

@@ -12,7 +12,7 @@ use service::{
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    shutdown::exit_code(start().await)
+    shutdown::exit_code("outbox-relay", start().await)
 }
 
 async fn start() -> anyhow::Result<()> {

@@ -5,17 +5,16 @@ use std::{sync::Arc, time::Duration};
 use events::{Cpf, Kind};
 use outbox::Waker;
 use poem::{
-    Endpoint, EndpointExt, IntoEndpoint, IntoResponse, Request, Response, Route, RouteMethod,
+    Endpoint, EndpointExt, IntoEndpoint, Request, Response, Route, RouteMethod,
     endpoint::make,
     error::MethodNotAllowedError,
     http::{HeaderValue, StatusCode, header},
-    middleware::CatchPanic,
 };
 use service::problem::{FieldError, Problem};
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    answer, metering,
+    answer,
     request::{NewItem, NewPerson},
     store::{Store, StoreError, Written},
 };
@@ -114,12 +113,6 @@ impl Api {
             }
         }
     }
-}
-
-/// Answers every error as a problem, panics included, and counts every answer.
-pub fn answering(routes: Route) -> impl Endpoint<Output = Response> {
-    let panics = CatchPanic::new().with_handler(|_| Problem::internal().into_response());
-    routes.with(panics).around(metering::answer)
 }
 
 /// Adds `Allow` to the answer to other methods, which poem leaves out.

@@ -7,7 +7,6 @@
 mod answer;
 pub mod api;
 pub mod config;
-mod metering;
 mod readiness;
 pub mod request;
 pub mod schema;
@@ -22,7 +21,7 @@ use poem::{
     Server,
     listener::{Listener, TcpListener},
 };
-use service::{config::database, health::Health, shutdown::Shutdown};
+use service::{config::database, health::Health, shutdown::Shutdown, telemetry};
 use sqlx::{ConnectOptions, Connection};
 
 use crate::{
@@ -66,7 +65,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     });
     let stop = shutdown.requested().clone();
     shutdown.spawn("server", async move {
-        let endpoint = api::answering(health.add_to(api.routes(), metrics));
+        let endpoint = telemetry::observed(health.add_to(api.routes(), metrics));
         // poem gives up connections a little before the process does, so that this task can say so.
         Server::new_with_acceptor(acceptor)
             .idle_timeout(IDLE_TIMEOUT)

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use person_api::config::{Cli, Command};
-use service::shutdown::Shutdown;
+use service::shutdown::{self, Shutdown};
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -13,13 +13,7 @@ async fn main() -> ExitCode {
         Command::Migrate(args) => person_api::migrate(args).await,
         Command::Health(args) => service::health::probe(args.listen).await,
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("person-api: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    shutdown::exit_code("person-api", done)
 }
 
 async fn run(args: person_api::config::RunArgs) -> anyhow::Result<()> {

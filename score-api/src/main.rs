@@ -4,7 +4,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use score_api::{Cli, Command};
-use service::{health, shutdown::Shutdown, telemetry};
+use service::{
+    health,
+    shutdown::{self, Shutdown},
+    telemetry,
+};
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -12,13 +16,7 @@ async fn main() -> ExitCode {
         Command::Run(config) => start(config).await,
         Command::Health { listen } => health::probe(listen.listen).await,
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("score-api: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    shutdown::exit_code("score-api", result)
 }
 
 async fn start(config: score_api::Config) -> anyhow::Result<()> {

@@ -16,15 +16,13 @@ use anyhow::{Context, anyhow};
 use inbox::{Consumer, Sequencer, Topology};
 use metrics_exporter_prometheus::PrometheusHandle;
 use outbox::Waker;
-use poem::{
-    Route, Server,
-    listener::{Listener, TcpListener},
-};
+use poem::Route;
 use secrecy::ExposeSecret;
 use service::{
     config::{SettingError, broker::BrokerArgs, database},
     health::{Health, Part},
     shutdown::Shutdown,
+    telemetry,
 };
 use sqlx::{ConnectOptions, Connection, PgConnection, migrate::Migrator};
 use tokio_util::sync::CancellationToken;
@@ -57,22 +55,10 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     )
     .map_err(|e| SettingError::new("QUEUE", e))?;
     let nodes = nodes(&args.broker)?;
-    let acceptor = TcpListener::bind(args.listen)
-        .into_acceptor()
-        .await
-        .with_context(|| format!("cannot listen at {}", args.listen))?;
-
     let health = Health::new();
     let (database, broker, consuming) =
         (health.part("database"), health.part("broker"), health.part("consuming"));
-    let stop = shutdown.requested().clone();
-    let routes = health.add_to(Route::new(), metrics);
-    shutdown.spawn("server", async move {
-        Server::new_with_acceptor(acceptor)
-            .run_with_graceful_shutdown(routes, stop.cancelled_owned(), Some(drain.mul_f32(0.9)))
-            .await?;
-        Ok(())
-    });
+    shutdown.serve(args.listen, telemetry::observed(health.add_to(Route::new(), metrics)), drain).await?;
 
     // Without its schemas the program would only hold or refuse what it consumes.
     let stop = shutdown.requested().clone();

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use score_projector::config::{Cli, Command, RunArgs};
-use service::shutdown::Shutdown;
+use service::shutdown::{self, Shutdown};
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -13,13 +13,7 @@ async fn main() -> ExitCode {
         Command::Migrate(args) => score_projector::migrate(args).await,
         Command::Health(args) => service::health::probe(args.listen).await,
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("score-projector: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    shutdown::exit_code("score-projector", done)
 }
 
 async fn run(args: RunArgs) -> anyhow::Result<()> {

@@ -34,11 +34,11 @@ pub struct ShutdownArgs {
 }
 
 /// The end of `main`: an error is told in one line with its causes, for people, and makes the exit code 1.
-pub fn exit_code(result: anyhow::Result<()>) -> ExitCode {
+pub fn exit_code(program: &str, result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("{program}: {error:#}");
             ExitCode::FAILURE
         }
     }

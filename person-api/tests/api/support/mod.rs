@@ -8,11 +8,7 @@ mod redact;
 use std::time::Duration;
 
 use outbox::Waker;
-use person_api::{
-    api::{self, Api},
-    schema,
-    store::Store,
-};
+use person_api::{api::Api, schema, store::Store};
 use poem::{Endpoint, EndpointExt, Request, Response};
 use service::{config::database, health::Health};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgConnectOptions};
@@ -131,7 +127,7 @@ pub(crate) struct App(poem::endpoint::BoxEndpoint<'static, Response>);
 
 impl App {
     pub(crate) fn new(api: &Api) -> Self {
-        Self(api::answering(Health::new().add_to(api.routes(), None)).boxed())
+        Self(service::telemetry::observed(Health::new().add_to(api.routes(), None)).boxed())
     }
 
     pub(crate) async fn call(&self, request: Request) -> Response {
