@@ -296,9 +296,11 @@ impl Lead<'_> {
     }
 }
 
-/// Picks what goes out together: the oldest event of each aggregate, or of those that are held.
+/// Picks what goes out together: the oldest event of each aggregate, or of those that are held. No two
+/// have the same id, by which a returned message is known: nothing in the schema keeps a writer from
+/// using one twice.
 fn pick(queue: &VecDeque<Event>, held: &HashSet<i64>) -> Vec<usize> {
-    let mut aggregates = HashSet::new();
+    let (mut aggregates, mut ids) = (HashSet::new(), HashSet::new());
     let mut picked = Vec::new();
     for (n, event) in queue.iter().enumerate() {
         if picked.len() == WINDOW {
@@ -307,7 +309,7 @@ fn pick(queue: &VecDeque<Event>, held: &HashSet<i64>) -> Vec<usize> {
         if !held.is_empty() && !held.contains(&event.position) {
             continue;
         }
-        if aggregates.insert((&*event.aggregate_type, &*event.aggregate_id)) {
+        if aggregates.insert((&*event.aggregate_type, &*event.aggregate_id)) && ids.insert(event.id) {
             picked.push(n);
         }
     }
