@@ -162,20 +162,27 @@ impl Lead<'_> {
         let mut pause = Pause::default();
         // Events that were not taken; nothing else is published until they are.
         let mut held: HashSet<i64> = HashSet::new();
+        let mut limit = WINDOW;
         while !queue.is_empty() && !self.stop.is_cancelled() {
             if !self.connect().await? {
                 break;
             }
             let Some(link) = self.link.as_ref() else { break };
-            let picked = pick(&queue, &held);
+            let picked = pick(&queue, &held, limit);
             let window: Vec<&Event> = picked.iter().map(|&n| &queue[n]).collect();
             let began = Instant::now();
             let outcome = publish(link, &self.relay.nodes.exchange, &self.leader.source, &window).await;
             let fates = match outcome {
                 Ok(fates) => fates,
                 Err(error) => {
-                    // Unknown which of them arrived: all are published again, on a new connection.
-                    self.relay.broker_health.waiting(error.to_string());
+                    // Unknown which of them arrived: all are published again, on a new connection. In
+                    // smaller windows, so that an event over which the broker ends the channel is soon
+                    // alone, and does not have the others published over and over.
+                    limit = (window.len() / 8).max(1);
+                    self.relay.broker_health.waiting(match window[..] {
+                        [event] => format!("event {} of type {}: {error}", event.id, event.type_),
+                        _ => error.to_string(),
+                    });
                     metrics::counter!("outbox_relay_publish_failures_total").increment(1);
                     if let Some(link) = self.link.take() {
                         link.close().await;
@@ -296,14 +303,14 @@ impl Lead<'_> {
     }
 }
 
-/// Picks what goes out together: the oldest event of each aggregate, or of those that are held. No two
-/// have the same id, by which a returned message is known: nothing in the schema keeps a writer from
-/// using one twice.
-fn pick(queue: &VecDeque<Event>, held: &HashSet<i64>) -> Vec<usize> {
+/// Picks what goes out together, at most `limit`: the oldest event of each aggregate, or of those that
+/// are held. No two have the same id, by which a returned message is known: nothing in the schema keeps
+/// a writer from using one twice.
+fn pick(queue: &VecDeque<Event>, held: &HashSet<i64>, limit: usize) -> Vec<usize> {
     let (mut aggregates, mut ids) = (HashSet::new(), HashSet::new());
     let mut picked = Vec::new();
     for (n, event) in queue.iter().enumerate() {
-        if picked.len() == WINDOW {
+        if picked.len() == limit {
             break;
         }
         if !held.is_empty() && !held.contains(&event.position) {
