@@ -57,6 +57,8 @@ pub struct Relay {
     pub database_health: Part,
     /// Shown at `/ready`: the broker and what it does not take.
     pub broker_health: Part,
+    /// How long what is under way may go on once the process is to end.
+    pub grace: Duration,
 }
 
 /// How a leadership ended, when nothing failed.
@@ -73,7 +75,16 @@ impl Relay {
         let mut pause = Pause::default();
         let mut link = None;
         while !stop.is_cancelled() {
-            match self.lead(&mut link, &mut pause, &stop).await {
+            let grace = self.grace;
+            let ended = tokio::select! {
+                ended = self.lead(&mut link, &mut pause, &stop) => ended,
+                // Work is not cut in half, unless a server that does not answer would keep the process.
+                () = async { stop.cancelled().await; tokio::time::sleep(grace).await } => {
+                    tracing::warn!("not everything was answered in time; the next start publishes it again");
+                    return Ok(());
+                }
+            };
+            match ended {
                 Ok(End::Stopped) => break,
                 Ok(End::Standby) => {
                     // Healthy: somebody publishes, and this one stands by.
@@ -101,10 +112,9 @@ impl Relay {
         pause: &mut Pause,
         stop: &CancellationToken,
     ) -> Result<End, LeaderError> {
-        let Some(mut leader) = Leader::take(&self.database, &self.name, self.begin, &self.identity).await?
-        else {
-            return Ok(End::Standby);
-        };
+        let take = Leader::take(&self.database, &self.name, self.begin, &self.identity);
+        let Some(taken) = stop.run_until_cancelled(take).await else { return Ok(End::Stopped) };
+        let Some(mut leader) = taken? else { return Ok(End::Standby) };
         self.database_health.ready();
         pause.reset();
         let mut lead = Lead { relay: self, leader: &mut leader, link, stop, saved: Instant::now() };
@@ -272,9 +282,10 @@ impl Lead<'_> {
             if self.link.as_ref().is_some_and(|link| link.channel.status().connected()) {
                 return Ok(true);
             }
-            match self.relay.nodes.connect(attempt).await {
-                Ok(link) => *self.link = Some(link),
-                Err(error) => {
+            match self.stop.run_until_cancelled(self.relay.nodes.connect(attempt)).await {
+                None => return Ok(false),
+                Some(Ok(link)) => *self.link = Some(link),
+                Some(Err(error)) => {
                     *self.link = None;
                     self.relay.broker_health.waiting(error.to_string());
                     pause.wait(self.stop).await;
