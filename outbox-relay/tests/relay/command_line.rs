@@ -26,7 +26,14 @@ async fn settings_that_it_does_not_start_with() {
         ("an empty database", vec![("DATABASE_URL", ""), ("AMQP_URL", &*amqp)]),
         ("both forms", vec![("DATABASE_URL", &*database), ("DATABASE_URL_FILE", "/dev/null")]),
         ("no such file", vec![("DATABASE_URL_FILE", "/nowhere/url")]),
-        ("a malformed database", vec![("DATABASE_URL", "relay:dbs3cretdbs3cret@here"), ("AMQP_URL", &*amqp)]),
+        (
+            "a database without a scheme",
+            vec![("DATABASE_URL", "relay:dbs3cretdbs3cret@here"), ("AMQP_URL", &*amqp)],
+        ),
+        (
+            "a malformed database",
+            vec![("DATABASE_URL", "postgres://a:dbs3cretdbs3cret@b:port/c"), ("AMQP_URL", &*amqp)],
+        ),
         ("another scheme", vec![("DATABASE_URL", &*database), ("AMQP_URL", "http://a:mqs3cretmqs3cret@b/")]),
         (
             "a malformed broker",
@@ -44,10 +51,7 @@ async fn settings_that_it_does_not_start_with() {
         ("a bad exchange", vec![("EXCHANGE", "")]),
         ("a bad flag", vec![("DECLARE_EXCHANGE", "perhaps")]),
         ("a bad duration", vec![("DRAIN_TIMEOUT", "10")]),
-        (
-            "a bad log",
-            vec![("DATABASE_URL", &*database), ("AMQP_URL", &*amqp), ("LOG", "outbox_relay=loud")],
-        ),
+        ("a bad log", vec![("DATABASE_URL", &*database), ("AMQP_URL", &*amqp), ("LOG", "outbox_relay=loud")]),
     ] {
         let mut program = program();
         program.arg("run").env("LISTEN", "127.0.0.1:0").envs(variables);
@@ -75,8 +79,11 @@ async fn databases_that_it_does_not_start_on() {
         ("no source", "SELECT setval('outbox.position', 10); DELETE FROM outbox.source"),
         ("another build", "UPDATE outbox.migration SET checksum = '\\x00'"),
         ("not current", "DELETE FROM outbox.migration"),
-        ("no right", "DO $$ BEGIN EXECUTE format('REVOKE ALL ON outbox.migration FROM %I',
-                          current_database() || '_relay'); END $$"),
+        (
+            "no right",
+            "DO $$ BEGIN EXECUTE format('REVOKE ALL ON outbox.migration FROM %I',
+                          current_database() || '_relay'); END $$",
+        ),
         ("no outbox", "DROP SCHEMA outbox CASCADE"),
     ] {
         stack.admin.execute(sql).await.unwrap();

@@ -8,7 +8,7 @@ use lapin::{
 };
 use sqlx::Executor;
 
-use crate::stack::{EXCHANGE, Message, Relay, Stack, eventually};
+use crate::stack::{BROKER_PASSWORD, DATABASE_PASSWORD, EXCHANGE, Message, Relay, Stack, eventually};
 
 /// A message as a subscriber would describe it.
 fn describe(message: &Message) -> String {
@@ -253,7 +253,7 @@ async fn no_log_shows_a_payload_or_a_password() {
         log.contains("sqlx").then_some(log)
     })
     .await;
-    for secret in [payload, crate::stack::DATABASE_PASSWORD, crate::stack::BROKER_PASSWORD] {
+    for secret in [payload, DATABASE_PASSWORD, BROKER_PASSWORD] {
         assert!(!log.contains(secret), "{secret} in clear");
         // As Rust prints bytes.
         let bytes = format!("{:?}", secret.as_bytes());

@@ -25,7 +25,7 @@ use tokio::{
 use uuid::Uuid;
 
 /// What did not happen by then never will.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_mins(1);
 pub(crate) const EXCHANGE: &str = "event_dispatcher";
 /// To be found in no log and in no message.
 pub(crate) const DATABASE_PASSWORD: &str = "dbs3cretdbs3cret";
@@ -85,7 +85,9 @@ impl Stack {
         let (_, vhost) = address.rsplit_once('/').unwrap();
         let stack = Self {
             admin,
-            writer: PgPool::connect(&format!("postgres://{writer}:{DATABASE_PASSWORD}@{host}")).await.unwrap(),
+            writer: PgPool::connect(&format!("postgres://{writer}:{DATABASE_PASSWORD}@{host}"))
+                .await
+                .unwrap(),
             database_url: format!("postgres://{relay}:{DATABASE_PASSWORD}@{host}"),
             amqp_url: format!("amqp://{vhost}:{BROKER_PASSWORD}@{address}"),
             vhost: vhost.to_owned(),
@@ -198,10 +200,10 @@ pub(crate) fn program() -> Command {
 
 /// Runs to the end and returns what there is to see, none of it secret.
 pub(crate) async fn output(program: &mut Command) -> String {
-    let Output { status, stdout, stderr } = tokio::time::timeout(DEADLINE, program.output())
-        .await
-        .expect("the program ends")
-        .unwrap();
+    let Ok(ended) = tokio::time::timeout(DEADLINE, program.output()).await else {
+        panic!("the program goes on, with {:?}", program.as_std());
+    };
+    let Output { status, stdout, stderr } = ended.unwrap();
     let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
     for secret in [DATABASE_PASSWORD, BROKER_PASSWORD] {
         assert!(!stdout.contains(secret) && !stderr.contains(secret), "a password: {stdout}{stderr}");
@@ -230,15 +232,14 @@ impl Relay {
         let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build().unwrap();
         loop {
             let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-            let log = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("relay-{}.log", Uuid::new_v4()));
+            let log =
+                PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("relay-{}.log", Uuid::new_v4()));
             let stderr = std::fs::File::create(&log).unwrap();
             let child = program.env("LISTEN", &address).stderr(stderr).spawn().unwrap();
             let mut relay = Self { child, address, log, http: http.clone() };
-            let lives = eventually("the relay lives", async || {
-                match relay.child.try_wait().unwrap() {
-                    Some(_) => Some(false),
-                    None => relay.get("live").await.map(|_| true),
-                }
+            let lives = eventually("the relay lives", async || match relay.child.try_wait().unwrap() {
+                Some(_) => Some(false),
+                None => relay.get("live").await.map(|_| true),
             });
             if lives.await {
                 return relay;
@@ -304,7 +305,7 @@ impl Relay {
         let id = self.child.id().unwrap().to_string();
         let sent = Command::new("kill").args(["-TERM", &id]).status().await.unwrap();
         assert!(sent.success(), "SIGTERM was not sent");
-        tokio::time::timeout(DEADLINE, self.child.wait()).await.expect("the relay ends").unwrap()
+        tokio::time::timeout(DEADLINE, self.child.wait()).await.unwrap().unwrap()
     }
 
     /// SIGKILL.
@@ -333,10 +334,6 @@ pub(crate) struct Message {
 }
 
 impl Message {
-    pub(crate) fn id(&self) -> &str {
-        self.properties.message_id().as_ref().unwrap().as_str()
-    }
-
     /// The number that [`Stack::append`] gave it.
     pub(crate) fn number(&self) -> i64 {
         serde_json::from_str::<Value>(&self.body).unwrap()["n"].as_i64().unwrap()
@@ -392,7 +389,10 @@ impl Subscriber {
             seen.len() >= count
         })
         .await;
-        assert!((0..i64::try_from(count).unwrap()).all(|n| seen.contains(&n)), "numbers that were not appended");
+        assert!(
+            (0..i64::try_from(count).unwrap()).all(|n| seen.contains(&n)),
+            "numbers that were not appended"
+        );
         self.assert_order();
         &self.messages
     }
@@ -403,7 +403,11 @@ impl Subscriber {
         for message in &self.messages {
             let version: i64 = message.header("aggregate_version").parse().unwrap();
             let last = versions.entry(message.header("aggregate_id")).or_default();
-            assert!(version <= *last + 1, "{} jumps from {last} to {version}", message.header("aggregate_id"));
+            assert!(
+                version <= *last + 1,
+                "{} jumps from {last} to {version}",
+                message.header("aggregate_id")
+            );
             *last = version.max(*last);
         }
     }
@@ -452,16 +456,15 @@ fn host(url: &str) -> &str {
 
 async fn forward(mut client: TcpStream, server: String, mut hanging: watch::Receiver<bool>) {
     hanging.mark_unchanged();
-    if !*hanging.borrow() {
-        let mut server = TcpStream::connect(server).await.unwrap();
-        tokio::select! {
-            _ = tokio::io::copy_bidirectional(&mut client, &mut server) => return,
-            _ = hanging.changed() => {}
-        }
-        if *hanging.borrow() {
-            let _ = hanging.changed().await;
-        }
-    } else {
+    let mut server = TcpStream::connect(server).await.unwrap();
+    let hangs = *hanging.borrow();
+    tokio::select! {
+        _ = tokio::io::copy_bidirectional(&mut client, &mut server), if !hangs => {}
+        _ = hanging.changed() => {}
+    }
+    // Open until it is cut.
+    let hangs = *hanging.borrow();
+    if hangs {
         let _ = hanging.changed().await;
     }
 }
