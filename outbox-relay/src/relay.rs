@@ -28,9 +28,9 @@ const BUDGET: Budget = Budget { events: 1_000, bytes: 8 * 1024 * 1024 };
 const WINDOW: usize = 500;
 /// Progress is stored at most this often: a hot row bloats under somebody's old snapshot.
 const SAVE_INTERVAL: Duration = Duration::from_millis(250);
-/// With nothing to store, the leader's row is written this often, which also tells that the database
-/// and the leadership are still there.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+/// With nothing to store, the leader's row is written this often, which keeps the lease and tells that
+/// the database and the leadership are still there.
+const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Without notices, new events are found after at most this long.
 const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// How often a relay that does not lead asks whether it may.
@@ -173,6 +173,7 @@ impl Lead<'_> {
         // Events that were not taken; nothing else is published until they are.
         let mut held: HashSet<i64> = HashSet::new();
         let mut limit = WINDOW;
+        let source = self.leader.source.clone();
         while !queue.is_empty() && !self.stop.is_cancelled() {
             if !self.connect().await? {
                 break;
@@ -181,10 +182,15 @@ impl Lead<'_> {
             let picked = pick(&queue, &held, limit);
             let window: Vec<&Event> = picked.iter().map(|&n| &queue[n]).collect();
             let began = Instant::now();
-            let outcome = publish(link, &self.relay.nodes.exchange, &self.leader.source, &window).await;
-            let fates = match outcome {
-                Ok(fates) => fates,
+            let outcome = publish(link, &self.relay.nodes.exchange, &source, &window);
+            let fates = match alive(self.leader, &mut self.saved, outcome).await {
+                Ok(Ok(fates)) => fates,
                 Err(error) => {
+                    // Its confirms were given up, which would confuse those of the next window.
+                    *self.link = None;
+                    return Err(error);
+                }
+                Ok(Err(error)) => {
                     // Unknown which of them arrived: all are published again, on a new connection. In
                     // smaller windows, so that an event over which the broker ends the channel is soon
                     // alone, and does not have the others published over and over.
@@ -207,11 +213,11 @@ impl Lead<'_> {
             let settled: HashSet<i64> =
                 window.iter().map(|e| e.position).filter(|p| !held.contains(p)).collect();
             queue.retain(|e| !settled.contains(&e.position));
+            if !settled.is_empty() {
+                pause.reset();
+            }
             match waiting {
-                None => {
-                    self.relay.broker_health.ready();
-                    pause.reset();
-                }
+                None => self.relay.broker_health.ready(),
                 Some(reason) => {
                     self.relay.broker_health.waiting(reason);
                     pause.wait(self.stop).await;
@@ -282,7 +288,8 @@ impl Lead<'_> {
             if self.link.as_ref().is_some_and(|link| link.channel.status().connected()) {
                 return Ok(true);
             }
-            match self.stop.run_until_cancelled(self.relay.nodes.connect(attempt)).await {
+            let connect = self.stop.run_until_cancelled(self.relay.nodes.connect(attempt));
+            match alive(self.leader, &mut self.saved, connect).await? {
                 None => return Ok(false),
                 Some(Ok(link)) => *self.link = Some(link),
                 Some(Err(error)) => {
@@ -311,6 +318,24 @@ impl Lead<'_> {
         metrics::gauge!("outbox_relay_open_gaps").set(count(positions.gaps()));
         metrics::gauge!("outbox_relay_low_water").set(position(positions.low_water()));
         metrics::gauge!("outbox_relay_high").set(position(positions.high()));
+    }
+}
+
+/// Awaits what may take longer than the leader's lease, with heartbeats meanwhile.
+async fn alive<T>(
+    leader: &mut Leader,
+    saved: &mut Instant,
+    work: impl Future<Output = T>,
+) -> Result<T, LeaderError> {
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return Ok(done),
+            () = tokio::time::sleep_until((*saved + HEARTBEAT).into()) => {
+                leader.save().await?;
+                *saved = Instant::now();
+            }
+        }
     }
 }
 
