@@ -107,7 +107,7 @@ async fn what_is_waited_for_is_said() {
         (
             "wrong",
             "AMQP_URL",
-            stack.amqp_url.replace(&format!(":{}@", BROKER_PASSWORD), ":wr0ng@"),
+            stack.amqp_url.replace(&format!(":{BROKER_PASSWORD}@"), ":wr0ng@"),
             "broker: no",
         ),
         ("vhost", "AMQP_URL", format!("{}-not", stack.amqp_url), "broker: no"),

@@ -84,6 +84,34 @@ async fn a_second_relay_stands_by_and_takes_over() {
     assert_eq!(subscriber.messages.len(), 300);
 }
 
+/// It keeps its connections, and says nothing: its lease ends, and another one leads.
+#[tokio::test]
+async fn a_stopped_leader_loses_its_leadership() {
+    let stack = Stack::new("relay_lease").await;
+    let mut subscriber = stack.subscribe("#").await;
+    let first = Relay::ready(&mut stack.command("run")).await;
+    let mut second = Relay::ready(&mut stack.command("run")).await;
+    stack.append(0..5_000, 100, &["person.new"]).await;
+    subscriber.until(|messages| messages.len() >= 500).await;
+    first.signal("STOP").await;
+    subscriber.complete(5_000).await;
+    stack.settled("default", 5_000).await;
+    assert_ne!(second.counted().await.0, "0");
+
+    // What it had in mind is void when it wakes up; it stands by, and leads again when its turn comes.
+    first.signal("CONT").await;
+    stack.append(5_000..6_000, 100, &["person.new"]).await;
+    subscriber.complete(6_000).await;
+    stack.settled("default", 6_000).await;
+    assert!(second.terminate().await.success());
+    stack.append(6_000..7_000, 100, &["person.new"]).await;
+    subscriber.complete(7_000).await;
+    stack.settled("default", 7_000).await;
+    let epoch: i64 =
+        sqlx::query_scalar("SELECT epoch FROM outbox.relay").fetch_one(&stack.admin).await.unwrap();
+    assert_eq!(epoch, 3);
+}
+
 #[tokio::test]
 async fn each_name_publishes_everything_from_where_it_begins() {
     let stack = Stack::new("relay_names").await;

@@ -12,6 +12,7 @@ use devstack::testing;
 use futures_util::StreamExt;
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind,
+    message::Delivery,
     options::{BasicConsumeOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     types::FieldTable,
 };
@@ -300,11 +301,15 @@ impl Relay {
         &self.address
     }
 
+    pub(crate) async fn signal(&self, signal: &str) {
+        let id = self.child.id().unwrap().to_string();
+        let sent = Command::new("kill").args([&format!("-{signal}"), &id]).status().await.unwrap();
+        assert!(sent.success(), "SIG{signal} was not sent");
+    }
+
     /// SIGTERM, and how it ended.
     pub(crate) async fn terminate(&mut self) -> ExitStatus {
-        let id = self.child.id().unwrap().to_string();
-        let sent = Command::new("kill").args(["-TERM", &id]).status().await.unwrap();
-        assert!(sent.success(), "SIGTERM was not sent");
+        self.signal("TERM").await;
         tokio::time::timeout(DEADLINE, self.child.wait()).await.unwrap().unwrap()
     }
 
@@ -331,6 +336,16 @@ pub(crate) struct Message {
     pub(crate) key: String,
     pub(crate) properties: BasicProperties,
     pub(crate) body: String,
+}
+
+impl From<Delivery> for Message {
+    fn from(delivery: Delivery) -> Self {
+        Self {
+            key: delivery.routing_key.to_string(),
+            properties: delivery.properties,
+            body: String::from_utf8(delivery.data).unwrap(),
+        }
+    }
 }
 
 impl Message {
@@ -365,11 +380,7 @@ impl Subscriber {
                 .unwrap_or_else(|_| panic!("nothing more came after {} messages", self.messages.len()))
                 .unwrap()
                 .unwrap();
-            self.messages.push(Message {
-                key: delivery.routing_key.to_string(),
-                properties: delivery.properties,
-                body: String::from_utf8(delivery.data).unwrap(),
-            });
+            self.messages.push(delivery.into());
         }
         &self.messages
     }
