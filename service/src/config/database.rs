@@ -31,10 +31,9 @@ impl DatabaseArgs {
         statement_timeout: Duration,
     ) -> Result<PgConnectOptions, SettingError> {
         let url = secret("DATABASE_URL", self.database_url_file.as_ref(), FORM)?;
-        // The parser takes any scheme, and what it does not find from its defaults: `user:password@host`
-        // without a scheme would connect to this machine.
+        // sqlx takes any scheme, and would go and look for PostgreSQL at a MySQL server.
         if !["postgres://", "postgresql://"].iter().any(|scheme| url.expose_secret().starts_with(scheme)) {
-            return Err(SettingError::new("DATABASE_URL", format_args!("it should look like {FORM}")));
+            return Err(SettingError::new("DATABASE_URL", format_args!("should look like {FORM}")));
         }
         let options: PgConnectOptions = parse_secret("DATABASE_URL", &url, FORM)?;
         let statement_timeout = statement_timeout.as_millis().to_string();
