@@ -14,16 +14,18 @@ use lapin::{
     uri::AMQPUri,
 };
 
-/// Connecting, declaring and closing take no longer, or the node counts as away.
+/// Connecting and declaring take no longer, or the node counts as away.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// Closing is a courtesy.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The broker and the relay tell each other that they are there, so that a half-open connection ends.
 const HEARTBEAT_SECONDS: u16 = 10;
 
 /// Why nothing can be published right now.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum BrokerError {
-    /// No node answered.
-    #[error("RabbitMQ is away: {0}")]
+    /// No node answered, or none let the relay in.
+    #[error("no connection to RabbitMQ: {0}")]
     Away(String),
     /// The exchange is not there, and declaring it is not the relay's business or right.
     #[error(
@@ -127,7 +129,7 @@ impl Link {
 
     /// Closes in good order, so that no confirm is left dangling on a live connection.
     pub async fn close(self) {
-        let _ = tokio::time::timeout(TIMEOUT, self.connection.close(200, ShortString::default())).await;
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.connection.close(200, ShortString::default())).await;
     }
 }
 

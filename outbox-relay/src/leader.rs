@@ -15,6 +15,9 @@ use crate::{
 
 /// No answer of the database takes longer, or the connection counts as lost.
 const TIMEOUT: Duration = Duration::from_secs(15);
+/// A session that says nothing for so long is ended by the server, and its leadership with it. Otherwise
+/// a leader that is stopped, or whose host is gone without a word, would keep the others out for ever.
+const LEASE: &str = "10s";
 /// Open ranges that are stored; beyond it a restart repeats more.
 const MAX_OPEN: usize = 1_000;
 
@@ -116,7 +119,8 @@ impl Leader {
         begin: Begin,
         identity: &str,
     ) -> Result<Option<Self>, LeaderError> {
-        let mut conn = answer(options.clone().disable_statement_logging().connect()).await?;
+        let options = options.clone().disable_statement_logging().options([("idle_session_timeout", LEASE)]);
+        let mut conn = answer(options.connect()).await?;
         // Before anything else: a standby answers queries, but not with what is true.
         if answer(sqlx::query_scalar("SELECT pg_is_in_recovery()").fetch_one(&mut conn)).await? {
             return Err(LeaderError::InRecovery);

@@ -58,6 +58,8 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         wake: Arc::clone(&wake),
         database_health: health.part("database"),
         broker_health: health.part("broker"),
+        // The rest is for closing the connections.
+        grace: args.shutdown.drain_timeout * 3 / 4,
     };
     let stop = shutdown.requested().clone();
     shutdown.spawn("relay", relay.run(stop.clone()));
@@ -65,7 +67,7 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     let routes = health.add_to(Route::new(), Some(metrics));
     shutdown.spawn("health", async move {
         let server = poem::Server::new_with_acceptor(TcpAcceptor::from_tokio(listener)?);
-        // Answers to the very end of draining, but does not hold it up.
+        // Ends with the request: a load balancer or an operator should not see a draining relay as ready.
         server
             .run_with_graceful_shutdown(routes, stop.cancelled_owned(), Some(std::time::Duration::ZERO))
             .await?;

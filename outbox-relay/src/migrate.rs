@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use sqlx::{ConnectOptions, Connection};
 
 use crate::config::MigrateArgs;
@@ -19,7 +19,11 @@ pub async fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
     ] {
         for role in roles {
             let granted = sqlx::query(sql).bind(role).execute(&mut conn).await;
-            granted.with_context(|| format!("the role {role:?} did not get its rights"))?;
+            granted.map_err(|error| {
+                // Without the line of the server's own source that the driver adds.
+                let said = error.as_database_error().map(|e| e.message().to_owned());
+                anyhow!("{role:?} did not get its rights: {}", said.unwrap_or_else(|| error.to_string()))
+            })?;
         }
     }
     conn.close().await?;

@@ -14,6 +14,10 @@ const MAX_GAPS: usize = 10_000;
 /// Looks at `pg_locks` are at least this far apart: each takes a lock on the server's lock table.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
+/// Rows that the first read asks for. The server sends all of them, whatever the budget of bytes takes:
+/// of a thousand large events that could be more than it sends in time, again and again.
+const FIRST_ROWS: usize = 100;
+
 /// An event as it stands in the outbox.
 #[derive(Clone, Debug)]
 pub struct Event {
@@ -118,12 +122,14 @@ pub struct Reader {
     positions: Positions,
     looked: Option<Instant>,
     sampled: Option<Instant>,
+    /// Rows that the next read asks for: twice what the last one took, while there is more.
+    rows: usize,
 }
 
 impl Reader {
     /// Continues from where `positions` stands.
     pub fn new(positions: Positions) -> Self {
-        Self { positions, looked: None, sampled: None }
+        Self { positions, looked: None, sampled: None, rows: FIRST_ROWS }
     }
 
     /// Where the reading stands.
@@ -152,7 +158,8 @@ impl Reader {
 
         let (from, to) = self.positions.missing(now);
         let high = self.positions.high();
-        let limit = i64::try_from(budget.events).unwrap_or(i64::MAX);
+        let most = budget.events.min(self.rows);
+        let limit = i64::try_from(most).unwrap_or(i64::MAX);
         let above = if self.positions.gaps() > MAX_GAPS { 0 } else { limit };
         let mut rows = sqlx::query_as::<_, Row>(READ)
             .bind(&from)
@@ -163,11 +170,11 @@ impl Reader {
             .fetch(&mut *conn);
 
         let mut events: Vec<Event> = Vec::new();
-        let (mut missing, mut bytes) = (0, 0);
+        let (mut missing, mut bytes, mut cut) = (0, 0, false);
         let mut covered = i64::MAX;
         while let Some(row) = rows.try_next().await? {
             let event = Event::from(row);
-            if event.position > high && missing == budget.events {
+            if event.position > high && missing == most {
                 // The leg of the gaps was cut off: what lies above must wait, or it could overtake.
                 covered = events.last().map_or(high, |last| last.position);
                 break;
@@ -175,18 +182,25 @@ impl Reader {
             missing += usize::from(event.position <= high);
             bytes += event.size();
             if bytes > budget.bytes && !events.is_empty() {
+                cut = true;
                 covered = events.last().map_or(high, |last| last.position);
                 break;
             }
             events.push(event);
         }
         drop(rows);
-        if missing == budget.events {
+        self.rows = match events.len() {
+            taken if cut => taken * 2,
+            taken if taken >= most => most * 2,
+            // Caught up: what comes next may be of any size.
+            _ => FIRST_ROWS,
+        };
+        if missing == most {
             covered = covered.min(events.last().map_or(high, |last| last.position));
         }
 
         let taken = self.positions.take(events.iter().map(|e| e.position), covered, now);
-        let more = covered < i64::MAX || events.len() >= budget.events;
+        let more = covered < i64::MAX || events.len() >= most;
         // What was found a second time is in memory already.
         if taken.fresh.len() < events.len() {
             events.retain(|e| taken.fresh.binary_search(&e.position).is_ok());

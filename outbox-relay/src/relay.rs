@@ -28,9 +28,9 @@ const BUDGET: Budget = Budget { events: 1_000, bytes: 8 * 1024 * 1024 };
 const WINDOW: usize = 500;
 /// Progress is stored at most this often: a hot row bloats under somebody's old snapshot.
 const SAVE_INTERVAL: Duration = Duration::from_millis(250);
-/// With nothing to store, the leader's row is written this often, which also tells that the database
-/// and the leadership are still there.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+/// With nothing to store, the leader's row is written this often, which keeps the lease and tells that
+/// the database and the leadership are still there.
+const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Without notices, new events are found after at most this long.
 const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// How often a relay that does not lead asks whether it may.
@@ -57,6 +57,8 @@ pub struct Relay {
     pub database_health: Part,
     /// Shown at `/ready`: the broker and what it does not take.
     pub broker_health: Part,
+    /// How long what is under way may go on once the process is to end.
+    pub grace: Duration,
 }
 
 /// How a leadership ended, when nothing failed.
@@ -73,7 +75,16 @@ impl Relay {
         let mut pause = Pause::default();
         let mut link = None;
         while !stop.is_cancelled() {
-            match self.lead(&mut link, &mut pause, &stop).await {
+            let grace = self.grace;
+            let ended = tokio::select! {
+                ended = self.lead(&mut link, &mut pause, &stop) => ended,
+                // Work is not cut in half, unless a server that does not answer would keep the process.
+                () = async { stop.cancelled().await; tokio::time::sleep(grace).await } => {
+                    tracing::warn!("not everything was answered in time; the next start publishes it again");
+                    return Ok(());
+                }
+            };
+            match ended {
                 Ok(End::Stopped) => break,
                 Ok(End::Standby) => {
                     // Healthy: somebody publishes, and this one stands by.
@@ -101,10 +112,9 @@ impl Relay {
         pause: &mut Pause,
         stop: &CancellationToken,
     ) -> Result<End, LeaderError> {
-        let Some(mut leader) = Leader::take(&self.database, &self.name, self.begin, &self.identity).await?
-        else {
-            return Ok(End::Standby);
-        };
+        let take = Leader::take(&self.database, &self.name, self.begin, &self.identity);
+        let Some(taken) = stop.run_until_cancelled(take).await else { return Ok(End::Stopped) };
+        let Some(mut leader) = taken? else { return Ok(End::Standby) };
         self.database_health.ready();
         pause.reset();
         let mut lead = Lead { relay: self, leader: &mut leader, link, stop, saved: Instant::now() };
@@ -162,20 +172,33 @@ impl Lead<'_> {
         let mut pause = Pause::default();
         // Events that were not taken; nothing else is published until they are.
         let mut held: HashSet<i64> = HashSet::new();
+        let mut limit = WINDOW;
+        let source = self.leader.source.clone();
         while !queue.is_empty() && !self.stop.is_cancelled() {
             if !self.connect().await? {
                 break;
             }
             let Some(link) = self.link.as_ref() else { break };
-            let picked = pick(&queue, &held);
+            let picked = pick(&queue, &held, limit);
             let window: Vec<&Event> = picked.iter().map(|&n| &queue[n]).collect();
             let began = Instant::now();
-            let outcome = publish(link, &self.relay.nodes.exchange, &self.leader.source, &window).await;
-            let fates = match outcome {
-                Ok(fates) => fates,
+            let outcome = publish(link, &self.relay.nodes.exchange, &source, &window);
+            let fates = match alive(self.leader, &mut self.saved, outcome).await {
+                Ok(Ok(fates)) => fates,
                 Err(error) => {
-                    // Unknown which of them arrived: all are published again, on a new connection.
-                    self.relay.broker_health.waiting(error.to_string());
+                    // Its confirms were given up, which would confuse those of the next window.
+                    *self.link = None;
+                    return Err(error);
+                }
+                Ok(Err(error)) => {
+                    // Unknown which of them arrived: all are published again, on a new connection. In
+                    // smaller windows, so that an event over which the broker ends the channel is soon
+                    // alone, and does not have the others published over and over.
+                    limit = (window.len() / 8).max(1);
+                    self.relay.broker_health.waiting(match window[..] {
+                        [event] => format!("event {} of type {}: {error}", event.id, event.type_),
+                        _ => error.to_string(),
+                    });
                     metrics::counter!("outbox_relay_publish_failures_total").increment(1);
                     if let Some(link) = self.link.take() {
                         link.close().await;
@@ -190,11 +213,11 @@ impl Lead<'_> {
             let settled: HashSet<i64> =
                 window.iter().map(|e| e.position).filter(|p| !held.contains(p)).collect();
             queue.retain(|e| !settled.contains(&e.position));
+            if !settled.is_empty() {
+                pause.reset();
+            }
             match waiting {
-                None => {
-                    self.relay.broker_health.ready();
-                    pause.reset();
-                }
+                None => self.relay.broker_health.ready(),
                 Some(reason) => {
                     self.relay.broker_health.waiting(reason);
                     pause.wait(self.stop).await;
@@ -265,9 +288,11 @@ impl Lead<'_> {
             if self.link.as_ref().is_some_and(|link| link.channel.status().connected()) {
                 return Ok(true);
             }
-            match self.relay.nodes.connect(attempt).await {
-                Ok(link) => *self.link = Some(link),
-                Err(error) => {
+            let connect = self.stop.run_until_cancelled(self.relay.nodes.connect(attempt));
+            match alive(self.leader, &mut self.saved, connect).await? {
+                None => return Ok(false),
+                Some(Ok(link)) => *self.link = Some(link),
+                Some(Err(error)) => {
                     *self.link = None;
                     self.relay.broker_health.waiting(error.to_string());
                     pause.wait(self.stop).await;
@@ -296,18 +321,38 @@ impl Lead<'_> {
     }
 }
 
-/// Picks what goes out together: the oldest event of each aggregate, or of those that are held.
-fn pick(queue: &VecDeque<Event>, held: &HashSet<i64>) -> Vec<usize> {
-    let mut aggregates = HashSet::new();
+/// Awaits what may take longer than the leader's lease, with heartbeats meanwhile.
+async fn alive<T>(
+    leader: &mut Leader,
+    saved: &mut Instant,
+    work: impl Future<Output = T>,
+) -> Result<T, LeaderError> {
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return Ok(done),
+            () = tokio::time::sleep_until((*saved + HEARTBEAT).into()) => {
+                leader.save().await?;
+                *saved = Instant::now();
+            }
+        }
+    }
+}
+
+/// Picks what goes out together, at most `limit`: the oldest event of each aggregate, or of those that
+/// are held. No two have the same id, by which a returned message is known: nothing in the schema keeps
+/// a writer from using one twice.
+fn pick(queue: &VecDeque<Event>, held: &HashSet<i64>, limit: usize) -> Vec<usize> {
+    let (mut aggregates, mut ids) = (HashSet::new(), HashSet::new());
     let mut picked = Vec::new();
     for (n, event) in queue.iter().enumerate() {
-        if picked.len() == WINDOW {
+        if picked.len() == limit {
             break;
         }
         if !held.is_empty() && !held.contains(&event.position) {
             continue;
         }
-        if aggregates.insert((&*event.aggregate_type, &*event.aggregate_id)) {
+        if aggregates.insert((&*event.aggregate_type, &*event.aggregate_id)) && ids.insert(event.id) {
             picked.push(n);
         }
     }

@@ -6,7 +6,8 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use poem::{
     Endpoint, EndpointExt, PathPattern, Request, Response, Route, http::Method, middleware::CatchPanic,
 };
-use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing::{Level, Metadata};
+use tracing_subscriber::{EnvFilter, filter::filter_fn, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::{config::SettingError, problem::Problem};
 
@@ -33,24 +34,33 @@ pub struct TelemetryArgs {
     pub log_format: LogFormat,
 }
 
+/// What may be logged whatever `LOG` says; a directive could be overruled by a more specific one. lapin
+/// writes returned messages out in full, bodies with personal data included, and its frames below info;
+/// sqlx reports notices such as "already exists, skipping".
+fn may_be_logged(metadata: &Metadata<'_>) -> bool {
+    let (target, level) = (metadata.target(), *metadata.level());
+    if target == "lapin::returned_messages" {
+        false
+    } else if target.starts_with("lapin") || target.starts_with("amq_protocol") {
+        level <= Level::INFO
+    } else if target.starts_with("sqlx::postgres::notice") {
+        level <= Level::WARN
+    } else {
+        true
+    }
+}
+
 /// Starts logging and metrics for the whole process; call once. The handle renders the metrics.
 pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
     let filter = EnvFilter::try_new(&args.log).map_err(|e| {
         SettingError::new("LOG", format_args!("{e}; it should look like info, or info,outbox_relay=debug"))
     })?;
-    // Whatever LOG says: lapin writes returned messages out in full, bodies with personal data included,
-    // and its frames below debug; sqlx reports notices such as "already exists, skipping".
-    let filter =
-        ["lapin=info", "lapin::returned_messages=off", "amq_protocol=info", "sqlx::postgres::notice=warn"]
-            .into_iter()
-            .filter_map(|directive| directive.parse().ok())
-            .fold(filter, EnvFilter::add_directive);
     let json = match args.log_format {
         LogFormat::Auto => !std::io::stderr().is_terminal(),
         LogFormat::Human => false,
         LogFormat::Json => true,
     };
-    let registry = tracing_subscriber::registry().with(filter);
+    let registry = tracing_subscriber::registry().with(filter).with(filter_fn(may_be_logged));
     let started = if json {
         registry.with(fmt::layer().with_writer(std::io::stderr).json().flatten_event(true)).try_init()
     } else {

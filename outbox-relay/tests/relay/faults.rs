@@ -1,0 +1,226 @@
+//! Connections that break, servers that do not answer, events that the broker will not have.
+
+use tokio_util::sync::CancellationToken;
+
+use crate::stack::{BROKER_PASSWORD, EXCHANGE, Proxy, Relay, Stack, eventually, output, program};
+
+#[tokio::test]
+async fn order_holds_when_the_broker_connection_breaks() {
+    let stack = Stack::new("relay_order").await;
+    let mut subscriber = stack.subscribe("#").await;
+    let proxy = Proxy::new(&stack.amqp_url).await;
+    let mut program = stack.command("run");
+    let relay = Relay::ready(program.env("AMQP_URL", proxy.url(&stack.amqp_url))).await;
+    stack.append(0..6_000, 30, &["person.new", "person.changed"]).await;
+    for seen in [300, 1_000, 1_700, 2_400, 3_100] {
+        subscriber.until(|messages| messages.iter().any(|m| m.number() >= seen)).await;
+        proxy.cut();
+    }
+    // An operator's way: the broker says goodbye. Its list of connections is some seconds behind.
+    let path = format!("vhosts/{}/connections", stack.vhost);
+    let name = eventually("the management API lists the relay", async || {
+        let connections = stack.manage(reqwest::Method::GET, &path, None).await;
+        let of_relay = |c: &&serde_json::Value| c["user"] == stack.vhost && c["state"] == "running";
+        let relay = connections.as_array()?.iter().rev().find(of_relay)?.clone();
+        assert!(relay["user_provided_name"].as_str()?.starts_with("outbox-relay default "));
+        Some(relay["name"].as_str()?.to_owned())
+    })
+    .await;
+    stack.append(6_000..9_000, 30, &["person.changed"]).await;
+    let path = format!("connections/{}", name.replace(' ', "%20").replace('>', "%3E"));
+    stack.manage(reqwest::Method::DELETE, &path, None).await;
+    subscriber.complete(9_000).await;
+    stack.settled("default", 9_000).await;
+    relay.is_ready().await;
+}
+
+#[tokio::test]
+async fn the_leader_s_database_connection_breaks() {
+    let stack = Stack::new("relay_database").await;
+    let mut subscriber = stack.subscribe("#").await;
+    let relay = Relay::ready(&mut stack.command("run")).await;
+    stack.append(0..6_000, 30, &["person.new"]).await;
+    for (epoch, seen) in [(2_i64, 300), (3, 1_500), (4, 3_000)] {
+        subscriber.until(|messages| messages.iter().any(|m| m.number() >= seen)).await;
+        // 1869968492 is the class of the leader's lock.
+        let kill = "SELECT pg_terminate_backend(pid) FROM pg_locks
+                    WHERE locktype = 'advisory' AND classid = 1869968492 AND objsubid = 2
+                      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+        eventually("the leader's backend is terminated", async || {
+            sqlx::query_scalar::<_, bool>(kill).fetch_optional(&stack.admin).await.unwrap()
+        })
+        .await;
+        eventually("leadership is taken anew", async || {
+            let stored = sqlx::query_scalar::<_, i64>("SELECT epoch FROM outbox.relay");
+            (stored.fetch_one(&stack.admin).await.unwrap() == epoch).then_some(())
+        })
+        .await;
+    }
+    subscriber.complete(6_000).await;
+    stack.settled("default", 6_000).await;
+    relay.is_ready().await;
+}
+
+/// Terminates the backend that listens; false while there is none.
+async fn deafen(stack: &Stack) -> bool {
+    let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+               WHERE datname = current_database() AND query LIKE 'LISTEN %'";
+    sqlx::query_scalar(sql).fetch_optional(&stack.admin).await.unwrap() == Some(true)
+}
+
+#[tokio::test]
+async fn without_a_listener_polling_goes_on() {
+    let stack = Stack::new("relay_listen").await;
+    let mut subscriber = stack.subscribe("#").await;
+    let _relay = Relay::ready(&mut stack.command("run")).await;
+    let waker = outbox::Waker::new();
+    let stop = CancellationToken::new();
+    let sender = tokio::spawn(waker.clone().run(stack.writer.clone(), stop.clone()));
+    for n in 0..5 {
+        eventually("the listener is gone, and came back before", async || deafen(&stack).await.then_some(()))
+            .await;
+        stack.append(n..n + 1, 1, &["person.new"]).await;
+        waker.wake();
+        subscriber.complete(usize::try_from(n + 1).unwrap()).await;
+    }
+    stop.cancel();
+    sender.await.unwrap();
+}
+
+#[tokio::test]
+async fn another_node_is_taken_when_the_first_is_dead() {
+    let stack = Stack::new("relay_nodes").await;
+    let dead = "amqp://guest:guest@127.0.0.1:1/%2f";
+    let nodes = format!("{dead}, {}", stack.amqp_url);
+    let _relay = Relay::ready(stack.command("run").env("AMQP_URL", nodes)).await;
+    stack.append(0..1, 1, &["person.new"]).await;
+    stack.subscribe("#").await.complete(1).await;
+}
+
+#[tokio::test]
+async fn what_is_waited_for_is_said() {
+    let stack = Stack::new("relay_reasons").await;
+    let host = "127.0.0.1:1";
+    let mut reasons = Vec::new();
+    for (name, variable, value, reason) in [
+        ("away", "AMQP_URL", format!("amqp://guest:mqs3cretmqs3cret@{host}/x"), "broker: no"),
+        (
+            "wrong",
+            "AMQP_URL",
+            stack.amqp_url.replace(&format!(":{BROKER_PASSWORD}@"), ":wr0ng@"),
+            "broker: no",
+        ),
+        ("vhost", "AMQP_URL", format!("{}-not", stack.amqp_url), "broker: no"),
+        (
+            "database",
+            "DATABASE_URL",
+            format!("postgres://relay:dbs3cretdbs3cret@{host}/x"),
+            "database: the database",
+        ),
+    ] {
+        let relay = Relay::start(stack.command("run").args(["--name", name]).env(variable, value)).await;
+        let said = relay.waits(reason).await.replace(&stack.vhost, "VHOST");
+        let (_, broker) = stack.amqp_url.rsplit_once('@').unwrap();
+        reasons.push(format!("{name}\n{}", said.replace(broker.split('/').next().unwrap(), "NODE")));
+        assert!(!relay.log().contains("s3cret") && !relay.log().contains("wr0ng"), "{}", relay.log());
+    }
+    insta::assert_snapshot!(reasons.join("\n\n"));
+}
+
+/// The broker ends the channel over a single event. It must not take the others of its window with it,
+/// nor have them published over and over again.
+#[tokio::test]
+async fn an_event_that_the_broker_refuses_is_found() {
+    let stack = Stack::new("relay_culprit").await;
+    let mut subscriber = stack.subscribe("#").await;
+    // Everything but one type may be published.
+    let rights = |write: &str| serde_json::json!({"exchange": EXCHANGE, "write": write, "read": ""});
+    let path = format!("topic-permissions/{0}/{0}", stack.vhost);
+    stack.manage(reqwest::Method::PUT, &path, Some(rights(r"^person\."))).await;
+    stack.append(0..950, 1_000, &["person.new"]).await;
+    stack.append(950..951, 1_000, &["secret.new"]).await;
+    stack.append(951..1_000, 1_000, &["person.new"]).await;
+    let relay = Relay::start(&mut stack.command("run")).await;
+    let said = relay.waits("event ").await.replace(&stack.vhost, "VHOST");
+    let id = sqlx::query_scalar::<_, String>("SELECT id::text FROM outbox.event WHERE type = 'secret.new'");
+    let id = id.fetch_one(&stack.admin).await.unwrap();
+    insta::assert_snapshot!(said.replace(&id, "ID"));
+    subscriber.until(|messages| messages.iter().any(|m| m.number() == 949)).await;
+    eventually("it tries some more times", async || {
+        let failures: u32 = relay.metric("outbox_relay_publish_failures_total").await?.parse().unwrap();
+        (failures >= 7).then_some(())
+    })
+    .await;
+
+    stack.manage(reqwest::Method::PUT, &path, Some(rights(".*"))).await;
+    subscriber.complete(1_000).await;
+    relay.is_ready().await;
+    stack.settled("default", 1_000).await;
+    let received = subscriber.messages.len();
+    assert!(received < 2_000, "each was published twice at most, or so: {received}");
+}
+
+/// Whatever the relay waits for, SIGTERM ends it well within the time to drain.
+#[tokio::test]
+async fn a_waiting_relay_stops_when_told() {
+    let stack = Stack::new("relay_waits").await;
+    let (broker, database) = (Proxy::new(&stack.amqp_url).await, Proxy::new(&stack.database_url).await);
+    let run = |name: &str| {
+        let mut program = stack.command("run");
+        program.args(["--name", name, "--drain-timeout", "8s"]);
+        program
+    };
+    let mut relays = vec![
+        ("leading and idle", Relay::ready(&mut run("idle")).await),
+        ("standing by", Relay::ready(&mut run("idle")).await),
+    ];
+    // Something to publish that is not confirmed, as while the broker has an alarm.
+    let silent = Relay::ready(run("silent").env("AMQP_URL", broker.url(&stack.amqp_url))).await;
+    broker.hang();
+    // A leader whose database falls silent.
+    let leader = Relay::ready(run("leader").env("DATABASE_URL", database.url(&stack.database_url))).await;
+    database.hang();
+    stack.append(0..10, 10, &["person.new"]).await;
+    let unreachable = Proxy::new(&stack.amqp_url).await;
+    unreachable.hang();
+    let deaf = Relay::start(run("deaf").env("AMQP_URL", unreachable.url(&stack.amqp_url))).await;
+    let lost = Proxy::new(&stack.database_url).await;
+    lost.hang();
+    let blind = Relay::start(run("blind").env("DATABASE_URL", lost.url(&stack.database_url))).await;
+    let holding = Relay::start(&mut run("holding")).await;
+    holding.waits("no queue").await;
+    relays.extend([
+        ("holding", holding),
+        ("without a confirm", silent),
+        ("without a broker", deaf),
+        ("without a database", blind),
+        ("with a silent database", leader),
+    ]);
+    // A relay that does not drain in time says so with its exit code.
+    futures_util::future::join_all(relays.into_iter().map(async |(waiting, mut relay)| {
+        let status = relay.terminate().await;
+        assert!(status.success(), "{waiting}: {status}: {}", relay.log());
+    }))
+    .await;
+}
+
+/// `health` tells a container's health check what `/ready` says.
+#[tokio::test]
+async fn health_tells_whether_it_is_ready() {
+    let stack = Stack::new("relay_health").await;
+    let relay = Relay::ready(&mut stack.command("run")).await;
+    let health = async |address: &str| {
+        output(program().arg("health").env("LISTEN", address)).await.replace(address, "ADDRESS")
+    };
+    let mut said = vec![health(relay.address()).await];
+    stack.append(0..1, 1, &["person.new"]).await;
+    relay.waits("no queue").await;
+    let waiting = health(relay.address()).await;
+    let (before, after) = waiting.split_once(r#""seconds":"#).unwrap();
+    let after = after.trim_start_matches(|c: char| c.is_ascii_digit());
+    said.push(format!(r#"{before}"seconds":N{after}"#));
+    let address = relay.address().to_owned();
+    relay.kill().await;
+    said.push(health(&address).await);
+    insta::assert_snapshot!(said.join("\n\n"));
+}

@@ -1,0 +1,10 @@
+//! The relay as a process, against real servers: what arrives, in which order, how often, and what it
+//! says when it cannot go on. Each test has a database, a virtual host and roles of its own.
+
+#![expect(clippy::unwrap_used, reason = "a panic is the report of a test")]
+
+mod command_line;
+mod faults;
+mod progress;
+mod publishing;
+mod stack;

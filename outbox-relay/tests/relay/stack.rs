@@ -1,0 +1,481 @@
+//! A relay process, its database and its virtual host, under roles that may do no more than they must.
+
+use std::{
+    collections::HashMap,
+    net::TcpListener,
+    path::PathBuf,
+    process::{ExitStatus, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use devstack::testing;
+use futures_util::StreamExt;
+use lapin::{
+    BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind,
+    message::Delivery,
+    options::{BasicConsumeOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    types::FieldTable,
+};
+use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, Executor, PgPool};
+use tokio::{
+    net::TcpStream,
+    process::{Child, Command},
+    sync::watch,
+};
+use uuid::Uuid;
+
+/// What did not happen by then never will.
+const DEADLINE: Duration = Duration::from_mins(1);
+pub(crate) const EXCHANGE: &str = "event_dispatcher";
+/// To be found in no log and in no message.
+pub(crate) const DATABASE_PASSWORD: &str = "dbs3cretdbs3cret";
+pub(crate) const BROKER_PASSWORD: &str = "mqs3cretmqs3cret";
+
+/// Asks again and again until there is an answer; a minute without one fails the test.
+pub(crate) async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(Instant::now() < end, "this never happened: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A database with an outbox of the source `person`, and a virtual host.
+pub(crate) struct Stack {
+    /// A superuser's connections.
+    pub(crate) admin: PgPool,
+    /// Connections of a role that may append events, and nothing else.
+    pub(crate) writer: PgPool,
+    /// As the relay connects: what `outbox.grant_relay` grants, and `pg_read_all_stats`.
+    pub(crate) database_url: String,
+    /// As the relay connects: it may write to the exchange, and nothing else.
+    pub(crate) amqp_url: String,
+    /// The virtual host, also the name of the relay's user there.
+    pub(crate) vhost: String,
+    connection: Connection,
+}
+
+impl Stack {
+    /// With the exchange declared.
+    pub(crate) async fn new(name: &str) -> Self {
+        let stack = Self::without_exchange(name).await;
+        stack.declare_exchange(ExchangeKind::Topic).await;
+        stack
+    }
+
+    pub(crate) async fn without_exchange(name: &str) -> Self {
+        let url = testing::database(name).await;
+        let (_, host) = url.rsplit_once('@').unwrap();
+        let (_, database) = url.rsplit_once('/').unwrap();
+        let admin = PgPool::connect(&url).await.unwrap();
+        outbox::install(&mut admin.acquire().await.unwrap(), "person").await.unwrap();
+        let (writer, relay) = (format!("{database}_writer"), format!("{database}_relay"));
+        let roles = format!(
+            "CREATE ROLE {writer} LOGIN PASSWORD '{DATABASE_PASSWORD}'; SELECT outbox.grant_writer('{writer}');
+             CREATE ROLE {relay} LOGIN PASSWORD '{DATABASE_PASSWORD}'; SELECT outbox.grant_relay('{relay}');
+             GRANT pg_read_all_stats TO {relay}"
+        );
+        admin.execute(AssertSqlSafe(roles)).await.unwrap();
+
+        let amqp = testing::virtual_host(name).await;
+        let (_, address) = amqp.rsplit_once('@').unwrap();
+        let (_, vhost) = address.rsplit_once('/').unwrap();
+        let stack = Self {
+            admin,
+            writer: PgPool::connect(&format!("postgres://{writer}:{DATABASE_PASSWORD}@{host}"))
+                .await
+                .unwrap(),
+            database_url: format!("postgres://{relay}:{DATABASE_PASSWORD}@{host}"),
+            amqp_url: format!("amqp://{vhost}:{BROKER_PASSWORD}@{address}"),
+            vhost: vhost.to_owned(),
+            connection: Connection::connect(&amqp, ConnectionProperties::default()).await.unwrap(),
+        };
+        let (user, path) = (json!({"password": BROKER_PASSWORD, "tags": ""}), format!("users/{vhost}"));
+        stack.manage(reqwest::Method::PUT, &path, Some(user)).await;
+        stack.permit("^$").await;
+        stack
+    }
+
+    /// Lets the relay's user declare what matches `configure`.
+    pub(crate) async fn permit(&self, configure: &str) {
+        let rights = json!({"configure": configure, "write": format!("^{EXCHANGE}$"), "read": "^$"});
+        let path = format!("permissions/{0}/{0}", self.vhost);
+        self.manage(reqwest::Method::PUT, &path, Some(rights)).await;
+    }
+
+    /// Asks RabbitMQ's management API.
+    pub(crate) async fn manage(&self, method: reqwest::Method, path: &str, body: Option<Value>) -> Value {
+        let url = format!("{}/api/{path}", std::env::var(testing::MANAGEMENT_URL).unwrap());
+        let mut request = reqwest::Client::new().request(method, url);
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let answer = request.send().await.unwrap().error_for_status().unwrap().text().await.unwrap();
+        serde_json::from_str(&answer).unwrap_or_default()
+    }
+
+    pub(crate) async fn channel(&self) -> Channel {
+        self.connection.create_channel().await.unwrap()
+    }
+
+    pub(crate) async fn declare_exchange(&self, kind: ExchangeKind) {
+        let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
+        let channel = self.channel().await;
+        channel.exchange_declare(EXCHANGE.into(), kind, options, FieldTable::default()).await.unwrap();
+    }
+
+    /// Declares a queue and binds it.
+    pub(crate) async fn bind(&self, queue: &str, key: &str, arguments: FieldTable) {
+        let channel = self.channel().await;
+        let options = QueueDeclareOptions { durable: true, ..Default::default() };
+        channel.queue_declare(queue.into(), options, arguments).await.unwrap();
+        let options = QueueBindOptions::default();
+        channel
+            .queue_bind(queue.into(), EXCHANGE.into(), key.into(), options, FieldTable::default())
+            .await
+            .unwrap();
+    }
+
+    /// Receives what comes to a queue.
+    pub(crate) async fn consume(&self, queue: &str) -> Subscriber {
+        let channel = self.channel().await;
+        let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
+        let consumer =
+            channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await.unwrap();
+        Subscriber { consumer, messages: Vec::new() }
+    }
+
+    /// A queue, bound, and its subscriber.
+    pub(crate) async fn subscribe(&self, key: &str) -> Subscriber {
+        self.bind(key, key, FieldTable::default()).await;
+        self.consume(key).await
+    }
+
+    /// Appends the events `numbers` in one transaction, in turn of each of the `types`, and in turn to
+    /// each of `aggregates`, whose versions go on from call to call. The body is `{"n": number}`.
+    pub(crate) async fn append(&self, numbers: std::ops::Range<i64>, aggregates: i64, types: &[&str]) {
+        sqlx::query(
+            "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+             SELECT 'thing', 'a' || n % $3, n / $3 + 1, ($4::text[])[n % cardinality($4) + 1],
+                    json_build_object('n', n)
+             FROM generate_series($1, $2 - 1) n ORDER BY n",
+        )
+        .bind(numbers.start)
+        .bind(numbers.end)
+        .bind(aggregates)
+        .bind(types)
+        .execute(&self.writer)
+        .await
+        .unwrap();
+    }
+
+    /// The program with a command, and no settings but where the servers are.
+    pub(crate) fn command(&self, command: &str) -> Command {
+        let mut program = program();
+        program.arg(command).env("DATABASE_URL", &self.database_url).env("AMQP_URL", &self.amqp_url);
+        program
+    }
+
+    /// Waits until the relay's stored progress is at `position`, with nothing open.
+    pub(crate) async fn settled(&self, name: &str, position: i64) {
+        let what = format!("{name} settles everything up to {position}");
+        eventually(&what, async || {
+            let sql = "SELECT low_water = $2 AND open = '{}' FROM outbox.relay WHERE name = $1";
+            let row = sqlx::query_scalar(sql).bind(name).bind(position).fetch_optional(&self.admin).await;
+            (row.unwrap() == Some(true)).then_some(())
+        })
+        .await;
+    }
+}
+
+/// The program, without any settings.
+pub(crate) fn program() -> Command {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_outbox-relay"));
+    program.env_clear().stdin(Stdio::null()).kill_on_drop(true);
+    program
+}
+
+/// Runs to the end and returns what there is to see, none of it secret.
+pub(crate) async fn output(program: &mut Command) -> String {
+    let Ok(ended) = tokio::time::timeout(DEADLINE, program.output()).await else {
+        panic!("the program goes on, with {:?}", program.as_std());
+    };
+    let Output { status, stdout, stderr } = ended.unwrap();
+    let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
+    for secret in [DATABASE_PASSWORD, BROKER_PASSWORD] {
+        assert!(!stdout.contains(secret) && !stderr.contains(secret), "a password: {stdout}{stderr}");
+    }
+    // The log is not what a user reads here: the last word is.
+    let stderr: Vec<&str> = stderr.lines().filter(|line| !line.starts_with('{')).collect();
+    let code = status.code().map_or("none".to_owned(), |code| code.to_string());
+    [format!("exit code: {code}"), stdout.trim_end().to_owned(), stderr.join("\n")]
+        .into_iter()
+        .filter(|part| !part.is_empty())
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+/// A relay that runs; killed when dropped.
+pub(crate) struct Relay {
+    child: Child,
+    address: String,
+    log: PathBuf,
+    http: reqwest::Client,
+}
+
+impl Relay {
+    /// Starts it and waits until it lives.
+    pub(crate) async fn start(program: &mut Command) -> Self {
+        let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build().unwrap();
+        loop {
+            let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+            let log =
+                PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("relay-{}.log", Uuid::new_v4()));
+            let stderr = std::fs::File::create(&log).unwrap();
+            let child = program.env("LISTEN", &address).stderr(stderr).spawn().unwrap();
+            let mut relay = Self { child, address, log, http: http.clone() };
+            let lives = eventually("the relay lives", async || match relay.child.try_wait().unwrap() {
+                Some(_) => Some(false),
+                None => relay.get("live").await.map(|_| true),
+            });
+            if lives.await {
+                return relay;
+            }
+            // Between choosing the port and taking it, somebody else may have taken it.
+            assert!(relay.log().contains("cannot listen on"), "the relay ended: {}", relay.log());
+        }
+    }
+
+    /// Starts it and waits until it is ready.
+    pub(crate) async fn ready(program: &mut Command) -> Self {
+        let relay = Self::start(program).await;
+        relay.is_ready().await;
+        relay
+    }
+
+    async fn get(&self, path: &str) -> Option<(u16, String)> {
+        let answer = self.http.get(format!("http://{}/{path}", self.address)).send().await.ok()?;
+        Some((answer.status().as_u16(), answer.text().await.ok()?))
+    }
+
+    pub(crate) async fn is_ready(&self) {
+        eventually("the relay is ready", async || (self.get("ready").await?.0 == 200).then_some(())).await;
+    }
+
+    /// Waits until it is not ready for a reason that contains `reason`, and returns all it says.
+    pub(crate) async fn waits(&self, reason: &str) -> String {
+        eventually(&format!("the relay waits: {reason}"), async || {
+            let (status, body) = self.get("ready").await?;
+            let body: Value = serde_json::from_str(&body).ok()?;
+            let said: Vec<String> = body["waiting"]
+                .as_array()?
+                .iter()
+                .map(|w| format!("{}: {}", w["part"].as_str().unwrap(), w["reason"].as_str().unwrap()))
+                .collect();
+            (status == 503 && said.iter().any(|s| s.contains(reason))).then(|| said.join("\n"))
+        })
+        .await
+    }
+
+    /// A metric's value; none before it was first counted.
+    pub(crate) async fn metric(&self, name: &str) -> Option<String> {
+        let (_, text) = self.get("metrics").await.unwrap();
+        text.lines().find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(' ')?.to_owned()))
+    }
+
+    /// What was counted as published, and as dropped.
+    pub(crate) async fn counted(&self) -> (String, String) {
+        let value = async |name| self.metric(name).await.unwrap_or_else(|| "0".to_owned());
+        (value("outbox_relay_published_total").await, value("outbox_relay_dropped_total").await)
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
+    pub(crate) async fn signal(&self, signal: &str) {
+        let id = self.child.id().unwrap().to_string();
+        let sent = Command::new("kill").args([&format!("-{signal}"), &id]).status().await.unwrap();
+        assert!(sent.success(), "SIG{signal} was not sent");
+    }
+
+    /// SIGTERM, and how it ended.
+    pub(crate) async fn terminate(&mut self) -> ExitStatus {
+        self.signal("TERM").await;
+        tokio::time::timeout(DEADLINE, self.child.wait()).await.unwrap().unwrap()
+    }
+
+    /// SIGKILL.
+    pub(crate) async fn kill(mut self) {
+        self.child.kill().await.unwrap();
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let from = log.char_indices().rev().nth(5_000).map_or(0, |(at, _)| at);
+            eprintln!("the relay's log ends with:\n{}", &log[from..]);
+        }
+        let _ = std::fs::remove_file(&self.log);
+    }
+}
+
+/// A message as it was received.
+#[derive(Clone, Debug)]
+pub(crate) struct Message {
+    pub(crate) key: String,
+    pub(crate) properties: BasicProperties,
+    pub(crate) body: String,
+}
+
+impl From<Delivery> for Message {
+    fn from(delivery: Delivery) -> Self {
+        Self {
+            key: delivery.routing_key.to_string(),
+            properties: delivery.properties,
+            body: String::from_utf8(delivery.data).unwrap(),
+        }
+    }
+}
+
+impl Message {
+    /// The number that [`Stack::append`] gave it.
+    pub(crate) fn number(&self) -> i64 {
+        serde_json::from_str::<Value>(&self.body).unwrap()["n"].as_i64().unwrap()
+    }
+
+    pub(crate) fn header(&self, name: &str) -> String {
+        use lapin::types::AMQPValue::{LongLongInt, LongString};
+        match self.properties.headers().as_ref().unwrap().inner().get(name).unwrap() {
+            LongString(text) => String::from_utf8(text.as_bytes().to_vec()).unwrap(),
+            LongLongInt(number) => number.to_string(),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+}
+
+/// Receives messages, and keeps them.
+pub(crate) struct Subscriber {
+    consumer: Consumer,
+    pub(crate) messages: Vec<Message>,
+}
+
+impl Subscriber {
+    /// Receives until `enough` of all that came so far.
+    pub(crate) async fn until(&mut self, mut enough: impl FnMut(&[Message]) -> bool) -> &[Message] {
+        let end = tokio::time::Instant::now() + DEADLINE;
+        while !enough(&self.messages) {
+            let next = tokio::time::timeout_at(end, self.consumer.next()).await;
+            let delivery = next
+                .unwrap_or_else(|_| panic!("nothing more came after {} messages", self.messages.len()))
+                .unwrap()
+                .unwrap();
+            self.messages.push(delivery.into());
+        }
+        &self.messages
+    }
+
+    /// Receives until there are `count` messages in all.
+    pub(crate) async fn count(&mut self, count: usize) -> &[Message] {
+        self.until(|messages| messages.len() >= count).await
+    }
+
+    /// Receives until each of the events `0..count` came at least once, and asserts that the first
+    /// delivery of each was in its aggregate's order.
+    pub(crate) async fn complete(&mut self, count: usize) -> &[Message] {
+        let (mut seen, mut from) = (std::collections::HashSet::new(), 0);
+        self.until(|messages| {
+            seen.extend(messages[from..].iter().map(Message::number));
+            from = messages.len();
+            seen.len() >= count
+        })
+        .await;
+        assert!(
+            (0..i64::try_from(count).unwrap()).all(|n| seen.contains(&n)),
+            "numbers that were not appended"
+        );
+        self.assert_order();
+        &self.messages
+    }
+
+    /// Each aggregate's first deliveries are its versions 1, 2, 3, … without a hole.
+    pub(crate) fn assert_order(&self) {
+        let mut versions: HashMap<String, i64> = HashMap::new();
+        for message in &self.messages {
+            let version: i64 = message.header("aggregate_version").parse().unwrap();
+            let last = versions.entry(message.header("aggregate_id")).or_default();
+            assert!(
+                version <= *last + 1,
+                "{} jumps from {last} to {version}",
+                message.header("aggregate_id")
+            );
+            *last = version.max(*last);
+        }
+    }
+}
+
+/// A TCP proxy before a server, whose connections can be cut or left hanging.
+pub(crate) struct Proxy {
+    port: u16,
+    hanging: watch::Sender<bool>,
+}
+
+impl Proxy {
+    pub(crate) async fn new(url: &str) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = host(url).to_owned();
+        let (hanging, state) = watch::channel(false);
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(forward(client, server.clone(), state.clone()));
+            }
+        });
+        Self { port, hanging }
+    }
+
+    /// The URL with the proxy in place of the server.
+    pub(crate) fn url(&self, url: &str) -> String {
+        url.replace(host(url), &format!("127.0.0.1:{}", self.port))
+    }
+
+    /// Cuts all connections; new ones work.
+    pub(crate) fn cut(&self) {
+        self.hanging.send_replace(false);
+    }
+
+    /// From now on nothing passes, and nobody is told.
+    pub(crate) fn hang(&self) {
+        self.hanging.send_replace(true);
+    }
+}
+
+/// `host:port` of a URL.
+fn host(url: &str) -> &str {
+    url.rsplit_once('@').unwrap().1.split_once('/').unwrap().0
+}
+
+async fn forward(mut client: TcpStream, server: String, mut hanging: watch::Receiver<bool>) {
+    hanging.mark_unchanged();
+    let mut server = TcpStream::connect(server).await.unwrap();
+    let hangs = *hanging.borrow();
+    tokio::select! {
+        _ = tokio::io::copy_bidirectional(&mut client, &mut server), if !hangs => {}
+        _ = hanging.changed() => {}
+    }
+    // Open until it is cut.
+    let hangs = *hanging.borrow();
+    if hangs {
+        let _ = hanging.changed().await;
+    }
+}
