@@ -65,8 +65,9 @@ pub struct RunArgs {
     /// Declare the exchange (topic, durable) if it does not exist.
     #[arg(long, env = "DECLARE_EXCHANGE")]
     pub declare_exchange: bool,
-    /// What to do with events that no queue takes: `hold` (wait, and be not ready) or `drop` (count and
-    /// go on), by type pattern as in a topic binding; the first that matches wins: `hold,score.*=drop`.
+    /// What to do with events that no queue takes: `hold` (wait, and be not ready) or, by type pattern as
+    /// in a topic binding, `drop` (count and go on). The first that matches wins; what none matches is
+    /// held: `score.new=hold,score.*=drop`.
     #[arg(long, env = "UNROUTABLE", default_value = "hold", value_name = "RULES")]
     pub unroutable: Policy,
     /// Where it answers.

@@ -18,11 +18,10 @@ mod wake;
 
 use std::sync::Arc;
 
-use anyhow::Context;
 use metrics_exporter_prometheus::PrometheusHandle;
-use poem::{Route, listener::TcpAcceptor};
-use service::{health::Health, shutdown::Shutdown};
-use tokio::{net::TcpListener, sync::Notify};
+use poem::Route;
+use service::{health::Health, shutdown::Shutdown, telemetry};
+use tokio::sync::Notify;
 
 use config::{RunArgs, STATEMENT_TIMEOUT};
 use relay::Relay;
@@ -39,13 +38,6 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         declare: args.declare_exchange,
         name: format!("outbox-relay {} {identity}", args.name),
     };
-    let address = args.listen.listen;
-    let listener = TcpListener::bind(address).await.with_context(|| {
-        format!(
-            "LISTEN: cannot listen on {address}; is another program there? Choose another address and port"
-        )
-    })?;
-
     let health = Health::new();
     let wake = Arc::new(Notify::new());
     let relay = Relay {
@@ -61,18 +53,11 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         // The rest is for closing the connections.
         grace: args.shutdown.drain_timeout * 3 / 4,
     };
+    let routes = health.add_to(Route::new(), Some(metrics));
+    shutdown.serve(args.listen.listen, telemetry::observed(routes), args.shutdown.drain_timeout).await?;
     let stop = shutdown.requested().clone();
     shutdown.spawn("relay", relay.run(stop.clone()));
     shutdown.spawn("wake-up", wake::listen(database, wake, stop.clone()));
-    let routes = health.add_to(Route::new(), Some(metrics));
-    shutdown.spawn("health", async move {
-        let server = poem::Server::new_with_acceptor(TcpAcceptor::from_tokio(listener)?);
-        // Ends with the request: a load balancer or an operator should not see a draining relay as ready.
-        server
-            .run_with_graceful_shutdown(routes, stop.cancelled_owned(), Some(std::time::Duration::ZERO))
-            .await?;
-        Ok(())
-    });
     shutdown.finish(args.shutdown.drain_timeout).await
 }
 

@@ -1,6 +1,6 @@
 //! What to do with an event that came back because no queue takes it: a rule per type pattern.
 
-use std::{fmt, str::FromStr};
+use std::str::FromStr;
 
 /// What happens to an event that no queue takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,26 +11,15 @@ pub enum Action {
     Drop,
 }
 
-/// Rules by type pattern, the first that matches wins, and a default.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Policy {
-    rules: Vec<(String, Action)>,
-    default: Action,
-}
-
-impl Default for Policy {
-    fn default() -> Self {
-        Self { rules: Vec::new(), default: Action::Hold }
-    }
-}
+/// Rules by type pattern, of which the first that matches wins. What none matches is held: when
+/// everything comes back, more likely nobody listens yet than nobody wants it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Policy(Vec<(String, Action)>);
 
 impl Policy {
     /// What to do with an event of this type.
     pub fn action(&self, type_: &str) -> Action {
-        self.rules
-            .iter()
-            .find(|(pattern, _)| matches(pattern, type_))
-            .map_or(self.default, |(_, action)| *action)
+        self.0.iter().find(|(pattern, _)| matches(pattern, type_)).map_or(Action::Hold, |(_, action)| *action)
     }
 }
 
@@ -50,43 +39,31 @@ fn matches(pattern: &str, type_: &str) -> bool {
 
 /// The setting cannot be understood.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no rule; it should look like `hold`, `score.*=drop`, or several with commas between")]
+#[error(
+    "{0:?} is no rule; it should look like `hold`, `score.*=drop`, or several with commas between (dropping needs a pattern; `#` is every type)"
+)]
 pub struct InvalidPolicy(String);
 
 impl FromStr for Policy {
     type Err = InvalidPolicy;
 
-    /// `hold,score.*=drop`: rules in order, and at most one action without a pattern, the default.
+    /// Rules in order, with commas between: `person.#=hold,score.*=drop`. A bare `hold` says what holds
+    /// anyway.
     fn from_str(text: &str) -> Result<Self, InvalidPolicy> {
-        let mut policy = Self::default();
-        let mut default = None;
+        let mut rules = Vec::new();
         for rule in text.split(',').map(str::trim) {
-            let (pattern, action) = rule
-                .split_once('=')
-                .map_or((None, rule), |(pattern, action)| (Some(pattern.trim()), action.trim()));
-            let invalid = || InvalidPolicy(rule.to_owned());
-            let action = match action {
-                "hold" => Action::Hold,
-                "drop" => Action::Drop,
-                _ => return Err(invalid()),
-            };
-            match pattern {
-                Some("") => return Err(invalid()),
-                Some(pattern) => policy.rules.push((pattern.to_owned(), action)),
-                None if default.replace(action).is_some() => return Err(invalid()),
-                None => policy.default = action,
+            match rule.split_once('=').map(|(pattern, action)| (pattern.trim(), action.trim())) {
+                Some((pattern, "hold")) if !pattern.is_empty() => {
+                    rules.push((pattern.to_owned(), Action::Hold));
+                }
+                Some((pattern, "drop")) if !pattern.is_empty() => {
+                    rules.push((pattern.to_owned(), Action::Drop));
+                }
+                None if rule == "hold" => {}
+                _ => return Err(InvalidPolicy(rule.to_owned())),
             }
         }
-        Ok(policy)
-    }
-}
-
-impl fmt::Display for Action {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Hold => "hold",
-            Self::Drop => "drop",
-        })
+        Ok(Self(rules))
     }
 }
 
@@ -108,12 +85,12 @@ mod tests {
         ] {
             assert_eq!(policy.action(type_), action, "{type_}");
         }
-        assert_eq!("drop".parse::<Policy>().unwrap().action("person.new"), Action::Drop);
+        assert_eq!("hold,#=drop".parse::<Policy>().unwrap().action("person.new"), Action::Drop);
     }
 
     #[test]
     fn what_is_no_rule_is_refused() {
-        for text in ["", "park", "score.*", "=drop", "score.*=", "hold,drop", "a=hold,,b=drop"] {
+        for text in ["", "park", "score.*", "=drop", "score.*=", "drop", "hold,drop", "a=hold,,b=drop"] {
             assert!(text.parse::<Policy>().is_err(), "{text:?}");
         }
     }

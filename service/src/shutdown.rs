@@ -124,8 +124,9 @@ impl Shutdown {
         app: impl Endpoint<Output = Response> + 'static,
         drain: Duration,
     ) -> anyhow::Result<SocketAddr> {
-        let listener =
-            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("LISTEN: cannot listen on {address}"))?;
         let bound = listener.local_addr()?;
         let acceptor = PatientAcceptor(TcpAcceptor::from_tokio(listener)?);
         let requested = self.requested.clone();

@@ -45,7 +45,7 @@ async fn settings_that_it_does_not_start_with() {
         ),
         ("a bad name", vec![("RELAY_NAME", "Default Relay")]),
         ("a bad rule", vec![("UNROUTABLE", "hold,score.*=park")]),
-        ("two defaults", vec![("UNROUTABLE", "hold,drop")]),
+        ("dropping everything in passing", vec![("UNROUTABLE", "drop")]),
         ("a bad address", vec![("LISTEN", "here")]),
         ("a bad beginning", vec![("BEGIN", "middle")]),
         ("a bad exchange", vec![("EXCHANGE", "")]),
