@@ -69,6 +69,12 @@ impl World {
             .unwrap();
     }
 
+    /// A consumer of the test's own, to fail deliveries with.
+    async fn consume(&self) -> lapin::Consumer {
+        let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
+        self.channel.basic_consume("things".into(), "".into(), options, arguments).await.unwrap()
+    }
+
     async fn applied(&self) -> Vec<(String, i64)> {
         sqlx::query_as("SELECT aggregate, version FROM applied ORDER BY aggregate, n")
             .fetch_all(&self.pool)
@@ -238,9 +244,7 @@ async fn dead_letters_keep_their_place() {
     world.publish(event("a", 1, "")).await;
 
     // Failed deliveries use the limit up, as consumers that die do.
-    let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
-    let mut failing =
-        world.channel.basic_consume("things".into(), "".into(), options, arguments).await.unwrap();
+    let mut failing = world.consume().await;
     let mut deliveries = 0;
     until("the delivery limit is reached", async || {
         // Whatever is delivered comes at once; then there is time to look whether that was all.
@@ -268,6 +272,42 @@ async fn dead_letters_keep_their_place() {
     let expected: Vec<_> = (1..=5).map(|version| ("a".to_owned(), version)).collect();
     assert_eq!(world.applied().await, expected);
     until("the dead letters are settled", async || world.messages("things.dead").await == 0).await;
+}
+
+#[tokio::test]
+async fn a_message_that_came_back_twice_is_taken_alone() {
+    let world = World::new("suspect").await;
+    let mut running = world.start(Recorder::new("things"));
+    running.until_consuming().await;
+    running.stop().await;
+    for version in 1..=10 {
+        world.publish(event("a", version, "")).await;
+    }
+    let mut failing = world.consume().await;
+    for _ in 0..20 {
+        let message = failing.next().await.unwrap().unwrap();
+        message.reject(BasicRejectOptions { requeue: true }).await.unwrap();
+    }
+    world.channel.basic_cancel(failing.tag(), BasicCancelOptions::default()).await.unwrap();
+    for version in 1..=10 {
+        world.publish(event("b", version, "")).await;
+    }
+    let mut running = world.start(Recorder::new("things"));
+    running.until_consuming().await;
+    world.until_version("a", 10).await;
+    world.until_version("b", 10).await;
+    running.stop().await;
+
+    // Rows of one transaction share their xmin.
+    let transactions = async |aggregate: &str| -> i64 {
+        sqlx::query_scalar("SELECT count(DISTINCT xmin::text) FROM applied WHERE aggregate = $1")
+            .bind(aggregate)
+            .fetch_one(&world.pool)
+            .await
+            .unwrap()
+    };
+    assert_eq!(transactions("a").await, 10);
+    assert!(transactions("b").await < 10, "the others are taken together");
 }
 
 #[tokio::test]
