@@ -5,7 +5,7 @@
 //! temporary. In an orderly stop there is nothing left to end.
 
 use std::{
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     os::unix::process::CommandExt,
     path::Path,
     process::{Child, Command, Stdio},
@@ -25,6 +25,9 @@ use crate::{
 /// How long processes may take to end by themselves before they are killed.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// What it says as soon as it watches.
+const ON_GUARD: &str = "on guard\n";
+
 /// The guard of one stack.
 #[derive(Debug)]
 pub struct Guard {
@@ -38,8 +41,16 @@ impl Guard {
         let id = Uuid::new_v4().simple().to_string();
         let mut command = Command::new(program::find("devstack")?);
         command.args(["guard", &id]).args(folder).env_remove(MARK).process_group(0);
-        let process = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn();
-        let process = process.context("cannot start the process that cleans up")?;
+        let process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut process = process.context("cannot start the process that cleans up")?;
+        // Tests find whatever was built last under that name.
+        let mut word = String::new();
+        BufReader::new(process.stdout.take().context("it has an output")?).read_line(&mut word)?;
+        ensure!(
+            word == ON_GUARD,
+            "{} is of another build; run: cargo build --workspace",
+            command.get_program().display()
+        );
         let mark = std::env::var(MARK).map_or(id.clone(), |outer| format!("{outer}/{id}"));
         Ok(Self { mark, process })
     }
@@ -59,6 +70,7 @@ impl Drop for Guard {
 
 /// The guard's own life: waits at its standard input, then cleans up after the stack `id`.
 pub fn stand(id: &str, folder: Option<&Path>) -> anyhow::Result<()> {
+    print!("{ON_GUARD}");
     let _end = std::io::stdin().read_to_end(&mut Vec::new());
     let own = Pid::from_raw(std::process::id().try_into()?);
     let left = || proc::marked(id).into_iter().filter(|pid| Some(*pid) != own).collect::<Vec<_>>();

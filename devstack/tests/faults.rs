@@ -20,6 +20,9 @@ use uuid::Uuid;
 
 /// How many write at the same time.
 const WRITERS: u64 = 4;
+/// What each pauses after a write: 100 writes a second in all, of which a debug build on two busy cores
+/// can still catch up.
+const PACE: Duration = Duration::from_millis(35);
 /// How often a program is killed.
 const KILLS: usize = 5;
 
@@ -98,8 +101,8 @@ async fn write(apis: Apis, first_cpf: u64, enough: CancellationToken) -> Vec<Acc
             let id = created(&apis, &format!("/person/{cpf}/{item}"), payload(item)).await;
             person.items.push(id);
             person.score += score;
-            // A load, not the most that the machine can do: that would only test the machine.
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            // A steady load and not the most that the machine can do, which would only fill the queue.
+            tokio::time::sleep(PACE).await;
         }
         accepted.push(person);
         if enough.is_cancelled() {
@@ -132,16 +135,16 @@ impl Truth {
         sqlx::query_scalar(sql).fetch_one(pool).await.unwrap()
     }
 
-    /// Waits until events written from now on arrive.
+    /// Waits until an event that was written after this call arrives.
     async fn grows(&self, when: &str) {
-        let written = Self::number(&self.person, "SELECT max(position) FROM outbox.event").await;
-        let mut conn = self.person.acquire().await.unwrap();
-        let (aggregate, version): (String, i64) =
-            sqlx::query_as("SELECT aggregate_id, version FROM outbox.event WHERE position >= $1 ORDER BY position DESC LIMIT 1")
-                .bind(written)
-                .fetch_one(&mut *conn)
-                .await
-                .unwrap();
+        let begin = Instant::now();
+        let last = Self::number(&self.person, "SELECT coalesce(max(position), 0) FROM outbox.event").await;
+        let (aggregate, version): (String, i64) = eventually("somebody writes", async || {
+            let sql = "SELECT aggregate_id, version FROM outbox.event WHERE position > $1 LIMIT 1";
+            let next = sqlx::query_as(sql).bind(last).fetch_optional(&self.person).await.unwrap();
+            next.ok_or_else(|| format!("position {last}"))
+        })
+        .await;
         eventually(&format!("an event written {when} arrives"), async || {
             let sql = "SELECT version FROM inbox.aggregate WHERE aggregate_id = $1";
             let applied: Option<i64> =
@@ -149,6 +152,7 @@ impl Truth {
             if applied >= Some(version) { Ok(()) } else { Err(format!("{applied:?} of {version}")) }
         })
         .await;
+        println!("{:4.1} s until an event written {when} arrives", begin.elapsed().as_secs_f32());
     }
 
     /// Waits until as many events are applied as were written.
