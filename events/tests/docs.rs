@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic in a test is the report")]
 
-use events::{PersonEvent, Score};
+use events::{Deleted, PersonEvent, Score};
 use serde_json::Value;
 
 const DOCUMENT: &str = include_str!("../../docs/EVENTS.md");
@@ -26,7 +26,9 @@ fn every_sample_is_what_the_types_write() {
     let mut shapes = Vec::new();
     for (label, sample) in samples() {
         let type_ = label.split(' ').next().unwrap();
-        let again = if type_.starts_with("score.") {
+        let again = if type_ == events::SCORE_DELETED {
+            written(serde_json::from_str::<Deleted>(sample).unwrap())
+        } else if type_.starts_with("score.") {
             written(serde_json::from_str::<Score>(sample).unwrap())
         } else {
             match PersonEvent::parse(type_, sample.as_bytes()).unwrap() {
@@ -51,6 +53,7 @@ fn every_sample_is_what_the_types_write() {
     debt.new: 5 fields
     score.new: 8 fields
     person.deleted: 1 fields
+    score.deleted: 1 fields
     person.baseline: 9 fields
     person.changed erased: 2 fields
     ");
