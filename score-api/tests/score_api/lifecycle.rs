@@ -42,7 +42,7 @@ async fn bad_settings_are_named() {
     let refused = output(&["run", "--listen", &taken], &database).await.replace(&taken, "[taken]");
     insta::assert_snapshot!(refused, @r"
     exit code 1
-    score-api: cannot listen on [taken]: Address already in use (os error 98)
+    score-api: LISTEN: cannot listen on [taken]: Address already in use (os error 98)
     ");
     insta::assert_snapshot!(output(&["run", "--listen", "everywhere"], &database).await, @r"
     exit code 2
