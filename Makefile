@@ -23,7 +23,7 @@ env: ## Print the running stack's addresses as export lines for a shell
 test: ## Run all tests but the slow fault suite
 	@devstack/install
 	cargo build --workspace
-	exec $(DEVSTACK) run -- cargo test --workspace
+	exec $(DEVSTACK) run -- cargo test --workspace --no-fail-fast
 
 test-faults: ## Run the fault suite: servers stopped and programs killed under load
 	@devstack/install
