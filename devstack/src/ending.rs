@@ -1,6 +1,9 @@
 //! When to end: a signal, or nobody left to work for.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
@@ -13,6 +16,7 @@ pub struct Ending {
     pub asked: CancellationToken,
     /// Asked again: no time for good order.
     pub hurry: CancellationToken,
+    first: Arc<OnceLock<Instant>>,
 }
 
 impl Ending {
@@ -50,7 +54,12 @@ impl Ending {
     }
 
     fn ask(&self, reason: &str) {
+        let first = self.first.get_or_init(Instant::now);
         if self.asked.is_cancelled() {
+            // Some send a signal to the process and to its group, which is no second wish.
+            if first.elapsed() < Duration::from_millis(500) {
+                return;
+            }
             crate::say(&format!("{reason}: hurrying"));
             self.hurry.cancel();
         } else {

@@ -28,3 +28,9 @@ use std::io::Write;
 pub fn say(line: &str) {
     let _closed = writeln!(std::io::stderr(), "devstack: {line}");
 }
+
+/// What a command was asked for.
+fn show(text: &str) {
+    let mut output = std::io::stdout().lock();
+    let _closed = output.write_all(text.as_bytes()).and_then(|()| output.flush());
+}

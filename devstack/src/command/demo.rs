@@ -14,6 +14,7 @@ use crate::{
     folder::Folder,
     program::client,
     servers::Setup,
+    show,
     stack::{Addresses, Stack},
 };
 
@@ -51,7 +52,7 @@ async fn play(addresses: &Addresses, payloads: &Path) -> anyhow::Result<()> {
     let mut status = post(&persons, sample("person")?).await?;
     if status == 409 {
         let cpf = rand::random_range(10_000_000_000_u64..99_999_999_999);
-        println!("  The sample's cpf is known from an earlier time; another one, then.");
+        show("  The sample's cpf is known from an earlier time; another one, then.\n");
         person["cpf"] = cpf.into();
         status = post(&persons, person.to_string()).await?;
     }
@@ -68,17 +69,17 @@ async fn play(addresses: &Addresses, payloads: &Path) -> anyhow::Result<()> {
 
 /// Sends a body and shows the answer; returns its status.
 async fn post(url: &str, body: String) -> anyhow::Result<u16> {
-    println!("POST {url}");
+    show(&format!("POST {url}\n"));
     let request = client()?.post(url).header("Content-Type", "application/json").body(body);
     let answer = request.send().await.with_context(|| format!("nobody answers at {url}"))?;
     let status = answer.status();
-    println!("  {status} {}", answer.text().await?.trim());
+    show(&format!("  {status} {}\n", answer.text().await?.trim()));
     Ok(status.as_u16())
 }
 
 /// Asks for the score until it is right.
 async fn wait(url: &str) -> anyhow::Result<()> {
-    println!("GET {url}");
+    show(&format!("GET {url}\n"));
     let begin = Instant::now();
     let client = client()?;
     loop {
@@ -87,8 +88,8 @@ async fn wait(url: &str) -> anyhow::Result<()> {
         let score = serde_json::from_str::<Value>(&text).ok().and_then(|body| body["score"].as_u64());
         let took = begin.elapsed();
         if status.is_success() && score == Some(SCORE) {
-            println!("  {status} {}", text.trim());
-            println!("The score {SCORE} was there {} ms after the last write.", took.as_millis());
+            show(&format!("  {status} {}\n", text.trim()));
+            show(&format!("The score {SCORE} was there {} ms after the last write.\n", took.as_millis()));
             return Ok(());
         }
         if took > Duration::from_secs(30) {

@@ -22,8 +22,7 @@ pub fn run() -> anyhow::Result<()> {
     let Some(addresses) = running()? else {
         bail!("no stack runs in this checkout; start one with: make up")
     };
-    for (name, address) in addresses.variables() {
-        println!("export {name}='{address}'");
-    }
+    let lines = addresses.variables().map(|(name, address)| format!("export {name}='{address}'\n"));
+    crate::show(&lines.concat());
     Ok(())
 }

@@ -21,7 +21,7 @@ pub async fn run() -> anyhow::Result<()> {
         return Ok(());
     };
     let mut stack = stack?;
-    print!("{}", greeting(&stack.addresses(), &data));
+    crate::show(&greeting(&stack.addresses(), &data));
     ending.asked.run_until_cancelled(watch(&mut stack)).await;
     stack.stop(&ending.hurry).await;
     Ok(())
