@@ -26,7 +26,10 @@ impl Database {
         let mut admin = PgConnection::connect(&url).await.unwrap();
         let options: PgConnectOptions = url.parse().unwrap();
         let role = options.get_database().unwrap().to_owned();
-        sqlx::query(AssertSqlSafe(format!("CREATE ROLE {role} LOGIN"))).execute(&mut admin).await.unwrap();
+        sqlx::query(AssertSqlSafe(format!("CREATE ROLE {role} LOGIN PASSWORD 'test'")))
+            .execute(&mut admin)
+            .await
+            .unwrap();
         Self { admin, role, options }
     }
 
@@ -41,13 +44,13 @@ impl Database {
         this
     }
 
-    /// For the role of the API. The servers of the tests ask for no password.
+    /// For the role of the API.
     pub(crate) fn url(&self) -> String {
         self.url_through(&format!("{}:{}", self.options.get_host(), self.options.get_port()))
     }
 
     pub(crate) fn url_through(&self, address: &str) -> String {
-        format!("postgres://{}@{address}/{}", self.role, self.options.get_database().unwrap())
+        format!("postgres://{}:test@{address}/{}", self.role, self.options.get_database().unwrap())
     }
 
     /// A person as the projector would store it. `life` and `day` are digits of its id and its time.

@@ -49,7 +49,10 @@ impl Stack {
         let pool = PgPool::connect_with(options.clone()).await.unwrap();
         // Roles belong to the whole server, so each test has its own.
         let role = format!("score_projector_{}", Uuid::new_v4().simple());
-        sqlx::raw_sql(AssertSqlSafe(format!("CREATE ROLE {role} LOGIN"))).execute(&pool).await.unwrap();
+        sqlx::raw_sql(AssertSqlSafe(format!("CREATE ROLE {role} LOGIN PASSWORD 'test'")))
+            .execute(&pool)
+            .await
+            .unwrap();
         let migrated = command(&["migrate", "--grant-to", &role], &admin);
         assert!(migrated.status.success(), "{}", String::from_utf8_lossy(&migrated.stderr));
         outbox::install(&mut pool.acquire().await.unwrap(), "score").await.unwrap();
@@ -63,7 +66,8 @@ impl Stack {
         let connection = Connection::connect(&amqp, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        let database = admin.replacen("postgres@", &format!("{role}@"), 1);
+        let (_, server) = admin.split_once('@').unwrap();
+        let database = format!("postgres://{role}:test@{server}");
         Self { amqp, pool, database, channel, _connection: connection }
     }
 
