@@ -138,7 +138,10 @@ impl Lead<'_> {
         let mut idle = Pause::new(POLL.0, POLL.1);
         // Connected before there is anything to publish, so that readiness tells the truth.
         while self.connect().await? {
-            self.relay.broker_health.ready();
+            match self.link.as_ref().and_then(Link::blocked) {
+                None => self.relay.broker_health.ready(),
+                Some(reason) => self.relay.broker_health.waiting(blocked(&reason)),
+            }
             let batch = self.leader.read(BUDGET).await?;
             for position in &batch.late {
                 metrics::counter!("outbox_relay_late_events_total").increment(1);
@@ -183,7 +186,13 @@ impl Lead<'_> {
             let window: Vec<&Event> = picked.iter().map(|&n| &queue[n]).collect();
             let began = Instant::now();
             let outcome = publish(link, &self.relay.nodes.exchange, &source, &window);
-            let fates = match alive(self.leader, &mut self.saved, outcome).await {
+            // While the broker blocks the connection, publishing hangs without a word.
+            let watch = || {
+                if let Some(reason) = link.blocked() {
+                    self.relay.broker_health.waiting(blocked(&reason));
+                }
+            };
+            let fates = match alive(self.leader, &mut self.saved, outcome, watch).await {
                 Ok(Ok(fates)) => fates,
                 Err(error) => {
                     // Its confirms were given up, which would confuse those of the next window.
@@ -289,7 +298,7 @@ impl Lead<'_> {
                 return Ok(true);
             }
             let connect = self.stop.run_until_cancelled(self.relay.nodes.connect(attempt));
-            match alive(self.leader, &mut self.saved, connect).await? {
+            match alive(self.leader, &mut self.saved, connect, || {}).await? {
                 None => return Ok(false),
                 Some(Ok(link)) => *self.link = Some(link),
                 Some(Err(error)) => {
@@ -321,17 +330,25 @@ impl Lead<'_> {
     }
 }
 
-/// Awaits what may take longer than the leader's lease, with heartbeats meanwhile.
+/// What the broker says when it takes nothing, because of its memory or disk alarm.
+fn blocked(reason: &str) -> String {
+    format!("the broker blocks publishers: {reason}")
+}
+
+/// Awaits what may take longer than the leader's lease, with heartbeats meanwhile, and a look at what
+/// else there is to see at each.
 async fn alive<T>(
     leader: &mut Leader,
     saved: &mut Instant,
     work: impl Future<Output = T>,
+    look: impl Fn(),
 ) -> Result<T, LeaderError> {
     let mut work = std::pin::pin!(work);
     loop {
         tokio::select! {
             done = &mut work => return Ok(done),
             () = tokio::time::sleep_until((*saved + HEARTBEAT).into()) => {
+                look();
                 leader.save().await?;
                 *saved = Instant::now();
             }
