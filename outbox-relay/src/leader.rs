@@ -195,6 +195,12 @@ impl Leader {
         self.reader.settle(position);
     }
 
+    /// So many positions are missing that nothing new is read until the transactions that may still
+    /// fill them have ended.
+    pub fn is_stalled(&self) -> bool {
+        self.reader.is_stalled()
+    }
+
     /// Where the reading stands.
     pub fn positions(&self) -> &Positions {
         self.reader.positions()

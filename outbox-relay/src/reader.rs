@@ -137,6 +137,11 @@ impl Reader {
         &self.positions
     }
 
+    /// So many stretches are missing, and may still come, that nothing above them is read for now.
+    pub fn is_stalled(&self) -> bool {
+        self.positions.gaps() > MAX_GAPS
+    }
+
     /// The event at `position` is confirmed, set aside or dropped.
     pub fn settle(&mut self, position: i64) {
         self.positions.settle(position);
@@ -160,7 +165,7 @@ impl Reader {
         let high = self.positions.high();
         let most = budget.events.min(self.rows);
         let limit = i64::try_from(most).unwrap_or(i64::MAX);
-        let above = if self.positions.gaps() > MAX_GAPS { 0 } else { limit };
+        let above = if self.is_stalled() { 0 } else { limit };
         let mut rows = sqlx::query_as::<_, Row>(READ)
             .bind(&from)
             .bind(&to)

@@ -143,6 +143,15 @@ impl Lead<'_> {
                 Some(reason) => self.relay.broker_health.waiting(blocked(&reason)),
             }
             let batch = self.leader.read(BUDGET).await?;
+            if self.leader.is_stalled() {
+                self.relay.database_health.waiting(
+                    "too many positions are missing that an open transaction may still fill, so nothing above \
+                     them is read; end the transaction that holds the outbox lock for longest (pg_locks, advisory, \
+                     classid 1869968482), and grant the relay's role pg_read_all_stats if it lacks it",
+                );
+            } else {
+                self.relay.database_health.ready();
+            }
             for position in &batch.late {
                 metrics::counter!("outbox_relay_late_events_total").increment(1);
                 tracing::error!(

@@ -325,6 +325,45 @@ async fn an_idle_appender_costs_one_gap() {
     assert_eq!(stored, (0, "{[1,2)}".to_owned()));
 }
 
+/// Memory is bounded: with too many positions missing the relay reads no further, says so, and goes on
+/// once the transaction that may fill them has ended.
+#[tokio::test]
+async fn too_many_gaps_stop_the_reading_visibly_and_not_for_ever() {
+    let server = prepare(devstack::testing::database("stalled").await).await;
+    let mut holder = connect(&server.admin).await;
+    holder.execute("BEGIN; SELECT pg_advisory_xact_lock_shared(1869968482, 1)").await.unwrap();
+    let mut writer = connect(&server.admin).await;
+    writer
+        .execute(
+            "INSERT INTO outbox.event (position, aggregate_type, aggregate_id, version, type, payload)
+             SELECT 2 * n, 'test', n::text, 1, 'test.changed', '{}' FROM generate_series(1, 12000) n;
+             SELECT setval('outbox.position', 24000)",
+        )
+        .await
+        .unwrap();
+    let mut leader = Leader::take(&server.relay, "default", Begin::Start, "test").await.unwrap().unwrap();
+    let mut read = 0;
+    let mut more = async |leader: &mut Leader| {
+        let batch = leader.read(Budget { events: 1_000, bytes: 10_000_000 }).await.unwrap();
+        batch.events.iter().for_each(|e| leader.settle(e.position));
+        read += batch.events.len();
+        read
+    };
+    while !leader.is_stalled() {
+        more(&mut leader).await;
+    }
+    let stalled_at = more(&mut leader).await;
+    assert!((10_000..12_000).contains(&stalled_at), "{stalled_at}");
+    assert_eq!(more(&mut leader).await, stalled_at, "it reads on");
+
+    holder.execute("COMMIT").await.unwrap();
+    let end = Instant::now() + Duration::from_secs(30);
+    while more(&mut leader).await < 12_000 {
+        assert!(Instant::now() < end, "the reading does not go on");
+    }
+    assert!(!leader.is_stalled());
+}
+
 /// The plan that every read runs by, on a table with a million rows: index scans only, each leg with
 /// its own limit inside, and no partition touched that lies below.
 #[tokio::test]
