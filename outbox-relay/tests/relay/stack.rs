@@ -109,13 +109,23 @@ impl Stack {
 
     /// Asks RabbitMQ's management API.
     pub(crate) async fn manage(&self, method: reqwest::Method, path: &str, body: Option<Value>) -> Value {
+        self.try_manage(method, path, body).await.unwrap()
+    }
+
+    /// Asks RabbitMQ's management API, which may refuse.
+    pub(crate) async fn try_manage(
+        &self,
+        method: reqwest::Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> reqwest::Result<Value> {
         let url = format!("{}/api/{path}", std::env::var(testing::MANAGEMENT_URL).unwrap());
         let mut request = reqwest::Client::new().request(method, url);
         if let Some(body) = body {
             request = request.json(&body);
         }
-        let answer = request.send().await.unwrap().error_for_status().unwrap().text().await.unwrap();
-        serde_json::from_str(&answer).unwrap_or_default()
+        let answer = request.send().await?.error_for_status()?.text().await?;
+        Ok(serde_json::from_str(&answer).unwrap_or_default())
     }
 
     pub(crate) async fn channel(&self) -> Channel {
