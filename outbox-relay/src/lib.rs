@@ -5,6 +5,7 @@
 //! is missing.
 
 pub mod broker;
+pub mod command;
 pub mod config;
 pub mod leader;
 mod migrate;

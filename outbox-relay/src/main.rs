@@ -3,7 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use outbox_relay::config::{Cli, Command};
+use outbox_relay::{
+    command::Verdict,
+    config::{Cli, Command},
+};
 use service::{
     health,
     shutdown::{self, Shutdown},
@@ -12,19 +15,23 @@ use service::{
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    shutdown::exit_code("outbox-relay", start().await)
+    match start().await {
+        Ok(verdict) => verdict.into(),
+        Err(error) => shutdown::exit_code("outbox-relay", Err(error)),
+    }
 }
 
-async fn start() -> anyhow::Result<()> {
+async fn start() -> anyhow::Result<Verdict> {
     match Cli::parse().command {
         Command::Run(args) => {
             let metrics = telemetry::start(&args.telemetry)?;
-            outbox_relay::run(*args, metrics, Shutdown::on_signals()?).await
+            outbox_relay::run(*args, metrics, Shutdown::on_signals()?).await?;
         }
         Command::Migrate(args) => {
             telemetry::start(&args.telemetry)?;
-            outbox_relay::migrate(&args).await
+            outbox_relay::migrate(&args).await?;
         }
-        Command::Health(args) => health::probe(args.listen).await,
+        Command::Health(args) => health::probe(args.listen).await?,
     }
+    Ok(Verdict::Well)
 }
