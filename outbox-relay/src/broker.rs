@@ -1,9 +1,6 @@
 //! The connection to RabbitMQ: one connection with one channel that publishes, in confirm mode.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use lapin::{
@@ -13,6 +10,7 @@ use lapin::{
     types::{FieldTable, ShortString},
     uri::AMQPUri,
 };
+use tokio::sync::watch;
 
 /// Connecting and declaring take no longer, or the node counts as away.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -44,6 +42,13 @@ pub enum BrokerError {
     /// is unknown.
     #[error("publishing failed: {0}")]
     Publish(String),
+    /// The broker closed the channel over what was published: over which of the window's events, only
+    /// another try can tell.
+    #[error("the broker refused: {0}")]
+    Refused(String),
+    /// The leader has not heard from its database for as long as its lease lasts.
+    #[error("publishing was cut off: leadership is not certain")]
+    NoLease,
 }
 
 /// The nodes of a cluster, and what to find there.
@@ -65,7 +70,7 @@ pub struct Link {
     connection: Connection,
     /// In confirm mode.
     pub channel: Channel,
-    blocked: Arc<Mutex<Option<String>>>,
+    blocked: watch::Receiver<Option<String>>,
 }
 
 impl Nodes {
@@ -124,7 +129,12 @@ impl Nodes {
 impl Link {
     /// Why the broker takes nothing at the moment (memory or disk alarm), if so.
     pub fn blocked(&self) -> Option<String> {
-        self.blocked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.blocked.borrow().clone()
+    }
+
+    /// Follows [`blocked`](Self::blocked); closed when the connection has ended.
+    pub fn blocks(&self) -> watch::Receiver<Option<String>> {
+        self.blocked.clone()
     }
 
     /// Closes in good order, so that no confirm is left dangling on a live connection.
@@ -135,19 +145,21 @@ impl Link {
 
 /// Follows `connection.blocked` and `connection.unblocked`. While blocked, publishing hangs without a
 /// word, so the reason has to be known from elsewhere.
-fn watch_blocked(connection: &Connection) -> Arc<Mutex<Option<String>>> {
-    let blocked = Arc::new(Mutex::new(None));
-    let (state, mut events) = (Arc::downgrade(&blocked), connection.events_listener());
+fn watch_blocked(connection: &Connection) -> watch::Receiver<Option<String>> {
+    let (blocked, state) = watch::channel(None);
+    let mut events = connection.events_listener();
     tokio::spawn(async move {
-        while let Some(event) = events.next().await {
-            let reason = match event {
-                ConnectionEvent::ConnectionBlocked(reason) => Some(reason),
-                ConnectionEvent::ConnectionUnblocked => None,
+        while let Some(event) = tokio::select! {
+            event = events.next() => event,
+            () = blocked.closed() => None,
+        } {
+            match event {
+                ConnectionEvent::ConnectionBlocked(reason) => blocked.send_replace(Some(reason)),
+                ConnectionEvent::ConnectionUnblocked => blocked.send_replace(None),
+                ConnectionEvent::Error(_) => return,
                 _ => continue,
             };
-            let Some(state) = state.upgrade() else { return };
-            *state.lock().unwrap_or_else(PoisonError::into_inner) = reason;
         }
     });
-    blocked
+    state
 }

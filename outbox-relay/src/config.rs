@@ -65,11 +65,27 @@ pub struct RunArgs {
     /// Declare the exchange (topic, durable) if it does not exist.
     #[arg(long, env = "DECLARE_EXCHANGE")]
     pub declare_exchange: bool,
-    /// What to do with events that no queue takes: `hold` (wait, and be not ready) or, by type pattern as
-    /// in a topic binding, `drop` (count and go on). The first that matches wins; what none matches is
-    /// held: `score.new=hold,score.*=drop`.
-    #[arg(long, env = "UNROUTABLE", default_value = "hold", value_name = "RULES")]
+    /// What to do with events that no queue takes, by type pattern as in a topic binding: `park` (set aside
+    /// and tried again; the rest goes on), `hold` (wait, and be not ready) or `drop` (count and go on). The
+    /// first that matches wins; `park` or `hold` without a pattern is for the rest:
+    /// `score.new=hold,score.*=drop,park`. When everything comes back, the relay waits instead of parking.
+    #[arg(long, env = "UNROUTABLE", default_value = "park", value_name = "RULES")]
     pub unroutable: Policy,
+    /// How many events may be set aside before the relay waits instead.
+    #[arg(long, env = "MAX_PARKED", default_value = "10000", value_parser = clap::value_parser!(i64).range(0..))]
+    pub max_parked: i64,
+    /// How long a leader that says nothing stays the leader: after it, another relay takes over.
+    #[arg(long, env = "LEASE", default_value = "2s", value_parser = lease, value_name = "DURATION")]
+    pub lease: Duration,
+    /// Connections that publish in parallel, each for its own aggregates (1 to 32).
+    #[arg(long, env = "LANES", default_value = "2", value_parser = lanes)]
+    pub lanes: usize,
+    /// Events in memory at most.
+    #[arg(long, env = "MAX_EVENTS", default_value = "4000", value_parser = at_least_one)]
+    pub max_events: usize,
+    /// Bytes of events in memory at most, but for one event that is larger by itself.
+    #[arg(long, env = "MAX_BYTES", default_value = "16777216", value_parser = at_least_one)]
+    pub max_bytes: usize,
     /// Where it answers.
     #[command(flatten)]
     pub listen: ListenArgs,
@@ -119,6 +135,23 @@ pub struct MigrateArgs {
     /// Logging.
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
+}
+
+fn lease(text: &str) -> Result<Duration, String> {
+    let lease = service::config::duration(text)?;
+    if (Duration::from_secs(1)..=Duration::from_mins(1)).contains(&lease) {
+        Ok(lease)
+    } else {
+        Err("it should be from 1s to 1m".to_owned())
+    }
+}
+
+fn lanes(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| (1..=32).contains(n)).ok_or_else(|| "it should be from 1 to 32".to_owned())
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "it should be a number from 1 on".to_owned())
 }
 
 fn relay_name(name: &str) -> Result<String, String> {

@@ -1,17 +1,21 @@
 //! Publishes any database's outbox to RabbitMQ. It knows nothing of what the events are about.
 //!
-//! The way of an event: [`reader`] finds it by its position, [`publish`] sends it and learns its fate,
-//! [`relay`] settles it, [`leader`] stores the progress. [`position`] remembers what was read and what
-//! is missing.
+//! The way of an event: [`reader`] finds it by its position, [`queue`] has it wait for its turn, a lane
+//! [`publish`]es it and learns its fate, [`relay`] settles it, or sets it aside ([`parked`]), and
+//! [`leader`] stores the progress. [`position`] remembers what was read and what is missing.
 
 pub mod broker;
 pub mod command;
 pub mod config;
+pub mod lane;
 pub mod leader;
+pub mod lease;
 mod migrate;
+pub mod parked;
 mod pause;
 pub mod position;
 pub mod publish;
+pub mod queue;
 pub mod reader;
 pub mod relay;
 pub mod unroutable;
@@ -25,7 +29,7 @@ use service::{health::Health, shutdown::Shutdown, telemetry};
 use tokio::sync::Notify;
 
 use config::{RunArgs, STATEMENT_TIMEOUT};
-use relay::Relay;
+use relay::{Limits, Relay};
 
 pub use migrate::migrate;
 
@@ -40,6 +44,10 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         name: format!("outbox-relay {} {identity}", args.name),
     };
     let health = Health::new();
+    let (events_health, paused_health) = (health.part("events"), health.part("paused"));
+    // There is nothing to wait for before there is an event, or a pause.
+    events_health.ready();
+    paused_health.ready();
     let wake = Arc::new(Notify::new());
     let relay = Relay {
         database: database.clone(),
@@ -48,9 +56,19 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         identity,
         nodes,
         policy: args.unroutable,
+        lease: args.lease,
+        limits: Limits {
+            lanes: args.lanes,
+            events: args.max_events,
+            bytes: args.max_bytes,
+            parked: args.max_parked,
+        },
         wake: Arc::clone(&wake),
+        health: health.clone(),
         database_health: health.part("database"),
         broker_health: health.part("broker"),
+        events_health,
+        paused_health,
         // The rest is for closing the connections.
         grace: args.shutdown.drain_timeout * 3 / 4,
     };

@@ -3,9 +3,10 @@
 use std::{collections::HashSet, time::Duration};
 
 use lapin::{
-    BasicProperties, Confirmation,
+    BasicProperties, Confirmation, ErrorKind,
     message::BasicReturnMessage,
     options::BasicPublishOptions,
+    protocol::{AMQPErrorKind, AMQPSoftError},
     types::{AMQPValue, FieldTable, ShortString},
 };
 use serde_json::Value;
@@ -30,19 +31,24 @@ pub enum Fate {
     Unroutable,
     /// The broker could not take it now, for example because a queue is full.
     Nacked,
-    /// AMQP cannot carry it, and why.
-    Refused(String),
+    /// It is refused for itself.
+    Refused {
+        /// Why.
+        why: String,
+        /// AMQP cannot carry it: no broker would take it, so it was not sent. Otherwise the broker said so.
+        certain: bool,
+    },
 }
 
-/// Publishes a window of events, at most one of each aggregate, and awaits every confirm. An error
-/// leaves their fate unknown: discard the link and publish all of them again.
+/// Publishes a window of events, at most one of each aggregate, and awaits every confirm, for as long as
+/// it is `allowed`. An error leaves their fate unknown: discard the link and publish all of them again.
 pub async fn publish(
     link: &Link,
     exchange: &ShortString,
     source: &str,
     window: &[&Event],
+    allowed: impl Fn() -> bool,
 ) -> Result<Vec<Fate>, BrokerError> {
-    let failed = |e: lapin::Error| BrokerError::Publish(e.to_string());
     let timeout = || match link.blocked() {
         Some(reason) => BrokerError::Publish(format!("the broker blocks publishers: {reason}")),
         None => BrokerError::Publish(format!("no confirm within {TIMEOUT:?}")),
@@ -57,6 +63,9 @@ pub async fn publish(
                     continue;
                 }
             };
+            if !allowed() {
+                return Err(BrokerError::NoLease);
+            }
             let options = BasicPublishOptions { mandatory: true, ..Default::default() };
             let (key, properties) = message;
             let publish = link.channel.basic_publish(
@@ -66,14 +75,14 @@ pub async fn publish(
                 event.payload.as_bytes(),
                 properties,
             );
-            confirms.push(Ok(publish.await.map_err(failed)?));
+            confirms.push(Ok(publish.await.map_err(|e| failed(&e))?));
         }
         let mut fates = Vec::with_capacity(window.len());
         let mut returned = Vec::new();
         for confirm in confirms {
             fates.push(match confirm {
-                Err(reason) => Fate::Refused(reason),
-                Ok(confirm) => match confirm.await.map_err(failed)? {
+                Err(why) => Fate::Refused { why: format!("AMQP cannot carry it: {why}"), certain: true },
+                Ok(confirm) => match confirm.await.map_err(|e| failed(&e))? {
                     Confirmation::Ack(message) => {
                         returned.extend(message);
                         Fate::Confirmed
@@ -90,11 +99,22 @@ pub async fn publish(
         }
         // A return can hang on the wrong confirm when the broker acks several at once; what it says by
         // its message id is certain. It always comes before the ack of its own message.
-        returned.extend(link.channel.wait_for_confirms().await.map_err(failed)?);
+        returned.extend(link.channel.wait_for_confirms().await.map_err(|e| failed(&e))?);
         mark_returned(&mut fates, window, &returned)?;
         Ok(fates)
     };
     tokio::time::timeout(TIMEOUT, work).await.map_err(|_| timeout())?
+}
+
+/// A channel that the broker closed over what was published, or anything else that went wrong.
+fn failed(error: &lapin::Error) -> BrokerError {
+    if let ErrorKind::ProtocolError(amqp) = error.kind()
+        && let AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED | AMQPSoftError::ACCESSREFUSED) =
+            amqp.kind()
+    {
+        return BrokerError::Refused(amqp.get_message().to_string());
+    }
+    BrokerError::Publish(error.to_string())
 }
 
 fn mark_returned(
@@ -132,6 +152,9 @@ fn message(event: &Event, source: &str) -> Result<(ShortString, BasicProperties)
         return Err(format!("its headers are larger than {MAX_HEADERS} bytes"));
     }
     for (name, value) in event.headers.iter().flatten() {
+        if matches!(name.as_str(), "CC" | "BCC") {
+            return Err(format!("it has a header named {name}, which RabbitMQ takes for more routing keys"));
+        }
         headers.insert(short("a header's name", name)?, header(value));
     }
     // After the writer's own headers, so that none of them can take these names.

@@ -104,7 +104,8 @@ const SAMPLE: &str = "\
 SELECT statement_timestamp(), CASE WHEN is_called THEN last_value ELSE last_value - 1 END, clock_timestamp()
 FROM outbox.position";
 
-type Row = (
+/// An event's columns, in the order of [`READ`].
+pub(crate) type Row = (
     i64,
     Uuid,
     String,

@@ -1,40 +1,61 @@
-//! The relay's life: take leadership, read, publish, settle, and again.
+//! The relay's life: take leadership, read, hand out to the lanes, settle, and again.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use chrono::Utc;
 use lapin::types::ShortString;
-use service::health::Part;
+use serde_json::json;
+use service::health::{Health, Part};
 use sqlx::postgres::PgConnectOptions;
-use tokio::sync::Notify;
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    broker::{Link, Nodes},
-    leader::{Begin, Leader, LeaderError},
+    broker::{BrokerError, Nodes},
+    lane::{Lane, Report, Window},
+    leader::{Begin, Candidate, Leader, LeaderError},
+    parked::{Due, Kind, Parking, Reason},
     pause::Pause,
-    publish::{Fate, publish},
-    reader::{Budget, Event},
+    publish::Fate,
+    queue::{Held, Item, Outcome, Queue},
+    reader::Budget,
     unroutable::{Action, Policy},
 };
 
 /// One read brings at most this into memory, and one event more.
-const BUDGET: Budget = Budget { events: 1_000, bytes: 8 * 1024 * 1024 };
-/// Events that are on their way to the broker together.
-const WINDOW: usize = 500;
+const BUDGET: Budget = Budget { events: 1_000, bytes: 4 * 1024 * 1024 };
+/// Events that a lane has on their way to the broker together.
+const WINDOW: usize = 250;
 /// Progress is stored at most this often: a hot row bloats under somebody's old snapshot.
 const SAVE_INTERVAL: Duration = Duration::from_millis(250);
-/// With nothing to store, the leader's row is written this often, which keeps the lease and tells that
-/// the database and the leadership are still there.
-const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Without notices, new events are found after at most this long.
 const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// How often a relay that does not lead asks whether it may.
-const STANDBY: Duration = Duration::from_secs(1);
+const STANDBY: Duration = Duration::from_millis(500);
+/// How often a leader looks for events that were set aside and are due, once there are any.
+const LOOK_ASIDE: Duration = Duration::from_secs(1);
+/// Lanes close their connections in good order for at most this long.
+const CLOSE: Duration = Duration::from_secs(2);
+
+/// How much a relay has in memory, and sets aside.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Parallel connections to the broker.
+    pub lanes: usize,
+    /// Events in memory at most.
+    pub events: usize,
+    /// Bytes in memory at most, but for one event that is larger by itself.
+    pub bytes: usize,
+    /// Events set aside at most; beyond it the relay waits.
+    pub parked: i64,
+}
 
 /// What a relay relays, from where to where.
 #[derive(Debug)]
@@ -47,51 +68,45 @@ pub struct Relay {
     pub begin: Begin,
     /// Who this process is, for the leader's row.
     pub identity: String,
+    /// How long a leader that says nothing stays the leader.
+    pub lease: Duration,
     /// The broker.
     pub nodes: Nodes,
     /// What to do with what no queue takes.
     pub policy: Policy,
+    /// How much at a time.
+    pub limits: Limits,
     /// Told when there may be something to read.
     pub wake: Arc<Notify>,
-    /// Shown at `/ready`: the database and leadership.
+    /// What is shown at `/ready`, and stored with each heartbeat.
+    pub health: Health,
+    /// The database and leadership.
     pub database_health: Part,
-    /// Shown at `/ready`: the broker and what it does not take.
+    /// The broker.
     pub broker_health: Part,
+    /// Events that are not taken.
+    pub events_health: Part,
+    /// An operator's pause.
+    pub paused_health: Part,
     /// How long what is under way may go on once the process is to end.
     pub grace: Duration,
 }
 
-/// How a leadership ended, when nothing failed.
-enum End {
-    /// There was none: another relay leads.
-    Standby,
-    /// The process is to end.
-    Stopped,
-}
-
 impl Relay {
     /// Relays until `stop`. Waits out whatever time can heal, and says in the health what it waits for.
-    pub async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
+    pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
         let mut pause = Pause::default();
-        let mut link = None;
         while !stop.is_cancelled() {
-            let grace = self.grace;
             let ended = tokio::select! {
-                ended = self.lead(&mut link, &mut pause, &stop) => ended,
+                ended = self.lead(&mut pause, &stop) => ended,
                 // Work is not cut in half, unless a server that does not answer would keep the process.
-                () = async { stop.cancelled().await; tokio::time::sleep(grace).await } => {
+                () = async { stop.cancelled().await; tokio::time::sleep(self.grace).await } => {
                     tracing::warn!("not everything was answered in time; the next start publishes it again");
                     return Ok(());
                 }
             };
             match ended {
-                Ok(End::Stopped) => break,
-                Ok(End::Standby) => {
-                    // Healthy: somebody publishes, and this one stands by.
-                    self.database_health.ready();
-                    self.broker_health.ready();
-                    stop.run_until_cancelled(tokio::time::sleep(STANDBY)).await;
-                }
+                Ok(()) => break,
                 Err(error) if error.is_fatal() => return Err(error.into()),
                 Err(error) => {
                     self.database_health.waiting(error.to_string());
@@ -99,290 +114,462 @@ impl Relay {
                 }
             }
         }
-        if let Some(link) = link {
-            link.close().await;
-        }
         Ok(())
     }
 
-    /// One leadership, from taking it to losing it. Whatever was in memory is forgotten at its end.
-    async fn lead(
-        &mut self,
-        link: &mut Option<Link>,
-        pause: &mut Pause,
-        stop: &CancellationToken,
-    ) -> Result<End, LeaderError> {
-        let take = Leader::take(&self.database, &self.name, self.begin, &self.identity);
-        let Some(taken) = stop.run_until_cancelled(take).await else { return Ok(End::Stopped) };
-        let Some(mut leader) = taken? else { return Ok(End::Standby) };
+    /// One leadership, from standing by for it to losing it, which is an error, or to the process's end.
+    /// Whatever was in memory is forgotten then.
+    async fn lead(&self, pause: &mut Pause, stop: &CancellationToken) -> Result<(), LeaderError> {
+        let connect = Candidate::connect(&self.database, &self.name, self.begin, &self.identity, self.lease);
+        let Some(candidate) = stop.run_until_cancelled(connect).await else { return Ok(()) };
+        let mut candidate = candidate?;
+        while !candidate.ask().await? {
+            // Healthy: somebody publishes, and this one stands by.
+            for part in [&self.database_health, &self.broker_health, &self.events_health, &self.paused_health]
+            {
+                part.ready();
+            }
+            pause.reset();
+            let again = STANDBY.min(self.lease / 4);
+            if stop.run_until_cancelled(tokio::time::sleep(again)).await.is_none() {
+                candidate.close().await;
+                return Ok(());
+            }
+        }
+        let leader = candidate.lead().await?;
         self.database_health.ready();
+        self.events_health.ready();
         pause.reset();
-        let mut lead = Lead { relay: self, leader: &mut leader, link, stop, saved: Instant::now() };
+        let mut lead = Lead::new(self, leader, stop);
         lead.work().await?;
-        leader.resign().await?;
-        Ok(End::Stopped)
+        lead.end().await
     }
+}
+
+/// Why an event was not taken.
+struct Why {
+    reason: String,
+    /// What had been confirmed when it was first published.
+    confirmed: u64,
 }
 
 /// A leadership at work.
 struct Lead<'a> {
     relay: &'a Relay,
-    leader: &'a mut Leader,
-    link: &'a mut Option<Link>,
+    leader: Leader,
     stop: &'a CancellationToken,
+    queue: Queue,
+    lanes: Vec<mpsc::Sender<Window>>,
+    tasks: JoinSet<()>,
+    reports: mpsc::UnboundedReceiver<(usize, Report)>,
+    /// Why each lane cannot publish; none when it can.
+    states: Vec<Option<String>>,
     saved: Instant,
+    /// What the last save told the database.
+    told: String,
+    /// Why each event in memory that was not taken was not.
+    why: HashMap<i64, Why>,
+    /// How many events the broker confirmed.
+    confirmed: u64,
+    /// How many are set aside.
+    parked: i64,
+    /// When to look for those that are due.
+    look_at: Instant,
+    /// Kinds of events that were set aside and are taken again.
+    flowing: HashSet<Kind>,
 }
 
-impl Lead<'_> {
-    async fn work(&mut self) -> Result<(), LeaderError> {
-        let mut idle = Pause::new(POLL.0, POLL.1);
-        // Connected before there is anything to publish, so that readiness tells the truth.
-        while self.connect().await? {
-            match self.link.as_ref().and_then(Link::blocked) {
-                None => self.relay.broker_health.ready(),
-                Some(reason) => self.relay.broker_health.waiting(blocked(&reason)),
-            }
-            let batch = self.leader.read(BUDGET).await?;
-            if self.leader.is_stalled() {
-                self.relay.database_health.waiting(
-                    "too many positions are missing that an open transaction may still fill, so nothing above \
-                     them is read; end the transaction that holds the outbox lock for longest (pg_locks, advisory, \
-                     classid 1869968482), and grant the relay's role pg_read_all_stats if it lacks it",
-                );
-            } else {
-                self.relay.database_health.ready();
-            }
-            for position in &batch.late {
-                metrics::counter!("outbox_relay_late_events_total").increment(1);
-                tracing::error!(
-                    position,
-                    "an event appeared at a position that was given up as rolled back; \
-                     it is published now, out of order; was the outbox written around outbox.next_position()?"
-                );
-            }
-            let found = !batch.events.is_empty();
-            self.publish_all(batch.events.into()).await?;
-            self.gauge();
-            self.save_if_due(SAVE_INTERVAL).await?;
-            if found || batch.more {
-                idle.reset();
-                continue;
-            }
-            let wait = idle.step().min(if self.leader.has_progress() { SAVE_INTERVAL } else { POLL.1 });
-            tokio::select! {
-                () = self.relay.wake.notified() => idle.reset(),
-                () = tokio::time::sleep(wait) => {}
-                () = self.stop.cancelled() => {}
-            }
+impl<'a> Lead<'a> {
+    fn new(relay: &'a Relay, leader: Leader, stop: &'a CancellationToken) -> Self {
+        let (report, reports) = mpsc::unbounded_channel();
+        let mut tasks = JoinSet::new();
+        let lanes = (0..relay.limits.lanes)
+            .map(|number| {
+                let (send, windows) = mpsc::channel(1);
+                let lane = Lane {
+                    number,
+                    nodes: relay.nodes.clone(),
+                    source: leader.source.clone(),
+                    lease: leader.lease(),
+                    windows,
+                    reports: report.clone(),
+                    stop: stop.clone(),
+                };
+                tasks.spawn(lane.run());
+                send
+            })
+            .collect();
+        Self {
+            relay,
+            leader,
+            stop,
+            queue: Queue::new(relay.limits.lanes, WINDOW),
+            lanes,
+            tasks,
+            reports,
+            states: vec![Some("connecting".to_owned()); relay.limits.lanes],
+            saved: Instant::now(),
+            told: "[]".to_owned(),
+            why: HashMap::new(),
+            confirmed: 0,
+            parked: 0,
+            look_at: Instant::now(),
+            flowing: HashSet::new(),
         }
-        self.leader.save().await
     }
 
-    /// Publishes all of `queue`, in the order of each aggregate, and returns when everything is settled
-    /// or the process is to end.
-    async fn publish_all(&mut self, mut queue: VecDeque<Event>) -> Result<(), LeaderError> {
-        let mut pause = Pause::default();
-        // Events that were not taken; nothing else is published until they are.
-        let mut held: HashSet<i64> = HashSet::new();
-        let mut limit = WINDOW;
-        let source = self.leader.source.clone();
-        while !queue.is_empty() && !self.stop.is_cancelled() {
-            if !self.connect().await? {
-                break;
+    /// Reads and publishes until the process is to end and nothing is under way any more.
+    async fn work(&mut self) -> Result<(), LeaderError> {
+        let mut idle = Pause::new(POLL.0, POLL.1);
+        let mut poll_at = Instant::now();
+        // What an earlier leader set aside.
+        self.look_aside().await?;
+        loop {
+            let stopping = self.stop.is_cancelled();
+            while let Ok((lane, report)) = self.reports.try_recv() {
+                self.take_in(lane, report).await?;
             }
-            let Some(link) = self.link.as_ref() else { break };
-            let picked = pick(&queue, &held, limit);
-            let window: Vec<&Event> = picked.iter().map(|&n| &queue[n]).collect();
-            let began = Instant::now();
-            let outcome = publish(link, &self.relay.nodes.exchange, &source, &window);
-            // While the broker blocks the connection, publishing hangs without a word.
-            let watch = || {
-                if let Some(reason) = link.blocked() {
-                    self.relay.broker_health.waiting(blocked(&reason));
-                }
-            };
-            let fates = match alive(self.leader, &mut self.saved, outcome, watch).await {
-                Ok(Ok(fates)) => fates,
-                Err(error) => {
-                    // Its confirms were given up, which would confuse those of the next window.
-                    *self.link = None;
-                    return Err(error);
-                }
-                Ok(Err(error)) => {
-                    // Unknown which of them arrived: all are published again, on a new connection. In
-                    // smaller windows, so that an event over which the broker ends the channel is soon
-                    // alone, and does not have the others published over and over.
-                    limit = (window.len() / 8).max(1);
-                    self.relay.broker_health.waiting(match window[..] {
-                        [event] => format!("event {} of type {}: {error}", event.id, event.type_),
-                        _ => error.to_string(),
-                    });
-                    metrics::counter!("outbox_relay_publish_failures_total").increment(1);
-                    if let Some(link) = self.link.take() {
-                        link.close().await;
-                    }
-                    pause.wait(self.stop).await;
-                    self.save_if_due(HEARTBEAT).await?;
-                    continue;
-                }
-            };
-            metrics::histogram!("outbox_relay_window_seconds").record(began.elapsed());
-            let waiting = self.settle(&window, &fates, &mut held);
-            let settled: HashSet<i64> =
-                window.iter().map(|e| e.position).filter(|p| !held.contains(p)).collect();
-            queue.retain(|e| !settled.contains(&e.position));
-            if !settled.is_empty() {
-                pause.reset();
+            let at_work = !stopping && self.leader.paused.is_none();
+            if at_work {
+                self.hand_out();
+            } else if stopping && self.queue.windows() == 0 {
+                return Ok(());
             }
-            match waiting {
-                None => self.relay.broker_health.ready(),
-                Some(reason) => {
-                    self.relay.broker_health.waiting(reason);
-                    pause.wait(self.stop).await;
+            self.say();
+            self.save_if_due().await?;
+
+            // No more than half of what may be in memory, so that reads are few and large.
+            let limits = self.relay.limits;
+            let room =
+                at_work && self.queue.events() * 2 <= limits.events && self.queue.bytes() * 2 <= limits.bytes;
+            if room && self.parked > 0 && self.look_at <= Instant::now() {
+                self.look_aside().await?;
+            }
+            if room && poll_at <= Instant::now() {
+                let more = self.read().await?;
+                if more {
+                    idle.reset();
+                } else {
+                    poll_at = Instant::now() + idle.step();
+                }
+                continue;
+            }
+
+            let mut until = self.saved + self.heartbeat();
+            if self.leader.has_progress() {
+                until = self.saved + SAVE_INTERVAL;
+            }
+            if room {
+                until = until.min(poll_at);
+                if self.parked > 0 {
+                    until = until.min(self.look_at);
                 }
             }
-            self.save_if_due(SAVE_INTERVAL).await?;
+            if at_work {
+                let able = |n: &usize| self.states[*n].is_none() && self.lanes[*n].capacity() > 0;
+                let retries = (0..self.lanes.len()).filter(able).filter_map(|n| self.queue.retry_at(n));
+                until = retries.fold(until, Instant::min);
+            }
+            tokio::select! {
+                biased;
+                Some((lane, report)) = self.reports.recv() => self.take_in(lane, report).await?,
+                () = self.relay.wake.notified() => { poll_at = Instant::now(); idle.reset(); }
+                () = self.stop.cancelled(), if !stopping => {}
+                Some(ended) = self.tasks.join_next(), if !stopping => {
+                    return Err(LeaderError::Lane(ended.err().map_or_else(String::new, |e| e.to_string())));
+                }
+                () = tokio::time::sleep_until(until.into()) => {}
+            }
+        }
+    }
+
+    /// Stores what was settled, and gives up leadership and the lanes.
+    async fn end(mut self) -> Result<(), LeaderError> {
+        self.leader.save(&self.told).await?;
+        self.leader.resign().await?;
+        self.lanes.clear();
+        let closed = async { while self.tasks.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(CLOSE, closed).await;
+        Ok(())
+    }
+
+    /// Reads once. True when there is more to read right away.
+    async fn read(&mut self) -> Result<bool, LeaderError> {
+        let batch = self.leader.read(BUDGET).await?;
+        if self.leader.is_stalled() {
+            self.relay.database_health.waiting(
+                "too many positions are missing that an open transaction may still fill, so nothing above \
+                 them is read; end the transaction that holds the outbox lock for longest (outbox-relay doctor \
+                 names it), and grant the relay's role pg_read_all_stats if it lacks it",
+            );
+        } else {
+            self.relay.database_health.ready();
+        }
+        for position in &batch.late {
+            metrics::counter!("outbox_relay_late_events_total").increment(1);
+            tracing::error!(
+                position,
+                "an event appeared at a position that was given up as rolled back; \
+                 it is published now, out of order; was the outbox written around outbox.next_position()?"
+            );
+        }
+        let more = batch.more || !batch.events.is_empty();
+        for event in batch.events {
+            self.queue.add(event);
+        }
+        let positions = self.leader.positions();
+        metrics::gauge!("outbox_relay_open_gaps").set(count(positions.gaps()));
+        metrics::gauge!("outbox_relay_low_water").set(position(positions.low_water()));
+        metrics::gauge!("outbox_relay_high").set(position(positions.high()));
+        Ok(more)
+    }
+
+    /// Gives each lane that can publish as much as it takes.
+    fn hand_out(&mut self) {
+        let now = Instant::now();
+        for (number, lane) in self.lanes.iter().enumerate() {
+            // A lane that is connecting or blocked has enough to do with what it has.
+            while self.states[number].is_none() && lane.capacity() > 0 {
+                let window = Window { items: self.queue.next(number, now), confirmed: self.confirmed };
+                if window.items.is_empty() {
+                    break;
+                }
+                if let Err(refused) = lane.try_send(window) {
+                    // The lane has ended, which only happens once the process is to end.
+                    self.queue.back(number, &refused.into_inner().items, false, now);
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Acts on what a lane says.
+    async fn take_in(&mut self, lane: usize, report: Report) -> Result<(), LeaderError> {
+        match report {
+            Report::State(state) => self.states[lane] = state.err(),
+            Report::Back(window) => self.queue.back(lane, &window.items, false, Instant::now()),
+            Report::Done(window, Ok(fates), took) => {
+                metrics::histogram!("outbox_relay_window_seconds").record(took);
+                self.settle(lane, &window, &fates).await?;
+            }
+            // Alone, so this event is what the broker refuses, or it refuses everything.
+            Report::Done(window, Err(BrokerError::Refused(why)), _) if window.items.len() == 1 => {
+                metrics::counter!("outbox_relay_publish_failures_total").increment(1);
+                self.settle(lane, &window, &[Fate::Refused { why, certain: false }]).await?;
+            }
+            Report::Done(window, Err(error), _) => {
+                metrics::counter!("outbox_relay_publish_failures_total").increment(1);
+                let failed = !matches!(error, BrokerError::NoLease);
+                self.queue.back(lane, &window.items, failed, Instant::now());
+            }
         }
         Ok(())
     }
 
-    /// Acts on what became of each event of a window. Returns what the relay now waits for, if anything.
-    fn settle(&mut self, window: &[&Event], fates: &[Fate], held: &mut HashSet<i64>) -> Option<String> {
-        let mut reason = None;
+    /// Acts on what became of each event of a window.
+    async fn settle(&mut self, lane: usize, window: &Window, fates: &[Fate]) -> Result<(), LeaderError> {
+        let Window { items, confirmed } = window;
+        let mut outcomes = HashMap::with_capacity(items.len());
         let (mut published, mut dropped) = (0, 0);
-        for (event, fate) in window.iter().zip(fates) {
-            let why = match fate {
+        let (mut park, mut unpark): (Vec<Parking>, Vec<i64>) = (Vec::new(), Vec::new());
+        let (mut in_vain, mut refused) = (HashSet::new(), Vec::new());
+        self.confirmed += fates.iter().filter(|fate| **fate == Fate::Confirmed).count() as u64;
+        for (item, fate) in items.iter().zip(fates) {
+            let event = &item.event;
+            let outcome = match fate {
                 Fate::Confirmed => {
                     published += 1;
                     let delay = (Utc::now() - event.created_at).to_std().unwrap_or_default();
                     metrics::histogram!("outbox_relay_delay_seconds").record(delay);
-                    None
-                }
-                Fate::Unroutable => match self.relay.policy.action(&event.type_) {
-                    Action::Drop => {
-                        dropped += 1;
-                        None
+                    if item.parked {
+                        unpark.push(event.position);
+                        self.flowing.insert(Kind::of(event));
                     }
-                    Action::Hold => Some(format!(
-                        "no queue takes events of type {}: bind a queue to the exchange {}, or let them go with \
-                         --unroutable '{}=drop'",
-                        event.type_, self.relay.nodes.exchange, event.type_
-                    )),
-                },
-                Fate::Nacked => Some(format!(
-                    "the broker refuses events of type {} for now; is a queue at its limit?",
-                    event.type_
-                )),
-                Fate::Refused(why) => {
-                    Some(format!("AMQP cannot carry event {} of type {}: {why}", event.id, event.type_))
+                    Outcome::Settled
+                }
+                Fate::Unroutable if self.relay.policy.action(&event.type_) == Action::Drop => {
+                    dropped += 1;
+                    if item.parked {
+                        unpark.push(event.position);
+                    }
+                    Outcome::Settled
+                }
+                Fate::Unroutable if item.parked => {
+                    in_vain.insert(Kind::of(event));
+                    Outcome::Settled
+                }
+                Fate::Refused { why, .. } if item.parked => {
+                    refused.push((event.position, why.clone()));
+                    Outcome::Settled
+                }
+                Fate::Nacked => {
+                    let why = format!(
+                        "the broker refuses events of type {} for now; is a queue at its limit?",
+                        event.type_
+                    );
+                    self.hold(item, why, *confirmed, Held::Stop)
+                }
+                Fate::Unroutable => {
+                    let (type_, exchange) = (&event.type_, &self.relay.nodes.exchange);
+                    let why = format!(
+                        "no queue takes events of type {type_}: bind a queue to the exchange {exchange}"
+                    );
+                    if self.relay.policy.action(type_) == Action::Hold {
+                        let why = format!("{why}, or let them go with --unroutable '{type_}=drop'");
+                        self.hold(item, why, *confirmed, Held::Stop)
+                    } else {
+                        self.aside(&mut park, item, Reason::Unroutable, why, Some(*confirmed))
+                    }
+                }
+                Fate::Refused { why, certain } => {
+                    let why = format!("event {} of type {}: {why}", event.id, event.type_);
+                    let since = if *certain { None } else { Some(*confirmed) };
+                    self.aside(&mut park, item, Reason::Refused, why, since)
                 }
             };
-            match why {
-                None => {
-                    held.remove(&event.position);
-                    self.leader.settle(event.position);
-                }
-                Some(why) => {
-                    held.insert(event.position);
-                    reason.get_or_insert(why);
-                }
+            if outcome == Outcome::Settled {
+                self.why.remove(&event.position);
+            }
+            outcomes.insert(event.position, outcome);
+        }
+        // In the database first: what is lost on the way is published again.
+        self.park(&park).await?;
+        if !unpark.is_empty() {
+            self.leader.unpark(&unpark).await?;
+            self.parked -= i64::try_from(unpark.len()).unwrap_or(0);
+        }
+        for kind in in_vain {
+            self.flowing.remove(&kind);
+            self.leader.postpone(&kind).await?;
+        }
+        for (position, why) in refused {
+            self.leader.refuse(position, &why).await?;
+        }
+        self.queue.done(lane, &outcomes, Instant::now());
+        for item in items.iter().filter(|item| !item.parked) {
+            if outcomes[&item.event.position] == Outcome::Settled {
+                self.leader.settle(item.event.position);
             }
         }
         metrics::counter!("outbox_relay_published_total").increment(published);
         metrics::counter!("outbox_relay_dropped_total").increment(dropped);
-        metrics::gauge!("outbox_relay_held_events").set(count(held.len()));
-        reason
+        metrics::gauge!("outbox_relay_held_events").set(count(self.queue.held()));
+        metrics::gauge!("outbox_relay_parked_events").set(position(self.parked));
+        Ok(())
     }
 
-    /// Makes sure that there is a link, waiting for the broker as long as it takes. False when the
-    /// process is to end.
-    async fn connect(&mut self) -> Result<bool, LeaderError> {
-        let mut pause = Pause::default();
-        let mut attempt = 0;
-        loop {
-            if self.stop.is_cancelled() {
-                return Ok(false);
-            }
-            if self.link.as_ref().is_some_and(|link| link.channel.status().connected()) {
-                return Ok(true);
-            }
-            let connect = self.stop.run_until_cancelled(self.relay.nodes.connect(attempt));
-            match alive(self.leader, &mut self.saved, connect, || {}).await? {
-                None => return Ok(false),
-                Some(Ok(link)) => *self.link = Some(link),
-                Some(Err(error)) => {
-                    *self.link = None;
-                    self.relay.broker_health.waiting(error.to_string());
-                    pause.wait(self.stop).await;
-                    attempt += 1;
-                    // Not the broker's absence but the database's would end the leadership.
-                    self.save_if_due(HEARTBEAT).await?;
-                }
-            }
+    /// What becomes of an event that would be set aside. While too many are, it is waited for. And so it
+    /// is while nothing at all was taken `since` it was first published, by the number of confirms: then
+    /// nobody listens, or the broker refuses everything, and it is not the event.
+    fn aside(
+        &mut self,
+        park: &mut Vec<Parking>,
+        item: &Item,
+        reason: Reason,
+        why: String,
+        since: Option<u64>,
+    ) -> Outcome {
+        let position = item.event.position;
+        let parked = self.parked + i64::try_from(park.len()).unwrap_or(i64::MAX);
+        let first = self.why.get(&position).map(|why| why.confirmed);
+        let since = since.map(|since| first.unwrap_or(since));
+        if parked >= self.relay.limits.parked {
+            let why = format!(
+                "{parked} events are set aside already, as many as --max-parked allows, so this one is waited for: {why}"
+            );
+            self.hold(item, why, since.unwrap_or(self.confirmed), Held::Stop)
+        } else if since.is_none_or(|since| self.confirmed > since) {
+            park.push(Parking { position, reason, detail: why });
+            Outcome::Settled
+        } else {
+            self.hold(item, why, since.unwrap_or(self.confirmed), Held::Doubt)
         }
     }
 
-    async fn save_if_due(&mut self, interval: Duration) -> Result<(), LeaderError> {
-        let interval = if self.leader.has_progress() { interval } else { HEARTBEAT };
-        if self.saved.elapsed() >= interval {
-            self.leader.save().await?;
+    /// Remembers why an event is not taken.
+    fn hold(&mut self, item: &Item, reason: String, confirmed: u64, held: Held) -> Outcome {
+        self.why.insert(item.event.position, Why { reason, confirmed });
+        Outcome::Held(held)
+    }
+
+    async fn park(&mut self, parkings: &[Parking]) -> Result<(), LeaderError> {
+        if parkings.is_empty() {
+            return Ok(());
+        }
+        self.leader.park(parkings).await?;
+        self.parked += i64::try_from(parkings.len()).unwrap_or(0);
+        for parking in parkings {
+            metrics::counter!("outbox_relay_parked_total", "reason" => parking.reason.as_str()).increment(1);
+        }
+        tracing::debug!(events = parkings.len(), detail = parkings[0].detail, "set aside");
+        Ok(())
+    }
+
+    /// Fetches what is due of what was set aside.
+    async fn look_aside(&mut self) -> Result<(), LeaderError> {
+        let except = self.queue.parked();
+        let aside = self.leader.due(Due { flowing: &self.flowing, except: &except }).await?;
+        self.parked = aside.count;
+        if aside.events.is_empty() && except.is_empty() {
+            self.flowing.clear();
+        }
+        // More of what flows right away.
+        let pause =
+            if self.flowing.is_empty() || aside.events.is_empty() { LOOK_ASIDE } else { Duration::ZERO };
+        self.look_at = Instant::now() + pause;
+        for event in aside.events {
+            self.queue.add_parked(event);
+        }
+        metrics::gauge!("outbox_relay_parked_events").set(position(self.parked));
+        Ok(())
+    }
+
+    /// Says at `/ready` what the relay waits for.
+    fn say(&self) {
+        let relay = self.relay;
+        match self.states.iter().flatten().next() {
+            None => relay.broker_health.ready(),
+            Some(reason) => relay.broker_health.waiting(reason.clone()),
+        }
+        match &self.leader.paused {
+            None => relay.paused_health.ready(),
+            Some(paused) => {
+                relay.paused_health.waiting(format!("{paused}; it goes on with: outbox-relay resume"));
+            }
+        }
+        // The oldest that is held says it for all.
+        let held = self.why.iter().min_by_key(|(position, _)| **position);
+        match held {
+            Some((_, why)) if self.queue.held() > 0 => relay.events_health.waiting(why.reason.clone()),
+            _ if self.parked > 0 => relay
+                .events_health
+                .attention("events are set aside (outbox-relay parked list); the rest goes on"),
+            _ => relay.events_health.ready(),
+        }
+    }
+
+    async fn save_if_due(&mut self) -> Result<(), LeaderError> {
+        let interval = if self.leader.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
+        if self.saved.elapsed() >= interval.min(self.heartbeat()) {
+            let waiting: Vec<_> = self
+                .relay
+                .health
+                .reasons()
+                .into_iter()
+                .map(|(part, reason, seconds)| json!({"part": part, "reason": reason, "seconds": seconds}))
+                .collect();
+            self.told = json!(waiting).to_string();
+            self.leader.save(&self.told).await?;
             self.saved = Instant::now();
         }
         Ok(())
     }
 
-    fn gauge(&self) {
-        let positions = self.leader.positions();
-        metrics::gauge!("outbox_relay_open_gaps").set(count(positions.gaps()));
-        metrics::gauge!("outbox_relay_low_water").set(position(positions.low_water()));
-        metrics::gauge!("outbox_relay_high").set(position(positions.high()));
+    /// With nothing to store, the leader's row is written this often: it keeps the lease, and tells that
+    /// the database and the leadership are still there.
+    fn heartbeat(&self) -> Duration {
+        self.relay.lease / 4
     }
-}
-
-/// What the broker says when it takes nothing, because of its memory or disk alarm.
-fn blocked(reason: &str) -> String {
-    format!("the broker blocks publishers: {reason}")
-}
-
-/// Awaits what may take longer than the leader's lease, with heartbeats meanwhile, and a look at what
-/// else there is to see at each.
-async fn alive<T>(
-    leader: &mut Leader,
-    saved: &mut Instant,
-    work: impl Future<Output = T>,
-    look: impl Fn(),
-) -> Result<T, LeaderError> {
-    let mut work = std::pin::pin!(work);
-    loop {
-        tokio::select! {
-            done = &mut work => return Ok(done),
-            () = tokio::time::sleep_until((*saved + HEARTBEAT).into()) => {
-                look();
-                leader.save().await?;
-                *saved = Instant::now();
-            }
-        }
-    }
-}
-
-/// Picks what goes out together, at most `limit`: the oldest event of each aggregate, or of those that
-/// are held. No two have the same id, by which a returned message is known: nothing in the schema keeps
-/// a writer from using one twice.
-fn pick(queue: &VecDeque<Event>, held: &HashSet<i64>, limit: usize) -> Vec<usize> {
-    let (mut aggregates, mut ids) = (HashSet::new(), HashSet::new());
-    let mut picked = Vec::new();
-    for (n, event) in queue.iter().enumerate() {
-        if picked.len() == limit {
-            break;
-        }
-        if !held.is_empty() && !held.contains(&event.position) {
-            continue;
-        }
-        if aggregates.insert((&*event.aggregate_type, &*event.aggregate_id)) && ids.insert(event.id) {
-            picked.push(n);
-        }
-    }
-    picked
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]

@@ -16,7 +16,7 @@ use std::{
 
 use devstack::{folder::Folder, ports, postgres::Postgres};
 use outbox_relay::{
-    leader::{Begin, Leader, LeaderError},
+    leader::{Begin, Candidate, Leader, LeaderError},
     reader::{Budget, Event, READ},
 };
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
@@ -137,6 +137,17 @@ struct Relay {
     restarts: usize,
 }
 
+/// Leadership, if it is to be had.
+async fn lead(server: &Server) -> Result<Option<Leader>, LeaderError> {
+    let lease = Duration::from_mins(1);
+    let mut candidate = Candidate::connect(&server.relay, "default", Begin::Start, "test", lease).await?;
+    if candidate.ask().await? {
+        return Ok(Some(candidate.lead().await?));
+    }
+    candidate.close().await;
+    Ok(None)
+}
+
 impl Relay {
     async fn run_once(&mut self, server: &Server, rng: &mut SmallRng, restart: f64) {
         match self.try_once(server, rng).await {
@@ -154,7 +165,7 @@ impl Relay {
 
     async fn try_once(&mut self, server: &Server, rng: &mut SmallRng) -> Result<(), LeaderError> {
         let Some(leader) = &mut self.leader else {
-            self.leader = Leader::take(&server.relay, "default", Begin::Start, "test").await?;
+            self.leader = lead(server).await?;
             if self.leader.is_none() {
                 // The server has not noticed yet that the last one is gone.
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -173,7 +184,7 @@ impl Relay {
             leader.settle(self.in_flight.swap_remove(n));
         }
         if quiet || rng.random_bool(0.2) {
-            leader.save().await?;
+            leader.save("[]").await?;
         }
         if quiet {
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -341,7 +352,7 @@ async fn too_many_gaps_stop_the_reading_visibly_and_not_for_ever() {
         )
         .await
         .unwrap();
-    let mut leader = Leader::take(&server.relay, "default", Begin::Start, "test").await.unwrap().unwrap();
+    let mut leader = lead(&server).await.unwrap().unwrap();
     let mut read = 0;
     let mut more = async |leader: &mut Leader| {
         let batch = leader.read(Budget { events: 1_000, bytes: 10_000_000 }).await.unwrap();

@@ -15,10 +15,12 @@ use serde_json::json;
 #[derive(Clone, Debug, Default)]
 pub struct Health(Arc<Mutex<BTreeMap<&'static str, Option<Waiting>>>>);
 
+/// What a part waits for; or, when it is `ready`, what somebody should look at all the same.
 #[derive(Debug)]
 struct Waiting {
     reason: String,
     since: Instant,
+    ready: bool,
 }
 
 impl Health {
@@ -36,11 +38,21 @@ impl Health {
 
     /// Why the program is not ready, by part; empty when it is. Seconds tell for how long.
     pub fn reasons(&self) -> Vec<(&'static str, String, u64)> {
+        self.said(false)
+    }
+
+    /// What somebody should look at, though the program does its work, by part.
+    pub fn attention(&self) -> Vec<(&'static str, String, u64)> {
+        self.said(true)
+    }
+
+    fn said(&self, ready: bool) -> Vec<(&'static str, String, u64)> {
         let parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         parts
             .iter()
             .filter_map(|(name, state)| {
-                state.as_ref().map(|w| (*name, w.reason.clone(), w.since.elapsed().as_secs()))
+                let state = state.as_ref().filter(|w| w.ready == ready)?;
+                Some((*name, state.reason.clone(), state.since.elapsed().as_secs()))
             })
             .collect()
     }
@@ -66,22 +78,36 @@ impl Part {
     /// It does its work.
     pub fn ready(&self) {
         let mut parts = self.health.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Some(waiting)) = parts.insert(self.name, None) {
-            tracing::info!(part = self.name, waited = ?waiting.since.elapsed(), "ready");
+        if let Some(Some(said)) = parts.insert(self.name, None)
+            && !said.ready
+        {
+            tracing::info!(part = self.name, waited = ?said.since.elapsed(), "ready");
         }
     }
 
     /// It waits, and why. Logged when the reason changes; personal data and secrets stay out of it.
     pub fn waiting(&self, reason: impl Into<String>) {
-        let reason = reason.into();
+        self.say(reason.into(), false);
+    }
+
+    /// It does its work, but somebody should look at something.
+    pub fn attention(&self, reason: impl Into<String>) {
+        self.say(reason.into(), true);
+    }
+
+    fn say(&self, reason: String, ready: bool) {
         let mut parts = self.health.0.lock().unwrap_or_else(PoisonError::into_inner);
         let since = match parts.get(self.name) {
-            Some(Some(waiting)) if waiting.reason == reason => return,
-            Some(Some(waiting)) => waiting.since,
+            Some(Some(said)) if said.reason == reason && said.ready == ready => return,
+            Some(Some(said)) if said.ready == ready => said.since,
             _ => Instant::now(),
         };
-        tracing::info!(part = self.name, reason, "waiting");
-        parts.insert(self.name, Some(Waiting { reason, since }));
+        if ready {
+            tracing::info!(part = self.name, reason, "ready, but");
+        } else {
+            tracing::info!(part = self.name, reason, "waiting");
+        }
+        parts.insert(self.name, Some(Waiting { reason, since, ready }));
     }
 }
 
@@ -94,11 +120,16 @@ fn answer_live() -> &'static str {
 fn answer_ready(Data(health): Data<&Health>) -> Response {
     let reasons = health.reasons();
     let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let waiting: Vec<_> = reasons
-        .into_iter()
-        .map(|(part, reason, seconds)| json!({"part": part, "reason": reason, "seconds": seconds}))
-        .collect();
-    let body = json!({"ready": waiting.is_empty(), "waiting": waiting});
+    let said = |said: Vec<(&str, String, u64)>| -> Vec<_> {
+        said.into_iter()
+            .map(|(part, reason, seconds)| json!({"part": part, "reason": reason, "seconds": seconds}))
+            .collect()
+    };
+    let attention = said(health.attention());
+    let mut body = json!({"ready": reasons.is_empty(), "waiting": said(reasons)});
+    if !attention.is_empty() {
+        body["attention"] = attention.into();
+    }
     Response::builder().status(status).content_type("application/json").body(format!("{body}\n"))
 }
 

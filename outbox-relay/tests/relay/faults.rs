@@ -1,8 +1,11 @@
 //! Connections that break, servers that do not answer, events that the broker will not have.
 
+use std::collections::HashSet;
+
+use sqlx::Executor;
 use tokio_util::sync::CancellationToken;
 
-use crate::stack::{BROKER_PASSWORD, EXCHANGE, Proxy, Relay, Stack, eventually, output, program};
+use crate::stack::{BROKER_PASSWORD, EXCHANGE, Message, Proxy, Relay, Stack, eventually, output, program};
 
 #[tokio::test]
 async fn order_holds_when_the_broker_connection_breaks() {
@@ -144,23 +147,41 @@ async fn an_event_that_the_broker_refuses_is_found() {
     stack.append(950..951, 1_000, &["secret.new"]).await;
     stack.append(951..1_000, 1_000, &["person.new"]).await;
     let relay = Relay::start(&mut stack.command("run")).await;
-    let said = relay.waits("event ").await.replace(&stack.vhost, "VHOST");
-    let id = sqlx::query_scalar::<_, String>("SELECT id::text FROM outbox.event WHERE type = 'secret.new'");
-    let id = id.fetch_one(&stack.admin).await.unwrap();
-    insta::assert_snapshot!(said.replace(&id, "ID"));
-    subscriber.until(|messages| messages.iter().any(|m| m.number() == 949)).await;
-    eventually("it tries some more times", async || {
-        let failures: u32 = relay.metric("outbox_relay_publish_failures_total").await?.parse().unwrap();
-        (failures >= 7).then_some(())
+    let parked = eventually("it is set aside", async || {
+        let parked = "SELECT format('%s, attempts %s, next attempt %s, because %s', reason, attempts,
+                                    coalesce(next_attempt_at::text, 'by hand'), replace(detail, id::text, 'ID'))
+                      FROM outbox.parked WHERE type = 'secret.new'";
+        sqlx::query_scalar::<_, String>(parked).fetch_optional(&stack.admin).await.unwrap()
     })
     .await;
-
-    stack.manage(reqwest::Method::PUT, &path, Some(rights(".*"))).await;
-    subscriber.complete(1_000).await;
-    relay.is_ready().await;
+    insta::assert_snapshot!(parked.replace(&stack.vhost, "VHOST"));
     stack.settled("default", 1_000).await;
+    relay.is_ready().await;
+    subscriber.until(|m| m.iter().map(Message::number).collect::<HashSet<_>>().len() == 999).await;
     let received = subscriber.messages.len();
     assert!(received < 2_000, "each was published twice at most, or so: {received}");
+
+    // By hand, once the permission is there.
+    stack.manage(reqwest::Method::PUT, &path, Some(rights(".*"))).await;
+    stack.admin.execute("UPDATE outbox.parked SET next_attempt_at = now()").await.unwrap();
+    subscriber.complete(1_000).await;
+}
+
+/// Without the right to publish at all, nobody's event is the culprit: the relay waits.
+#[tokio::test]
+async fn a_broker_that_refuses_everything_is_waited_for() {
+    let stack = Stack::new("relay_forbidden").await;
+    let mut subscriber = stack.subscribe("#").await;
+    let rights = |write: &str| serde_json::json!({"exchange": EXCHANGE, "write": write, "read": ""});
+    let path = format!("topic-permissions/{0}/{0}", stack.vhost);
+    stack.manage(reqwest::Method::PUT, &path, Some(rights("^$"))).await;
+    stack.append(0..500, 100, &["person.new", "person.changed"]).await;
+    let relay = Relay::start(&mut stack.command("run")).await;
+    relay.waits("events: event ").await;
+    stack.manage(reqwest::Method::PUT, &path, Some(rights(".*"))).await;
+    subscriber.complete(500).await;
+    relay.is_ready().await;
+    assert_eq!(relay.metric("outbox_relay_parked_events").await.unwrap(), "0");
 }
 
 /// Whatever the relay waits for, SIGTERM ends it well within the time to drain.

@@ -5,6 +5,7 @@
 
 mod command_line;
 mod faults;
+mod parking;
 mod progress;
 mod publishing;
 mod stack;

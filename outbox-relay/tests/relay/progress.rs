@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use sqlx::{Connection, Executor};
+
 use crate::stack::{Relay, Stack, eventually};
 
 /// What a relay stores, as people see it.
@@ -89,8 +91,13 @@ async fn a_second_relay_stands_by_and_takes_over() {
 async fn a_stopped_leader_loses_its_leadership() {
     let stack = Stack::new("relay_lease").await;
     let mut subscriber = stack.subscribe("#").await;
-    let first = Relay::ready(&mut stack.command("run")).await;
-    let mut second = Relay::ready(&mut stack.command("run")).await;
+    let run = || {
+        let mut program = stack.command("run");
+        program.env("LEASE", "2s");
+        program
+    };
+    let first = Relay::ready(&mut run()).await;
+    let mut second = Relay::ready(&mut run()).await;
     stack.append(0..5_000, 100, &["person.new"]).await;
     subscriber.until(|messages| messages.len() >= 500).await;
     first.signal("STOP").await;
@@ -107,9 +114,29 @@ async fn a_stopped_leader_loses_its_leadership() {
     stack.append(6_000..7_000, 100, &["person.new"]).await;
     subscriber.complete(7_000).await;
     stack.settled("default", 7_000).await;
-    let epoch: i64 =
-        sqlx::query_scalar("SELECT epoch FROM outbox.relay").fetch_one(&stack.admin).await.unwrap();
-    assert_eq!(epoch, 3);
+}
+
+/// As when it hangs in the middle of a statement, or on a socket that the server's timers do not cover:
+/// its session stays, and so does its lock.
+#[tokio::test]
+async fn a_leader_that_says_nothing_for_long_is_ended() {
+    let stack = Stack::new("relay_silent").await;
+    let mut subscriber = stack.subscribe("#").await;
+    let first = Relay::ready(&mut stack.command("run")).await;
+    first.kill().await;
+    let mut silent = sqlx::PgConnection::connect(&stack.database_url).await.unwrap();
+    let lock = "SELECT pg_advisory_lock(1869968492, (SELECT id FROM outbox.relay))";
+    eventually("the lock is taken", async || silent.execute(lock).await.ok()).await;
+    stack.append(0..10, 1, &["person.new"]).await;
+    let second = Relay::ready(&mut stack.command("run")).await;
+    // Silent for a moment only: it is left alone.
+    let beat = "UPDATE outbox.relay SET heartbeat_at = now() - interval '1 second' * ";
+    stack.admin.execute(sqlx::AssertSqlSafe(format!("{beat} 10"))).await.unwrap();
+    silent.execute("SELECT pg_sleep(1)").await.unwrap();
+    assert_eq!(second.counted().await.0, "0");
+    stack.admin.execute(sqlx::AssertSqlSafe(format!("{beat} 16"))).await.unwrap();
+    subscriber.complete(10).await;
+    assert!(silent.execute("SELECT 1").await.is_err(), "its session was ended");
 }
 
 #[tokio::test]

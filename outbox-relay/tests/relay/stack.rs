@@ -183,10 +183,15 @@ impl Stack {
         .unwrap();
     }
 
-    /// The program with a command, and no settings but where the servers are.
+    /// The program with a command, and no settings but where the servers are. And a long lease: a machine
+    /// on which many tests run may well be silent for two seconds.
     pub(crate) fn command(&self, command: &str) -> Command {
         let mut program = program();
-        program.arg(command).env("DATABASE_URL", &self.database_url).env("AMQP_URL", &self.amqp_url);
+        program
+            .arg(command)
+            .env("DATABASE_URL", &self.database_url)
+            .env("AMQP_URL", &self.amqp_url)
+            .env("LEASE", "10s");
         program
     }
 
@@ -267,7 +272,7 @@ impl Relay {
         relay
     }
 
-    async fn get(&self, path: &str) -> Option<(u16, String)> {
+    pub(crate) async fn get(&self, path: &str) -> Option<(u16, String)> {
         let answer = self.http.get(format!("http://{}/{path}", self.address)).send().await.ok()?;
         Some((answer.status().as_u16(), answer.text().await.ok()?))
     }
@@ -430,6 +435,18 @@ impl Subscriber {
                 message.header("aggregate_id")
             );
             *last = version.max(*last);
+        }
+    }
+}
+
+impl Subscriber {
+    /// Nothing came twice, and each aggregate's events of a type in their order, whatever lies between.
+    pub(crate) fn assert_rising(&self) {
+        let mut last: HashMap<(String, &str), i64> = HashMap::new();
+        for message in &self.messages {
+            let number = message.number();
+            let before = last.insert((message.header("aggregate_id"), &message.key), number);
+            assert!(before.is_none_or(|before| before < number), "{before:?} before {number}");
         }
     }
 }

@@ -1,0 +1,212 @@
+//! Events that were set aside, so that the rest can go on. All the SQL of parking.
+
+use std::collections::HashSet;
+
+use sqlx::PgConnection;
+
+use crate::reader::{Event, Row};
+
+/// Bulk retries take at most so many at a time.
+const BATCH: i64 = 500;
+/// About how many bytes of them.
+const BATCH_BYTES: i64 = 4 * 1024 * 1024;
+
+/// Why an event was set aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// No queue takes it. Tried again by itself.
+    Unroutable,
+    /// The broker or AMQP will not have it. Tried again by hand.
+    Refused,
+}
+
+impl Reason {
+    /// As it is stored, and as metrics have it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unroutable => "unroutable",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// An event to be set aside.
+#[derive(Clone, Debug)]
+pub struct Parking {
+    /// Which one.
+    pub position: i64,
+    /// Why.
+    pub reason: Reason,
+    /// In words, without its body.
+    pub detail: String,
+}
+
+/// Events that a topic exchange, or one by headers behind it, treats alike: when one of them is not
+/// taken, neither are the others.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Kind {
+    /// The event type.
+    pub type_: String,
+    /// The aggregate type.
+    pub aggregate_type: String,
+}
+
+impl Kind {
+    /// The kind of an event.
+    pub fn of(event: &Event) -> Self {
+        Self { type_: event.type_.clone(), aggregate_type: event.aggregate_type.clone() }
+    }
+}
+
+/// What to look for among the events that are aside.
+#[derive(Clone, Copy, Debug)]
+pub struct Due<'a> {
+    /// Kinds that were taken again lately: all of them are due.
+    pub flowing: &'a HashSet<Kind>,
+    /// What is in memory already.
+    pub except: &'a HashSet<i64>,
+}
+
+/// What is aside.
+#[derive(Debug, Default)]
+pub struct Aside {
+    /// How many.
+    pub count: i64,
+    /// What to try now, in order of position.
+    pub events: Vec<Event>,
+}
+
+/// The pause before the next attempt, after `attempts` of them: from 1 s, doubled up to 1 min, plus up
+/// to a quarter, so that kinds set aside together do not come back together.
+const NEXT: &str = "now() + least(power(2, attempts - 1), 60) * (1 + random() / 4) * interval '1 second'";
+
+/// Copies the events into `outbox.parked`, if `epoch` is still the relay's; false when it is not.
+pub async fn park(
+    conn: &mut PgConnection,
+    relay: &str,
+    epoch: i64,
+    parkings: &[Parking],
+) -> Result<bool, sqlx::Error> {
+    let positions: Vec<i64> = parkings.iter().map(|p| p.position).collect();
+    let reasons: Vec<&str> = parkings.iter().map(|p| p.reason.as_str()).collect();
+    let details: Vec<&str> = parkings.iter().map(|p| &*p.detail).collect();
+    // By the primary key, in order of position, so that two who park the same do not deadlock. An event
+    // that is aside already, because a leader was killed before it stored its progress, stays as it is.
+    let sql = "\
+        WITH fence AS (SELECT FROM outbox.relay WHERE name = $1 AND epoch = $2), \
+        parked AS ( \
+            INSERT INTO outbox.parked (relay, position, id, aggregate_type, aggregate_id, version, type, payload, \
+                                       headers, created_at, reason, detail, next_attempt_at) \
+            SELECT $1, e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload, \
+                   e.headers, e.created_at, p.reason, p.detail, \
+                   CASE p.reason WHEN 'unroutable' THEN now() + interval '1 second' END \
+            FROM unnest($3::bigint[], $4::text[], $5::text[]) AS p (position, reason, detail) \
+            JOIN outbox.event e USING (position) \
+            WHERE EXISTS (SELECT FROM fence) \
+            ORDER BY e.position \
+            ON CONFLICT (relay, position) DO NOTHING) \
+        SELECT EXISTS (SELECT FROM fence)";
+    sqlx::query_scalar(sql)
+        .bind(relay)
+        .bind(epoch)
+        .bind(positions)
+        .bind(reasons)
+        .bind(details)
+        .fetch_one(conn)
+        .await
+}
+
+/// Takes events out: they are published, or dropped by a rule.
+pub async fn unpark(conn: &mut PgConnection, relay: &str, positions: &[i64]) -> Result<(), sqlx::Error> {
+    sqlx::query("DELETE FROM outbox.parked WHERE relay = $1 AND position = ANY($2)")
+        .bind(relay)
+        .bind(positions)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+/// One more attempt at a kind in vain: all of its events that are due get their next turn, later each
+/// time. One statement over at most `--max-parked` rows, by the index on what is due.
+pub async fn postpone(conn: &mut PgConnection, relay: &str, kind: &Kind) -> Result<(), sqlx::Error> {
+    let sql = format!(
+        "UPDATE outbox.parked SET attempts = attempts + 1, last_attempt_at = now(), next_attempt_at = {NEXT}
+         WHERE relay = $1 AND type = $2 AND aggregate_type = $3 AND reason = 'unroutable'
+           AND next_attempt_at <= now()"
+    );
+    sqlx::query(sqlx::AssertSqlSafe(sql))
+        .bind(relay)
+        .bind(&kind.type_)
+        .bind(&kind.aggregate_type)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+/// One more attempt at an event that is refused for itself: nothing is tried again without being told.
+pub async fn refuse(
+    conn: &mut PgConnection,
+    relay: &str,
+    position: i64,
+    detail: &str,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "UPDATE outbox.parked SET attempts = attempts + 1, last_attempt_at = now(), next_attempt_at = NULL,
+                                  reason = 'refused', detail = $3
+         WHERE relay = $1 AND position = $2",
+    )
+    .bind(relay)
+    .bind(position)
+    .bind(detail)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Counts what is aside and reads what of it is to be tried now: of kinds that flow again all, of the
+/// others that are due the oldest of each kind, to find out; and what was refused, each for itself.
+pub async fn due(conn: &mut PgConnection, relay: &str, due: Due<'_>) -> Result<Aside, sqlx::Error> {
+    let count: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox.parked WHERE relay = $1")
+        .bind(relay)
+        .fetch_one(&mut *conn)
+        .await?;
+    if count == 0 {
+        return Ok(Aside::default());
+    }
+    let (types, aggregate_types): (Vec<&str>, Vec<&str>) =
+        due.flowing.iter().map(|kind| (&*kind.type_, &*kind.aggregate_type)).unzip();
+    let except: Vec<i64> = due.except.iter().copied().collect();
+    // Bodies are read only of what is chosen, and no more of them than fit: a running sum stops it.
+    let sql = "\
+        WITH flowing AS (SELECT * FROM unnest($2::text[], $3::text[]) AS f (type, aggregate_type)), \
+        probes AS ( \
+            SELECT DISTINCT ON (type, aggregate_type, CASE reason WHEN 'refused' THEN position END) position \
+            FROM outbox.parked p \
+            WHERE relay = $1 AND next_attempt_at <= now() \
+              AND NOT EXISTS (SELECT FROM flowing f \
+                              WHERE f.type = p.type AND f.aggregate_type = p.aggregate_type AND p.reason = 'unroutable') \
+            ORDER BY type, aggregate_type, CASE reason WHEN 'refused' THEN position END, position), \
+        flow AS ( \
+            SELECT position FROM outbox.parked JOIN flowing USING (type, aggregate_type) \
+            WHERE relay = $1 AND reason = 'unroutable'), \
+        chosen AS ( \
+            SELECT position, sum(pg_column_size(payload) + 512) OVER (ORDER BY position) AS bytes \
+            FROM (SELECT position FROM probes UNION SELECT position FROM flow) c \
+            JOIN outbox.parked p USING (position) \
+            WHERE p.relay = $1 AND position <> ALL ($4) \
+            ORDER BY position LIMIT $5) \
+        SELECT position, id, aggregate_type, aggregate_id, version, type, payload::text, headers, created_at \
+        FROM chosen JOIN outbox.parked USING (position) \
+        WHERE relay = $1 AND (bytes <= $6 OR position = (SELECT min(position) FROM chosen)) \
+        ORDER BY position";
+    let rows: Vec<Row> = sqlx::query_as(sql)
+        .bind(relay)
+        .bind(types)
+        .bind(aggregate_types)
+        .bind(except)
+        .bind(BATCH)
+        .bind(BATCH_BYTES)
+        .fetch_all(conn)
+        .await?;
+    Ok(Aside { count, events: rows.into_iter().map(Event::from).collect() })
+}

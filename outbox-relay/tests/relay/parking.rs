@@ -1,0 +1,206 @@
+//! Events that are set aside, and come back.
+
+use lapin::types::FieldTable;
+use serde_json::Value;
+use sqlx::Executor;
+
+use crate::stack::{Relay, Stack, eventually};
+
+async fn parked(stack: &Stack) -> i64 {
+    sqlx::query_scalar("SELECT count(*) FROM outbox.parked").fetch_one(&stack.admin).await.unwrap()
+}
+
+/// What `/ready` says that somebody should look at, while it is ready.
+async fn attention(relay: &Relay) -> String {
+    eventually("it is ready, with something to look at", async || {
+        let (status, body) = relay.get("ready").await?;
+        let body: Value = serde_json::from_str(&body).ok()?;
+        (status == 200).then(|| Some(body["attention"][0]["reason"].as_str()?.to_owned()))?
+    })
+    .await
+}
+
+/// Appends events that somebody takes after the first `count`, until those are settled: only a confirm
+/// tells that somebody listens at all. Returns the last position.
+async fn goes_on(stack: &Stack, count: i64) -> i64 {
+    let mut last = count;
+    eventually("what nobody takes is set aside", async || {
+        stack.append(last..last + 1, 100, &["person.new"]).await;
+        last += 1;
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        let sql = "SELECT coalesce(max(low_water), 0) >= $1 FROM outbox.relay";
+        sqlx::query_scalar::<_, bool>(sql).bind(count).fetch_one(&stack.admin).await.unwrap().then_some(())
+    })
+    .await;
+    last
+}
+
+#[tokio::test]
+async fn what_no_queue_takes_is_set_aside_and_comes_back() {
+    let stack = Stack::new("relay_park").await;
+    let mut persons = stack.subscribe("person.*").await;
+    stack.append(0..2_000, 100, &["person.new", "score.new", "score.changed"]).await;
+    let relay = Relay::start(&mut stack.command("run")).await;
+    let last = goes_on(&stack, 2_000).await;
+    stack.settled("default", last).await;
+    // 667 of the first 2,000 are for a person, and all after that.
+    let expected = usize::try_from(667 + last - 2_000).unwrap();
+    persons.until(|messages| messages.len() == expected).await;
+    persons.assert_rising();
+    assert_eq!(parked(&stack).await, 1_333);
+    insta::assert_snapshot!(
+        attention(&relay).await,
+        @"events are set aside (outbox-relay parked list); the rest goes on"
+    );
+    insta::assert_snapshot!(
+        sqlx::query_scalar::<_, String>(
+            "SELECT string_agg(format('%s %s: %s', count, reason, detail), E'\n' ORDER BY detail)
+             FROM (SELECT count(*), reason, detail FROM outbox.parked
+                   WHERE next_attempt_at IS NOT NULL GROUP BY reason, detail) p",
+        )
+        .fetch_one(&stack.admin)
+        .await
+        .unwrap()
+    );
+
+    // Without a restart, and in the order of each aggregate.
+    stack.bind("scores", "score.*", FieldTable::default()).await;
+    let mut scores = stack.consume("scores").await;
+    scores.until(|messages| messages.len() == 1_333).await;
+    scores.assert_rising();
+    eventually("nothing is aside", async || (parked(&stack).await == 0).then_some(())).await;
+    eventually("nothing is to be looked at", async || {
+        (!relay.get("ready").await?.1.contains("attention")).then_some(())
+    })
+    .await;
+    let (published, dropped) = relay.counted().await;
+    assert_eq!((published, dropped), (last.to_string(), "0".to_owned()));
+}
+
+/// Nobody listens, or nobody listens any more: then it is not the events.
+#[tokio::test]
+async fn when_everything_comes_back_the_relay_waits() {
+    let stack = Stack::new("relay_nobody").await;
+    stack.append(0..1_000, 100, &["person.new", "score.new"]).await;
+    let relay = Relay::start(&mut stack.command("run")).await;
+    insta::assert_snapshot!(
+        relay.waits("no queue").await.replace("person", "KIND").replace("score", "KIND"),
+        @"events: no queue takes events of type KIND.new: bind a queue to the exchange event_dispatcher"
+    );
+    let mut all = stack.subscribe("#").await;
+    all.complete(1_000).await;
+    stack.settled("default", 1_000).await;
+    relay.is_ready().await;
+    stack
+        .channel()
+        .await
+        .queue_delete("#".into(), lapin::options::QueueDeleteOptions::default())
+        .await
+        .unwrap();
+    stack.append(1_000..2_000, 100, &["person.new", "score.new"]).await;
+    relay.waits("no queue").await;
+    assert_eq!(parked(&stack).await, 0);
+    let mut all = stack.subscribe("#").await;
+    all.until(|messages| messages.len() == 1_000).await;
+    all.assert_rising();
+    relay.is_ready().await;
+    assert_eq!(relay.counted().await.0, "2000");
+    assert_eq!(relay.metric("outbox_relay_parked_total").await, None);
+}
+
+#[tokio::test]
+async fn when_too_much_is_aside_the_relay_waits() {
+    let stack = Stack::new("relay_many").await;
+    let mut persons = stack.subscribe("person.*").await;
+    let relay = Relay::ready(stack.command("run").env("MAX_PARKED", "10")).await;
+    stack.append(0..100, 100, &["person.new", "score.new"]).await;
+    let said = relay.waits("set aside already").await;
+    insta::assert_snapshot!(
+        said,
+        @"events: 10 events are set aside already, as many as --max-parked allows, so this one is waited for: no queue takes events of type score.new: bind a queue to the exchange event_dispatcher"
+    );
+    assert_eq!(parked(&stack).await, 10);
+    stack.bind("all", "score.*", FieldTable::default()).await;
+    stack.consume("all").await.until(|messages| messages.len() == 50).await;
+    persons.until(|messages| messages.len() == 50).await;
+    relay.is_ready().await;
+}
+
+/// What no broker would take is set aside for good, and says why; a command tries it again.
+#[tokio::test]
+async fn what_cannot_be_carried_is_set_aside() {
+    let stack = Stack::new("relay_refused").await;
+    let mut subscriber = stack.subscribe("#").await;
+    let append =
+        "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers) VALUES
+                  ('thing', 'a', 1, 'thing.new', '{\"n\": 0}', '{\"CC\": \"queue\"}'),
+                  ('thing', 'a', 2, 'thing.changed', '{\"n\": 1}', NULL)";
+    stack.writer.execute(append).await.unwrap();
+    let relay = Relay::ready(&mut stack.command("run")).await;
+    assert_eq!(subscriber.until(|m| m.len() == 1).await[0].number(), 1);
+    insta::assert_snapshot!(
+        sqlx::query_scalar::<_, String>(
+            "SELECT format('%s, version %s, next attempt %s: %s', reason, version,
+                           coalesce(next_attempt_at::text, 'by hand'), replace(detail, id::text, 'ID'))
+             FROM outbox.parked",
+        )
+        .fetch_one(&stack.admin)
+        .await
+        .unwrap(),
+        @"refused, version 1, next attempt by hand: event ID of type thing.new: AMQP cannot carry it: it has a header named CC, which RabbitMQ takes for more routing keys"
+    );
+    // In vain, and said so.
+    stack.admin.execute("UPDATE outbox.parked SET next_attempt_at = now()").await.unwrap();
+    eventually("it was tried again", async || {
+        let tried = "SELECT attempts = 2 AND next_attempt_at IS NULL FROM outbox.parked";
+        sqlx::query_scalar::<_, bool>(tried).fetch_one(&stack.admin).await.unwrap().then_some(())
+    })
+    .await;
+    relay.is_ready().await;
+}
+
+/// A leader that is killed leaves what it set aside to the next one.
+#[tokio::test]
+async fn what_is_aside_outlives_the_relay() {
+    let stack = Stack::new("relay_aside").await;
+    let mut persons = stack.subscribe("person.*").await;
+    stack.append(0..100, 100, &["score.new"]).await;
+    let relay = Relay::start(&mut stack.command("run")).await;
+    let last = goes_on(&stack, 100).await;
+    stack.settled("default", last).await;
+    persons.until(|m| m.len() == usize::try_from(last - 100).unwrap()).await;
+    relay.kill().await;
+    stack.bind("scores", "score.*", FieldTable::default()).await;
+    let relay = Relay::ready(&mut stack.command("run")).await;
+    stack.consume("scores").await.until(|messages| messages.len() == 100).await;
+    eventually("nothing is aside", async || (parked(&stack).await == 0).then_some(())).await;
+    assert_eq!(relay.counted().await.0, "100");
+}
+
+#[tokio::test]
+async fn a_paused_relay_publishes_nothing() {
+    let stack = Stack::new("relay_pause").await;
+    let mut subscriber = stack.subscribe("#").await;
+    let relay = Relay::ready(&mut stack.command("run")).await;
+    let pause =
+        "UPDATE outbox.relay SET paused_at = '2026-01-02 03:04:05Z', paused_by = 'somebody@somewhere'";
+    stack.admin.execute(pause).await.unwrap();
+    insta::assert_snapshot!(
+        relay.waits("paused").await,
+        @"paused: paused by somebody@somewhere since 2026-01-02 03:04:05 UTC; it goes on with: outbox-relay resume"
+    );
+    stack.append(0..10, 1, &["person.new"]).await;
+    // The next leader is paused as well, and the database knows.
+    relay.kill().await;
+    let relay = Relay::start(&mut stack.command("run")).await;
+    relay.waits("paused").await;
+    eventually("the database knows", async || {
+        let waiting = "SELECT waiting @? '$[*] ? (@.part == \"paused\")' FROM outbox.relay";
+        sqlx::query_scalar::<_, bool>(waiting).fetch_one(&stack.admin).await.unwrap().then_some(())
+    })
+    .await;
+    assert_eq!(relay.counted().await.0, "0");
+    stack.admin.execute("UPDATE outbox.relay SET paused_at = NULL, paused_by = NULL").await.unwrap();
+    subscriber.complete(10).await;
+    relay.is_ready().await;
+}
