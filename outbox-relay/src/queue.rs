@@ -69,7 +69,9 @@ struct Lane {
     /// broker ends the channel is soon alone and does not have the others published over and over.
     limit: usize,
     pause: Pause,
-    /// When what is held is tried again.
+    /// How many events are held, and not under way.
+    held: usize,
+    /// When they are tried again.
     retry_at: Option<Instant>,
 }
 
@@ -94,6 +96,7 @@ impl Queue {
             windows: 0,
             limit: window,
             pause: Pause::default(),
+            held: 0,
             retry_at: None,
         };
         Self {
@@ -197,12 +200,15 @@ impl Queue {
             };
             if first && may_go && ids.insert(event.id) {
                 entry.state = State::UnderWay(held);
+                lane.held -= usize::from(held.is_some());
                 window.push(entry.item.clone());
             }
         }
-        if retry {
-            // Empty: what is held has a predecessor under way.
-            lane.retry_at = window.is_empty().then(|| now + lane.pause.step());
+        if lane.held == 0 {
+            lane.retry_at = None;
+        } else if retry && window.is_empty() {
+            // All that is held has a predecessor under way.
+            lane.retry_at = Some(now + lane.pause.step());
         }
         if !window.is_empty() {
             lane.windows += 1;
@@ -215,7 +221,7 @@ impl Queue {
         let lane = &mut self.lanes[lane];
         lane.windows -= 1;
         lane.limit = (lane.limit * 2).min(self.window);
-        let (mut held, mut events, mut bytes) = (false, 0, 0);
+        let (mut held, mut events, mut bytes) = (0, 0, 0);
         let (stopped, doubtful) = (&mut self.stopped, &mut self.doubtful);
         lane.entries.retain_mut(|entry| {
             let (State::UnderWay(before), Some(outcome)) =
@@ -234,7 +240,7 @@ impl Queue {
                     false
                 }
                 Outcome::Held(why) => {
-                    held = true;
+                    held += 1;
                     entry.state = State::Held(*why);
                     match why {
                         Held::Stop => *stopped += 1,
@@ -249,7 +255,8 @@ impl Queue {
         if events > 0 {
             lane.pause.reset();
         }
-        if held {
+        if held > 0 {
+            lane.held += held;
             lane.retry_at = Some(now + lane.pause.step());
         }
     }
@@ -269,6 +276,7 @@ impl Queue {
             {
                 entry.state = held.map_or(State::Waiting, State::Held);
                 if held.is_some() {
+                    lane.held += 1;
                     lane.retry_at = Some(now + lane.pause.step());
                 }
             }
