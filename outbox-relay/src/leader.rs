@@ -10,7 +10,7 @@ use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions}
 
 use crate::{
     lease::{self, Lease},
-    parked::{self, Due, Kind, Parking},
+    parked::{self, Due, Parking},
     position::Positions,
     reader::{self, Batch, Budget, Reader},
 };
@@ -288,9 +288,9 @@ impl Leader {
         answer(parked::unpark(&mut self.conn, &self.name, positions)).await
     }
 
-    /// No queue takes this kind of events yet: all that are aside and due wait for their next turn.
-    pub async fn postpone(&mut self, kind: &Kind) -> Result<(), LeaderError> {
-        answer(parked::postpone(&mut self.conn, &self.name, kind)).await
+    /// No queue takes these yet: they wait for their next turn.
+    pub async fn postpone(&mut self, positions: &[i64]) -> Result<(), LeaderError> {
+        answer(parked::postpone(&mut self.conn, &self.name, positions)).await
     }
 
     /// An event that was set aside is refused once more, for itself.

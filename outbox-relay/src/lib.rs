@@ -7,6 +7,7 @@
 pub mod broker;
 pub mod command;
 pub mod config;
+mod failpoint;
 pub mod lane;
 pub mod leader;
 pub mod lease;

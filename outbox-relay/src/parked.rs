@@ -126,20 +126,14 @@ pub async fn unpark(conn: &mut PgConnection, relay: &str, positions: &[i64]) -> 
     Ok(())
 }
 
-/// One more attempt at a kind in vain: all of its events that are due get their next turn, later each
-/// time. One statement over at most `--max-parked` rows, by the index on what is due.
-pub async fn postpone(conn: &mut PgConnection, relay: &str, kind: &Kind) -> Result<(), sqlx::Error> {
+/// One more attempt in vain, because no queue takes events of this kind yet: they get their next turn,
+/// later each time.
+pub async fn postpone(conn: &mut PgConnection, relay: &str, positions: &[i64]) -> Result<(), sqlx::Error> {
     let sql = format!(
         "UPDATE outbox.parked SET attempts = attempts + 1, last_attempt_at = now(), next_attempt_at = {NEXT}
-         WHERE relay = $1 AND type = $2 AND aggregate_type = $3 AND reason = 'unroutable'
-           AND next_attempt_at <= now()"
+         WHERE relay = $1 AND position = ANY($2)"
     );
-    sqlx::query(sqlx::AssertSqlSafe(sql))
-        .bind(relay)
-        .bind(&kind.type_)
-        .bind(&kind.aggregate_type)
-        .execute(conn)
-        .await?;
+    sqlx::query(sqlx::AssertSqlSafe(sql)).bind(relay).bind(positions).execute(conn).await?;
     Ok(())
 }
 
@@ -163,8 +157,9 @@ pub async fn refuse(
     Ok(())
 }
 
-/// Counts what is aside and reads what of it is to be tried now: of kinds that flow again all, of the
-/// others that are due the oldest of each kind, to find out; and what was refused, each for itself.
+/// Counts what is aside and reads what of it is to be tried now: of kinds that flow again all; of the
+/// others the oldest, when it is due, to find out, so that none goes before an older one of its kind; and
+/// what was refused, each for itself.
 pub async fn due(conn: &mut PgConnection, relay: &str, due: Due<'_>) -> Result<Aside, sqlx::Error> {
     let count: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox.parked WHERE relay = $1")
         .bind(relay)
@@ -179,13 +174,15 @@ pub async fn due(conn: &mut PgConnection, relay: &str, due: Due<'_>) -> Result<A
     // Bodies are read only of what is chosen, and no more of them than fit: a running sum stops it.
     let sql = "\
         WITH flowing AS (SELECT * FROM unnest($2::text[], $3::text[]) AS f (type, aggregate_type)), \
-        probes AS ( \
-            SELECT DISTINCT ON (type, aggregate_type, CASE reason WHEN 'refused' THEN position END) position \
+        oldest AS ( \
+            SELECT DISTINCT ON (type, aggregate_type, CASE reason WHEN 'refused' THEN position END) \
+                   position, next_attempt_at \
             FROM outbox.parked p \
-            WHERE relay = $1 AND next_attempt_at <= now() \
+            WHERE relay = $1 \
               AND NOT EXISTS (SELECT FROM flowing f \
                               WHERE f.type = p.type AND f.aggregate_type = p.aggregate_type AND p.reason = 'unroutable') \
             ORDER BY type, aggregate_type, CASE reason WHEN 'refused' THEN position END, position), \
+        probes AS (SELECT position FROM oldest WHERE next_attempt_at <= now()), \
         flow AS ( \
             SELECT position FROM outbox.parked JOIN flowing USING (type, aggregate_type) \
             WHERE relay = $1 AND reason = 'unroutable'), \

@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::{
     broker::{BrokerError, Link},
+    failpoint,
     reader::Event,
 };
 
@@ -77,6 +78,7 @@ pub async fn publish(
             );
             confirms.push(Ok(publish.await.map_err(|e| failed(&e))?));
         }
+        failpoint::hit("publish");
         let mut fates = Vec::with_capacity(window.len());
         let mut returned = Vec::new();
         for confirm in confirms {

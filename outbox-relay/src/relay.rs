@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     broker::{BrokerError, Nodes},
+    failpoint,
     lane::{Lane, Report, Window},
     leader::{Begin, Candidate, Leader, LeaderError},
     parked::{Due, Kind, Parking, Reason},
@@ -314,6 +315,9 @@ impl<'a> Lead<'a> {
             );
         }
         let more = batch.more || !batch.events.is_empty();
+        if !batch.events.is_empty() {
+            failpoint::hit("read");
+        }
         for event in batch.events {
             self.queue.add(event);
         }
@@ -349,6 +353,7 @@ impl<'a> Lead<'a> {
             Report::State(state) => self.states[lane] = state.err(),
             Report::Back(window) => self.queue.back(lane, &window.items, false, Instant::now()),
             Report::Done(window, Ok(fates), took) => {
+                failpoint::hit("confirm");
                 metrics::histogram!("outbox_relay_window_seconds").record(took);
                 self.settle(lane, &window, &fates).await?;
             }
@@ -372,7 +377,7 @@ impl<'a> Lead<'a> {
         let mut outcomes = HashMap::with_capacity(items.len());
         let (mut published, mut dropped) = (0, 0);
         let (mut park, mut unpark): (Vec<Parking>, Vec<i64>) = (Vec::new(), Vec::new());
-        let (mut in_vain, mut refused) = (HashSet::new(), Vec::new());
+        let (mut in_vain, mut refused) = (Vec::new(), Vec::new());
         self.confirmed += fates.iter().filter(|fate| **fate == Fate::Confirmed).count() as u64;
         for (item, fate) in items.iter().zip(fates) {
             let event = &item.event;
@@ -395,7 +400,8 @@ impl<'a> Lead<'a> {
                     Outcome::Settled
                 }
                 Fate::Unroutable if item.parked => {
-                    in_vain.insert(Kind::of(event));
+                    self.flowing.remove(&Kind::of(event));
+                    in_vain.push(event.position);
                     Outcome::Settled
                 }
                 Fate::Refused { why, .. } if item.parked => {
@@ -438,9 +444,8 @@ impl<'a> Lead<'a> {
             self.leader.unpark(&unpark).await?;
             self.parked -= i64::try_from(unpark.len()).unwrap_or(0);
         }
-        for kind in in_vain {
-            self.flowing.remove(&kind);
-            self.leader.postpone(&kind).await?;
+        if !in_vain.is_empty() {
+            self.leader.postpone(&in_vain).await?;
         }
         for (position, why) in refused {
             self.leader.refuse(position, &why).await?;
@@ -497,6 +502,7 @@ impl<'a> Lead<'a> {
             return Ok(());
         }
         self.leader.park(parkings).await?;
+        failpoint::hit("park");
         self.parked += i64::try_from(parkings.len()).unwrap_or(0);
         for parking in parkings {
             metrics::counter!("outbox_relay_parked_total", "reason" => parking.reason.as_str()).increment(1);
@@ -559,8 +565,12 @@ impl<'a> Lead<'a> {
                 .map(|(part, reason, seconds)| json!({"part": part, "reason": reason, "seconds": seconds}))
                 .collect();
             self.told = json!(waiting).to_string();
+            let progress = self.leader.has_progress();
             self.leader.save(&self.told).await?;
             self.saved = Instant::now();
+            if progress {
+                failpoint::hit("save");
+            }
         }
         Ok(())
     }
