@@ -1,5 +1,7 @@
 //! The commands beside `run`: each asks the database, or changes something in it, says so, and ends.
 
+pub mod prune;
+
 use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context, bail};

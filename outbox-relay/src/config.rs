@@ -11,7 +11,9 @@ use service::{
     telemetry::TelemetryArgs,
 };
 
-use crate::{leader::Begin, relay::exchange, unroutable::Policy};
+use crate::{
+    command::prune::PruneArgs, leader::Begin, partition::PartitionArgs, relay::exchange, unroutable::Policy,
+};
 
 /// A statement of the relay reads at most one batch by an index.
 pub const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -32,6 +34,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Install the outbox in a database, or bring it up to date.
     Migrate(MigrateArgs),
+    /// Empty partitions of the outbox whose events are old enough, and needed by nobody.
+    Prune(PruneArgs),
     /// Ask a running relay whether it is ready; exit code 1, with the reasons, when it is not.
     Health(ListenArgs),
 }
@@ -86,6 +90,9 @@ pub struct RunArgs {
     /// Bytes of events in memory at most, but for one event that is larger by itself.
     #[arg(long, env = "MAX_BYTES", default_value = "16777216", value_parser = at_least_one)]
     pub max_bytes: usize,
+    /// Partitions and retention.
+    #[command(flatten)]
+    pub partitions: PartitionArgs,
     /// Where it answers.
     #[command(flatten)]
     pub listen: ListenArgs,

@@ -13,6 +13,7 @@ pub mod leader;
 pub mod lease;
 mod migrate;
 pub mod parked;
+pub mod partition;
 mod pause;
 pub mod position;
 pub mod publish;
@@ -46,9 +47,11 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     };
     let health = Health::new();
     let (events_health, paused_health) = (health.part("events"), health.part("paused"));
+    let partitions_health = health.part("partitions");
     // There is nothing to wait for before there is an event, or a pause.
-    events_health.ready();
-    paused_health.ready();
+    for part in [&events_health, &paused_health, &partitions_health] {
+        part.ready();
+    }
     let wake = Arc::new(Notify::new());
     let relay = Relay {
         database: database.clone(),
@@ -77,7 +80,8 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     shutdown.serve(args.listen.listen, telemetry::observed(routes), args.shutdown.drain_timeout).await?;
     let stop = shutdown.requested().clone();
     shutdown.spawn("relay", relay.run(stop.clone()));
-    shutdown.spawn("wake-up", wake::listen(database, wake, stop.clone()));
+    shutdown.spawn("wake-up", wake::listen(database.clone(), wake, stop.clone()));
+    shutdown.spawn("partitions", partition::keep(database, args.partitions, partitions_health, stop));
     shutdown.finish(args.shutdown.drain_timeout).await
 }
 

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use outbox_relay::{
-    command::Verdict,
+    command::{self, Verdict},
     config::{Cli, Command},
 };
 use service::{
@@ -30,6 +30,10 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Migrate(args) => {
             telemetry::start(&args.telemetry)?;
             outbox_relay::migrate(&args).await?;
+        }
+        Command::Prune(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return command::prune::prune(&args).await;
         }
         Command::Health(args) => health::probe(args.listen).await?,
     }

@@ -11,6 +11,8 @@ use lapin::{
 };
 use serde_json::Value;
 
+use outbox::{MAX_HEADERS, MAX_PAYLOAD};
+
 use crate::{
     broker::{BrokerError, Link},
     failpoint,
@@ -20,8 +22,6 @@ use crate::{
 /// How long a window may take to be written and to be confirmed. While the broker blocks the
 /// connection, publishing would hang for ever.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// A header frame above about 128 KiB would end the whole connection.
-const MAX_HEADERS: usize = 64 * 1024;
 
 /// What became of an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -149,7 +149,12 @@ fn message(event: &Event, source: &str) -> Result<(ShortString, BasicProperties)
     let short = |what: &str, text: &str| {
         ShortString::try_new(text).map_err(|_| format!("{what} is longer than 255 bytes"))
     };
+    let bytes = event.payload.len();
+    if bytes > MAX_PAYLOAD {
+        return Err(format!("its body has {bytes} bytes, and at most {MAX_PAYLOAD} are published"));
+    }
     let mut headers = FieldTable::default();
+    // A header frame above about 128 KiB would end the whole connection.
     if event.headers.as_ref().is_some_and(|h| serde_json::to_string(h).map_or(0, |s| s.len()) > MAX_HEADERS) {
         return Err(format!("its headers are larger than {MAX_HEADERS} bytes"));
     }

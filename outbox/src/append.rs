@@ -22,9 +22,25 @@ pub struct NewEvent {
     pub headers: Option<Map<String, Value>>,
 }
 
-/// Why events were not appended. The transaction is aborted then, as after any failed statement.
+/// A body has at most so many bytes: RabbitMQ's own default from 4.0 on. The schema says so too.
+pub const MAX_PAYLOAD: usize = 16 * 1024 * 1024;
+/// Headers have at most so many bytes, as JSON: a frame must hold them. The schema says so too.
+pub const MAX_HEADERS: usize = 64 * 1024;
+
+/// Why events were not appended. After an error of the database the transaction is aborted, as after any
+/// failed statement.
 #[derive(Debug, thiserror::Error)]
 pub enum AppendError {
+    /// No message could carry it. Nothing was sent to the database.
+    #[error("event {id} of type {type_} cannot be published: {rule}")]
+    Unfit {
+        /// The event's id.
+        id: Uuid,
+        /// Its type.
+        type_: &'static str,
+        /// What it should be like.
+        rule: String,
+    },
     /// Somebody took the version already: it was not taken under the aggregate's row lock.
     #[error("a version of this aggregate was taken twice; take it under the aggregate's row lock")]
     VersionTaken,
@@ -48,6 +64,7 @@ pub async fn append(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> 
     if events.is_empty() {
         return Ok(());
     }
+    events.iter().try_for_each(check)?;
     let ids: Vec<Uuid> = events.iter().map(|e| e.id).collect();
     let aggregate_types: Vec<&str> = events.iter().map(|e| e.aggregate_type).collect();
     let aggregate_ids: Vec<&str> = events.iter().map(|e| e.aggregate_id.as_str()).collect();
@@ -80,4 +97,22 @@ pub async fn append(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> 
         _ => AppendError::Database(error),
     })?;
     Ok(())
+}
+
+/// What the relay would refuse later is its writer's error now.
+fn check(event: &NewEvent) -> Result<(), AppendError> {
+    let unfit = |rule| Err(AppendError::Unfit { id: event.id, type_: event.type_, rule });
+    let payload = event.payload.get().len();
+    if payload > MAX_PAYLOAD {
+        return unfit(format!("its body has {payload} bytes, and at most {MAX_PAYLOAD} are allowed"));
+    }
+    let Some(headers) = &event.headers else { return Ok(()) };
+    let bytes = serde_json::to_string(headers).map_or(usize::MAX, |json| json.len());
+    if bytes > MAX_HEADERS {
+        return unfit(format!("its headers have {bytes} bytes, and at most {MAX_HEADERS} are allowed"));
+    }
+    match ["CC", "BCC"].into_iter().find(|name| headers.contains_key(*name)) {
+        Some(name) => unfit(format!("RabbitMQ takes a header named {name} for more routing keys")),
+        None => Ok(()),
+    }
 }

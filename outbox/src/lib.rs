@@ -8,6 +8,6 @@ mod append;
 mod schema;
 mod wake;
 
-pub use append::{AppendError, NewEvent, append};
+pub use append::{AppendError, MAX_HEADERS, MAX_PAYLOAD, NewEvent, append};
 pub use schema::{SCHEMA, Source, SourceError, install, migrator, source};
 pub use wake::{CHANNEL, Waker};

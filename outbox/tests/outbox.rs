@@ -122,12 +122,56 @@ async fn the_schema_refuses_what_no_message_could_carry() {
     let error = sqlx::query(headers).execute(&pool).await.unwrap_err();
     refused
         .push(format!("headers in an array: {}", error.as_database_error().unwrap().constraint().unwrap()));
+    // What is too large for a broker is too large for the outbox, whoever writes it.
+    for (name, column, value) in [
+        ("a body of 16 MiB", "payload", "to_json(repeat('a', 16777216))"),
+        ("headers of 64 KiB", "headers", "jsonb_build_object('a', repeat('a', 65536))"),
+    ] {
+        let payload = if column == "payload" { "" } else { ", payload" };
+        let empty = if column == "payload" { "" } else { ", '{}'" };
+        let sql = format!(
+            "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, {column}{payload})
+             VALUES ('thing', 'a', 1, 'thing.changed', {value}{empty})"
+        );
+        let error = sqlx::query(AssertSqlSafe(sql)).execute(&pool).await.unwrap_err();
+        refused.push(format!("{name}: {}", error.as_database_error().unwrap().constraint().unwrap()));
+    }
     assert_eq!(count(&pool).await, 0);
     insta::assert_snapshot!(refused.join("\n"), @r"
     256 bytes of an id: event_aggregate_id_check
     no id: event_aggregate_id_check
     version 0: event_version_check
     headers in an array: event_headers_check
+    a body of 16 MiB: event_payload_size
+    headers of 64 KiB: event_headers_size
+    ");
+}
+
+/// The writer learns of it before anything was sent, in words, and its transaction is as good as before.
+#[tokio::test]
+async fn append_refuses_what_no_message_could_carry() {
+    let pool = database().await;
+    let headers = |name: &str, bytes: usize| {
+        Some(serde_json::Map::from_iter([(name.to_owned(), json!("a".repeat(bytes)))]))
+    };
+    let (mut body, mut large, mut key) = (event("a", 1), event("a", 1), event("a", 1));
+    body.payload = RawValue::from_string(format!("{:?}", "a".repeat(16 * 1024 * 1024))).unwrap();
+    large.headers = headers("a", 64 * 1024);
+    key.headers = headers("BCC", 1);
+    let mut tx = pool.begin().await.unwrap();
+    let mut said = Vec::new();
+    for bad in [body, large, key] {
+        let id = bad.id.to_string();
+        let error = append(&mut tx, &[event("b", 1), bad]).await.unwrap_err();
+        said.push(error.to_string().replace(&id, "ID"));
+    }
+    append(&mut tx, &[event("a", 1)]).await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(count(&pool).await, 1);
+    insta::assert_snapshot!(said.join("\n"), @r"
+    event ID of type thing.changed cannot be published: its body has 16777218 bytes, and at most 16777216 are allowed
+    event ID of type thing.changed cannot be published: its headers have 65544 bytes, and at most 65536 are allowed
+    event ID of type thing.changed cannot be published: RabbitMQ takes a header named BCC for more routing keys
     ");
 }
 
@@ -283,6 +327,8 @@ async fn a_writer_can_append_and_nothing_else() {
             "UPDATE outbox.source SET incarnation = 2",
             "SELECT name FROM outbox.relay",
             "CREATE TABLE outbox.mine ()",
+            "SELECT outbox.add_partition(1000)",
+            "SELECT outbox.retire_partition('event_1', now(), true)",
         ],
     )
     .await;
@@ -311,6 +357,10 @@ async fn a_relay_reads_events_and_writes_only_its_own_tables() {
             "DELETE FROM outbox.event",
             "SELECT nextval('outbox.position')",
             "DELETE FROM outbox.relay",
+            "TRUNCATE outbox.event_1",
+            "SELECT * FROM outbox.partition",
+            "SELECT outbox.add_partition(1000)",
+            "SELECT outbox.retire_partition('event_1', now(), true)",
             "UPDATE outbox.source SET incarnation = 2",
         ],
     )

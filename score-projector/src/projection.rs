@@ -270,6 +270,7 @@ fn new_event(
 async fn append(tx: Tx<'_, '_>, events: &[NewEvent]) -> Result<(), Failure> {
     outbox::append(tx, events).await.map_err(|error| match error {
         AppendError::VersionTaken => Failure::poison("the score's next version is in the outbox already"),
+        AppendError::Unfit { .. } => Failure::poison(error.to_string()),
         AppendError::Database(error) => error.into(),
     })
 }

@@ -66,14 +66,17 @@ pub fn parse_secret<T: FromStr>(name: &str, value: &SecretString, form: &str) ->
 pub fn duration(text: &str) -> Result<std::time::Duration, String> {
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
-    let number: u64 = number.parse().map_err(|_| "it should look like 250ms, 2s or 1m".to_owned())?;
+    let number: u64 =
+        number.parse().map_err(|_| "it should look like 250ms, 2s, 1m, 12h or 30d".to_owned())?;
     let millis = match unit {
         "ms" => Some(number),
         "s" => number.checked_mul(1_000),
         "m" => number.checked_mul(60_000),
+        "h" => number.checked_mul(3_600_000),
+        "d" => number.checked_mul(86_400_000),
         _ => None,
     };
     millis
         .map(std::time::Duration::from_millis)
-        .ok_or_else(|| "it should look like 250ms, 2s or 1m".to_owned())
+        .ok_or_else(|| "it should look like 250ms, 2s, 1m, 12h or 30d".to_owned())
 }

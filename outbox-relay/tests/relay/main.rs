@@ -6,6 +6,7 @@
 mod command_line;
 mod faults;
 mod parking;
+mod partitions;
 mod progress;
 mod publishing;
 mod stack;
