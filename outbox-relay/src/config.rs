@@ -11,7 +11,7 @@ use service::{
     telemetry::TelemetryArgs,
 };
 
-use crate::{leader::Begin, relay::exchange, unroutable::Policy};
+use crate::{command::status::StatusArgs, leader::Begin, relay::exchange, unroutable::Policy};
 
 /// A statement of the relay reads at most one batch by an index.
 pub const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,6 +34,8 @@ pub enum Command {
     Migrate(MigrateArgs),
     /// Ask a running relay whether it is ready; exit code 1, with the reasons, when it is not.
     Health(ListenArgs),
+    /// Show where each relay stands, and what it waits for; exit code 3 when something is not well.
+    Status(StatusArgs),
 }
 
 /// Where the relay answers.
@@ -154,7 +156,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "it should be a number from 1 on".to_owned())
 }
 
-fn relay_name(name: &str) -> Result<String, String> {
+pub(crate) fn relay_name(name: &str) -> Result<String, String> {
     let valid = (1..=63).contains(&name.len())
         && name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b));

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use outbox_relay::{
-    command::Verdict,
+    command::{Verdict, status},
     config::{Cli, Command},
 };
 use service::{
@@ -32,6 +32,10 @@ async fn start() -> anyhow::Result<Verdict> {
             outbox_relay::migrate(&args).await?;
         }
         Command::Health(args) => health::probe(args.listen).await?,
+        Command::Status(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return status::status(&args).await;
+        }
     }
     Ok(Verdict::Well)
 }

@@ -9,3 +9,4 @@ mod parking;
 mod progress;
 mod publishing;
 mod stack;
+mod status;
