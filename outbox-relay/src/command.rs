@@ -1,6 +1,10 @@
 //! The commands beside `run`: each asks the database, or changes something in it, says so, and ends.
 
+pub mod parked;
+pub mod pause;
 pub mod prune;
+pub mod state;
+pub mod status;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -43,7 +47,7 @@ pub struct CommandArgs {
     #[command(flatten)]
     pub database: DatabaseArgs,
     /// Answer with one JSON document instead of text for people.
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub json: bool,
     /// Logging.
     #[command(flatten)]
@@ -54,16 +58,20 @@ impl CommandArgs {
     /// Connects, with every statement limited to `statement_timeout`, to a database whose outbox is the
     /// one that this program knows.
     pub async fn connect(&self, command: &str, statement_timeout: Duration) -> anyhow::Result<PgConnection> {
-        let options = self.database.options(&format!("outbox-relay {command}"), statement_timeout)?;
-        let connect = async {
-            let mut conn = options.disable_statement_logging().connect().await?;
-            schema().check(&mut conn).await?;
-            Ok(conn)
-        };
-        match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
-            Ok(Ok(conn)) => Ok(conn),
+        let mut conn = self.reach(command, statement_timeout).await?;
+        match tokio::time::timeout(CONNECT_TIMEOUT, schema().check(&mut conn)).await {
+            Ok(Ok(())) => Ok(conn),
             Ok(Err(SchemaError::Database(error))) => Err(error).context("the database cannot be reached"),
             Ok(Err(error)) => Err(error.into()),
+            Err(_) => bail!("the database did not answer within {CONNECT_TIMEOUT:?}"),
+        }
+    }
+
+    /// As [`connect`](Self::connect), to whatever database it is.
+    pub async fn reach(&self, command: &str, statement_timeout: Duration) -> anyhow::Result<PgConnection> {
+        let options = self.database.options(&format!("outbox-relay {command}"), statement_timeout)?;
+        match tokio::time::timeout(CONNECT_TIMEOUT, options.disable_statement_logging().connect()).await {
+            Ok(connected) => connected.context("the database cannot be reached"),
             Err(_) => bail!("the database did not answer within {CONNECT_TIMEOUT:?}"),
         }
     }
@@ -76,5 +84,21 @@ impl CommandArgs {
             println!("{}", text().trim_end());
         }
         Ok(())
+    }
+}
+
+/// A number and its noun, which has an `s` when there are more of it, or none.
+pub(crate) fn many(count: i64, noun: &str) -> String {
+    if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
+}
+
+/// A time span for people: as exact as somebody needs it who wonders whether to act.
+pub(crate) fn span(seconds: f64) -> String {
+    match seconds.max(0.0) {
+        s if s < 10.0 => format!("{s:.1} s"),
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 2.0 * 3_600.0 => format!("{:.0} min", s / 60.0),
+        s if s < 48.0 * 3_600.0 => format!("{:.0} h", s / 3_600.0),
+        s => format!("{:.0} days", s / 86_400.0),
     }
 }

@@ -12,7 +12,11 @@ use service::{
 };
 
 use crate::{
-    command::prune::PruneArgs, leader::Begin, partition::PartitionArgs, relay::exchange, unroutable::Policy,
+    command::{parked::ParkedArgs, pause::PauseArgs, prune::PruneArgs, status::StatusArgs},
+    leader::Begin,
+    partition::PartitionArgs,
+    relay::exchange,
+    unroutable::Policy,
 };
 
 /// A statement of the relay reads at most one batch by an index.
@@ -34,6 +38,21 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Install the outbox in a database, or bring it up to date.
     Migrate(MigrateArgs),
+    /// Show where each relay stands, and what it waits for; exit code 3 when something is not well.
+    Status(StatusArgs),
+    /// Look after events that were set aside.
+    Parked(ParkedArgs),
+    /// Publish nothing more until `resume`; writers do not notice.
+    Pause {
+        /// Which relay.
+        #[command(flatten)]
+        args: PauseArgs,
+        /// Why, for whoever finds it paused.
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+    },
+    /// Go on after `pause`.
+    Resume(PauseArgs),
     /// Empty partitions of the outbox whose events are old enough, and needed by nobody.
     Prune(PruneArgs),
     /// Ask a running relay whether it is ready; exit code 1, with the reasons, when it is not.
@@ -161,7 +180,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "it should be a number from 1 on".to_owned())
 }
 
-fn relay_name(name: &str) -> Result<String, String> {
+pub(crate) fn relay_name(name: &str) -> Result<String, String> {
     let valid = (1..=63).contains(&name.len())
         && name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b));

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use outbox_relay::{
-    command::{self, Verdict},
+    command::{Verdict, parked, pause, prune, status},
     config::{Cli, Command},
 };
 use service::{
@@ -31,11 +31,27 @@ async fn start() -> anyhow::Result<Verdict> {
             telemetry::start(&args.telemetry)?;
             outbox_relay::migrate(&args).await?;
         }
+        Command::Parked(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return parked::parked(&args).await;
+        }
+        Command::Pause { args, reason } => {
+            telemetry::start(&args.common.telemetry)?;
+            return pause::pause(&args, reason.as_deref()).await;
+        }
+        Command::Resume(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return pause::resume(&args).await;
+        }
         Command::Prune(args) => {
             telemetry::start(&args.common.telemetry)?;
-            return command::prune::prune(&args).await;
+            return prune::prune(&args).await;
         }
         Command::Health(args) => health::probe(args.listen).await?,
+        Command::Status(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return status::status(&args).await;
+        }
     }
     Ok(Verdict::Well)
 }

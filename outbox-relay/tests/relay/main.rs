@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is the report of a test")]
 
+mod by_hand;
 mod command_line;
 mod faults;
 mod parking;
@@ -10,3 +11,4 @@ mod partitions;
 mod progress;
 mod publishing;
 mod stack;
+mod status;
