@@ -1,10 +1,12 @@
 //! The commands beside `run`: each asks the database, or changes something in it, says so, and ends.
 
+pub mod new_incarnation;
 pub mod parked;
 pub mod pause;
 pub mod prune;
 pub mod state;
 pub mod status;
+pub mod trace;
 
 use std::{process::ExitCode, time::Duration};
 

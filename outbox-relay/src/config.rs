@@ -12,7 +12,10 @@ use service::{
 };
 
 use crate::{
-    command::{parked::ParkedArgs, pause::PauseArgs, prune::PruneArgs, status::StatusArgs},
+    command::{
+        new_incarnation::NewIncarnationArgs, parked::ParkedArgs, pause::PauseArgs, prune::PruneArgs,
+        status::StatusArgs, trace::TraceArgs,
+    },
     leader::Begin,
     partition::PartitionArgs,
     relay::exchange,
@@ -40,6 +43,8 @@ pub enum Command {
     Migrate(MigrateArgs),
     /// Show where each relay stands, and what it waits for; exit code 3 when something is not well.
     Status(StatusArgs),
+    /// Find an event, or an aggregate's events, and how far each relay is with them.
+    Trace(TraceArgs),
     /// Look after events that were set aside.
     Parked(ParkedArgs),
     /// Publish nothing more until `resume`; writers do not notice.
@@ -53,6 +58,8 @@ pub enum Command {
     },
     /// Go on after `pause`.
     Resume(PauseArgs),
+    /// After a restore or a failover that lost commits: publish under a new incarnation of the source.
+    NewIncarnation(NewIncarnationArgs),
     /// Empty partitions of the outbox whose events are old enough, and needed by nobody.
     Prune(PruneArgs),
     /// Ask a running relay whether it is ready; exit code 1, with the reasons, when it is not.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use outbox_relay::{
-    command::{Verdict, parked, pause, prune, status},
+    command::{Verdict, new_incarnation, parked, pause, prune, status, trace},
     config::{Cli, Command},
 };
 use service::{
@@ -42,6 +42,14 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Resume(args) => {
             telemetry::start(&args.common.telemetry)?;
             return pause::resume(&args).await;
+        }
+        Command::Trace(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return trace::trace(&args).await;
+        }
+        Command::NewIncarnation(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return new_incarnation::new_incarnation(&args).await;
         }
         Command::Prune(args) => {
             telemetry::start(&args.common.telemetry)?;

@@ -1,4 +1,4 @@
-//! What an operator does by hand: pausing, and looking after what was set aside.
+//! What an operator does by hand: pausing, tracing, looking after what was set aside, and beginning anew.
 
 use lapin::types::FieldTable;
 use sqlx::Executor;
@@ -103,4 +103,62 @@ async fn parked() {
     subscriber.until(|messages| messages.len() == usize::try_from(n).unwrap()).await;
     relay.is_ready().await;
     assert_told!([nothing, aside, retried].join("\n\n"));
+}
+
+#[tokio::test]
+async fn trace() {
+    let stack = Stack::new("hand_trace").await;
+    let relays = "INSERT INTO outbox.relay (name, low_water, high, open) VALUES
+                      ('audit', 0, 0, '{}'), ('default', 2, 5, '{[3,4)}')";
+    stack.admin.execute(relays).await.unwrap();
+    stack.append(0..6, 1, &["thing.new", "thing.changed"]).await;
+    let parked = "INSERT INTO outbox.parked (relay, position, id, aggregate_type, aggregate_id, version, type, payload,
+                                             created_at, reason, detail)
+                  SELECT 'default', position, id, aggregate_type, aggregate_id, version, type, payload,
+                         created_at, 'refused', 'too large' FROM outbox.event WHERE position = 5";
+    stack.admin.execute(parked).await.unwrap();
+    let id: uuid::Uuid = sqlx::query_scalar("SELECT id FROM outbox.event WHERE position = 3")
+        .fetch_one(&stack.admin)
+        .await
+        .unwrap();
+    let by_id = said(&stack, &[&format!("trace {id}")]).await;
+    let rest = [
+        "trace thing/a0 --limit 3",
+        "trace thing/a0 --limit 1 --json",
+        "trace thing/nobody",
+        "trace 01890000-0000-7000-8000-000000000001",
+        "trace 01890000-0000-7000-8000-000000000001 --scan",
+        "trace 01890000-0000-4000-8000-000000000001",
+        "trace thing",
+    ];
+    assert_told!([by_id, said(&stack, &rest).await].join("\n\n"));
+}
+
+/// A leader that runs goes on under the new source, without a restart.
+#[tokio::test]
+async fn a_new_incarnation() {
+    let stack = Stack::new("hand_incarnation").await;
+    let mut subscriber = stack.subscribe("#").await;
+    let relay = Relay::ready(&mut stack.command("run")).await;
+    stack.append(0..10, 1, &["thing.new"]).await;
+    subscriber.complete(10).await;
+    let forbidden = said(&stack, &["new-incarnation", "new-incarnation --yes"]).await;
+    let admin = std::env::var(devstack::testing::POSTGRES_URL).unwrap();
+    let (_, database) = stack.database_url.rsplit_once('/').unwrap();
+    let mut program = stack.command("new-incarnation");
+    let program = program.arg("--yes").env("DATABASE_URL", format!("{admin}/{database}"));
+    let done = output(program).await;
+    eventually("the leader is deposed", async || {
+        let again = "SELECT epoch > 2 AND heartbeat_at IS NOT NULL FROM outbox.relay";
+        sqlx::query_scalar::<_, bool>(again).fetch_one(&stack.admin).await.unwrap().then_some(())
+    })
+    .await;
+    relay.is_ready().await;
+    stack.append(10..20, 1, &["thing.new"]).await;
+    let messages = subscriber.complete(20).await;
+    let sources: Vec<_> =
+        messages.iter().map(|m| m.properties.app_id().clone().unwrap().to_string()).collect();
+    assert!(sources[..10].iter().all(|source| source == "person"), "{sources:?}");
+    assert!(sources[10..].iter().all(|source| source == "person~2"), "{sources:?}");
+    assert_told!([forbidden, done].join("\n\n"));
 }

@@ -6,9 +6,20 @@ use crate::stack::{BROKER_PASSWORD, DATABASE_PASSWORD, Relay, Stack, output, pro
 
 #[tokio::test]
 async fn help() {
-    for command in
-        ["", "run", "migrate", "status", "parked", "parked drop", "pause", "resume", "prune", "health"]
-    {
+    for command in [
+        "",
+        "run",
+        "migrate",
+        "status",
+        "trace",
+        "parked",
+        "parked drop",
+        "pause",
+        "resume",
+        "new-incarnation",
+        "prune",
+        "health",
+    ] {
         let mut program = program();
         program.env("COLUMNS", "100").args(command.split_whitespace()).arg("--help");
         insta::assert_snapshot!(format!("help {command}").trim_end(), output(&mut program).await);
