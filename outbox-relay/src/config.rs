@@ -11,7 +11,12 @@ use service::{
     telemetry::TelemetryArgs,
 };
 
-use crate::{command::status::StatusArgs, leader::Begin, relay::exchange, unroutable::Policy};
+use crate::{
+    command::{doctor::DoctorArgs, status::StatusArgs},
+    leader::Begin,
+    relay::exchange,
+    unroutable::Policy,
+};
 
 /// A statement of the relay reads at most one batch by an index.
 pub const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -36,6 +41,8 @@ pub enum Command {
     Health(ListenArgs),
     /// Show where each relay stands, and what it waits for; exit code 3 when something is not well.
     Status(StatusArgs),
+    /// Examine the database, its relays and the broker; exit code 3 when there is something to do.
+    Doctor(DoctorArgs),
 }
 
 /// Where the relay answers.
@@ -102,19 +109,24 @@ pub struct RunArgs {
 impl RunArgs {
     /// The nodes of the broker, parsed.
     pub fn uris(&self) -> Result<Vec<AMQPUri>, SettingError> {
-        let urls = self.broker.urls()?;
-        urls.iter()
-            .map(|url| {
-                // The parser's own message may quote the URL, and with it the password.
-                url.expose_secret().parse().map_err(|_| {
-                    SettingError::new(
-                        "AMQP_URL",
-                        "a node's URL should look like amqp://user:password@host:5672/vhost",
-                    )
-                })
-            })
-            .collect()
+        uris(&self.broker)
     }
+}
+
+/// The nodes of the broker, parsed.
+pub(crate) fn uris(broker: &BrokerArgs) -> Result<Vec<AMQPUri>, SettingError> {
+    let urls = broker.urls()?;
+    urls.iter()
+        .map(|url| {
+            // The parser's own message may quote the URL, and with it the password.
+            url.expose_secret().parse().map_err(|_| {
+                SettingError::new(
+                    "AMQP_URL",
+                    "a node's URL should look like amqp://user:password@host:5672/vhost",
+                )
+            })
+        })
+        .collect()
 }
 
 /// Settings of `migrate`.

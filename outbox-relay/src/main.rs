@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use outbox_relay::{
-    command::{Verdict, status},
+    command::{Verdict, doctor, status},
     config::{Cli, Command},
 };
 use service::{
@@ -35,6 +35,10 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Status(args) => {
             telemetry::start(&args.common.telemetry)?;
             return status::status(&args).await;
+        }
+        Command::Doctor(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return doctor::doctor(&args).await;
         }
     }
     Ok(Verdict::Well)

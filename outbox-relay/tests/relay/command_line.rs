@@ -6,7 +6,7 @@ use crate::stack::{BROKER_PASSWORD, DATABASE_PASSWORD, Relay, Stack, output, pro
 
 #[tokio::test]
 async fn help() {
-    for command in ["", "run", "migrate", "health", "status"] {
+    for command in ["", "run", "migrate", "health", "status", "doctor"] {
         let mut program = program();
         program.env("COLUMNS", "100").args(command.split_whitespace()).arg("--help");
         insta::assert_snapshot!(format!("help {command}").trim_end(), output(&mut program).await);

@@ -3,10 +3,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is the report of a test")]
 
+#[macro_use]
+mod stack;
+
 mod command_line;
+mod doctor;
 mod faults;
 mod parking;
 mod progress;
 mod publishing;
-mod stack;
 mod status;
