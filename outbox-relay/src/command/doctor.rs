@@ -4,17 +4,24 @@
 mod broker;
 mod checks;
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, time::Duration};
 
+use anyhow::anyhow;
 use lapin::types::ShortString;
 use serde::Serialize;
 use service::config::broker::BrokerArgs;
+use sqlx::Connection;
 
 use super::{CommandArgs, Verdict, many};
 use crate::{
     config::{STATEMENT_TIMEOUT, relay_name},
     relay::exchange,
 };
+
+/// The examination of the database takes no longer: a connection may hang without a word.
+const TIMEOUT: Duration = Duration::from_mins(1);
+/// Closing is a courtesy.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Settings of `doctor`.
 #[derive(Debug, clap::Args)]
@@ -100,9 +107,12 @@ struct Report {
 pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
     let uris = broker::uris(&args.broker)?;
     let mut conn = args.common.reach("doctor", STATEMENT_TIMEOUT).await?;
-    let mut checks = checks::database(&mut conn, args.name.as_deref()).await?;
-    // The server need not keep a session for it while the broker takes its time.
-    drop(conn);
+    let database = checks::database(&mut conn, args.name.as_deref());
+    let mut checks = tokio::time::timeout(TIMEOUT, database)
+        .await
+        .map_err(|_| anyhow!("the database did not answer within {TIMEOUT:?}"))??;
+    // The server need not keep a session while the broker takes its time.
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, conn.close()).await;
     checks.extend(broker::checks(uris, &args.exchange).await);
     let report = Report::new(checks);
     args.common.answer(&report, || report.text())?;

@@ -23,8 +23,21 @@ const LONG: f64 = 60.0;
 const CLOCKS: f64 = 5.0;
 /// Below so many positions left, the next partition is due.
 const ROOM: i64 = 100_000;
-/// So many positions are searched for versions that are missing.
+/// So many events, the last ones, are searched for versions that are missing.
 const VERSIONS: i64 = 10_000;
+
+/// The checks that need the schema.
+const NEED_SCHEMA: [&str; 9] = [
+    "permissions",
+    "source",
+    "sequence",
+    "sequence cache",
+    "default partition",
+    "next partition",
+    "outbox lock",
+    "versions",
+    "relays",
+];
 
 /// What a relay needs and no more. Asked by OID, because a name cannot be looked up without the right to
 /// use the schema. What does not exist is the business of another check.
@@ -67,12 +80,12 @@ LEFT JOIN LATERAL (SELECT position FROM outbox.event
                    ORDER BY position LIMIT 1) e ON true
 ORDER BY 1";
 
-/// Chains of versions with a hole between two events among the last `$1` positions: at most so many
-/// rows, by the primary key. By version, not by position, so that order is another question.
+/// Chains of versions with a hole between two of the last `$1` events: by the primary key, backwards.
+/// By version, not by position: whether the two agree is another question.
 const HOLES: &str = "\
 WITH latest AS (
     SELECT position, aggregate_type, aggregate_id, version FROM outbox.event
-    WHERE position > (SELECT coalesce(max(position), 0) FROM outbox.event) - $1),
+    ORDER BY position DESC LIMIT $1),
 steps AS (
     SELECT position, aggregate_type, version,
            lag(version) OVER (PARTITION BY aggregate_type, aggregate_id ORDER BY version) AS before
@@ -92,17 +105,13 @@ pub(super) async fn database(conn: &mut PgConnection, name: Option<&str>) -> any
     ];
     let (schema, usable) = schema_check(conn).await?;
     checks.push(schema);
-    checks.push(found("permissions", permissions(conn).await)?);
     checks.push(found("statistics", statistics(conn).await)?);
     if !usable {
-        let names =
-            ["source", "sequence", "sequence cache", "default partition", "next partition", "outbox lock"];
-        let rest = names.into_iter().chain(["versions", "relays"]);
-        checks.extend(
-            rest.map(|name| Check::skipped(name, "the schema is not there, or not the one expected")),
-        );
+        let why = "the schema is not there, or not the one expected";
+        checks.extend(NEED_SCHEMA.map(|name| Check::skipped(name, why)));
         return Ok(checks);
     }
+    checks.push(found("permissions", permissions(conn).await)?);
     checks.push(source(conn).await?);
     checks.push(found("sequence", sequence(conn).await)?);
     checks.push(found("sequence cache", cache(conn).await)?);
@@ -214,8 +223,7 @@ async fn schema_check(conn: &mut PgConnection) -> anyhow::Result<(Check, bool)> 
     let migrate = "run: outbox-relay migrate --source NAME";
     Ok(match schema().check(conn).await {
         Ok(()) => (Check::ok(name, "current"), true),
-        Err(error @ SchemaError::NotCurrent { .. }) => {
-            let SchemaError::NotCurrent { schema, state, .. } = error else { return Err(error.into()) };
+        Err(SchemaError::NotCurrent { schema, state, .. }) => {
             (Check::problem(name, format!("{schema} is {state} in this database"), migrate), false)
         }
         Err(error @ SchemaError::Different { .. }) => {
@@ -357,6 +365,12 @@ async fn lock(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
     let holders = state::holders(conn).await?;
     let mut long = holders.iter().filter(|holder| holder.seconds.is_some_and(|seconds| seconds > LONG));
     let Some(first) = long.next() else {
+        let unknown = holders.iter().filter(|holder| holder.seconds.is_none()).count();
+        if unknown > 0 {
+            let finding =
+                format!("{unknown} of {} hold it for a time that this role may not see", holders.len());
+            return Ok(Check::skipped("outbox lock", finding));
+        }
         return Ok(Check::ok("outbox lock", "no transaction that appends is open for more than a minute"));
     };
     let more = match long.count() {
@@ -384,12 +398,12 @@ async fn versions(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
     let hole: Option<(i64, String, i64, i64, i64)> =
         sqlx::query_as(HOLES).bind(VERSIONS).fetch_optional(conn).await?;
     Ok(match hole {
-        None => Check::ok("versions", format!("no holes among the last {VERSIONS} positions")),
+        None => Check::ok("versions", format!("no holes among the last {VERSIONS} events")),
         // Without the aggregate's id, which may be somebody's.
         Some((position, kind, before, version, count)) => Check::problem(
             "versions",
             format!(
-                "{} among the last {VERSIONS} positions; at position {position} a {kind} goes from version \
+                "{} among the last {VERSIONS} events; at position {position} a {kind} goes from version \
                  {before} to {version}",
                 many(count, "hole")
             ),
