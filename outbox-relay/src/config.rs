@@ -13,8 +13,8 @@ use service::{
 
 use crate::{
     command::{
-        new_incarnation::NewIncarnationArgs, parked::ParkedArgs, pause::PauseArgs, prune::PruneArgs,
-        status::StatusArgs, trace::TraceArgs,
+        doctor::DoctorArgs, new_incarnation::NewIncarnationArgs, parked::ParkedArgs, pause::PauseArgs,
+        prune::PruneArgs, status::StatusArgs, trace::TraceArgs,
     },
     leader::Begin,
     partition::PartitionArgs,
@@ -43,6 +43,8 @@ pub enum Command {
     Migrate(MigrateArgs),
     /// Show where each relay stands, and what it waits for; exit code 3 when something is not well.
     Status(StatusArgs),
+    /// Examine the database, its relays and the broker; exit code 3 when there is something to do.
+    Doctor(DoctorArgs),
     /// Find an event, or an aggregate's events, and how far each relay is with them.
     Trace(TraceArgs),
     /// Look after events that were set aside.
@@ -133,19 +135,24 @@ pub struct RunArgs {
 impl RunArgs {
     /// The nodes of the broker, parsed.
     pub fn uris(&self) -> Result<Vec<AMQPUri>, SettingError> {
-        let urls = self.broker.urls()?;
-        urls.iter()
-            .map(|url| {
-                // The parser's own message may quote the URL, and with it the password.
-                url.expose_secret().parse().map_err(|_| {
-                    SettingError::new(
-                        "AMQP_URL",
-                        "a node's URL should look like amqp://user:password@host:5672/vhost",
-                    )
-                })
-            })
-            .collect()
+        uris(&self.broker)
     }
+}
+
+/// The nodes of the broker, parsed.
+pub(crate) fn uris(broker: &BrokerArgs) -> Result<Vec<AMQPUri>, SettingError> {
+    let urls = broker.urls()?;
+    urls.iter()
+        .map(|url| {
+            // The parser's own message may quote the URL, and with it the password.
+            url.expose_secret().parse().map_err(|_| {
+                SettingError::new(
+                    "AMQP_URL",
+                    "a node's URL should look like amqp://user:password@host:5672/vhost",
+                )
+            })
+        })
+        .collect()
 }
 
 /// Settings of `migrate`.

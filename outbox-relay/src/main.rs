@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use outbox_relay::{
-    command::{Verdict, new_incarnation, parked, pause, prune, status, trace},
+    command::{Verdict, doctor, new_incarnation, parked, pause, prune, status, trace},
     config::{Cli, Command},
 };
 use service::{
@@ -42,6 +42,10 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Resume(args) => {
             telemetry::start(&args.common.telemetry)?;
             return pause::resume(&args).await;
+        }
+        Command::Doctor(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return doctor::doctor(&args).await;
         }
         Command::Trace(args) => {
             telemetry::start(&args.common.telemetry)?;

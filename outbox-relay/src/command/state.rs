@@ -184,21 +184,34 @@ pub struct State {
 /// Looks at all relays, or at the one called `name`.
 pub async fn look(conn: &mut PgConnection, name: Option<&str>) -> Result<State, sqlx::Error> {
     let mut snapshot = conn.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
-    let rows: Vec<RelayRow> = sqlx::query_as(RELAYS).bind(name).fetch_all(&mut *snapshot).await?;
-    let parked: Vec<(String, i64, i64)> = sqlx::query_as(PARKED).bind(name).fetch_all(&mut *snapshot).await?;
-    let mut relays = Vec::with_capacity(rows.len());
-    for row in rows {
+    let mut state = State { relays: Vec::new(), holders: Vec::new() };
+    for (row, parked) in relays(&mut snapshot, name).await? {
         let backlog = backlog(&mut snapshot, &row.name).await?;
-        let aside = parked.iter().find(|(relay, ..)| *relay == row.name);
-        let aside = aside.map_or_else(Parked::default, |(_, unroutable, refused)| Parked {
-            unroutable: *unroutable,
-            refused: *refused,
-        });
-        relays.push((row, backlog, aside));
+        state.relays.push((row, backlog, parked));
     }
-    let holders = holders(&mut snapshot).await?;
+    state.holders = holders(&mut snapshot).await?;
     snapshot.commit().await?;
-    Ok(State { relays, holders })
+    Ok(state)
+}
+
+/// All relays, or the one called `name`, and what each has set aside.
+pub async fn relays(
+    conn: &mut PgConnection,
+    name: Option<&str>,
+) -> Result<Vec<(RelayRow, Parked)>, sqlx::Error> {
+    let rows: Vec<RelayRow> = sqlx::query_as(RELAYS).bind(name).fetch_all(&mut *conn).await?;
+    let parked: Vec<(String, i64, i64)> = sqlx::query_as(PARKED).bind(name).fetch_all(conn).await?;
+    let parked = |row: &RelayRow| {
+        let aside = parked.iter().find(|(relay, ..)| *relay == row.name);
+        aside.map_or_else(Parked::default, |&(_, unroutable, refused)| Parked { unroutable, refused })
+    };
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let parked = parked(&row);
+            (row, parked)
+        })
+        .collect())
 }
 
 async fn backlog(conn: &mut PgConnection, name: &str) -> Result<Backlog, sqlx::Error> {

@@ -3,12 +3,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is the report of a test")]
 
+#[macro_use]
+mod stack;
+
 mod by_hand;
 mod command_line;
+mod doctor;
 mod faults;
 mod parking;
 mod partitions;
 mod progress;
 mod publishing;
-mod stack;
 mod status;

@@ -32,6 +32,30 @@ pub(crate) const EXCHANGE: &str = "event_dispatcher";
 pub(crate) const DATABASE_PASSWORD: &str = "dbs3cretdbs3cret";
 pub(crate) const BROKER_PASSWORD: &str = "mqs3cretmqs3cret";
 
+/// Asserts a snapshot in which times, processes, ids and rates are the same on every run.
+macro_rules! assert_told {
+    ($name:expr, $said:expr) => {{
+        let said = $said;
+        insta::with_settings!({filters => vec![
+            (r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?( UTC|Z)", "TIME"),
+            (r"\b\d+(\.\d)? (s|min)\b", "SPAN"),
+            (r"\b(pid|session) \d+", "$1 PID"),
+            (r#""pid": \d+"#, r#""pid": PID"#),
+            (r"(led by|last was) [^ ,]+:\d+", "$1 HOST:PID"),
+            (r#""identity": "[^"]+""#, r#""identity": "HOST:PID""#),
+            (r#"(seconds|per_second)": [\d.]+"#, r#"$1": N"#),
+            (r"PostgreSQL [\d.]+", "PostgreSQL VERSION"),
+            (r"127\.0\.0\.1:\d+", "ADDRESS"),
+            (r": [^ ,]+:\d+, heartbeat", ": HOST:PID, heartbeat"),
+            (r"reach up to position \d+", "reach up to position N"),
+            (r"[\d.]+ (published|appended)/s", "N $1/s"),
+            (r"\b[a-z_]+_[0-9a-f]{32}", "DATABASE"),
+        ]}, {
+            insta::assert_snapshot!($name, said);
+        });
+    }};
+}
+
 /// Asks again and again until there is an answer; a minute without one fails the test.
 pub(crate) async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     let end = Instant::now() + DEADLINE;

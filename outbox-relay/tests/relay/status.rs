@@ -11,26 +11,6 @@ use tokio::{
 
 use crate::stack::{Relay, Stack, eventually, output};
 
-/// Asserts a snapshot in which times, processes, ids and rates are the same on every run.
-macro_rules! assert_told {
-    ($name:expr, $said:expr) => {{
-        let said = $said;
-        insta::with_settings!({filters => vec![
-            (r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?( UTC|Z)", "TIME"),
-            (r"\b\d+(\.\d)? (s|min)\b", "SPAN"),
-            (r"\b(pid|session) \d+", "$1 PID"),
-            (r#""pid": \d+"#, r#""pid": PID"#),
-            (r"(led by|last was) [^ ,]+:\d+", "$1 HOST:PID"),
-            (r#""identity": "[^"]+""#, r#""identity": "HOST:PID""#),
-            (r#"(seconds|per_second)": [\d.]+"#, r#"$1": N"#),
-            (r"[\d.]+ (published|appended)/s", "N $1/s"),
-            (r"\b[a-z_]+_[0-9a-f]{32}", "DATABASE"),
-        ]}, {
-            insta::assert_snapshot!($name, said);
-        });
-    }};
-}
-
 async fn status(stack: &Stack, arguments: &[&str]) -> String {
     output(stack.command("status").args(arguments)).await
 }

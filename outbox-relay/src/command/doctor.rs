@@ -1,0 +1,149 @@
+//! `doctor`: goes through everything that can be wrong with an outbox and its relays, and says of each
+//! what was found and what to do.
+
+mod broker;
+mod checks;
+
+use std::{fmt::Write as _, time::Duration};
+
+use anyhow::anyhow;
+use lapin::types::ShortString;
+use serde::Serialize;
+use service::config::broker::BrokerArgs;
+use sqlx::Connection;
+
+use super::{CommandArgs, Verdict, many};
+use crate::{
+    config::{STATEMENT_TIMEOUT, relay_name},
+    relay::exchange,
+};
+
+/// The examination of the database takes no longer: a connection may hang without a word.
+const TIMEOUT: Duration = Duration::from_mins(1);
+/// Closing is a courtesy.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Settings of `doctor`.
+#[derive(Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// What every command takes.
+    #[command(flatten)]
+    pub common: CommandArgs,
+    /// The broker. Without it, only the database is looked at.
+    #[command(flatten)]
+    pub broker: BrokerArgs,
+    /// Only the relay of this name, instead of all.
+    #[arg(long, env = "RELAY_NAME", value_parser = relay_name)]
+    pub name: Option<String>,
+    /// The exchange that the relay publishes to. It is never declared here.
+    #[arg(long, env = "EXCHANGE", default_value = "event_dispatcher", value_parser = exchange)]
+    pub exchange: ShortString,
+}
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Outcome {
+    Ok,
+    Warning,
+    Problem,
+    Skipped,
+}
+
+impl Outcome {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Problem => "problem",
+            Self::Skipped => "skipped",
+        }
+    }
+}
+
+/// What was looked at, and what was found.
+#[derive(Debug, Serialize)]
+struct Check {
+    name: String,
+    state: Outcome,
+    finding: String,
+    /// What to do about it; none when nothing is to be done.
+    advice: Option<String>,
+}
+
+impl Check {
+    fn new(name: impl Into<String>, state: Outcome, finding: impl Into<String>) -> Self {
+        Self { name: name.into(), state, finding: finding.into(), advice: None }
+    }
+
+    fn ok(name: impl Into<String>, finding: impl Into<String>) -> Self {
+        Self::new(name, Outcome::Ok, finding)
+    }
+
+    fn skipped(name: impl Into<String>, finding: impl Into<String>) -> Self {
+        Self::new(name, Outcome::Skipped, finding)
+    }
+
+    fn warning(name: impl Into<String>, finding: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { advice: Some(advice.into()), ..Self::new(name, Outcome::Warning, finding) }
+    }
+
+    fn problem(name: impl Into<String>, finding: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { advice: Some(advice.into()), ..Self::new(name, Outcome::Problem, finding) }
+    }
+}
+
+/// What `doctor` answers.
+#[derive(Debug, Serialize)]
+struct Report {
+    verdict: String,
+    problems: usize,
+    warnings: usize,
+    checks: Vec<Check>,
+}
+
+/// Examines the database, its relays and the broker. What it finds is an answer, not an error; a
+/// database that cannot be reached is one.
+pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
+    let uris = broker::uris(&args.broker)?;
+    let mut conn = args.common.reach("doctor", STATEMENT_TIMEOUT).await?;
+    let database = checks::database(&mut conn, args.name.as_deref());
+    let mut checks = tokio::time::timeout(TIMEOUT, database)
+        .await
+        .map_err(|_| anyhow!("the database did not answer within {TIMEOUT:?}"))??;
+    // The server need not keep a session while the broker takes its time.
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, conn.close()).await;
+    checks.extend(broker::checks(uris, &args.exchange).await);
+    let report = Report::new(checks);
+    args.common.answer(&report, || report.text())?;
+    Ok(report.outcome())
+}
+
+impl Report {
+    fn new(checks: Vec<Check>) -> Self {
+        let count = |state| checks.iter().filter(|check| check.state == state).count();
+        let (problems, warnings) = (count(Outcome::Problem), count(Outcome::Warning));
+        let said: Vec<String> = [(problems, "problem"), (warnings, "warning")]
+            .into_iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, noun)| many(i64::try_from(count).unwrap_or(i64::MAX), noun))
+            .collect();
+        let verdict = if said.is_empty() { "healthy".to_owned() } else { said.join(", ") };
+        Self { verdict, problems, warnings, checks }
+    }
+
+    fn outcome(&self) -> Verdict {
+        if self.problems + self.warnings == 0 { Verdict::Well } else { Verdict::NotWell }
+    }
+
+    fn text(&self) -> String {
+        let mut text = format!("{}\n", self.verdict);
+        for Check { name, state, finding, advice } in &self.checks {
+            let _ = writeln!(text, "{:<8} {name}: {finding}", state.as_str());
+            if let Some(advice) = advice {
+                let _ = writeln!(text, "         -> {advice}");
+            }
+        }
+        text
+    }
+}

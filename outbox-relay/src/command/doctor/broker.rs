@@ -1,0 +1,77 @@
+//! What `doctor` asks the broker.
+
+use lapin::{types::ShortString, uri::AMQPUri};
+use service::config::{SettingError, broker::BrokerArgs};
+
+use super::Check;
+use crate::{
+    broker::{BrokerError, Nodes},
+    config::uris as parsed,
+};
+
+const BROKER: &str = "broker";
+const EXCHANGE: &str = "exchange";
+const BLOCKED: &str = "blocked";
+
+/// The broker's nodes; none when nobody said where it is.
+pub(super) fn uris(args: &BrokerArgs) -> Result<Option<Vec<AMQPUri>>, SettingError> {
+    if args.amqp_url_file.is_none() && std::env::var_os("AMQP_URL").is_none() {
+        return Ok(None);
+    }
+    parsed(args).map(Some)
+}
+
+/// Connects as the relay does, but declares nothing and publishes nothing.
+pub(super) async fn checks(uris: Option<Vec<AMQPUri>>, exchange: &ShortString) -> Vec<Check> {
+    let Some(uris) = uris else {
+        return [BROKER, EXCHANGE, BLOCKED]
+            .map(|name| Check::skipped(name, "AMQP_URL (or AMQP_URL_FILE) is not set"))
+            .into();
+    };
+    let name = "outbox-relay doctor".to_owned();
+    let nodes = Nodes { uris, exchange: exchange.clone(), declare: false, name };
+    match nodes.connect(0).await {
+        Ok(link) => {
+            let blocked = link.blocked();
+            link.close().await;
+            vec![reached(), Check::ok(EXCHANGE, format!("{exchange} exists")), block(blocked)]
+        }
+        Err(error @ (BrokerError::NoExchange(_) | BrokerError::NotDeclared { .. })) => {
+            let advice = "declare it (topic, durable) in the virtual host that AMQP_URL names, or let the relay \
+                          do it (--declare-exchange); another one is named with --exchange";
+            let finding = match error {
+                BrokerError::NoExchange(exchange) => format!("{exchange} does not exist"),
+                other => other.to_string(),
+            };
+            let skipped = Check::skipped(BLOCKED, "there is nothing to publish to");
+            vec![reached(), Check::problem(EXCHANGE, finding, advice), skipped]
+        }
+        Err(error) => {
+            let advice = "see whether RabbitMQ runs and can be reached from here, and whether user, password \
+                          and virtual host of AMQP_URL are right";
+            let skipped =
+                [EXCHANGE, BLOCKED].map(|name| Check::skipped(name, "the broker cannot be reached"));
+            [Check::problem(BROKER, error.to_string(), advice)].into_iter().chain(skipped).collect()
+        }
+    }
+}
+
+fn reached() -> Check {
+    Check::ok(BROKER, "it can be reached, and lets this user in")
+}
+
+/// RabbitMQ says that it is blocked to connections that publish, and to others at most by chance: what a
+/// leader waits for is the better witness, and a check of its own.
+fn block(blocked: Option<String>) -> Check {
+    match blocked {
+        Some(reason) => Check::problem(
+            BLOCKED,
+            format!("the broker takes no messages: {reason}"),
+            "free memory or disk space on the broker; the relay goes on by itself then",
+        ),
+        None => Check::ok(
+            BLOCKED,
+            "the broker says nothing of it (it tells for sure only who publishes: the leader)",
+        ),
+    }
+}
