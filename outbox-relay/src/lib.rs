@@ -20,6 +20,7 @@ pub mod publish;
 pub mod queue;
 pub mod reader;
 pub mod relay;
+mod systemd;
 pub mod unroutable;
 mod wake;
 
@@ -31,6 +32,7 @@ use service::{health::Health, shutdown::Shutdown, telemetry};
 use tokio::sync::Notify;
 
 use config::{RunArgs, STATEMENT_TIMEOUT};
+use lease::Lease;
 use relay::{Limits, Relay};
 
 pub use migrate::migrate;
@@ -53,6 +55,7 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         part.ready();
     }
     let wake = Arc::new(Notify::new());
+    let pulse = Lease::new(systemd::PULSE);
     let relay = Relay {
         database: database.clone(),
         name: args.name,
@@ -68,6 +71,7 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
             parked: args.max_parked,
         },
         wake: Arc::clone(&wake),
+        pulse: pulse.clone(),
         health: health.clone(),
         database_health: health.part("database"),
         broker_health: health.part("broker"),
@@ -76,12 +80,15 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         // The rest is for closing the connections.
         grace: args.shutdown.drain_timeout * 3 / 4,
     };
+    let told = health.clone();
     let routes = health.add_to(Route::new(), Some(metrics));
     shutdown.serve(args.listen.listen, telemetry::observed(routes), args.shutdown.drain_timeout).await?;
     let stop = shutdown.requested().clone();
     shutdown.spawn("relay", relay.run(stop.clone()));
     shutdown.spawn("wake-up", wake::listen(database.clone(), wake, stop.clone()));
-    shutdown.spawn("partitions", partition::keep(database, args.partitions, partitions_health, stop));
+    let partitions = partition::keep(database, args.partitions, partitions_health, stop.clone());
+    shutdown.spawn("partitions", partitions);
+    shutdown.spawn("service manager", systemd::notify(told, pulse, stop));
     shutdown.finish(args.shutdown.drain_timeout).await
 }
 

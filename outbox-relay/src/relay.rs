@@ -22,6 +22,7 @@ use crate::{
     failpoint,
     lane::{Lane, Report, Window},
     leader::{Begin, Candidate, Leader, LeaderError},
+    lease::{self, Lease},
     parked::{Due, Kind, Parking, Reason},
     pause::Pause,
     publish::Fate,
@@ -79,6 +80,8 @@ pub struct Relay {
     pub limits: Limits,
     /// Told when there may be something to read.
     pub wake: Arc<Notify>,
+    /// Renewed whenever it goes round, whatever it waits for.
+    pub pulse: Lease,
     /// What is shown at `/ready`, and stored with each heartbeat.
     pub health: Health,
     /// The database and leadership.
@@ -98,6 +101,7 @@ impl Relay {
     pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
         let mut pause = Pause::default();
         while !stop.is_cancelled() {
+            self.pulse.renew(lease::now());
             let ended = tokio::select! {
                 ended = self.lead(&mut pause, &stop) => ended,
                 // Work is not cut in half, unless a server that does not answer would keep the process.
@@ -125,6 +129,7 @@ impl Relay {
         let Some(candidate) = stop.run_until_cancelled(connect).await else { return Ok(()) };
         let mut candidate = candidate?;
         while !candidate.ask().await? {
+            self.pulse.renew(lease::now());
             // Healthy: somebody publishes, and this one stands by.
             for part in [&self.database_health, &self.broker_health, &self.events_health, &self.paused_health]
             {
@@ -533,6 +538,7 @@ impl<'a> Lead<'a> {
     /// Says at `/ready` what the relay waits for.
     fn say(&self) {
         let relay = self.relay;
+        relay.pulse.renew(lease::now());
         match self.states.iter().flatten().next() {
             None => relay.broker_health.ready(),
             Some(reason) => relay.broker_health.waiting(reason.clone()),

@@ -15,3 +15,4 @@ mod partitions;
 mod progress;
 mod publishing;
 mod status;
+mod systemd;
