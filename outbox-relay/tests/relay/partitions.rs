@@ -4,6 +4,15 @@ use sqlx::Executor;
 
 use crate::stack::{Relay, Stack, eventually, output};
 
+/// Waits until partitions are made ahead up to `position`.
+async fn reaches(stack: &Stack, position: i64) {
+    eventually("partitions are made ahead", async || {
+        let ahead = sqlx::query_scalar("SELECT max(upper) >= $1 FROM outbox.partition");
+        ahead.bind(position).fetch_one(&stack.admin).await.unwrap_or(false).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn partitions_come_and_go_under_load() {
     let stack = Stack::new("relay_partitions").await;
@@ -18,11 +27,7 @@ async fn partitions_come_and_go_under_load() {
             .env("WITHOUT_BASELINE", "true"),
     )
     .await;
-    eventually("partitions are made ahead", async || {
-        let ahead = "SELECT max(upper) >= 1004001 FROM outbox.partition";
-        sqlx::query_scalar::<_, bool>(ahead).fetch_one(&stack.admin).await.unwrap().then_some(())
-    })
-    .await;
+    reaches(&stack, 1_004_001).await;
     for n in 0..25 {
         stack.append(n * 100..(n + 1) * 100, 10, &["thing.new"]).await;
     }
@@ -49,6 +54,7 @@ async fn prune() {
     let stack = Stack::new("relay_prune").await;
     let mut subscriber = stack.subscribe("#").await;
     let _relay = Relay::ready(&mut stack.command("run")).await;
+    reaches(&stack, 2_000_001).await;
     stack.append(0..10, 1, &["thing.new"]).await;
     subscriber.complete(10).await;
     stack.admin.execute("SELECT setval('outbox.position', 1000000)").await.unwrap();
