@@ -5,6 +5,7 @@ pub mod new_incarnation;
 pub mod parked;
 pub mod pause;
 pub mod prune;
+pub mod replay;
 pub mod state;
 pub mod status;
 pub mod trace;

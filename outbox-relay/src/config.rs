@@ -14,7 +14,7 @@ use service::{
 use crate::{
     command::{
         doctor::DoctorArgs, new_incarnation::NewIncarnationArgs, parked::ParkedArgs, pause::PauseArgs,
-        prune::PruneArgs, status::StatusArgs, trace::TraceArgs,
+        prune::PruneArgs, replay::ReplayArgs, status::StatusArgs, trace::TraceArgs,
     },
     leader::Begin,
     partition::PartitionArgs,
@@ -49,6 +49,8 @@ pub enum Command {
     Trace(TraceArgs),
     /// Look after events that were set aside.
     Parked(ParkedArgs),
+    /// Publish history again, beside the live relay: to everybody, or to one queue alone.
+    Replay(Box<ReplayArgs>),
     /// Publish nothing more until `resume`; writers do not notice.
     Pause {
         /// Which relay.

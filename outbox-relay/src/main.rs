@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use outbox_relay::{
-    command::{Verdict, doctor, new_incarnation, parked, pause, prune, status, trace},
+    command::{Verdict, doctor, new_incarnation, parked, pause, prune, replay, status, trace},
     config::{Cli, Command},
 };
 use service::{
@@ -34,6 +34,10 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Parked(args) => {
             telemetry::start(&args.common.telemetry)?;
             return parked::parked(&args).await;
+        }
+        Command::Replay(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return replay::replay(&args).await;
         }
         Command::Pause { args, reason } => {
             telemetry::start(&args.common.telemetry)?;

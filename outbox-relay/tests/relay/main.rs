@@ -14,5 +14,6 @@ mod parking;
 mod partitions;
 mod progress;
 mod publishing;
+mod replay;
 mod status;
 mod systemd;

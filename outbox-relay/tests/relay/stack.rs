@@ -315,7 +315,9 @@ impl Relay {
                 .iter()
                 .map(|w| format!("{}: {}", w["part"].as_str().unwrap(), w["reason"].as_str().unwrap()))
                 .collect();
-            (status == 503 && said.iter().any(|s| s.contains(reason))).then(|| said.join("\n"))
+            // A lane that has only begun is nobody's reason.
+            let begun = !said.iter().any(|s| s == "broker: connecting");
+            (status == 503 && begun && said.iter().any(|s| s.contains(reason))).then(|| said.join("\n"))
         })
         .await
     }
@@ -394,10 +396,11 @@ impl Message {
     }
 
     pub(crate) fn header(&self, name: &str) -> String {
-        use lapin::types::AMQPValue::{LongLongInt, LongString};
+        use lapin::types::AMQPValue::{Boolean, LongLongInt, LongString};
         match self.properties.headers().as_ref().unwrap().inner().get(name).unwrap() {
             LongString(text) => String::from_utf8(text.as_bytes().to_vec()).unwrap(),
             LongLongInt(number) => number.to_string(),
+            Boolean(value) => value.to_string(),
             other => panic!("{name}: {other:?}"),
         }
     }
