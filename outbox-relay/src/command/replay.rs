@@ -30,7 +30,7 @@ use crate::{
     unroutable::matches,
 };
 
-/// Events of one page, and so of one window: a page of the largest bodies still fits into memory.
+/// Events of one page, and so of one window. In memory a page takes as much as its bodies.
 const PAGE: i64 = 100;
 /// How many times in a row a page may fail before the replay gives up.
 const ATTEMPTS: usize = 8;
@@ -266,7 +266,8 @@ impl Run<'_> {
             .bind(range.until)
             .bind(type_)
             .bind(id)
-            .bind(PAGE)
+            // At most ten seconds' worth: a replay that stores no progress for a minute counts as dead.
+            .bind(PAGE.min(i64::from(self.args.rate) * 10))
             .fetch_all(conn)
             .await
             .context("the events could not be read")?;
