@@ -38,7 +38,15 @@ impl Postgres {
     /// Makes the data folder unless it is there. `durable`: a commit survives a loss of power, which
     /// tests need not pay for.
     pub async fn new(folder: &Folder, port: u16, durable: bool) -> anyhow::Result<Self> {
-        let home = folder.part("postgres")?;
+        let (postgres, home) = Self::place(folder, "postgres", port, durable)?;
+        if !postgres.data.join("PG_VERSION").is_file() {
+            postgres.create(&home).await.context("cannot make PostgreSQL's data folder")?;
+        }
+        Ok(postgres)
+    }
+
+    fn place(folder: &Folder, part: &str, port: u16, durable: bool) -> anyhow::Result<(Self, PathBuf)> {
+        let home = folder.part(part)?;
         let data = home.join("data");
         let user = user(folder.path(), &home)?;
         let postgres = Self {
@@ -49,13 +57,28 @@ impl Postgres {
             password: folder.secrets().postgres.clone(),
             durable,
             mark: folder.mark().to_owned(),
-            log: folder.log("postgres")?,
+            log: folder.log(part)?,
             process: None,
         };
-        if !postgres.data.join("PG_VERSION").is_file() {
-            postgres.create(&home).await.context("cannot make PostgreSQL's data folder")?;
-        }
-        Ok(postgres)
+        Ok((postgres, home))
+    }
+
+    /// A physical standby of this one, which runs: a copy that follows it once it is started.
+    pub async fn standby(&self, folder: &Folder, port: u16) -> anyhow::Result<Self> {
+        let (standby, _) = Self::place(folder, "standby", port, self.durable)?;
+        // `--write-recovery-conf` stores the connection, password and all, in the copy.
+        standby
+            .launch("pg_basebackup")
+            .env("PGPASSWORD", &self.password)
+            .env("PGHOST", "127.0.0.1")
+            .env("PGPORT", self.port.to_string())
+            .env("PGUSER", "postgres")
+            .args(["--write-recovery-conf", "--checkpoint=fast", "--no-sync"])
+            .args([format!("--pgdata={}", standby.data.display())])
+            .run()
+            .await
+            .context("cannot copy the primary")?;
+        Ok(standby)
     }
 
     async fn create(&self, home: &Path) -> anyhow::Result<()> {
@@ -150,6 +173,16 @@ impl Postgres {
     pub async fn stop(&mut self, hurry: &CancellationToken) -> bool {
         match self.process.take() {
             Some(mut process) => process.stop(Signal::INT, Duration::from_secs(30), hurry).await,
+            None => true,
+        }
+    }
+
+    /// An immediate shutdown: sessions are cut off, and it recovers at the next start.
+    pub async fn abort(&mut self) -> bool {
+        match self.process.take() {
+            Some(mut process) => {
+                process.stop(Signal::QUIT, Duration::from_secs(30), &CancellationToken::new()).await
+            }
             None => true,
         }
     }

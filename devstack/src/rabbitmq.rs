@@ -19,8 +19,8 @@ use crate::{
 };
 
 /// The same at every start: a node finds its data by its name. Two nodes of this name do not meet,
-/// because each has its own epmd, the daemon that knows names.
-const NODE: &str = "devstack@localhost";
+/// because each cluster has its own epmd, the daemon that knows names.
+const NODE: &str = "devstack";
 /// Its administrator.
 const USER: &str = "devstack";
 
@@ -30,6 +30,7 @@ const USER: &str = "devstack";
 pub struct RabbitMq {
     server: PathBuf,
     epmd_program: PathBuf,
+    node: String,
     home: PathBuf,
     ports: Ports,
     password: String,
@@ -52,7 +53,37 @@ struct Ports {
 impl RabbitMq {
     /// Writes the node's configuration. `amqp` and `management` are its ports.
     pub fn new(folder: &Folder, amqp: u16, management: u16) -> anyhow::Result<Self> {
-        let home = folder.part("rabbitmq")?;
+        let ports = Ports { amqp, management, distribution: ports::free(), epmd: ports::free() };
+        Self::configure(folder, "rabbitmq", NODE, ports, &[])
+    }
+
+    /// The node `number`, from 2 on, of a cluster whose first is this one, which runs while the other
+    /// starts for the first time. It finds it by this one's epmd, so it ends first.
+    pub fn peer(&self, folder: &Folder, number: u8) -> anyhow::Result<Self> {
+        let ports = Ports {
+            amqp: ports::free(),
+            management: ports::free(),
+            distribution: ports::free(),
+            epmd: self.ports.epmd,
+        };
+        let node = format!("{NODE}{number}");
+        let cluster = [
+            "cluster_formation.peer_discovery_backend = classic_config".to_owned(),
+            format!("cluster_formation.classic_config.nodes.1 = {}@localhost", self.node),
+            format!("cluster_formation.classic_config.nodes.2 = {node}@localhost"),
+        ];
+        Self::configure(folder, &format!("rabbitmq{number}"), &node, ports, &cluster)
+    }
+
+    fn configure(
+        folder: &Folder,
+        part: &str,
+        node: &str,
+        ports: Ports,
+        more: &[String],
+    ) -> anyhow::Result<Self> {
+        let Ports { amqp, management, .. } = ports;
+        let home = folder.part(part)?;
         let password = folder.secrets().rabbitmq.clone();
         // The first start makes the user; later ones find it in the data.
         let settings = [
@@ -66,7 +97,8 @@ impl RabbitMq {
             // Of all memory, 40 % by default; a developer's machine has other things to do.
             "vm_memory_high_watermark.absolute = 1GB".to_owned(),
         ];
-        write_private(&home.join("rabbitmq.conf"), &(settings.join("\n") + "\n"))?;
+        let settings = [&settings, more].concat().join("\n") + "\n";
+        write_private(&home.join("rabbitmq.conf"), &settings)?;
         write_private(&home.join("advanced.config"), "[].\n")?;
         write_private(&home.join("enabled_plugins"), "[rabbitmq_management].\n")?;
         fs::create_dir_all(home.join("conf.d"))?;
@@ -77,12 +109,13 @@ impl RabbitMq {
         Ok(Self {
             server: find()?,
             epmd_program: find_epmd()?,
+            node: node.to_owned(),
             home,
-            ports: Ports { amqp, management, distribution: ports::free(), epmd: ports::free() },
+            ports,
             password,
             mark: folder.mark().to_owned(),
-            log: folder.log("rabbitmq")?,
-            epmd_log: folder.log("epmd")?,
+            log: folder.log(part)?,
+            epmd_log: folder.log(&format!("{part}-epmd"))?,
             process: None,
             epmd: None,
         })
@@ -106,11 +139,9 @@ impl RabbitMq {
         }
     }
 
-    /// Otherwise the node would start one that outlives it.
+    /// Otherwise the node would start one that outlives it. There is one for all of a cluster.
     async fn start_epmd(&mut self) -> anyhow::Result<()> {
-        if let Some(epmd) = &mut self.epmd
-            && epmd.exited().is_none()
-        {
+        if TcpStream::connect(("127.0.0.1", self.ports.epmd)).await.is_ok() {
             return Ok(());
         }
         let launch = self.launch("epmd", &self.epmd_program, self.epmd_log.clone());
@@ -127,11 +158,12 @@ impl RabbitMq {
     fn launch(&self, name: &str, program: &Path, log: PathBuf) -> Launch {
         let Ports { distribution, epmd, .. } = self.ports;
         let path = |name: &str| self.home.join(name);
+        let node = self.node();
         Launch::new(name, program, None, Signal::KILL, &self.mark, log)
             .env("HOME", &self.home)
             .env("ERL_EPMD_PORT", epmd.to_string())
             .env("ERL_EPMD_ADDRESS", "127.0.0.1")
-            .env("RABBITMQ_NODENAME", NODE)
+            .env("RABBITMQ_NODENAME", node)
             .env("RABBITMQ_DIST_PORT", distribution.to_string())
             .env("RABBITMQ_MNESIA_BASE", path("data"))
             .env("RABBITMQ_LOG_BASE", path("log"))
@@ -174,6 +206,23 @@ impl RabbitMq {
             epmd.kill().await;
         }
         stopped
+    }
+
+    /// Forgets all that it stored: the next start makes a new node under the old name.
+    pub fn forget(&self) -> anyhow::Result<()> {
+        ensure!(self.process.is_none(), "RabbitMQ runs");
+        Ok(fs::remove_dir_all(self.home.join("data"))?)
+    }
+
+    /// Runs `rabbitmqctl` with `args` against the node.
+    pub async fn control(&self, args: &[&str]) -> anyhow::Result<()> {
+        let program = self.server.with_file_name("rabbitmqctl");
+        self.launch("rabbitmqctl", &program, self.home.join("rabbitmqctl.log")).args(args).run().await
+    }
+
+    /// Its name in the cluster.
+    pub fn node(&self) -> String {
+        format!("{}@localhost", self.node)
     }
 
     /// Kills the node with SIGKILL.

@@ -10,6 +10,8 @@
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use uuid::Uuid;
 
+use crate::servers::Servers;
+
 /// A superuser's URL of the private PostgreSQL, without a database.
 pub const POSTGRES_URL: &str = "DEVSTACK_POSTGRES_URL";
 /// An administrator's URL of the private RabbitMQ, without a virtual host.
@@ -17,35 +19,72 @@ pub const AMQP_URL: &str = "DEVSTACK_AMQP_URL";
 /// The private RabbitMQ's management API, with the administrator's name and password.
 pub const MANAGEMENT_URL: &str = "DEVSTACK_MANAGEMENT_URL";
 
-/// The address in the variable `name`.
-///
-/// # Panics
-/// When the servers are not there, with the command that starts them.
-fn server(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| {
-        panic!("{name} is not set: run `make test`, or `cargo run -p devstack -- run -- cargo test -p …`")
-    })
+/// Where a test's servers are.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// A superuser's URL of PostgreSQL, without a database.
+    pub postgres: String,
+    /// An administrator's URL of RabbitMQ, without a virtual host.
+    pub amqp: String,
+    /// The management API's URL, with the administrator's name and password.
+    pub management: String,
 }
 
-/// Creates an empty database and returns a superuser's URL of it.
+impl Place {
+    /// The servers that `devstack run` started around the tests.
+    ///
+    /// # Panics
+    /// When they are not there, with the command that starts them.
+    pub fn around() -> Self {
+        let server = |name: &str| {
+            std::env::var(name).unwrap_or_else(|_| {
+                panic!(
+                    "{name} is not set: run `make test`, or `cargo run -p devstack -- run -- cargo test -p …`"
+                )
+            })
+        };
+        Self { postgres: server(POSTGRES_URL), amqp: server(AMQP_URL), management: server(MANAGEMENT_URL) }
+    }
+
+    /// A test's own servers.
+    pub fn of(servers: &Servers) -> Self {
+        Self {
+            postgres: servers.postgres.url(),
+            amqp: servers.rabbitmq.url(),
+            management: servers.rabbitmq.management_url(),
+        }
+    }
+
+    /// Creates an empty database and returns a superuser's URL of it.
+    pub async fn database(&self, name: &str) -> String {
+        let server = &self.postgres;
+        let database = format!("{name}_{}", Uuid::new_v4().simple());
+        let mut conn = PgConnection::connect(&format!("{server}/postgres"))
+            .await
+            .expect("the private PostgreSQL answers");
+        sqlx::query(AssertSqlSafe(format!("CREATE DATABASE {database}")))
+            .execute(&mut conn)
+            .await
+            .expect("a superuser may create databases");
+        format!("{server}/{database}")
+    }
+
+    /// Creates an empty virtual host and returns an administrator's AMQP URL of it.
+    pub async fn virtual_host(&self, name: &str) -> String {
+        let vhost = format!("{name}_{}", Uuid::new_v4().simple());
+        let url = format!("{}/api/vhosts/{vhost}", self.management);
+        let answer = reqwest::Client::new().put(url).send().await.expect("the private RabbitMQ answers");
+        assert!(answer.status().is_success(), "the virtual host was not created: {}", answer.status());
+        format!("{}/{vhost}", self.amqp)
+    }
+}
+
+/// An empty database on the servers around the tests.
 pub async fn database(name: &str) -> String {
-    let server = server(POSTGRES_URL);
-    let database = format!("{name}_{}", Uuid::new_v4().simple());
-    let mut conn =
-        PgConnection::connect(&format!("{server}/postgres")).await.expect("the private PostgreSQL answers");
-    sqlx::query(AssertSqlSafe(format!("CREATE DATABASE {database}")))
-        .execute(&mut conn)
-        .await
-        .expect("a superuser may create databases");
-    format!("{server}/{database}")
+    Place::around().database(name).await
 }
 
-/// Creates an empty virtual host and returns an administrator's AMQP URL of it.
+/// An empty virtual host on the servers around the tests.
 pub async fn virtual_host(name: &str) -> String {
-    let amqp = server(AMQP_URL);
-    let vhost = format!("{name}_{}", Uuid::new_v4().simple());
-    let url = format!("{}/api/vhosts/{vhost}", server(MANAGEMENT_URL));
-    let answer = reqwest::Client::new().put(url).send().await.expect("the private RabbitMQ answers");
-    assert!(answer.status().is_success(), "the virtual host was not created: {}", answer.status());
-    format!("{amqp}/{vhost}")
+    Place::around().virtual_host(name).await
 }

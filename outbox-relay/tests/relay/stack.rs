@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devstack::testing;
+use devstack::testing::Place;
 use futures_util::StreamExt;
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind,
@@ -21,7 +21,7 @@ use sqlx::{AssertSqlSafe, Executor, PgPool};
 use tokio::{
     net::TcpStream,
     process::{Child, Command},
-    sync::watch,
+    sync::{Mutex, watch},
 };
 use uuid::Uuid;
 
@@ -80,7 +80,9 @@ pub(crate) struct Stack {
     pub(crate) amqp_url: String,
     /// The virtual host, also the name of the relay's user there.
     pub(crate) vhost: String,
-    connection: Connection,
+    place: Place,
+    amqp: String,
+    connection: Mutex<Connection>,
 }
 
 impl Stack {
@@ -92,7 +94,12 @@ impl Stack {
     }
 
     pub(crate) async fn without_exchange(name: &str) -> Self {
-        let url = testing::database(name).await;
+        Self::on(Place::around(), name).await
+    }
+
+    /// On these servers, without an exchange.
+    pub(crate) async fn on(place: Place, name: &str) -> Self {
+        let url = place.database(name).await;
         let (_, host) = url.rsplit_once('@').unwrap();
         let (_, database) = url.rsplit_once('/').unwrap();
         let admin = PgPool::connect(&url).await.unwrap();
@@ -105,7 +112,7 @@ impl Stack {
         );
         admin.execute(AssertSqlSafe(roles)).await.unwrap();
 
-        let amqp = testing::virtual_host(name).await;
+        let amqp = place.virtual_host(name).await;
         let (_, address) = amqp.rsplit_once('@').unwrap();
         let (_, vhost) = address.rsplit_once('/').unwrap();
         let stack = Self {
@@ -116,12 +123,20 @@ impl Stack {
             database_url: format!("postgres://{relay}:{DATABASE_PASSWORD}@{host}"),
             amqp_url: format!("amqp://{vhost}:{BROKER_PASSWORD}@{address}"),
             vhost: vhost.to_owned(),
-            connection: Connection::connect(&amqp, ConnectionProperties::default()).await.unwrap(),
+            place,
+            connection: Mutex::new(connect(&amqp).await),
+            amqp,
         };
-        let (user, path) = (json!({"password": BROKER_PASSWORD, "tags": ""}), format!("users/{vhost}"));
-        stack.manage(reqwest::Method::PUT, &path, Some(user)).await;
-        stack.permit("^$").await;
+        stack.add_user().await;
         stack
+    }
+
+    /// The relay's user, who may write to the exchange.
+    pub(crate) async fn add_user(&self) {
+        let (user, path) =
+            (json!({"password": BROKER_PASSWORD, "tags": ""}), format!("users/{}", self.vhost));
+        self.manage(reqwest::Method::PUT, &path, Some(user)).await;
+        self.permit("^$").await;
     }
 
     /// Lets the relay's user declare what matches `configure`.
@@ -143,7 +158,7 @@ impl Stack {
         path: &str,
         body: Option<Value>,
     ) -> reqwest::Result<Value> {
-        let url = format!("{}/api/{path}", std::env::var(testing::MANAGEMENT_URL).unwrap());
+        let url = format!("{}/api/{path}", self.place.management);
         let mut request = reqwest::Client::new().request(method, url);
         if let Some(body) = body {
             request = request.json(&body);
@@ -153,7 +168,12 @@ impl Stack {
     }
 
     pub(crate) async fn channel(&self) -> Channel {
-        self.connection.create_channel().await.unwrap()
+        let mut connection = self.connection.lock().await;
+        if let Ok(channel) = connection.create_channel().await {
+            return channel;
+        }
+        *connection = connect(&self.amqp).await;
+        connection.create_channel().await.unwrap()
     }
 
     pub(crate) async fn declare_exchange(&self, kind: ExchangeKind) {
@@ -229,6 +249,10 @@ impl Stack {
         })
         .await;
     }
+}
+
+async fn connect(amqp: &str) -> Connection {
+    Connection::connect(amqp, ConnectionProperties::default()).await.unwrap()
 }
 
 /// The program, without any settings.
@@ -481,6 +505,8 @@ impl Subscriber {
 /// A TCP proxy before a server, whose connections can be cut or left hanging.
 pub(crate) struct Proxy {
     port: u16,
+    #[allow(dead_code, reason = "for the fault suite, which shares this file")]
+    server: watch::Sender<String>,
     hanging: watch::Sender<bool>,
 }
 
@@ -488,14 +514,22 @@ impl Proxy {
     pub(crate) async fn new(url: &str) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let server = host(url).to_owned();
+        let (server, serves) = watch::channel(host(url).to_owned());
         let (hanging, state) = watch::channel(false);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(forward(client, server.clone(), state.clone()));
+                let server = serves.borrow().clone();
+                tokio::spawn(forward(client, server, state.clone()));
             }
         });
-        Self { port, hanging }
+        Self { port, server, hanging }
+    }
+
+    /// From now on another server is behind it. Cuts all connections.
+    #[allow(dead_code, reason = "for the fault suite, which shares this file")]
+    pub(crate) fn switch(&self, url: &str) {
+        self.server.send_replace(host(url).to_owned());
+        self.cut();
     }
 
     /// The URL with the proxy in place of the server.
@@ -516,12 +550,13 @@ impl Proxy {
 
 /// `host:port` of a URL.
 fn host(url: &str) -> &str {
-    url.rsplit_once('@').unwrap().1.split_once('/').unwrap().0
+    url.rsplit_once('@').unwrap().1.split('/').next().unwrap()
 }
 
 async fn forward(mut client: TcpStream, server: String, mut hanging: watch::Receiver<bool>) {
     hanging.mark_unchanged();
-    let mut server = TcpStream::connect(server).await.unwrap();
+    // A server that is not there hangs up.
+    let Ok(mut server) = TcpStream::connect(server).await else { return };
     let hangs = *hanging.borrow();
     tokio::select! {
         _ = tokio::io::copy_bidirectional(&mut client, &mut server), if !hangs => {}
