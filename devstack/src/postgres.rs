@@ -66,9 +66,11 @@ impl Postgres {
     /// A physical standby of this one, which runs: a copy that follows it once it is started.
     pub async fn standby(&self, folder: &Folder, port: u16) -> anyhow::Result<Self> {
         let (standby, _) = Self::place(folder, "standby", port, self.durable)?;
-        // `--write-recovery-conf` stores the connection, password and all, in the copy.
+        // The server may be a link from elsewhere. `--write-recovery-conf` stores the connection,
+        // password and all, in the copy.
+        let program = standby.bin.join("postgres").canonicalize()?.with_file_name("pg_basebackup");
         standby
-            .launch("pg_basebackup")
+            .launch(&program)
             .env("PGPASSWORD", &self.password)
             .env("PGHOST", "127.0.0.1")
             .env("PGPORT", self.port.to_string())
@@ -107,11 +109,12 @@ impl Postgres {
         Ok(())
     }
 
-    fn launch(&self, program: &str) -> Launch {
+    /// Runs `program`, of the server's folder if it is a name alone.
+    fn launch(&self, program: impl AsRef<Path>) -> Launch {
         // SIGQUIT: when this process is killed, the server ends at once and takes its sessions along.
         Launch::new(
             "PostgreSQL",
-            &self.bin.join(program),
+            &self.bin.join(program.as_ref()),
             self.user,
             Signal::QUIT,
             &self.mark,

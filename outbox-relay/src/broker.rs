@@ -46,6 +46,9 @@ pub enum BrokerError {
     /// another try can tell.
     #[error("the broker refused: {0}")]
     Refused(String),
+    /// The broker keeps refusing events on this connection.
+    #[error("the broker keeps refusing events on this connection; trying another")]
+    Refusing,
     /// The leader has not heard from its database for as long as its lease lasts.
     #[error("publishing was cut off: leadership is not certain")]
     NoLease,

@@ -18,6 +18,8 @@ use crate::{
 const LOOK: Duration = Duration::from_millis(500);
 /// How often it looks whether its lease is valid again.
 const LEASE_LOOK: Duration = Duration::from_millis(20);
+/// Confirms that take longer are a reason to be not ready.
+const SLOW: Duration = Duration::from_secs(5);
 
 /// Events that are published together.
 #[derive(Debug)]
@@ -62,6 +64,7 @@ impl Lane {
     /// Publishes until there are no more windows.
     pub async fn run(mut self) {
         let mut pause = Pause::default();
+        let mut patience = Patience::default();
         let mut attempt = 0;
         while !self.stop.is_cancelled() && !self.windows.is_closed() {
             let Some(connected) = self.stop.run_until_cancelled(self.nodes.connect(attempt)).await else {
@@ -69,7 +72,7 @@ impl Lane {
             };
             match connected {
                 Ok(link) => {
-                    let ended = self.serve(&link, &mut pause).await;
+                    let ended = self.serve(&link, &mut pause, &mut patience).await;
                     if let Err(error) = &ended {
                         self.report(Report::State(Err(error.to_string())));
                     }
@@ -78,7 +81,7 @@ impl Lane {
                         Ok(()) => break,
                         // The broker is well; which event it was is found by a few more tries.
                         Err(BrokerError::Refused(_)) => pause.reset(),
-                        Err(_) => {}
+                        Err(_) => attempt += 1,
                     }
                 }
                 Err(error) => {
@@ -98,7 +101,12 @@ impl Lane {
     }
 
     /// One connection's life. Ends well when there are no more windows.
-    async fn serve(&mut self, link: &Link, pause: &mut Pause) -> Result<(), BrokerError> {
+    async fn serve(
+        &mut self,
+        link: &Link,
+        pause: &mut Pause,
+        patience: &mut Patience,
+    ) -> Result<(), BrokerError> {
         let mut blocks = link.blocks();
         self.report(Report::State(state(link)));
         loop {
@@ -122,11 +130,15 @@ impl Lane {
             }
             let began = Instant::now();
             let fates = self.publish(link, &mut blocks, &window.items).await;
+            let nacked = fates.as_ref().is_ok_and(|fates| fates.contains(&Fate::Nacked));
             let error = fates.as_ref().err().cloned();
             self.report(Report::Done(window, fates, began.elapsed()));
             match error {
                 None => pause.reset(),
                 Some(error) => return Err(error),
+            }
+            if patience.ends(nacked, Instant::now()) {
+                return Err(BrokerError::Refusing);
             }
         }
     }
@@ -143,10 +155,22 @@ impl Lane {
         let allowed = || self.lease.is_valid();
         let publishing = publish(link, &self.nodes.exchange, &self.source, &events, allowed);
         let mut publishing = std::pin::pin!(publishing);
+        let mut slow = std::pin::pin!(tokio::time::sleep(SLOW));
+        let mut told = false;
         loop {
             tokio::select! {
-                fates = &mut publishing => return fates,
+                fates = &mut publishing => {
+                    if told && fates.is_ok() {
+                        self.report(Report::State(state(link)));
+                    }
+                    return fates;
+                }
                 Ok(()) = blocks.changed() => self.report(Report::State(state(link))),
+                () = &mut slow, if !told => {
+                    told = true;
+                    let slow = format!("the broker has not confirmed what was published {SLOW:?} ago");
+                    self.report(Report::State(state(link).and(Err(slow))));
+                }
             }
         }
     }
@@ -157,9 +181,74 @@ impl Lane {
     }
 }
 
+/// How long a connection is kept over which the broker refuses events. A node may refuse for ever what
+/// another one would take: RabbitMQ 3.10 does when a connection first publishes to a quorum queue whose
+/// leader has just died. When it is a queue that is full, a new connection changes nothing, so each is
+/// kept for twice as long as the one before.
+#[derive(Debug)]
+struct Patience {
+    /// The first refusal on this connection, and the last on any.
+    first: Option<Instant>,
+    last: Option<Instant>,
+    limit: Duration,
+}
+
+impl Patience {
+    const SHORTEST: Duration = Duration::from_secs(5);
+    const LONGEST: Duration = Duration::from_mins(5);
+    /// What was refused is tried again within less; when nothing was refused for so long, nothing is.
+    const OVER: Duration = Duration::from_secs(30);
+
+    /// Whether it ends, after a window of which something was `nacked`, or nothing.
+    fn ends(&mut self, nacked: bool, now: Instant) -> bool {
+        if !nacked {
+            if self.last.is_some_and(|last| now.duration_since(last) >= Self::OVER) {
+                *self = Self::default();
+            }
+            return false;
+        }
+        self.last = Some(now);
+        let first = *self.first.get_or_insert(now);
+        let ends = now.duration_since(first) >= self.limit;
+        if ends {
+            self.first = None;
+            self.limit = (self.limit * 2).min(Self::LONGEST);
+        }
+        ends
+    }
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { first: None, last: None, limit: Self::SHORTEST }
+    }
+}
+
 fn state(link: &Link) -> Result<(), String> {
     match link.blocked() {
         None => Ok(()),
         Some(reason) => Err(format!("the broker blocks publishers: {reason}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The seconds at which connections are given up, when a window ends each second and `nacked` says
+    /// of which something was refused.
+    fn ends(seconds: u64, nacked: impl Fn(u64) -> bool) -> Vec<u64> {
+        let (mut patience, begin) = (Patience::default(), Instant::now());
+        (0..seconds).filter(|n| patience.ends(nacked(*n), begin + Duration::from_secs(*n))).collect()
+    }
+
+    #[test]
+    fn a_connection_over_which_events_are_refused_is_given_up_ever_more_seldom() {
+        assert_eq!(ends(20, |_| false), Vec::<u64>::new());
+        assert_eq!(ends(2_000, |_| true), [5, 16, 37, 78, 159, 320, 621, 922, 1223, 1524, 1825]);
+        // Other events pass meanwhile.
+        assert_eq!(ends(100, |n| n % 10 == 0), [10, 30, 60]);
+        // Then nothing is refused for half a minute.
+        assert_eq!(ends(100, |n| n < 7 || n > 60), [5, 66, 77, 98]);
     }
 }

@@ -179,12 +179,15 @@ pub struct State {
     pub relays: Vec<(RelayRow, Backlog, Parked)>,
     /// Who holds the outbox lock.
     pub holders: Vec<LockHolder>,
+    /// The server is a standby, or still starting: nobody leads there, and the rest is a copy.
+    pub in_recovery: bool,
 }
 
 /// Looks at all relays, or at the one called `name`.
 pub async fn look(conn: &mut PgConnection, name: Option<&str>) -> Result<State, sqlx::Error> {
     let mut snapshot = conn.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
-    let mut state = State { relays: Vec::new(), holders: Vec::new() };
+    let in_recovery = sqlx::query_scalar("SELECT pg_is_in_recovery()").fetch_one(&mut *snapshot).await?;
+    let mut state = State { relays: Vec::new(), holders: Vec::new(), in_recovery };
     for (row, parked) in relays(&mut snapshot, name).await? {
         let backlog = backlog(&mut snapshot, &row.name).await?;
         state.relays.push((row, backlog, parked));

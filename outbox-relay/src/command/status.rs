@@ -53,6 +53,8 @@ fn interval(text: &str) -> Result<Duration, String> {
 /// What `status` answers.
 #[derive(Debug, Serialize)]
 struct Status {
+    /// The server is a standby, so that the rest is a copy, and of some time ago.
+    in_recovery: bool,
     relays: Vec<RelayStatus>,
     lock_holders: Vec<LockHolder>,
 }
@@ -252,16 +254,23 @@ impl Status {
             let before = before.iter().find(|before| before.name == row.name);
             RelayStatus::new(row, &backlog, parked, before)
         });
-        Self { relays: relays.collect(), lock_holders: state.holders }
+        Self { in_recovery: state.in_recovery, relays: relays.collect(), lock_holders: state.holders }
     }
 
     fn verdict(&self) -> Verdict {
-        let well = !self.relays.is_empty() && self.relays.iter().all(RelayStatus::is_well);
+        let well =
+            !self.in_recovery && !self.relays.is_empty() && self.relays.iter().all(RelayStatus::is_well);
         if well { Verdict::Well } else { Verdict::NotWell }
     }
 
     fn text(&self) -> String {
         let mut text = String::new();
+        if self.in_recovery {
+            text.push_str(
+                "this server is in recovery: a standby, or still starting. No relay leads on it, and what \
+                 follows is a copy; connect to the primary\n",
+            );
+        }
         if self.relays.is_empty() {
             text.push_str("no relay has run on this database yet; start outbox-relay run\n");
         }
