@@ -32,10 +32,10 @@ async fn the_database() {
     let load = field.load();
     sleep(10 * WHILE).await;
     load.stop().await;
-    field.whole_but_open(fault, 0).await;
+    field.whole(fault, 0).await;
     idle.execute("COMMIT").await.unwrap();
     drop(idle);
-    field.whole_but_open(fault, 0).await;
+    field.whole(fault, 0).await;
 
     let fault = "PostgreSQL stopped (fast) and started";
     let load = field.load();
@@ -45,7 +45,7 @@ async fn the_database() {
     field.servers.postgres.start().await.unwrap();
     sleep(WHILE).await;
     load.stop().await;
-    field.whole_but_open(fault, UNSTORED).await;
+    field.whole(fault, UNSTORED).await;
 
     // What was prepared outlives its server, and is published when it is committed.
     let fault = "the prepared transaction committed";

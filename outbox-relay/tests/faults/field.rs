@@ -179,31 +179,6 @@ impl Field {
         assert!(again <= twice, "{fault}: {again} events came again, and {twice} might");
     }
 
-    /// As [`whole`](Self::whole), but transactions that have appended are still open.
-    pub(crate) async fn whole_but_open(&mut self, fault: &str, twice: usize) {
-        let begin = Instant::now();
-        let (mut arrived, mut again) = (0, 0);
-        while self.missing().await > 0 {
-            assert!(
-                begin.elapsed() < Duration::from_mins(1),
-                "{fault}: {} are missing",
-                self.missing().await
-            );
-            let messages = self.drain().await;
-            arrived += messages.len();
-            again += self.take_in(fault, &messages);
-        }
-        self.all_arrived(fault).await;
-        println!(
-            "{fault}: all there {:.1} s after the load, {arrived} arrived, {again} of them again",
-            begin.elapsed().as_secs_f32(),
-        );
-        assert!(again <= twice, "{fault}: {again} events came again, and {twice} might");
-        for relay in &self.relays {
-            relay.is_ready().await;
-        }
-    }
-
     /// Checks the order, and counts what came before.
     fn take_in(&mut self, fault: &str, messages: &[Message]) -> usize {
         let mut again = 0;
@@ -218,9 +193,10 @@ impl Field {
         again
     }
 
-    /// Every relay is ready, and nothing is left to publish.
+    /// Every relay is ready, and nothing that is stored is left to publish.
     pub(crate) async fn settled(&self, fault: &str) {
-        let sql = "SELECT low_water >= (SELECT coalesce(max(position), 0) FROM outbox.event) AND open = '{}'
+        let sql = "SELECT NOT EXISTS (SELECT FROM outbox.event WHERE position > high OR position <@ ANY (
+                                         SELECT unnest(open)))
                           AND NOT EXISTS (SELECT FROM outbox.parked)
                    FROM outbox.relay";
         eventually(&format!("{fault}: everything is settled"), async || {
