@@ -45,8 +45,8 @@ impl Postgres {
         Ok(postgres)
     }
 
-    fn place(folder: &Folder, part: &str, port: u16, durable: bool) -> anyhow::Result<(Self, PathBuf)> {
-        let home = folder.part(part)?;
+    fn place(folder: &Folder, name: &str, port: u16, durable: bool) -> anyhow::Result<(Self, PathBuf)> {
+        let home = folder.part(name)?;
         let data = home.join("data");
         let user = user(folder.path(), &home)?;
         let postgres = Self {
@@ -57,7 +57,7 @@ impl Postgres {
             password: folder.secrets().postgres.clone(),
             durable,
             mark: folder.mark().to_owned(),
-            log: folder.log(part)?,
+            log: folder.log(name)?,
             process: None,
         };
         Ok((postgres, home))

@@ -1,11 +1,10 @@
 use std::{
     fmt,
-    str::FromStr,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
-use lapin::{Connection, ConnectionProperties, uri::AMQPUri};
+use lapin::{Connection, ConnectionProperties, tcp::OwnedTLSConfig, uri::AMQPUri};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -27,28 +26,24 @@ const HEALTHY: Duration = Duration::from_secs(30);
 
 /// A node of the broker.
 #[derive(Clone)]
-pub struct Node(AMQPUri);
+pub struct Node {
+    uri: AMQPUri,
+    tls: OwnedTLSConfig,
+}
 
-/// The text is no AMQP URL. Never quotes it, since it holds the password.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("it should look like amqp://user:password@host:5672/vhost")]
-pub struct InvalidNode;
-
-impl FromStr for Node {
-    type Err = InvalidNode;
-
-    fn from_str(url: &str) -> Result<Self, InvalidNode> {
-        let mut uri: AMQPUri = url.parse().map_err(|_| InvalidNode)?;
+impl Node {
+    /// Where it is, and with `amqps` whom to trust.
+    pub fn new(mut uri: AMQPUri, tls: OwnedTLSConfig) -> Self {
         uri.query.heartbeat.get_or_insert(HEARTBEAT);
         uri.query.connection_timeout.get_or_insert(u64::try_from(CONNECT.as_millis()).unwrap_or(u64::MAX));
-        Ok(Self(uri))
+        Self { uri, tls }
     }
 }
 
 /// Where it is, without the password.
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}/{}", self.0.authority.host, self.0.authority.port, self.0.vhost)
+        write!(f, "{}:{}/{}", self.uri.authority.host, self.uri.authority.port, self.uri.vhost)
     }
 }
 
@@ -161,11 +156,13 @@ impl<H: Handler> Consumer<H> {
         let mut trouble = Trouble::Broker("no node of the broker is configured".to_owned());
         for attempt in 0..self.config.nodes.len() {
             let n = (*node + attempt) % self.config.nodes.len();
-            let uri = self.config.nodes[n].0.clone();
+            let Node { uri, tls } = self.config.nodes[n].clone();
             // lapin's own recovery stays off: it is this loop that begins anew.
             let properties = ConnectionProperties::default()
                 .with_connection_name(self.config.connection_name.as_str().into());
-            match tokio::time::timeout(CONNECT, Connection::connect_uri(uri, properties)).await {
+            let runtime = lapin::runtime::default_runtime()?;
+            let connect = Connection::connect_uri_with_config(uri, properties, tls, runtime);
+            match tokio::time::timeout(CONNECT, connect).await {
                 Ok(Ok(connection)) => {
                     *node = n;
                     return Ok(connection);

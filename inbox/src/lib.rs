@@ -18,7 +18,7 @@ mod status;
 mod subscription;
 mod topology;
 
-pub use consumer::{Config, Consumer, InvalidNode, Node};
+pub use consumer::{Config, Consumer, Node};
 pub use handler::{Failure, Handler};
 pub use message::{Envelope, Event, Malformed};
 pub use schema::{SCHEMA, migrator};

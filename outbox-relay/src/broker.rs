@@ -8,8 +8,8 @@ use lapin::{
     options::{ConfirmSelectOptions, ExchangeDeclareOptions},
     protocol::{AMQPErrorKind, AMQPSoftError},
     types::{FieldTable, ShortString},
-    uri::AMQPUri,
 };
+use service::config::broker::Node;
 use tokio::sync::watch;
 
 /// Connecting and declaring take no longer, or the node counts as away.
@@ -58,7 +58,7 @@ pub enum BrokerError {
 #[derive(Clone, Debug)]
 pub struct Nodes {
     /// Where to connect; the first that answers is used.
-    pub uris: Vec<AMQPUri>,
+    pub nodes: Vec<Node>,
     /// The exchange to publish to.
     pub exchange: ShortString,
     /// Declare the exchange if it does not exist.
@@ -80,25 +80,30 @@ impl Nodes {
     /// Connects to the first node that answers, beginning with a different one at each `attempt`.
     pub async fn connect(&self, attempt: usize) -> Result<Link, BrokerError> {
         let mut last = BrokerError::Away("no node is configured".to_owned());
-        for n in 0..self.uris.len() {
-            let uri = self.uris[(attempt + n) % self.uris.len()].clone();
-            let node = format!("{}:{}", uri.authority.host, uri.authority.port);
-            match tokio::time::timeout(TIMEOUT, self.open(uri)).await {
+        for n in 0..self.nodes.len() {
+            let node = self.nodes[(attempt + n) % self.nodes.len()].clone();
+            let address = format!("{}:{}", node.uri.authority.host, node.uri.authority.port);
+            match tokio::time::timeout(TIMEOUT, self.open(node)).await {
                 Ok(Ok(link)) => return Ok(link),
-                Ok(Err(BrokerError::Away(reason))) => last = BrokerError::Away(format!("{node}: {reason}")),
+                Ok(Err(BrokerError::Away(reason))) => {
+                    last = BrokerError::Away(format!("{address}: {reason}"));
+                }
                 // The node is there; another one of the same cluster would say the same.
                 Ok(Err(other)) => return Err(other),
-                Err(_) => last = BrokerError::Away(format!("{node} did not answer within {TIMEOUT:?}")),
+                Err(_) => last = BrokerError::Away(format!("{address} did not answer within {TIMEOUT:?}")),
             }
         }
         Err(last)
     }
 
-    async fn open(&self, mut uri: AMQPUri) -> Result<Link, BrokerError> {
+    async fn open(&self, node: Node) -> Result<Link, BrokerError> {
+        let Node { mut uri, tls } = node;
         let away = |e: lapin::Error| BrokerError::Away(e.to_string());
         uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
         let properties = ConnectionProperties::default().with_connection_name(self.name.as_str().into());
-        let connection = Connection::connect_uri(uri, properties).await.map_err(away)?;
+        let runtime = lapin::runtime::default_runtime().map_err(away)?;
+        let connect = Connection::connect_uri_with_config(uri, properties, tls, runtime);
+        let connection = connect.await.map_err(away)?;
         let blocked = watch_blocked(&connection);
 
         let options = ExchangeDeclareOptions { passive: !self.declare, durable: true, ..Default::default() };

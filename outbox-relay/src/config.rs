@@ -3,10 +3,9 @@
 use std::{net::SocketAddr, time::Duration};
 
 use clap::{Parser, Subcommand};
-use lapin::{types::ShortString, uri::AMQPUri};
-use secrecy::ExposeSecret;
+use lapin::types::ShortString;
 use service::{
-    config::{SettingError, broker::BrokerArgs, database::DatabaseArgs},
+    config::{broker::BrokerArgs, database::DatabaseArgs},
     shutdown::ShutdownArgs,
     telemetry::TelemetryArgs,
 };
@@ -132,29 +131,6 @@ pub struct RunArgs {
     /// Shutdown.
     #[command(flatten)]
     pub shutdown: ShutdownArgs,
-}
-
-impl RunArgs {
-    /// The nodes of the broker, parsed.
-    pub fn uris(&self) -> Result<Vec<AMQPUri>, SettingError> {
-        uris(&self.broker)
-    }
-}
-
-/// The nodes of the broker, parsed.
-pub(crate) fn uris(broker: &BrokerArgs) -> Result<Vec<AMQPUri>, SettingError> {
-    let urls = broker.urls()?;
-    urls.iter()
-        .map(|url| {
-            // The parser's own message may quote the URL, and with it the password.
-            url.expose_secret().parse().map_err(|_| {
-                SettingError::new(
-                    "AMQP_URL",
-                    "a node's URL should look like amqp://user:password@host:5672/vhost",
-                )
-            })
-        })
-        .collect()
 }
 
 /// Settings of `migrate`.

@@ -42,7 +42,7 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     let database = args.database.options("outbox-relay", STATEMENT_TIMEOUT)?;
     let identity = identity();
     let nodes = broker::Nodes {
-        uris: args.uris()?,
+        nodes: args.broker.nodes()?,
         exchange: args.exchange.clone(),
         declare: args.declare_exchange,
         name: format!("outbox-relay {} {identity}", args.name),

@@ -17,7 +17,6 @@ use inbox::{Consumer, Sequencer, Topology};
 use metrics_exporter_prometheus::PrometheusHandle;
 use outbox::Waker;
 use poem::Route;
-use secrecy::ExposeSecret;
 use service::{
     config::{SettingError, broker::BrokerArgs, database},
     health::{Health, Part},
@@ -95,9 +94,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
 }
 
 fn nodes(broker: &BrokerArgs) -> Result<Vec<inbox::Node>, SettingError> {
-    let parse = |url: &secrecy::SecretString| url.expose_secret().parse();
-    let nodes: Result<_, inbox::InvalidNode> = broker.urls()?.iter().map(parse).collect();
-    nodes.map_err(|e| SettingError::new("AMQP_URL", e))
+    Ok(broker.nodes()?.into_iter().map(|node| inbox::Node::new(node.uri, node.tls)).collect())
 }
 
 /// Shows in the program's readiness what the consumer waits for.

@@ -3,6 +3,7 @@
 //! Settings are flags with an environment variable each (clap), but for secrets: those come from a
 //! variable or a file, never from the command line, where every user of the machine could read them.
 
+#[cfg(feature = "amqp")]
 pub mod broker;
 pub mod database;
 

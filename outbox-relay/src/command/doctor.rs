@@ -105,7 +105,7 @@ struct Report {
 /// Examines the database, its relays and the broker. What it finds is an answer, not an error; a
 /// database that cannot be reached is one.
 pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
-    let uris = broker::uris(&args.broker)?;
+    let nodes = broker::nodes(&args.broker)?;
     let mut conn = args.common.reach("doctor", STATEMENT_TIMEOUT).await?;
     let database = checks::database(&mut conn, args.name.as_deref());
     let mut checks = tokio::time::timeout(TIMEOUT, database)
@@ -113,7 +113,7 @@ pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
         .map_err(|_| anyhow!("the database did not answer within {TIMEOUT:?}"))??;
     // The server need not keep a session while the broker takes its time.
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, conn.close()).await;
-    checks.extend(broker::checks(uris, &args.exchange).await);
+    checks.extend(broker::checks(nodes, &args.exchange).await);
     let report = Report::new(checks);
     args.common.answer(&report, || report.text())?;
     Ok(report.outcome())

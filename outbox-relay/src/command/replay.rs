@@ -22,7 +22,7 @@ use uuid::Uuid;
 use super::{CommandArgs, Verdict, many, state};
 use crate::{
     broker::{Link, Nodes},
-    config::{relay_name, uris},
+    config::relay_name,
     pause::Pause,
     publish::{Fate, publish},
     reader::{Event, Row},
@@ -291,7 +291,7 @@ struct Target {
 impl Target {
     async fn open(args: &ReplayArgs, id: Uuid) -> anyhow::Result<Self> {
         let nodes = Nodes {
-            uris: uris(&args.broker)?,
+            nodes: args.broker.nodes()?,
             exchange: args.exchange.clone(),
             declare: false,
             name: "outbox-relay replay".to_owned(),

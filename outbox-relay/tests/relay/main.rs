@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a panic is the report of a test")]
 
 #[macro_use]
+#[expect(dead_code, reason = "shared with the fault suite")]
 mod stack;
 
 mod by_hand;

@@ -505,7 +505,6 @@ impl Subscriber {
 /// A TCP proxy before a server, whose connections can be cut or left hanging.
 pub(crate) struct Proxy {
     port: u16,
-    #[allow(dead_code, reason = "for the fault suite, which shares this file")]
     server: watch::Sender<String>,
     hanging: watch::Sender<bool>,
 }
@@ -514,11 +513,11 @@ impl Proxy {
     pub(crate) async fn new(url: &str) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let (server, serves) = watch::channel(host(url).to_owned());
+        let (server, target) = watch::channel(host(url).to_owned());
         let (hanging, state) = watch::channel(false);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let server = serves.borrow().clone();
+                let server = target.borrow().clone();
                 tokio::spawn(forward(client, server, state.clone()));
             }
         });
@@ -526,7 +525,6 @@ impl Proxy {
     }
 
     /// From now on another server is behind it. Cuts all connections.
-    #[allow(dead_code, reason = "for the fault suite, which shares this file")]
     pub(crate) fn switch(&self, url: &str) {
         self.server.send_replace(host(url).to_owned());
         self.cut();

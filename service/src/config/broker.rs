@@ -1,36 +1,110 @@
 //! The connection to RabbitMQ.
 
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf};
 
-use secrecy::{ExposeSecret, SecretString};
+use lapin::{
+    tcp::{OwnedIdentity, OwnedTLSConfig},
+    uri::{AMQPScheme, AMQPUri},
+};
+use secrecy::ExposeSecret;
+use url::Url;
 
 use super::{SettingError, secret};
 
-const FORM: &str = "amqp://user:password@host:5672/vhost, or several of them with commas between";
+const FORM: &str = "amqp://user:password@host:5672/vhost (amqps:// with TLS), or several of them with commas \
+                    between";
+/// What a URL's query may set: RabbitMQ's URI query parameters, but for those that would weaken TLS.
+const PARAMETERS: [&str; 8] = [
+    "auth_mechanism",
+    "cacertfile",
+    "certfile",
+    "channel_max",
+    "connection_timeout",
+    "frame_max",
+    "heartbeat",
+    "keyfile",
+];
 
 /// Where the broker is. The URL itself is a secret: set `AMQP_URL`, or name a file that holds it.
 #[derive(Clone, Debug, clap::Args)]
 pub struct BrokerArgs {
     /// A file that holds the AMQP URL, instead of the variable `AMQP_URL`
-    /// (`amqp://user:password@host:5672/vhost`; several nodes with commas between).
+    /// (`amqp://user:password@host:5672/vhost`; several nodes with commas between). With `amqps://`, the
+    /// node must have a certificate for its host from an authority of this machine, or of `?cacertfile=PATH`;
+    /// `&certfile=PATH&keyfile=PATH` is a certificate to show to it.
     #[arg(long, env = "AMQP_URL_FILE", value_name = "PATH")]
     pub amqp_url_file: Option<PathBuf>,
 }
 
+/// A node of the broker: how to connect to it.
+#[derive(Clone)]
+pub struct Node {
+    /// Where it is, and as whom to log in.
+    pub uri: AMQPUri,
+    /// Whom to trust beside the machine's authorities, and what to show.
+    pub tls: OwnedTLSConfig,
+}
+
+/// Where it is, and as whom to log in, without the password.
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let AMQPUri { scheme, authority, vhost, .. } = &self.uri;
+        let user = &authority.userinfo.username;
+        write!(f, "{scheme}://{user}@{}:{}/{vhost}", authority.host, authority.port)
+    }
+}
+
 impl BrokerArgs {
-    /// The nodes' URLs, at least one, in the order in which to try them.
-    pub fn urls(&self) -> Result<Vec<SecretString>, SettingError> {
+    /// The nodes, at least one, in the order in which to try them, with the files that they need.
+    pub fn nodes(&self) -> Result<Vec<Node>, SettingError> {
         let list = secret("AMQP_URL", self.amqp_url_file.as_ref(), FORM)?;
-        list.expose_secret()
-            .split(',')
-            .map(str::trim)
-            .map(|url| {
-                if url.starts_with("amqp://") || url.starts_with("amqps://") {
-                    Ok(SecretString::from(url))
-                } else {
-                    Err(SettingError::new("AMQP_URL", format_args!("each node should look like {FORM}")))
-                }
-            })
-            .collect()
+        list.expose_secret().split(',').map(|url| node(url.trim())).collect()
+    }
+}
+
+/// Never quotes the URL, which holds the password.
+fn node(text: &str) -> Result<Node, SettingError> {
+    let wrong = || SettingError::new("AMQP_URL", format_args!("each node should look like {FORM}"));
+    let uri: AMQPUri = text.parse().map_err(|_| wrong())?;
+    let url = Url::parse(text).map_err(|_| wrong())?;
+    let mut tls = OwnedTLSConfig::default();
+    let (mut certificate, mut key) = (None, None);
+    for (name, value) in url.query_pairs() {
+        let name = PARAMETERS.iter().find(|known| **known == name).ok_or_else(|| {
+            let known = PARAMETERS.join(", ");
+            SettingError::new("AMQP_URL", format_args!("a query parameter is unknown; known are {known}"))
+        })?;
+        let read = |what: &str| pem(name, &value, what);
+        match *name {
+            "cacertfile" => tls.cert_chain = Some(read("CERTIFICATE")?),
+            "certfile" => certificate = Some(read("CERTIFICATE")?),
+            "keyfile" => key = Some(read("PRIVATE KEY")?),
+            _ => continue,
+        }
+        if uri.scheme != AMQPScheme::AMQPS {
+            return Err(SettingError::new("AMQP_URL", format_args!("{name} is for amqps:// only")));
+        }
+    }
+    tls.identity = match (certificate, key) {
+        (Some(pem), Some(key)) => Some(OwnedIdentity::PKCS8 { pem: pem.into(), key: key.into() }),
+        (None, None) => None,
+        _ => return Err(SettingError::new("AMQP_URL", "certfile and keyfile belong together")),
+    };
+    Ok(Node { uri, tls })
+}
+
+/// Reads a PEM file that a URL names.
+fn pem(parameter: &str, path: &str, what: &str) -> Result<String, SettingError> {
+    let wrong = |problem: &dyn fmt::Display| {
+        SettingError::new("AMQP_URL", format_args!("{parameter}: cannot use {path}: {problem}"))
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| wrong(&error))?;
+    // `PRIVATE KEY`, `RSA PRIVATE KEY` and `EC PRIVATE KEY` all end like this.
+    let begins =
+        |line: &str| line.starts_with("-----BEGIN ") && line.trim_end().ends_with(&format!("{what}-----"));
+    if text.lines().any(begins) {
+        Ok(text)
+    } else {
+        Err(wrong(&format_args!("it should be a PEM file with a {what}")))
     }
 }

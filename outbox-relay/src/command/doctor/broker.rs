@@ -1,35 +1,35 @@
 //! What `doctor` asks the broker.
 
-use lapin::{types::ShortString, uri::AMQPUri};
-use service::config::{SettingError, broker::BrokerArgs};
+use lapin::types::ShortString;
+use service::config::{
+    SettingError,
+    broker::{BrokerArgs, Node},
+};
 
 use super::Check;
-use crate::{
-    broker::{BrokerError, Nodes},
-    config::uris as parsed,
-};
+use crate::broker::{BrokerError, Nodes};
 
 const BROKER: &str = "broker";
 const EXCHANGE: &str = "exchange";
 const BLOCKED: &str = "blocked";
 
 /// The broker's nodes; none when nobody said where it is.
-pub(super) fn uris(args: &BrokerArgs) -> Result<Option<Vec<AMQPUri>>, SettingError> {
+pub(super) fn nodes(args: &BrokerArgs) -> Result<Option<Vec<Node>>, SettingError> {
     if args.amqp_url_file.is_none() && std::env::var_os("AMQP_URL").is_none() {
         return Ok(None);
     }
-    parsed(args).map(Some)
+    args.nodes().map(Some)
 }
 
 /// Connects as the relay does, but declares nothing and publishes nothing.
-pub(super) async fn checks(uris: Option<Vec<AMQPUri>>, exchange: &ShortString) -> Vec<Check> {
-    let Some(uris) = uris else {
+pub(super) async fn checks(nodes: Option<Vec<Node>>, exchange: &ShortString) -> Vec<Check> {
+    let Some(nodes) = nodes else {
         return [BROKER, EXCHANGE, BLOCKED]
             .map(|name| Check::skipped(name, "AMQP_URL (or AMQP_URL_FILE) is not set"))
             .into();
     };
     let name = "outbox-relay doctor".to_owned();
-    let nodes = Nodes { uris, exchange: exchange.clone(), declare: false, name };
+    let nodes = Nodes { nodes, exchange: exchange.clone(), declare: false, name };
     match nodes.connect(0).await {
         Ok(link) => {
             let blocked = link.blocked();
