@@ -20,6 +20,7 @@ pub mod rabbitmq;
 pub mod servers;
 pub mod stack;
 pub mod testing;
+pub mod tls;
 
 use std::io::Write;
 

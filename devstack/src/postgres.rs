@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     folder::{Folder, write_private},
     process::{Launch, Process, User},
+    tls::Certificate,
 };
 
 /// The oldest release that the schemas work on: `int8multirange` came with it.
@@ -164,6 +165,20 @@ impl Postgres {
     /// The URL of `role`, without a database.
     pub(crate) fn url_of(&self, role: &str) -> String {
         format!("postgres://{role}:{}@127.0.0.1:{}", self.password, self.port)
+    }
+
+    /// Encrypts connections that ask for it, from the next start on.
+    pub fn encrypt(&self, certificate: &Certificate) -> anyhow::Result<()> {
+        // The server insists on owning its key, which nobody else may read.
+        let key = self.data.join("server.key");
+        write_private(&key, &fs::read_to_string(&certificate.key)?)?;
+        if let Some(user) = self.user {
+            chown(&key, Some(user.uid), Some(user.gid))?;
+        }
+        // The certificate is for everybody, but its folder may be closed.
+        fs::write(self.data.join("server.crt"), fs::read(&certificate.certificate)?)?;
+        let conf = self.data.join("postgresql.conf");
+        Ok(fs::write(&conf, fs::read_to_string(&conf)? + "ssl = on\n")?)
     }
 
     /// Its process, while there is one.

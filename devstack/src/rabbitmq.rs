@@ -16,6 +16,7 @@ use crate::{
     ports,
     process::{Launch, Process},
     program::client,
+    tls::Certificate,
 };
 
 /// The same at every start: a node finds its data by its name. Two nodes of this name do not meet,
@@ -119,6 +120,22 @@ impl RabbitMq {
             process: None,
             epmd: None,
         })
+    }
+
+    /// From the next start on, it listens on `port` as well, with TLS, for clients that show a
+    /// certificate of the same authority.
+    pub fn encrypt(&self, port: u16, certificate: &Certificate) -> anyhow::Result<()> {
+        let conf = self.home.join("rabbitmq.conf");
+        let settings = [
+            fs::read_to_string(&conf)?,
+            format!("listeners.ssl.1 = 127.0.0.1:{port}"),
+            format!("ssl_options.cacertfile = {}", certificate.authority.display()),
+            format!("ssl_options.certfile = {}", certificate.certificate.display()),
+            format!("ssl_options.keyfile = {}", certificate.key.display()),
+            "ssl_options.verify = verify_peer".to_owned(),
+            "ssl_options.fail_if_no_peer_cert = true".to_owned(),
+        ];
+        write_private(&conf, &(settings.join("\n") + "\n"))
     }
 
     /// Starts it and waits until it answers.

@@ -137,6 +137,7 @@ async fn the_broker() {
     let fault = "RabbitMQ lost its data";
     let load = field.load();
     sleep(WHILE).await;
+    field.progress(fault).await;
     field.servers.rabbitmq.kill().await;
     field.servers.rabbitmq.forget().unwrap();
     field.servers.rabbitmq.start().await.unwrap();

@@ -209,6 +209,18 @@ impl Field {
         }
     }
 
+    /// What is stored by now is settled, whatever comes after it.
+    pub(crate) async fn progress(&self, fault: &str) {
+        let sql = "SELECT max(position) FROM outbox.event";
+        let stored: i64 = sqlx::query_scalar(sql).fetch_one(&self.stack.admin).await.unwrap();
+        eventually(&format!("{fault}: what is stored is settled"), async || {
+            let sql = "SELECT low_water >= $1 FROM outbox.relay";
+            let passed = sqlx::query_scalar::<_, bool>(sql).bind(stored).fetch_one(&self.stack.admin).await;
+            passed.unwrap().then_some(())
+        })
+        .await;
+    }
+
     /// Exactly what was committed has arrived.
     pub(crate) async fn all_arrived(&self, fault: &str) {
         let stored: Vec<Uuid> =

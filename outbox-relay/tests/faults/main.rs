@@ -20,3 +20,4 @@ mod database;
 mod field;
 mod process;
 mod standby;
+mod tls;

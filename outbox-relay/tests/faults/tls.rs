@@ -1,0 +1,134 @@
+//! Both connections encrypted, each side proving who it is.
+
+use devstack::{
+    folder::Folder,
+    ports,
+    postgres::Postgres,
+    rabbitmq::RabbitMq,
+    testing::Place,
+    tls::{Authority, Certificate},
+};
+use reqwest::Method;
+use tokio_util::sync::CancellationToken;
+
+use crate::stack::{Relay, Stack, eventually, output};
+
+/// The same user and name at another address, with a query.
+fn at(url: &str, scheme: &str, host: &str, port: u16, query: &str) -> String {
+    let (_, rest) = url.split_once("://").unwrap();
+    let (user, rest) = rest.rsplit_once('@').unwrap();
+    let (_, name) = rest.split_once('/').unwrap();
+    format!("{scheme}://{user}@{host}:{port}/{name}?{query}")
+}
+
+/// Verified on both sides it publishes; anything less is refused, for a reason that can be read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: make test-faults"]
+async fn both_connections_are_encrypted_and_verified() {
+    let folder = Folder::temporary().unwrap();
+    let authority = Authority::new(&folder.part("tls").unwrap()).unwrap();
+    let stranger = Authority::new(&folder.part("stranger").unwrap()).unwrap();
+    let (server, client) = (authority.issue("localhost").unwrap(), authority.issue("relay").unwrap());
+    let forged = stranger.issue("relay").unwrap();
+
+    let (port, amqps) = (ports::free(), ports::free());
+    let mut postgres = Postgres::new(&folder, port, false).await.unwrap();
+    postgres.encrypt(&server).unwrap();
+    let management = ports::free();
+    let mut rabbitmq = RabbitMq::new(&folder, ports::free(), management).unwrap();
+    rabbitmq.encrypt(amqps, &server).unwrap();
+    postgres.start().await.unwrap();
+    rabbitmq.start().await.unwrap();
+    let place =
+        Place { postgres: postgres.url(), amqp: rabbitmq.url(), management: rabbitmq.management_url() };
+    let stack = Stack::on(place, "faults_tls").await;
+    stack.declare_exchange(lapin::ExchangeKind::Topic).await;
+    let mut subscriber = stack.subscribe("#").await;
+
+    let database = |host: &str, authority: &Certificate| {
+        let query = format!("sslmode=verify-full&sslrootcert={}", authority.authority.display());
+        at(&stack.database_url, "postgres", host, port, &query)
+    };
+    let file = |name: &str, path: &std::path::Path| format!("{name}={}", path.display());
+    let broker = |host: &str, query: &[String]| at(&stack.amqp_url, "amqps", host, amqps, &query.join("&"));
+    let show = |shown: &Certificate| [file("certfile", &shown.certificate), file("keyfile", &shown.key)];
+    let trust = file("cacertfile", &server.authority);
+    let [certificate, key] = show(&client);
+    let right = (
+        database("localhost", &server),
+        broker("localhost", &[trust.clone(), certificate.clone(), key.clone()]),
+    );
+    let run = |database: &str, broker: &str| {
+        let mut run = stack.command("run");
+        run.env("DATABASE_URL", database).env("AMQP_URL", broker);
+        run
+    };
+
+    let mut relay = Relay::ready(&mut run(&right.0, &right.1)).await;
+    stack.append(0..1, 1, &["thing.changed"]).await;
+    subscriber.until(|messages| messages.len() == 1).await;
+    let sql = "SELECT count(*), bool_and(ssl) FROM pg_stat_activity JOIN pg_stat_ssl USING (pid)
+               WHERE application_name LIKE 'outbox-relay%'";
+    let (sessions, encrypted): (i64, bool) = sqlx::query_as(sql).fetch_one(&stack.admin).await.unwrap();
+    assert!(sessions > 0 && encrypted, "{sessions} sessions, encrypted: {encrypted}");
+    let connections = eventually("RabbitMQ lists the relay's connection", async || {
+        let user = &stack.vhost;
+        let all = stack.manage(Method::GET, "connections", None).await;
+        let relays = all.as_array()?.iter().filter(|connection| connection["user"] == user.as_str());
+        let encrypted: Vec<bool> = relays.filter_map(|connection| connection["ssl"].as_bool()).collect();
+        (!encrypted.is_empty()).then_some(encrypted)
+    })
+    .await;
+    assert!(connections.iter().all(|encrypted| *encrypted), "{connections:?}");
+    let doctor =
+        output(stack.command("doctor").env("DATABASE_URL", &right.0).env("AMQP_URL", &right.1)).await;
+    assert!(doctor.starts_with("exit code: 0"), "{doctor}");
+    assert!(relay.terminate().await.success());
+
+    let [forged_certificate, forged_key] = show(&forged);
+    for (what, database, broker, says) in [
+        (
+            "another authority's database",
+            &database("localhost", &forged),
+            &right.1,
+            "invalid peer certificate: BadSignature",
+        ),
+        ("a database of another name", &database("127.0.0.1", &server), &right.1, "not valid for name"),
+        (
+            "another authority's broker",
+            &right.0,
+            &broker("localhost", &[file("cacertfile", &forged.authority), certificate.clone(), key.clone()]),
+            "invalid peer certificate: BadSignature",
+        ),
+        (
+            "a broker of another name",
+            &right.0,
+            &broker("127.0.0.1", &[trust.clone(), certificate, key]),
+            "not valid for name",
+        ),
+        (
+            "nothing shown to the broker",
+            &right.0,
+            &broker("localhost", &[trust.clone()]),
+            "CertificateRequired",
+        ),
+        (
+            "a stranger's certificate",
+            &right.0,
+            &broker("localhost", &[trust, forged_certificate, forged_key]),
+            "UnknownCA",
+        ),
+    ] {
+        let mut relay = Relay::start(&mut run(database, broker)).await;
+        let told = eventually(&format!("{what}: /ready says {says}"), async || {
+            let (status, body) = relay.get("ready").await?;
+            (status == 503 && body.contains(says)).then_some(body)
+        })
+        .await;
+        println!("{what}: {told}");
+        assert!(relay.terminate().await.success());
+    }
+    drop(stack);
+    rabbitmq.stop(&CancellationToken::new()).await;
+    postgres.stop(&CancellationToken::new()).await;
+}
