@@ -1,11 +1,16 @@
 //! The command line and its environment variables.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{fmt::Write, net::SocketAddr, time::Duration};
 
 use clap::{Parser, Subcommand};
 use lapin::types::ShortString;
 use service::{
-    config::{broker::BrokerArgs, database::DatabaseArgs},
+    config::{
+        SettingError,
+        broker::BrokerArgs,
+        database::{self, DatabaseArgs},
+        file::Setting,
+    },
     shutdown::ShutdownArgs,
     telemetry::TelemetryArgs,
 };
@@ -131,6 +136,29 @@ pub struct RunArgs {
     /// Shutdown.
     #[command(flatten)]
     pub shutdown: ShutdownArgs,
+    /// Check all settings, read the files that they name, show what is set by whom, and end: with exit code
+    /// 2 if `run` would not start. Connects to nothing.
+    #[arg(long)]
+    pub check_config: bool,
+}
+
+impl RunArgs {
+    /// What `settings` come to, for people; an error where `run` would not start.
+    pub fn check(&self, settings: &[Setting]) -> Result<String, SettingError> {
+        let database = database::address(&self.database.options("outbox-relay", STATEMENT_TIMEOUT)?);
+        let nodes = self.broker.nodes()?.into_iter().map(|node| format!("{node:?}"));
+        let mut text = String::new();
+        for Setting { name, value, source } in settings {
+            let value = value.as_deref().unwrap_or("-");
+            let _never = writeln!(text, "{:<22} {value:<28} {source}", format!("--{name}"));
+        }
+        let _never = writeln!(text, "database: {database}");
+        for node in nodes {
+            let _never = writeln!(text, "broker: {node}");
+        }
+        text.push_str("Every setting can be used.");
+        Ok(text)
+    }
 }
 
 /// Settings of `migrate`.

@@ -2,12 +2,12 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use outbox_relay::{
     command::{Verdict, doctor, new_incarnation, parked, pause, prune, replay, status, trace},
     config::{Cli, Command},
 };
 use service::{
+    config::file::{self, Parsed},
     health,
     shutdown::{self, Shutdown},
     telemetry,
@@ -22,7 +22,12 @@ async fn main() -> ExitCode {
 }
 
 async fn start() -> anyhow::Result<Verdict> {
-    match Cli::parse().command {
+    let Parsed { cli, settings } = file::parse::<Cli>()?;
+    match cli.command {
+        Command::Run(args) if args.check_config => {
+            telemetry::start(&args.telemetry)?;
+            println!("{}", args.check(&settings)?);
+        }
         Command::Run(args) => {
             let metrics = telemetry::start(&args.telemetry)?;
             outbox_relay::run(*args, metrics, Shutdown::on_signals()?).await?;

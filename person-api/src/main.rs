@@ -2,18 +2,23 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use person_api::config::{Cli, Command};
-use service::shutdown::{self, Shutdown};
+use service::{
+    config::file,
+    shutdown::{self, Shutdown},
+};
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    shutdown::exit_code("person-api", start().await)
+}
+
+async fn start() -> anyhow::Result<()> {
+    match file::parse::<Cli>()?.cli.command {
         Command::Run(args) => run(args).await,
         Command::Migrate(args) => person_api::migrate(args).await,
         Command::Health(args) => service::health::probe(args.listen).await,
-    };
-    shutdown::exit_code("person-api", done)
+    }
 }
 
 async fn run(args: person_api::config::RunArgs) -> anyhow::Result<()> {

@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use score_api::{Cli, Command};
 use service::{
+    config::file,
     health,
     shutdown::{self, Shutdown},
     telemetry,
@@ -12,14 +12,17 @@ use service::{
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Run(config) => start(config).await,
-        Command::Health { listen } => health::probe(listen.listen).await,
-    };
-    shutdown::exit_code("score-api", result)
+    shutdown::exit_code("score-api", start().await)
 }
 
-async fn start(config: score_api::Config) -> anyhow::Result<()> {
+async fn start() -> anyhow::Result<()> {
+    match file::parse::<Cli>()?.cli.command {
+        Command::Run(config) => run(config).await,
+        Command::Health { listen } => health::probe(listen.listen).await,
+    }
+}
+
+async fn run(config: score_api::Config) -> anyhow::Result<()> {
     let metrics = telemetry::start(&config.telemetry)?;
     score_api::run(config, Some(metrics), Shutdown::on_signals()?).await
 }

@@ -2,18 +2,23 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use score_projector::config::{Cli, Command, RunArgs};
-use service::shutdown::{self, Shutdown};
+use service::{
+    config::file,
+    shutdown::{self, Shutdown},
+};
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    shutdown::exit_code("score-projector", start().await)
+}
+
+async fn start() -> anyhow::Result<()> {
+    match file::parse::<Cli>()?.cli.command {
         Command::Run(args) => run(args).await,
         Command::Migrate(args) => score_projector::migrate(args).await,
         Command::Health(args) => service::health::probe(args.listen).await,
-    };
-    shutdown::exit_code("score-projector", done)
+    }
 }
 
 async fn run(args: RunArgs) -> anyhow::Result<()> {

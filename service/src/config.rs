@@ -6,6 +6,7 @@
 #[cfg(feature = "amqp")]
 pub mod broker;
 pub mod database;
+pub mod file;
 
 use std::{fmt, path::PathBuf, str::FromStr};
 

@@ -22,6 +22,8 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use crate::config::SettingError;
+
 /// A connection on which nothing happens for so long is closed.
 const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -33,13 +35,14 @@ pub struct ShutdownArgs {
     pub drain_timeout: Duration,
 }
 
-/// The end of `main`: an error is told in one line with its causes, for people, and makes the exit code 1.
+/// The end of `main`: an error is told in one line with its causes, for people, and makes the exit code 1;
+/// 2 for a setting, as for a wrong command line, because another try would not help.
 pub fn exit_code(program: &str, result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{program}: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<SettingError>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -1,6 +1,9 @@
 //! The command line: what it says, and what it refuses to start with.
 
+use std::path::PathBuf;
+
 use sqlx::Executor;
+use uuid::Uuid;
 
 use crate::stack::{BROKER_PASSWORD, DATABASE_PASSWORD, Relay, Stack, output, program};
 
@@ -58,6 +61,26 @@ async fn settings_that_it_does_not_start_with() {
             "a malformed second node",
             vec![("DATABASE_URL", &*database), ("AMQP_URL", "amqp://a:b@c/,a:mqs3cretmqs3cret@b/")],
         ),
+        (
+            "an unknown parameter of the broker",
+            vec![("DATABASE_URL", &*database), ("AMQP_URL", "amqps://a:b@c/?verify=verify_none")],
+        ),
+        (
+            "an authority without TLS",
+            vec![("DATABASE_URL", &*database), ("AMQP_URL", "amqp://a:b@c/?cacertfile=Cargo.toml")],
+        ),
+        (
+            "no certificate in the authority's file",
+            vec![("DATABASE_URL", &*database), ("AMQP_URL", "amqps://a:b@c/?cacertfile=Cargo.toml")],
+        ),
+        (
+            "a certificate without a key",
+            vec![("DATABASE_URL", &*database), ("AMQP_URL", "amqps://a:b@c/?certfile=/nowhere/a.pem")],
+        ),
+        (
+            "no such authority of the database",
+            vec![("DATABASE_URL", "postgres://a:b@c/d?sslmode=verify-full&sslrootcert=/nowhere/a.pem")],
+        ),
         ("a bad name", vec![("RELAY_NAME", "Default Relay")]),
         ("a bad rule", vec![("UNROUTABLE", "hold,score.*=wait")]),
         ("dropping everything in passing", vec![("UNROUTABLE", "drop")]),
@@ -75,6 +98,53 @@ async fn settings_that_it_does_not_start_with() {
         said.push(format!("## {case}\n{}", output(&mut program).await));
     }
     insta::assert_snapshot!(said.join("\n\n"));
+}
+
+/// A flag goes before a variable, a variable before the file, and the file before what is built in.
+#[tokio::test]
+async fn configuration_file() {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("configuration-{}", Uuid::new_v4()));
+    std::fs::create_dir(&folder).unwrap();
+    let url = folder.join("database-url");
+    let postgres = format!("postgres://relay:{DATABASE_PASSWORD}@127.0.0.1:1/person?sslmode=require");
+    std::fs::write(&url, postgres).unwrap();
+    let good = format!(
+        "# Of every command.\n\
+         database-url-file = \"{}\"\nname = \"second\"\n\
+         # Of run alone.\n\
+         lanes = 8\nmax-events = 100\nkeep = \"30d\"\ndeclare-exchange = true\n\
+         # Of migrate, where it is required.\nsource = \"person\"",
+        url.display()
+    );
+    let amqp = format!("amqps://relay:{BROKER_PASSWORD}@mq1/%2f,amqps://relay:{BROKER_PASSWORD}@mq2:5671/v");
+    let mut said = Vec::new();
+    for (case, file, command) in [
+        ("what counts", &*good, "run --check-config --max-events 7"),
+        ("another command", &*good, "status --no-such-flag"),
+        ("a required one is in the file", &*good, "migrate"),
+        ("an unknown one", "lames = 8", "run --check-config"),
+        ("a secret", "database-url = \"postgres://a:dbs3cretdbs3cret@b/c\"", "run --check-config"),
+        ("a wrong value", "lanes = 100", "run --check-config"),
+        ("a wrong type", "lanes = [2]", "run --check-config"),
+        ("no TOML", "lanes = 2\namqp-url: mqs3cretmqs3cret", "run --check-config"),
+        ("something missing", "name = \"a\"", "run --check-config"),
+    ] {
+        let path = folder.join("relay.toml");
+        std::fs::write(&path, file).unwrap();
+        let mut program = program();
+        program.env("CONFIG_FILE", &path).env("AMQP_URL", &amqp).env("LANES", "3");
+        if case == "a wrong value" {
+            program.env_remove("LANES");
+        }
+        program.args(command.split(' '));
+        said.push(format!("## {case}\n{}", output(&mut program).await));
+    }
+    let mut program = program();
+    program.args(["--config", "/nowhere/relay.toml", "run"]);
+    said.push(format!("## no such file\n{}", output(&mut program).await));
+    let said = said.join("\n\n").replace(folder.to_str().unwrap(), "FOLDER");
+    std::fs::remove_dir_all(folder).unwrap();
+    insta::assert_snapshot!(said);
 }
 
 /// What time cannot heal ends the process, and says what to run.

@@ -49,7 +49,7 @@ pub struct Node {
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let AMQPUri { scheme, authority, vhost, .. } = &self.uri;
-        let user = &authority.userinfo.username;
+        let (user, vhost) = (&authority.userinfo.username, vhost.replace('/', "%2f"));
         write!(f, "{scheme}://{user}@{}:{}/{vhost}", authority.host, authority.port)
     }
 }
@@ -74,15 +74,16 @@ fn node(text: &str) -> Result<Node, SettingError> {
             let known = PARAMETERS.join(", ");
             SettingError::new("AMQP_URL", format_args!("a query parameter is unknown; known are {known}"))
         })?;
+        if matches!(*name, "cacertfile" | "certfile" | "keyfile") && uri.scheme != AMQPScheme::AMQPS {
+            return Err(SettingError::new("AMQP_URL", format_args!("{name} is for amqps:// only")));
+        }
         let read = |what: &str| pem(name, &value, what);
         match *name {
             "cacertfile" => tls.cert_chain = Some(read("CERTIFICATE")?),
             "certfile" => certificate = Some(read("CERTIFICATE")?),
             "keyfile" => key = Some(read("PRIVATE KEY")?),
-            _ => continue,
-        }
-        if uri.scheme != AMQPScheme::AMQPS {
-            return Err(SettingError::new("AMQP_URL", format_args!("{name} is for amqps:// only")));
+            // The others are lapin's.
+            _ => {}
         }
     }
     tls.identity = match (certificate, key) {

@@ -36,6 +36,7 @@ impl DatabaseArgs {
             return Err(SettingError::new("DATABASE_URL", format_args!("should look like {FORM}")));
         }
         let options: PgConnectOptions = parse_secret("DATABASE_URL", &url, FORM)?;
+        readable(url.expose_secret())?;
         let statement_timeout = statement_timeout.as_millis().to_string();
         Ok(options.application_name(application).options([
             ("statement_timeout", statement_timeout.as_str()),
@@ -43,6 +44,26 @@ impl DatabaseArgs {
             ("tcp_user_timeout", "10s"),
         ]))
     }
+}
+
+/// Where `options` lead, and as whom, without the password.
+pub fn address(options: &PgConnectOptions) -> String {
+    let (user, host, port) = (options.get_username(), options.get_host(), options.get_port());
+    let database = options.get_database().unwrap_or(user);
+    format!("postgres://{user}@{host}:{port}/{database} (sslmode {:?})", options.get_ssl_mode())
+}
+
+/// Checks that the files are there that the URL names: otherwise it would be seen at the first connection.
+fn readable(url: &str) -> Result<(), SettingError> {
+    let Ok(url) = url::Url::parse(url) else { return Ok(()) };
+    for (name, path) in url.query_pairs() {
+        if matches!(&*name, "sslrootcert" | "sslcert" | "sslkey") {
+            std::fs::File::open(&*path).map_err(|error| {
+                SettingError::new("DATABASE_URL", format_args!("{name}: cannot read {path}: {error}"))
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// A pool that connects when it is first used, so that a program starts while its database is away and
