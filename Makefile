@@ -21,12 +21,12 @@ env: ## Print the running stack's addresses as export lines for a shell
 	@exec $(DEVSTACK) env
 
 test: ## Run all tests but the slow fault suite
-	@devstack/install
+	@devstack/install tests
 	cargo build --workspace
 	exec $(DEVSTACK) run -- cargo test --workspace --no-fail-fast
 
 test-faults: ## Run the fault suite: servers stopped and programs killed under load
-	@devstack/install
+	@devstack/install tests
 	cargo build --workspace
 	cargo test --workspace --test faults -- --ignored --nocapture
 

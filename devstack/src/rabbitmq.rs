@@ -237,6 +237,18 @@ impl RabbitMq {
         self.launch("rabbitmqctl", &program, self.home.join("rabbitmqctl.log")).args(args).run().await
     }
 
+    /// Runs a script that calls `rabbitmqctl`, with `args`, and with `input` as its standard input.
+    pub async fn script(&self, script: &Path, args: &[&str], input: &Path) -> anyhow::Result<()> {
+        let folders = self.server.parent().map(Path::to_owned).into_iter().chain(path());
+        self.launch("a script", Path::new("bash"), self.home.join("script.log"))
+            .env("PATH", std::env::join_paths(folders)?)
+            .args(["-c", "input=$1; shift; exec \"$@\" < \"$input\"", "-"])
+            .args([input, script])
+            .args(args)
+            .run()
+            .await
+    }
+
     /// Its name in the cluster.
     pub fn node(&self) -> String {
         format!("{}@localhost", self.node)

@@ -35,6 +35,12 @@ pub enum LeaderError {
     /// This server is a standby, whose commits may still be undone by a failover.
     #[error("the server is in recovery: it is a standby or still starting; connect to the primary")]
     InRecovery,
+    /// Leadership would be a lock of somebody else's session, and what is asked of the session is lost.
+    #[error(
+        "there is a pooler between, which does not keep one session for one connection: {0}; connect the \
+         relay to PostgreSQL itself, or let the pooler do so for it (session mode)"
+    )]
+    Pooler(&'static str),
     /// Another relay took over; what this one had in memory is void.
     #[error("another relay has taken over")]
     Deposed,
@@ -130,6 +136,26 @@ async fn answer<T, E: Into<LeaderError>>(
     tokio::time::timeout(TIMEOUT, statement).await.map_err(|_| LeaderError::Silent)?.map_err(Into::into)
 }
 
+/// Checks that the connection is a session of its own: that it stays the same from one statement to the
+/// next, and has got the settings that it asked for.
+async fn own_session(conn: &mut PgConnection, lease: &str) -> Result<(), LeaderError> {
+    let mut first = None;
+    for _ in 0..3 {
+        let session = sqlx::query_as(
+            "SELECT pg_backend_pid(),
+                    (SELECT setting = $1 FROM pg_settings WHERE name = 'idle_session_timeout')",
+        );
+        let (pid, arrived): (i32, bool) = answer(session.bind(lease).fetch_one(&mut *conn)).await?;
+        if !arrived {
+            return Err(LeaderError::Pooler("the connection's settings did not arrive"));
+        }
+        if *first.get_or_insert(pid) != pid {
+            return Err(LeaderError::Pooler("its statements come to different sessions"));
+        }
+    }
+    Ok(())
+}
+
 impl Candidate {
     /// Connects, checks the schema, and registers the relay name where it is new. `lease`: how long the
     /// session may say nothing before the server ends it, and with it whatever leadership it has.
@@ -152,6 +178,7 @@ impl Candidate {
         if answer(sqlx::query_scalar("SELECT pg_is_in_recovery()").fetch_one(&mut conn)).await? {
             return Err(LeaderError::InRecovery);
         }
+        own_session(&mut conn, &milliseconds).await?;
         answer(schema().check(&mut conn)).await?;
         answer(outbox::source(&mut conn)).await?;
         // Our own small commits are what makes other people's asynchronous ones durable.

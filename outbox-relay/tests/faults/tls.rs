@@ -1,6 +1,6 @@
 //! Both connections encrypted, each side proving who it is.
 
-use std::fmt::Write;
+use std::{fmt::Write, fs, path::Path};
 
 use devstack::{
     folder::Folder,
@@ -13,7 +13,7 @@ use devstack::{
 use reqwest::Method;
 use tokio_util::sync::CancellationToken;
 
-use crate::stack::{Relay, Stack, eventually, output};
+use crate::stack::{BROKER_PASSWORD, Relay, Stack, eventually, output};
 
 /// The same user and name at another address, with a query.
 fn at(url: &str, scheme: &str, host: &str, port: u16, query: &str) -> String {
@@ -46,6 +46,14 @@ async fn both_connections_are_encrypted_and_verified() {
     let stack = Stack::on(place, "faults_tls").await;
     stack.declare_exchange(lapin::ExchangeKind::Topic).await;
     let mut subscriber = stack.subscribe("#").await;
+    // As an operator gives the relay its user, twice.
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/permissions/rabbitmq.sh");
+    let password = folder.part("relay").unwrap().join("password");
+    fs::write(&password, BROKER_PASSWORD).unwrap();
+    stack.manage(Method::DELETE, &format!("users/{}", stack.vhost), None).await;
+    for _ in 0..2 {
+        rabbitmq.script(&script, &[&stack.vhost, &stack.vhost], &password).await.unwrap();
+    }
 
     let database = |host: &str, authority: &Certificate| {
         let query = format!("sslmode=verify-full&sslrootcert={}", authority.authority.display());

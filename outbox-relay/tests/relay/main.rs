@@ -10,6 +10,7 @@ mod stack;
 mod by_hand;
 mod command_line;
 mod doctor;
+mod examples;
 mod faults;
 mod parking;
 mod partitions;

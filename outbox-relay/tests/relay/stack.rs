@@ -28,6 +28,8 @@ use uuid::Uuid;
 /// What did not happen by then never will.
 const DEADLINE: Duration = Duration::from_mins(1);
 pub(crate) const EXCHANGE: &str = "event_dispatcher";
+/// What a relay's user may configure, write and read, as `rabbitmq.sh` beside it grants it.
+const RIGHTS: &str = include_str!("../../../deploy/permissions/relay");
 /// To be found in no log and in no message.
 pub(crate) const DATABASE_PASSWORD: &str = "dbs3cretdbs3cret";
 pub(crate) const BROKER_PASSWORD: &str = "mqs3cretmqs3cret";
@@ -74,8 +76,10 @@ pub(crate) struct Stack {
     pub(crate) admin: PgPool,
     /// Connections of a role that may append events, and nothing else.
     pub(crate) writer: PgPool,
-    /// As the relay connects: what `outbox.grant_relay` grants, and `pg_read_all_stats`.
+    /// As the relay connects: what `deploy/permissions/roles.sql` grants.
     pub(crate) database_url: String,
+    /// As a service connects that appends events.
+    pub(crate) writer_url: String,
     /// As the relay connects: it may write to the exchange, and nothing else.
     pub(crate) amqp_url: String,
     /// The virtual host, also the name of the relay's user there.
@@ -105,21 +109,24 @@ impl Stack {
         let admin = PgPool::connect(&url).await.unwrap();
         outbox::install(&mut admin.acquire().await.unwrap(), "person").await.unwrap();
         let (writer, relay) = (format!("{database}_writer"), format!("{database}_relay"));
-        let roles = format!(
-            "CREATE ROLE {writer} LOGIN PASSWORD '{DATABASE_PASSWORD}'; SELECT outbox.grant_writer('{writer}');
-             CREATE ROLE {relay} LOGIN PASSWORD '{DATABASE_PASSWORD}'; SELECT outbox.grant_relay('{relay}');
-             GRANT pg_read_all_stats TO {relay}"
+        // The script that an operator runs, without psql.
+        let roles = include_str!("../../../deploy/permissions/roles.sql")
+            .replace(":'writer'", &format!("'{writer}'"))
+            .replace(":'relay'", &format!("'{relay}'"));
+        let passwords = format!(
+            "ALTER ROLE {writer} PASSWORD '{DATABASE_PASSWORD}'; ALTER ROLE {relay} PASSWORD '{DATABASE_PASSWORD}'"
         );
+        let roles = format!("{roles}; {passwords}");
         admin.execute(AssertSqlSafe(roles)).await.unwrap();
 
         let amqp = place.virtual_host(name).await;
         let (_, address) = amqp.rsplit_once('@').unwrap();
         let (_, vhost) = address.rsplit_once('/').unwrap();
+        let writer_url = format!("postgres://{writer}:{DATABASE_PASSWORD}@{host}");
         let stack = Self {
             admin,
-            writer: PgPool::connect(&format!("postgres://{writer}:{DATABASE_PASSWORD}@{host}"))
-                .await
-                .unwrap(),
+            writer: PgPool::connect(&writer_url).await.unwrap(),
+            writer_url,
             database_url: format!("postgres://{relay}:{DATABASE_PASSWORD}@{host}"),
             amqp_url: format!("amqp://{vhost}:{BROKER_PASSWORD}@{address}"),
             vhost: vhost.to_owned(),
@@ -136,12 +143,13 @@ impl Stack {
         let (user, path) =
             (json!({"password": BROKER_PASSWORD, "tags": ""}), format!("users/{}", self.vhost));
         self.manage(reqwest::Method::PUT, &path, Some(user)).await;
-        self.permit("^$").await;
+        self.permit(RIGHTS.lines().next().unwrap()).await;
     }
 
     /// Lets the relay's user declare what matches `configure`.
     pub(crate) async fn permit(&self, configure: &str) {
-        let rights = json!({"configure": configure, "write": format!("^{EXCHANGE}$"), "read": "^$"});
+        let [_, write, read] = RIGHTS.lines().collect::<Vec<_>>()[..] else { panic!("{RIGHTS}") };
+        let rights = json!({"configure": configure, "write": write, "read": read});
         let path = format!("permissions/{0}/{0}", self.vhost);
         self.manage(reqwest::Method::PUT, &path, Some(rights)).await;
     }
