@@ -268,7 +268,7 @@ fn takes(program: &str, arguments: &[&str], service: &Value, problems: &mut Prob
     }
     let output = run(started);
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    let taken = output.status.code() == Some(1) && error.contains("DATABASE_URL");
+    let taken = error.starts_with(&format!("{program}: DATABASE_URL"));
     problems.unless(taken, || format!("`{line}` does not take its settings: {}", error.trim()));
 }
 

@@ -29,12 +29,12 @@ async fn help() {
 async fn bad_settings_are_named() {
     let run = ["run", "--listen", "127.0.0.1:0"];
     insta::assert_snapshot!(output(&run, &[]).await, @r"
-    exit code 1
+    exit code 2
     score-api: DATABASE_URL (or DATABASE_URL_FILE): is not set; it should look like postgres://user:password@host:5432/database
     ");
     let secret = [("DATABASE_URL", "mysql://root:secret@db/score")];
     let refused = output(&run, &secret).await;
-    assert!(refused.starts_with("exit code 1\nscore-api: DATABASE_URL: "), "{refused}");
+    assert!(refused.starts_with("exit code 2\nscore-api: DATABASE_URL: "), "{refused}");
     assert!(!refused.contains("secret"), "{refused}");
     let database = [("DATABASE_URL", "postgres://127.0.0.1:1/score")];
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

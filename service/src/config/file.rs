@@ -64,7 +64,7 @@ impl fmt::Display for Source {
 /// Parses the command line, the environment, and the file that `--config` or `CONFIG_FILE` names. Ends
 /// the process, as clap does, where help is asked for or something is wrong with what is not in the file.
 pub fn parse<C: Parser>() -> Result<Parsed<C>, SettingError> {
-    let help = "A TOML file with settings by the names of their flags (`lanes = 4`), for those that neither \
+    let help = "A TOML file with settings by the names of their flags (`log = \"debug\"`), for those that neither \
                 a flag nor a variable sets. It holds no secrets";
     let config = Arg::new(FLAG)
         .long(FLAG)
