@@ -157,6 +157,58 @@ impl Postgres {
         }
     }
 
+    /// Starts `PgBouncer` before it, on `port`: it gives a session to each transaction anew, and swallows what
+    /// a connection asks for. `user` logs in with `password`.
+    pub async fn pooler(
+        &self,
+        folder: &Folder,
+        port: u16,
+        user: &str,
+        password: &str,
+    ) -> anyhow::Result<Process> {
+        let home = folder.part("pgbouncer")?;
+        let users = home.join("users");
+        let settings = [
+            "[databases]".to_owned(),
+            format!("* = host=127.0.0.1 port={}", self.port),
+            "[pgbouncer]".to_owned(),
+            "listen_addr = 127.0.0.1".to_owned(),
+            format!("listen_port = {port}"),
+            "unix_socket_dir =".to_owned(),
+            "auth_type = plain".to_owned(),
+            format!("auth_file = {}", users.display()),
+            "pool_mode = transaction".to_owned(),
+            "ignore_startup_parameters = extra_float_digits, options".to_owned(),
+        ];
+        let conf = home.join("pgbouncer.ini");
+        write_private(&conf, &(settings.join("\n") + "\n"))?;
+        write_private(&users, &format!("\"{user}\" \"{password}\"\n"))?;
+        if let Some(user) = self.user {
+            for path in [&home, &conf, &users] {
+                chown(path, Some(user.uid), Some(user.gid))?;
+            }
+        }
+        // Debian keeps it where only root looks by itself.
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let mut folders = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
+        let program = folders.find_map(|folder| Some(folder.join("pgbouncer")).filter(|file| file.is_file()));
+        let program = program.context("PgBouncer is not there; run devstack/install tests")?;
+        let launch =
+            Launch::new("PgBouncer", &program, self.user, Signal::TERM, &self.mark, folder.log("pgbouncer")?);
+        let mut process = launch.args([conf]).spawn().await?;
+        let end = tokio::time::Instant::now() + Duration::from_secs(10);
+        while tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err() {
+            process.check()?;
+            ensure!(
+                tokio::time::Instant::now() < end,
+                "PgBouncer does not listen after 10 s{}",
+                process.last_words()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(process)
+    }
+
     /// A superuser's URL, without a database.
     pub fn url(&self) -> String {
         self.url_of("postgres")

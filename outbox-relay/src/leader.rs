@@ -71,7 +71,7 @@ pub enum LeaderError {
 impl LeaderError {
     /// Whether waiting and trying again can help. What it cannot help ends the process.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, Self::Schema(_) | Self::Source(_) | Self::SequenceBehind { .. })
+        matches!(self, Self::Schema(_) | Self::Source(_) | Self::SequenceBehind { .. } | Self::Pooler(_))
     }
 }
 
