@@ -1,6 +1,7 @@
 //! `replay`: history is published again, beside the live relay, to everybody or to one queue alone.
 
 use std::{
+    collections::HashSet,
     fmt::Write,
     io::IsTerminal,
     time::{Duration, Instant},
@@ -8,6 +9,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use chrono::{DateTime, Utc};
+use futures_util::TryStreamExt;
 use lapin::{
     ExchangeKind,
     options::{ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions},
@@ -30,8 +32,11 @@ use crate::{
     unroutable::matches,
 };
 
-/// Events of one page, and so of one window. In memory a page takes as much as its bodies.
-const PAGE: i64 = 100;
+/// Events of one page at most, and bytes of them, but for an event that is larger by itself.
+const PAGE: usize = 100;
+const PAGE_BYTES: usize = 16 << 20;
+/// Events of the first page: the server sends all of a page, whatever is taken of it.
+const FIRST_PAGE: usize = 10;
 /// How many times in a row a page may fail before the replay gives up.
 const ATTEMPTS: usize = 8;
 /// How often the replay says where it is.
@@ -138,7 +143,7 @@ pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
             .context("the relay's progress could not be read")?;
     let to = args.range.to.map_or(high, |to| to.min(high));
     let mut progress = Progress { next: args.range.from.unwrap_or(0), ..Progress::default() };
-    let mut run = Run { args, source, open, to, id: Uuid::now_v7(), target: None };
+    let mut run = Run { args, source, open, to, id: Uuid::now_v7(), target: None, page: FIRST_PAGE };
     if !args.dry_run {
         run.target = Some(Target::open(args, run.id).await?);
         run.begin(&mut conn, progress.next).await?;
@@ -180,6 +185,8 @@ struct Run<'a> {
     id: Uuid,
     /// None in a dry run.
     target: Option<Target>,
+    /// Events that the next page asks for: twice what the last one took, unless its bytes were too many.
+    page: usize,
 }
 
 impl Run<'_> {
@@ -224,14 +231,18 @@ impl Run<'_> {
         progress: &mut Progress,
         stop: &CancellationToken,
     ) -> anyhow::Result<bool> {
-        let (began, mut reported) = (Instant::now(), Instant::now());
+        let (began, mut reported, mut first) = (Instant::now(), Instant::now(), None);
         while !stop.is_cancelled() {
             let events = self.read(conn, progress.next).await?;
             let Some(last) = events.last().map(|event| event.position) else { return Ok(true) };
+            let first = *first.get_or_insert(events[0].position);
             let chosen: Vec<Event> = events.into_iter().filter(|event| self.takes(event)).collect();
             match &mut self.target {
                 None => progress.events += chosen.len() as u64,
-                Some(target) => target.publish(&self.source, chosen, progress, stop).await?,
+                Some(target) => {
+                    let row = (self.id, &mut *conn);
+                    target.publish(&self.source, chosen, progress, row, stop).await?;
+                }
             }
             progress.next = last + 1;
             if self.target.is_some() {
@@ -249,16 +260,18 @@ impl Run<'_> {
             }
             if reported.elapsed() >= REPORT && std::io::stderr().is_terminal() {
                 reported = Instant::now();
-                eprint!("\r{} events, position {last} of {} ", progress.events, self.to);
+                eprint!("\r{}", bar(last - first, self.to - first, progress.events, began.elapsed()));
             }
         }
         Ok(false)
     }
 
-    async fn read(&self, conn: &mut PgConnection, from: i64) -> anyhow::Result<Vec<Event>> {
+    async fn read(&mut self, conn: &mut PgConnection, from: i64) -> anyhow::Result<Vec<Event>> {
         let range = &self.args.range;
         let (type_, id) = range.aggregate.clone().unzip();
-        let rows: Vec<Row> = sqlx::query_as(READ)
+        // At most ten seconds' worth: who stores no progress for a minute counts as dead.
+        let page = self.page.min(usize::try_from(self.args.rate)?.saturating_mul(10));
+        let mut rows = sqlx::query_as::<_, Row>(READ)
             .bind(from)
             .bind(self.to)
             .bind(&self.open)
@@ -266,12 +279,19 @@ impl Run<'_> {
             .bind(range.until)
             .bind(type_)
             .bind(id)
-            // At most ten seconds' worth: a replay that stores no progress for a minute counts as dead.
-            .bind(PAGE.min(i64::from(self.args.rate) * 10))
-            .fetch_all(conn)
-            .await
-            .context("the events could not be read")?;
-        Ok(rows.into_iter().map(Event::from).collect())
+            .bind(i64::try_from(page)?)
+            .fetch(conn);
+        let (mut events, mut bytes) = (Vec::new(), 0);
+        while let Some(row) = rows.try_next().await.context("the events could not be read")? {
+            let event = Event::from(row);
+            bytes += event.size();
+            events.push(event);
+            if bytes >= PAGE_BYTES {
+                break;
+            }
+        }
+        self.page = if bytes < PAGE_BYTES { PAGE.min(self.page * 2) } else { events.len() };
+        Ok(events)
     }
 
     fn takes(&self, event: &Event) -> bool {
@@ -332,12 +352,14 @@ impl Target {
             })
     }
 
-    /// Publishes a page in its order; what is refused for now is tried again.
+    /// Publishes a page, each aggregate's events in their order; what is refused for now is tried again.
+    /// Meanwhile the row of the replay says that it lives.
     async fn publish(
         &mut self,
         source: &str,
         mut events: Vec<Event>,
         progress: &mut Progress,
+        (id, conn): (Uuid, &mut PgConnection),
         stop: &CancellationToken,
     ) -> anyhow::Result<()> {
         for event in &mut events {
@@ -346,9 +368,7 @@ impl Target {
         let mut left: Vec<&Event> = events.iter().collect();
         let (mut pause, mut attempts, mut alone) = (Pause::default(), 0, false);
         while !left.is_empty() {
-            // A returned message is known by its id, so no two of a window have the same.
-            let end = (1..left.len()).find(|n| alone || left[..*n].iter().any(|e| e.id == left[*n].id));
-            let rest = left.split_off(end.unwrap_or(left.len()));
+            let rest = beyond_window(&mut left, alone);
             let why = match publish(&self.link, &self.exchange, source, &left, || true).await {
                 Ok(fates) => {
                     let mut again = Vec::new();
@@ -391,6 +411,11 @@ impl Target {
                 bail!("{why}");
             }
             pause.wait(stop).await;
+            sqlx::query("UPDATE outbox.replay SET heartbeat_at = now() WHERE id = $1")
+                .bind(id)
+                .execute(&mut *conn)
+                .await
+                .context("the replay could not say that it lives")?;
             if !self.link.channel.status().connected() {
                 // The next attempt tells, when this one cannot.
                 let _ = self.reconnect().await;
@@ -414,7 +439,76 @@ impl Target {
     }
 }
 
+/// Leaves in `left` what is published at once, and returns the rest: of each aggregate one event, so that
+/// none overtakes another that is tried again; and of each id one, by which a returned message is known.
+fn beyond_window<'a>(left: &mut Vec<&'a Event>, alone: bool) -> Vec<&'a Event> {
+    let (mut aggregates, mut ids, mut rest) = (HashSet::new(), HashSet::new(), Vec::new());
+    left.retain(|event: &&'a Event| {
+        let event: &'a Event = event;
+        let first = aggregates.insert((&event.aggregate_type, &event.aggregate_id)) && ids.insert(event.id);
+        let taken = first && !(alone && aggregates.len() > 1);
+        if !taken {
+            rest.push(event);
+        }
+        taken
+    });
+    rest
+}
+
+/// How far it is, for whoever watches: `[######              ]  30 %  3000 events, 1000/s, 7 s left`.
+fn bar(done: i64, all: i64, events: u64, took: Duration) -> String {
+    const WIDTH: usize = 20;
+    let percent = u32::try_from((done * 100).checked_div(all).unwrap_or(100)).unwrap_or(0).min(100);
+    let filled = "#".repeat(percent as usize * WIDTH / 100);
+    let text = format!("[{filled:<WIDTH$}] {percent:>3} %  {events} events");
+    if percent == 0 {
+        return text;
+    }
+    let seconds = took.as_secs_f64().max(0.001);
+    let left = super::span(seconds * f64::from(100 - percent) / f64::from(percent));
+    // Blanks over what was there before.
+    format!("{text}, {:.0}/s, {left} left    ", count(events) / seconds)
+}
+
 #[expect(clippy::cast_precision_loss, reason = "for a rate it is exact enough")]
 fn count(events: u64) -> f64 {
     events as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_has_one_event_of_each_aggregate() {
+        let event = |position: i64, aggregate: &str, id: u128| Event {
+            position,
+            id: Uuid::from_u128(id),
+            aggregate_type: "thing".to_owned(),
+            aggregate_id: aggregate.to_owned(),
+            version: position,
+            type_: "thing.changed".to_owned(),
+            payload: "{}".into(),
+            headers: None,
+            created_at: DateTime::UNIX_EPOCH,
+        };
+        let events =
+            [event(1, "a", 1), event(2, "b", 2), event(3, "a", 3), event(4, "c", 2), event(5, "d", 5)];
+        let split = |alone| {
+            let mut left: Vec<&Event> = events.iter().collect();
+            let rest = beyond_window(&mut left, alone);
+            let positions = |events: Vec<&Event>| events.iter().map(|e| e.position).collect::<Vec<_>>();
+            (positions(left), positions(rest))
+        };
+        assert_eq!(split(false), (vec![1, 2, 5], vec![3, 4]));
+        assert_eq!(split(true), (vec![1], vec![2, 3, 4, 5]));
+    }
+
+    #[test]
+    fn the_bar_says_how_far_it_is() {
+        let took = Duration::from_secs(3);
+        insta::assert_snapshot!(bar(300, 1_000, 3_000, took), @"[######              ]  30 %  3000 events, 1000/s, 7.0 s left");
+        insta::assert_snapshot!(bar(0, 1_000, 0, took), @"[                    ]   0 %  0 events");
+        insta::assert_snapshot!(bar(0, 0, 1, took), @"[####################] 100 %  1 events, 0/s, 0.0 s left");
+    }
 }
