@@ -369,6 +369,7 @@ impl Target {
         let (mut pause, mut attempts, mut alone) = (Pause::default(), 0, false);
         while !left.is_empty() {
             let rest = beyond_window(&mut left, alone);
+            let sent = left.len();
             let why = match publish(&self.link, &self.exchange, source, &left, || true).await {
                 Ok(fates) => {
                     let mut again = Vec::new();
@@ -384,11 +385,15 @@ impl Target {
                             Fate::Nacked => again.push(event),
                         }
                     }
+                    // Whoever takes at least some is slow, and not stuck.
+                    if again.len() < sent {
+                        attempts = 0;
+                        pause.reset();
+                    }
                     left = again;
                     let nacked = !left.is_empty();
                     left.extend(rest);
                     if !nacked {
-                        attempts = 0;
                         continue;
                     }
                     "the broker takes no more for now; is a queue at its limit?".to_owned()

@@ -1,9 +1,13 @@
 //! History, published again.
 
-use std::{collections::BTreeSet, process::Stdio};
+use std::{
+    collections::{BTreeSet, HashMap},
+    process::Stdio,
+    time::Duration,
+};
 
 use lapin::{
-    options::QueueDeclareOptions,
+    options::{BasicGetOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 use serde_json::json;
@@ -127,7 +131,7 @@ async fn a_part_to_everybody() {
 async fn a_full_queue_gets_history_in_order() {
     let stack = Stack::new("replay_full").await;
     let mut live = stack.subscribe("#").await;
-    stack.append(0..300, 20, &["thing.changed"]).await;
+    stack.append(0..300, 4, &["thing.changed"]).await;
     let _relay = Relay::ready(&mut stack.command("run")).await;
     live.complete(300).await;
     stack.settled("default", 300).await;
@@ -141,10 +145,22 @@ async fn a_full_queue_gets_history_in_order() {
     let path = format!("permissions/{0}/{0}", stack.vhost);
     stack.manage(reqwest::Method::PUT, &path, Some(rights)).await;
 
-    let (said, ()) = tokio::join!(replay(&stack, "--all --to-queue late"), async {
-        // Until then most of what comes is refused.
-        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-        stack.consume("late").await.complete(300).await;
-    });
+    // Its reader takes one at a time, so that it is full again and again in the middle of a window.
+    let slow_reader = async {
+        let channel = stack.channel().await;
+        let mut versions: HashMap<String, i64> = HashMap::new();
+        while versions.values().sum::<i64>() < 300 {
+            let got = channel.basic_get("late".into(), BasicGetOptions { no_ack: true }).await.unwrap();
+            let Some(got) = got else {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                continue;
+            };
+            let message = Message::from(got.delivery);
+            let last = versions.entry(message.header("aggregate_id")).or_default();
+            assert_eq!(message.header("aggregate_version"), (*last + 1).to_string());
+            *last += 1;
+        }
+    };
+    let (said, ()) = tokio::join!(replay(&stack, "--all --to-queue late"), slow_reader);
     assert!(said.contains("exit code: 0\n300 events replayed"), "{said}");
 }
