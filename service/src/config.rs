@@ -5,6 +5,7 @@
 
 #[cfg(feature = "amqp")]
 pub mod broker;
+pub mod command;
 pub mod database;
 pub mod file;
 

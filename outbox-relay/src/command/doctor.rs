@@ -106,7 +106,7 @@ struct Report {
 /// database that cannot be reached is one.
 pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
     let nodes = broker::nodes(&args.broker)?;
-    let mut conn = args.common.reach("doctor", STATEMENT_TIMEOUT).await?;
+    let mut conn = args.common.reach("outbox-relay doctor", STATEMENT_TIMEOUT).await?;
     let database = checks::database(&mut conn, args.name.as_deref());
     let mut checks = tokio::time::timeout(TIMEOUT, database)
         .await

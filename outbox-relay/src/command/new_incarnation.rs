@@ -4,7 +4,7 @@ use anyhow::{Context, anyhow};
 use serde_json::json;
 use sqlx::Connection;
 
-use super::{CommandArgs, Verdict};
+use super::{CommandArgs, Verdict, connect};
 use crate::config::STATEMENT_TIMEOUT;
 
 /// Settings of `new-incarnation`.
@@ -21,7 +21,7 @@ pub struct NewIncarnationArgs {
 /// Raises the incarnation, and with it the epoch of every relay: whoever leads is deposed by its next
 /// statement, and publishes under the new source once it leads again.
 pub async fn new_incarnation(args: &NewIncarnationArgs) -> anyhow::Result<Verdict> {
-    let mut conn = args.common.connect("new-incarnation", STATEMENT_TIMEOUT).await?;
+    let mut conn = connect(&args.common, "new-incarnation", STATEMENT_TIMEOUT).await?;
     let before = outbox::source(&mut conn).await?;
     let mut after = before.clone();
     after.incarnation += 1;

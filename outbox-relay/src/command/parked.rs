@@ -9,7 +9,7 @@ use serde_json::json;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{CommandArgs, Verdict, many, state, status::time};
+use super::{CommandArgs, Verdict, connect, many, state, status::time};
 use crate::{
     config::{STATEMENT_TIMEOUT, relay_name},
     unroutable::matches,
@@ -101,7 +101,7 @@ impl Selection {
 
 /// Looks at what is aside, or changes it.
 pub async fn parked(args: &ParkedArgs) -> anyhow::Result<Verdict> {
-    let mut conn = args.common.connect("parked", STATEMENT_TIMEOUT).await?;
+    let mut conn = connect(&args.common, "parked", STATEMENT_TIMEOUT).await?;
     state::known(&mut conn, &args.name).await?;
     // Without bodies; as many rows as --max-parked allows, by the primary key.
     let sql = "SELECT position, id, aggregate_type, aggregate_id, version, type, reason, detail, attempts,
@@ -250,7 +250,7 @@ async fn drop(
 
 /// What happens next.
 fn next(event: &Aside) -> String {
-    let tried = format!("tried {}", many(event.attempts.into(), "time"));
+    let tried = format!("tried {}", many(event.attempts, "time"));
     match event.next_attempt_at {
         Some(at) => format!("{tried}; next, by itself, at {}", time(Some(at))),
         None => format!("{tried}; next only by hand: outbox-relay parked retry --id {}", event.id),

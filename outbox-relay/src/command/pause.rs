@@ -4,7 +4,7 @@ use anyhow::Context;
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
-use super::{CommandArgs, Verdict, state, status::time};
+use super::{CommandArgs, Verdict, connect, state, status::time};
 use crate::config::{STATEMENT_TIMEOUT, relay_name};
 
 /// Since when and by whom it was paused, and whether somebody leads.
@@ -54,7 +54,7 @@ pub async fn resume(args: &PauseArgs) -> anyhow::Result<Verdict> {
 
 async fn change(args: &PauseArgs, sql: &'static str, by: &str, pause: bool) -> anyhow::Result<Verdict> {
     let name = &args.name;
-    let mut conn = args.common.connect(if pause { "pause" } else { "resume" }, STATEMENT_TIMEOUT).await?;
+    let mut conn = connect(&args.common, if pause { "pause" } else { "resume" }, STATEMENT_TIMEOUT).await?;
     state::known(&mut conn, name).await?;
     let (since, who, led): Before =
         sqlx::query_as(sql).bind(name).bind(by).fetch_one(&mut conn).await.context("nothing was changed")?;

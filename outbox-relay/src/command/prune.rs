@@ -5,7 +5,7 @@ use std::{fmt::Write, time::Duration};
 use anyhow::Context;
 use serde_json::json;
 
-use super::{CommandArgs, Verdict};
+use super::{CommandArgs, Verdict, connect};
 use crate::partition;
 
 /// Looking for baselines reads an index over a whole partition.
@@ -30,7 +30,7 @@ pub struct PruneArgs {
 
 /// Retires partitions, the oldest first, up to the first that must be kept, and says why that one must.
 pub async fn prune(args: &PruneArgs) -> anyhow::Result<Verdict> {
-    let mut conn = args.common.connect("prune", STATEMENT_TIMEOUT).await?;
+    let mut conn = connect(&args.common, "prune", STATEMENT_TIMEOUT).await?;
     let partitions = partition::retire(&mut conn, args.keep, args.without_baseline, args.dry_run)
         .await
         .context("not everything could be retired; what was is gone, and prune can be run again")?;

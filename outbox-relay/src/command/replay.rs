@@ -21,7 +21,7 @@ use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{CommandArgs, Verdict, many, state};
+use super::{CommandArgs, Verdict, connect, many, state};
 use crate::{
     broker::{Link, Nodes},
     config::relay_name,
@@ -131,7 +131,7 @@ struct Progress {
 
 /// Replays, and says what came of it. Ctrl-C ends it after the page that is under way.
 pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
-    let mut conn = args.common.connect("replay", STATEMENT_TIMEOUT).await?;
+    let mut conn = connect(&args.common, "replay", STATEMENT_TIMEOUT).await?;
     state::known(&mut conn, &args.name).await?;
     let source = outbox::source(&mut conn).await?.to_string();
     // The open ranges as text: the driver has no type for them.

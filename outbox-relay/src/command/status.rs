@@ -12,7 +12,7 @@ use serde::Serialize;
 use sqlx::PgConnection;
 
 use super::{
-    CommandArgs, Verdict, many, span,
+    CommandArgs, Verdict, connect, many, span,
     state::{self, Backlog, LockHolder, MAX_COUNT, Parked, RelayRow, State, Waiting},
 };
 use crate::config::{STATEMENT_TIMEOUT, relay_name};
@@ -147,7 +147,7 @@ pub async fn status(args: &StatusArgs) -> anyhow::Result<Verdict> {
 }
 
 async fn once(args: &StatusArgs) -> anyhow::Result<Verdict> {
-    let mut conn = connect(args).await?;
+    let mut conn = connect(&args.common, "status", STATEMENT_TIMEOUT).await?;
     let before = progress(&look(args, &mut conn).await?);
     tokio::time::sleep(SAMPLE).await;
     let status = Status::new(look(args, &mut conn).await?, &before);
@@ -157,7 +157,7 @@ async fn once(args: &StatusArgs) -> anyhow::Result<Verdict> {
 
 /// Goes on while the database is away, once it was there.
 async fn watch(args: &StatusArgs) -> anyhow::Result<Verdict> {
-    let mut conn = Some(connect(args).await?);
+    let mut conn = Some(connect(&args.common, "status", STATEMENT_TIMEOUT).await?);
     let mut before: Option<Vec<Progress>> = None;
     let mut ticks = tokio::time::interval(args.interval);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -181,14 +181,10 @@ async fn watch(args: &StatusArgs) -> anyhow::Result<Verdict> {
     }
 }
 
-async fn connect(args: &StatusArgs) -> anyhow::Result<PgConnection> {
-    args.common.connect("status", STATEMENT_TIMEOUT).await
-}
-
 async fn look_again(args: &StatusArgs, conn: &mut Option<PgConnection>) -> anyhow::Result<State> {
     let conn = match conn {
         Some(conn) => conn,
-        None => conn.insert(connect(args).await?),
+        None => conn.insert(connect(&args.common, "status", STATEMENT_TIMEOUT).await?),
     };
     look(args, conn).await
 }

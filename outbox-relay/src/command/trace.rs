@@ -9,7 +9,7 @@ use serde_json::json;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{CommandArgs, Verdict, status::time};
+use super::{CommandArgs, Verdict, connect, status::time};
 
 /// Without a time to look at, every event is looked at.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
@@ -106,7 +106,7 @@ ORDER BY r.name";
 
 /// Finds an event, or an aggregate's last ones, and says how far each relay is with it.
 pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
-    let mut conn = args.common.connect("trace", STATEMENT_TIMEOUT).await?;
+    let mut conn = connect(&args.common, "trace", STATEMENT_TIMEOUT).await?;
     let stored = find(&mut conn, args).await.context("the outbox could not be searched")?;
     let mut events: Vec<(Stored, Vec<Fate>)> = Vec::with_capacity(stored.len());
     for event in stored {

@@ -1,0 +1,111 @@
+//! What the commands beside `run` share: each asks the database, or changes something in it, says so,
+//! and ends.
+
+use std::{fmt, process::ExitCode, time::Duration};
+
+use anyhow::{Context, bail};
+use serde::Serialize;
+use sqlx::{ConnectOptions, PgConnection};
+
+use super::database::{DatabaseArgs, Schema, SchemaError};
+use crate::telemetry::TelemetryArgs;
+
+/// Connecting takes no longer, or the database counts as away.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How a command ended that did what it was asked to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Verdict {
+    /// Done, and there is nothing to say against it. Exit code 0.
+    Well,
+    /// Done, but the answer is one that somebody should look at. Exit code 3.
+    NotWell,
+}
+
+impl From<Verdict> for ExitCode {
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Well => Self::SUCCESS,
+            Verdict::NotWell => Self::from(3),
+        }
+    }
+}
+
+/// What every command takes.
+#[derive(Debug, clap::Args)]
+pub struct CommandArgs {
+    /// The database.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+    /// Answer with one JSON document instead of text for people.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Logging.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+}
+
+impl CommandArgs {
+    /// Connects, with every statement limited to `statement_timeout`, to a database whose `schemas` are
+    /// the ones that this program knows. The server sees the connection as `application`.
+    pub async fn connect(
+        &self,
+        application: &str,
+        schemas: &[Schema],
+        statement_timeout: Duration,
+    ) -> anyhow::Result<PgConnection> {
+        let mut conn = self.reach(application, statement_timeout).await?;
+        let check = async {
+            for schema in schemas {
+                schema.check(&mut conn).await?;
+            }
+            Ok(())
+        };
+        match tokio::time::timeout(CONNECT_TIMEOUT, check).await {
+            Ok(Ok(())) => Ok(conn),
+            Ok(Err(SchemaError::Database(error))) => Err(error).context("the database cannot be reached"),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => bail!("the database did not answer within {CONNECT_TIMEOUT:?}"),
+        }
+    }
+
+    /// As [`connect`](Self::connect), to whatever database it is.
+    pub async fn reach(
+        &self,
+        application: &str,
+        statement_timeout: Duration,
+    ) -> anyhow::Result<PgConnection> {
+        let options = self.database.options(application, statement_timeout)?;
+        match tokio::time::timeout(CONNECT_TIMEOUT, options.disable_statement_logging().connect()).await {
+            Ok(connected) => connected.context("the database cannot be reached"),
+            Err(_) => bail!("the database did not answer within {CONNECT_TIMEOUT:?}"),
+        }
+    }
+
+    /// Writes the answer to standard output: `text` for people, or `answer` as JSON.
+    pub fn answer(&self, answer: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(answer)?);
+        } else {
+            println!("{}", text().trim_end());
+        }
+        Ok(())
+    }
+}
+
+/// A number and its noun, which has an `s` when there are more of it, or none.
+pub fn many<N: Copy + fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) -> String {
+    if count == N::from(1) { format!("1 {noun}") } else { format!("{count} {noun}s") }
+}
+
+/// A time span for people: as exact as somebody needs it who wonders whether to act.
+pub fn span(seconds: f64) -> String {
+    match seconds.max(0.0) {
+        s if s < 10.0 => format!("{s:.1} s"),
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 2.0 * 3_600.0 => format!("{:.0} min", s / 60.0),
+        s if s < 48.0 * 3_600.0 => format!("{:.0} h", s / 3_600.0),
+        s => format!("{:.0} days", s / 86_400.0),
+    }
+}
