@@ -131,6 +131,7 @@ pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
     }
     for role in &args.grant_api {
         grant(&mut conn, role, "SELECT score.grant_api($1::text::regrole)").await?;
+        grant(&mut conn, role, "SELECT inbox.grant_reader($1::text::regrole)").await?;
     }
     conn.close().await?;
     println!("the schemas score and inbox are current");
