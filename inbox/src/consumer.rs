@@ -176,7 +176,7 @@ impl<H: Handler> Consumer<H> {
     }
 
     async fn ask_database(&self) -> Result<(), Trouble> {
-        let question = sqlx::query("SELECT 1").execute(self.sequencer.pool());
+        let question = sqlx::query("SELECT 1").execute(&self.sequencer.pool);
         let answer = match tokio::time::timeout(CONNECT, question).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(describe(&error)),

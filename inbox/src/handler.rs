@@ -18,6 +18,25 @@ pub trait Handler: Send + Sync + 'static {
         tx: &mut Transaction<'_, Postgres>,
     ) -> impl Future<Output = Result<(), Failure>> + Send;
 
+    /// Applies events in one transaction, in this order: those of one aggregate follow each other, those
+    /// of several are mixed. It is what the sequencer calls, with one event too. It may be overridden
+    /// to read and write in bulk; as it stands it takes one event after the other.
+    ///
+    /// When it fails nothing of it remains, and it is called again with fewer events, until the one at
+    /// fault is alone.
+    fn handle_batch(
+        &self,
+        events: &[Event],
+        tx: &mut Transaction<'_, Postgres>,
+    ) -> impl Future<Output = Result<(), Failure>> + Send {
+        async move {
+            for event in events {
+                self.handle(event, tx).await?;
+            }
+            Ok(())
+        }
+    }
+
     /// Called after a commit that applied events: the place to wake somebody up.
     fn committed(&self) {}
 }

@@ -8,15 +8,19 @@
 //! reconnects and drains. The [`Sequencer`] between them is usable without a broker.
 
 mod backoff;
+mod chain;
 mod consumer;
 mod handler;
 mod ledger;
 mod message;
+mod plan;
+mod save;
 mod schema;
 mod sequencer;
 mod status;
 mod subscription;
 mod topology;
+mod transaction;
 
 pub use consumer::{Config, Consumer, Node};
 pub use handler::{Failure, Handler};

@@ -1,6 +1,9 @@
 //! The sequencer's table, case by case, each under a consumer's name of its own in one database.
 
-use std::sync::atomic::Ordering;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
 
 use inbox::{Envelope, Interrupted, Outcome, Sequencer};
 use lapin::{
@@ -10,6 +13,26 @@ use lapin::{
 use sqlx::PgPool;
 
 use crate::support::{Recorder, database, event, forked, tables, typed};
+
+/// Counts what sqlx says it sends.
+#[derive(Clone, Default)]
+struct Statements(Arc<AtomicU32>);
+
+impl tracing::Subscriber for Statements {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.target() == "sqlx::query"
+    }
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
 
 struct Case {
     pool: PgPool,
@@ -145,6 +168,72 @@ async fn poison_is_held_and_costs_nobody_else() {
     let baseline = typed("thing.baseline", "a", 5, "", &["baseline"]);
     assert_eq!(case.apply(&[event("a", 7, ""), baseline]).await.applied, 1);
     insta::assert_snapshot!("poison_after_baseline", tables(&case.pool, case.consumer).await);
+}
+
+#[tokio::test]
+async fn one_in_a_hundred_is_found_by_halving() {
+    let case = Case::new("halving").await;
+    let batch = |poison: usize| -> Vec<Envelope> {
+        (0..100)
+            .map(|n| event(&format!("{poison} {n}"), 1, if n == poison { "poison" } else { "" }))
+            .collect()
+    };
+    // The whole, then two halves at each of seven levels.
+    for poison in [0, 63, 99] {
+        let before = case.handler.calls.load(Ordering::Relaxed);
+        let outcome = case.apply(&batch(poison)).await;
+        assert_eq!(outcome, Outcome { applied: 99, poison: 1, ..Outcome::default() });
+        let calls = case.handler.calls.load(Ordering::Relaxed) - before;
+        assert!(calls <= 1 + 2 * 7, "{calls} calls");
+    }
+
+    // Among events that were held before, too.
+    let mut held: Vec<Envelope> =
+        (2..=120).map(|v| event("held", v, if v == 100 { "poison" } else { "" })).collect();
+    assert_eq!(case.apply(&held).await.held, 119);
+    let before = case.handler.calls.load(Ordering::Relaxed);
+    held.truncate(1);
+    let outcome = case.apply(&[event("held", 1, "")]).await;
+    assert_eq!(outcome, Outcome { applied: 99, poison: 1, ..Outcome::default() });
+    let calls = case.handler.calls.load(Ordering::Relaxed) - before;
+    assert!(calls <= 2 + 3 * 6, "{calls} calls");
+}
+
+#[tokio::test]
+async fn a_batch_costs_as_many_statements_whatever_is_in_it() {
+    let case = Case::new("statements").await;
+    let messages = |count: usize| -> Vec<Envelope> {
+        let mut all = Vec::new();
+        for n in 0..count {
+            let mut no_event = event("x", 1, &format!("{count} {n}"));
+            no_event.properties = no_event.properties.with_message_id("none".into());
+            let fork = forked(event(&format!("{count} a {n}"), 1, "other"), "a", 1, 60);
+            all.push(event(&format!("{count} a {n}"), 1, ""));
+            all.push(event(&format!("{count} b {n}"), 2, ""));
+            all.push(event(&format!("{count} c {n}"), 3, ""));
+            all.extend([fork, no_event]);
+        }
+        all
+    };
+    let filler = |count: usize| -> Vec<Envelope> {
+        (0..count)
+            .flat_map(|n| [event(&format!("{count} b {n}"), 1, ""), event(&format!("{count} c {n}"), 1, "")])
+            .collect()
+    };
+    let mut counts = Vec::new();
+    for count in [1, 20] {
+        for batch in [messages(count), filler(count)] {
+            let statements = Statements::default();
+            let counting = tracing::subscriber::set_default(statements.clone());
+            let outcome = case.apply(&batch).await;
+            drop(counting);
+            // The handler's own are one for each event.
+            counts.push(u64::from(statements.0.load(Ordering::Relaxed)) - outcome.applied);
+        }
+    }
+    // Insert and lock chains, read what is held, then versions, held and rejected, or what was held and its
+    // end; commit.
+    insta::assert_compact_debug_snapshot!(counts, @"[7, 7, 7, 7]");
 }
 
 #[tokio::test]

@@ -47,6 +47,8 @@ pub(crate) struct Recorder {
     /// Events of the body `transient` succeed from now on.
     pub(crate) passed: Arc<AtomicBool>,
     pub(crate) commits: Arc<AtomicU32>,
+    /// How often it was called, for one event or for many.
+    pub(crate) calls: Arc<AtomicU32>,
 }
 
 impl Recorder {
@@ -93,6 +95,18 @@ impl Handler for Recorder {
                         .await?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    async fn handle_batch(
+        &self,
+        events: &[Event],
+        tx: &mut Transaction<'_, Postgres>,
+    ) -> Result<(), Failure> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        for event in events {
+            self.handle(event, tx).await?;
         }
         Ok(())
     }
@@ -170,7 +184,7 @@ pub(crate) async fn tables(pool: &PgPool, consumer: &str) -> String {
             "inbox.rejected",
             "SELECT concat_ws(' ', reason, quote_literal(detail), routing_key, properties,
                               encode(body, 'escape'), 'times ' || times, length(digest) || ' bytes of digest')
-             FROM inbox.rejected WHERE consumer = $1 ORDER BY id",
+             FROM inbox.rejected WHERE consumer = $1 ORDER BY reason DESC, body, detail",
         ),
     ];
     for (title, sql) in sections {

@@ -1,0 +1,155 @@
+//! What one transaction will do, decided in memory before anything is called or written.
+
+use sqlx::{Postgres, Transaction};
+use uuid::Uuid;
+
+use crate::{
+    Envelope, Event, Malformed, Outcome,
+    chain::{Decision, Held, Key, Next, Reason},
+    ledger::Ledger,
+    save::{Rejected, Rejection},
+};
+
+/// A message, parsed once for all tries.
+pub(crate) struct Message<'a> {
+    pub(crate) envelope: &'a Envelope,
+    pub(crate) event: Result<Event, Malformed>,
+}
+
+impl<'a> Message<'a> {
+    pub(crate) fn new(envelope: &'a Envelope) -> Self {
+        Self { envelope, event: envelope.event() }
+    }
+}
+
+/// An event whose turn it is.
+pub(crate) struct Due<'a> {
+    pub(crate) key: Key,
+    pub(crate) version: i64,
+    id: Uuid,
+    /// None when it is held, and has to be read.
+    received: Option<&'a Event>,
+    /// Where its chain stood before, should it be refused.
+    before: (i64, Option<Uuid>),
+}
+
+/// The decisions of one transaction.
+pub(crate) struct Plan<'a> {
+    pub(crate) ledger: Ledger<'a>,
+    /// How many held events may still be applied.
+    budget: usize,
+    /// What to apply, in this order.
+    pub(crate) due: Vec<Due<'a>>,
+    /// Aggregates with held events that may be next, but for which the budget did not last.
+    pub(crate) unfinished: Vec<Key>,
+    pub(crate) rejected: Vec<Rejected<'a>>,
+    pub(crate) outcome: Outcome,
+}
+
+impl<'a> Plan<'a> {
+    pub(crate) fn new(ledger: Ledger<'a>, budget: usize) -> Self {
+        Self {
+            ledger,
+            budget,
+            due: Vec::new(),
+            unfinished: Vec::new(),
+            rejected: Vec::new(),
+            outcome: Outcome::default(),
+        }
+    }
+
+    /// Takes a message that was received.
+    pub(crate) fn message(&mut self, message: &'a Message<'a>) -> sqlx::Result<()> {
+        let event = match &message.event {
+            Ok(event) => event,
+            Err(malformed) => {
+                self.outcome.rejected += 1;
+                self.reject(message.envelope, None, Rejection::Malformed, malformed.to_string());
+                return Ok(());
+            }
+        };
+        let key = Key::from(event);
+        match self.ledger.chain(&key)?.decide(event) {
+            Decision::Duplicate | Decision::Tried => self.outcome.duplicates += 1,
+            Decision::Fork(detail) => {
+                self.outcome.forks += 1;
+                self.reject(message.envelope, Some(event), Rejection::Fork, detail.to_owned());
+            }
+            Decision::Apply => self.apply(&key, event.version, event.id, Some(event))?,
+            Decision::Hold => {
+                self.outcome.held += 1;
+                let held = Held { id: event.id, reason: Reason::Gap, received: Some(event) };
+                self.ledger.chain(&key)?.held.insert(event.version, held);
+            }
+        }
+        self.drain(&key)
+    }
+
+    /// Takes what is held next to where the chain of `key` stands. Also after a duplicate: the process
+    /// may have died between two transactions of a long chain, and then its filler comes again.
+    pub(crate) fn drain(&mut self, key: &Key) -> sqlx::Result<()> {
+        loop {
+            let chain = self.ledger.chain(key)?;
+            let version = chain.version + 1;
+            let (id, received) = match chain.next() {
+                Next::Nothing => return Ok(()),
+                Next::Event(held) if held.reason.blocks() => return Ok(()),
+                Next::Event(held) if held.received.is_some() || self.budget > 0 => (held.id, held.received),
+                Next::Event(_) | Next::Unknown => {
+                    if !self.unfinished.contains(key) {
+                        self.unfinished.push(key.clone());
+                    }
+                    return Ok(());
+                }
+            };
+            if received.is_none() {
+                self.budget -= 1;
+            }
+            self.apply(key, version, id, received)?;
+        }
+    }
+
+    fn apply(&mut self, key: &Key, version: i64, id: Uuid, received: Option<&'a Event>) -> sqlx::Result<()> {
+        let chain = self.ledger.chain(key)?;
+        let before = (chain.version, chain.last_event_id);
+        chain.advance(version, id);
+        self.due.push(Due { key: key.clone(), version, id, received, before });
+        Ok(())
+    }
+
+    fn reject(
+        &mut self,
+        envelope: &'a Envelope,
+        event: Option<&'a Event>,
+        reason: Rejection,
+        detail: String,
+    ) {
+        self.rejected.push(Rejected { envelope, event, reason, detail });
+    }
+
+    /// The events to apply, whole.
+    pub(crate) async fn events(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<Vec<Event>> {
+        let held: Vec<_> =
+            self.due.iter().filter(|due| due.received.is_none()).map(|due| (&due.key, due.version)).collect();
+        let mut held = self.ledger.events(tx, &held).await?;
+        self.due
+            .iter()
+            .map(|due| match due.received {
+                Some(event) => Ok(event.clone()),
+                None => held.remove(&(due.key.clone(), due.version)).ok_or(sqlx::Error::RowNotFound),
+            })
+            .collect()
+    }
+
+    /// The only event that was to be applied was refused: its chain stands where it stood.
+    pub(crate) fn refused(&mut self) -> sqlx::Result<()> {
+        for due in self.due.drain(..) {
+            let chain = self.ledger.chain(&due.key)?;
+            (chain.version, chain.last_event_id) = due.before;
+            let held = Held { id: due.id, reason: Reason::Poison, received: None };
+            chain.held.insert(due.version, held);
+            self.unfinished.retain(|key| *key != due.key);
+        }
+        Ok(())
+    }
+}

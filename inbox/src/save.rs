@@ -1,0 +1,263 @@
+//! What a transaction writes to the schema `inbox`: each kind of thing in one statement, however many.
+
+use serde_json::{Map, Value};
+use sqlx::{Postgres, Transaction};
+use uuid::Uuid;
+
+use crate::{
+    Envelope, Event,
+    chain::{Chain, Key, Reason},
+    ledger::{Ledger, columns},
+};
+
+/// Why a message is kept in `inbox.rejected`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rejection {
+    Malformed,
+    Fork,
+}
+
+impl Rejection {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::Fork => "fork",
+        }
+    }
+}
+
+/// A message that cannot be applied.
+pub(crate) struct Rejected<'a> {
+    pub(crate) envelope: &'a Envelope,
+    /// The event in it, when it is one.
+    pub(crate) event: Option<&'a Event>,
+    pub(crate) reason: Rejection,
+    pub(crate) detail: String,
+}
+
+impl Ledger<'_> {
+    /// Writes how far the chains have come, drops what they hold at or below that, keeps what has to
+    /// wait, and says of the rest what it waits for now.
+    pub(crate) async fn save(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
+        self.save_versions(tx).await?;
+        self.drop_applied(tx).await?;
+        self.hold(tx).await?;
+        self.save_reasons(tx).await
+    }
+
+    async fn save_versions(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
+        let moved = || self.chains.iter().filter(|(_, chain)| chain.version > chain.stored);
+        if moved().next().is_none() {
+            return Ok(());
+        }
+        let (sources, types, ids) = columns(moved().map(|(key, _)| key));
+        let versions: Vec<i64> = moved().map(|(_, chain)| chain.version).collect();
+        let last: Vec<Option<Uuid>> = moved().map(|(_, chain)| chain.last_event_id).collect();
+        sqlx::query(
+            "UPDATE inbox.aggregate a
+             SET version = k.version, last_event_id = k.last_event_id, updated_at = now()
+             FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::uuid[])
+                  AS k (source, aggregate_type, aggregate_id, version, last_event_id)
+             WHERE (a.consumer, a.source, a.aggregate_type, a.aggregate_id)
+                 = ($1, k.source, k.aggregate_type, k.aggregate_id)",
+        )
+        .bind(self.consumer)
+        .bind(sources)
+        .bind(types)
+        .bind(ids)
+        .bind(versions)
+        .bind(last)
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
+    }
+
+    async fn drop_applied(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
+        let freed = || self.chains.iter().filter(|(_, c)| c.version > c.stored && c.has_stored());
+        if freed().next().is_none() {
+            return Ok(());
+        }
+        let (sources, types, ids) = columns(freed().map(|(key, _)| key));
+        let versions: Vec<i64> = freed().map(|(_, chain)| chain.version).collect();
+        sqlx::query(
+            "DELETE FROM inbox.held h
+             USING unnest($2::text[], $3::text[], $4::text[], $5::bigint[])
+                   AS k (source, aggregate_type, aggregate_id, version)
+             WHERE (h.consumer, h.source, h.aggregate_type, h.aggregate_id)
+                 = ($1, k.source, k.aggregate_type, k.aggregate_id) AND h.version <= k.version",
+        )
+        .bind(self.consumer)
+        .bind(sources)
+        .bind(types)
+        .bind(ids)
+        .bind(versions)
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
+    }
+
+    async fn hold(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
+        let mut keys = Vec::new();
+        let mut reasons = Vec::new();
+        let mut events = Vec::new();
+        for (key, chain) in &self.chains {
+            let waits = chain.waits().as_str();
+            for event in chain.held.values().filter_map(|held| held.received) {
+                // What was received too early may have had its turn since.
+                if event.version > chain.version {
+                    keys.push(key);
+                    reasons.push(waits);
+                    events.push(event);
+                }
+            }
+        }
+        if events.is_empty() {
+            return Ok(());
+        }
+        let (sources, types, ids) = columns(keys.into_iter());
+        sqlx::query(
+            "INSERT INTO inbox.held (consumer, source, aggregate_type, aggregate_id, version, event_id, type,
+                                     occurred_at, headers, payload, reason)
+             SELECT $1, k.source, k.aggregate_type, k.aggregate_id, k.version, k.event_id, k.type,
+                    k.occurred_at, k.headers::json, k.payload, k.reason
+             FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::uuid[], $7::text[],
+                         $8::timestamptz[], $9::text[], $10::bytea[], $11::text[])
+                  AS k (source, aggregate_type, aggregate_id, version, event_id, type, occurred_at, headers,
+                        payload, reason)",
+        )
+        .bind(self.consumer)
+        .bind(sources)
+        .bind(types)
+        .bind(ids)
+        .bind(events.iter().map(|event| event.version).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.id).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.type_.as_str()).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.occurred_at).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| json_text(&event.headers)).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.payload.as_slice()).collect::<Vec<_>>())
+        .bind(reasons)
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
+    }
+
+    /// Those that wait for the same chain wait for the same thing, so a look at a few tells of all.
+    async fn save_reasons(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
+        let differs = |chain: &Chain<'_>| {
+            let waits = chain.waits();
+            chain
+                .held
+                .range(chain.version + 1..)
+                .any(|(_, held)| held.received.is_none() && !held.reason.blocks() && held.reason != waits)
+        };
+        let other = || self.chains.iter().filter(|(_, chain)| differs(chain));
+        if other().next().is_none() {
+            return Ok(());
+        }
+        let (sources, types, ids) = columns(other().map(|(key, _)| key));
+        let reasons: Vec<&str> = other().map(|(_, chain)| chain.waits().as_str()).collect();
+        sqlx::query(
+            "UPDATE inbox.held h SET reason = k.reason
+             FROM unnest($2::text[], $3::text[], $4::text[], $5::text[])
+                  AS k (source, aggregate_type, aggregate_id, reason)
+             WHERE (h.consumer, h.source, h.aggregate_type, h.aggregate_id)
+                 = ($1, k.source, k.aggregate_type, k.aggregate_id)
+               AND h.reason IN ('gap', 'behind') AND h.reason <> k.reason",
+        )
+        .bind(self.consumer)
+        .bind(sources)
+        .bind(types)
+        .bind(ids)
+        .bind(reasons)
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
+    }
+
+    /// Keeps an event that its handler refused, or counts one more attempt of it.
+    pub(crate) async fn poison(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        key: &Key,
+        event: &Event,
+        error: &str,
+    ) -> sqlx::Result<()> {
+        // A text of PostgreSQL's cannot hold NUL, and a list of errors no novels.
+        let error: String = error.chars().filter(|c| *c != '\0').take(1_000).collect();
+        sqlx::query(
+            "INSERT INTO inbox.held (consumer, source, aggregate_type, aggregate_id, version, event_id, type,
+                                     occurred_at, headers, payload, reason, error, attempts)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::json, $10, $11, $12, 1)
+             ON CONFLICT (consumer, source, aggregate_type, aggregate_id, version) DO UPDATE
+             SET reason = excluded.reason, error = excluded.error, attempts = held.attempts + 1,
+                 last_at = now()",
+        )
+        .bind(self.consumer)
+        .bind(&key.source)
+        .bind(&key.aggregate_type)
+        .bind(&key.aggregate_id)
+        .bind(event.version)
+        .bind(event.id)
+        .bind(&event.type_)
+        .bind(event.occurred_at)
+        .bind(json_text(&event.headers))
+        .bind(&event.payload)
+        .bind(Reason::Poison.as_str())
+        .bind(error)
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
+    }
+
+    /// Keeps messages that cannot be applied, as they came. A redelivery is counted, not stored again.
+    pub(crate) async fn reject(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        rejected: &[Rejected<'_>],
+    ) -> sqlx::Result<()> {
+        if rejected.is_empty() {
+            return Ok(());
+        }
+        // In the order of the digest, like every lock; grouped, because one statement may not meet a
+        // row of its own.
+        sqlx::query(
+            "INSERT INTO inbox.rejected AS r
+                    (consumer, digest, reason, detail, routing_key, properties, body, times)
+             SELECT DISTINCT ON (digest) $1, digest, k.reason, k.detail, k.routing_key, k.properties::json,
+                    k.body, count(*) OVER (PARTITION BY digest)
+             FROM unnest($2::bytea[], $3::text[], $4::text[], $5::text[], $6::text[], $7::bytea[])
+                  WITH ORDINALITY AS k (identity, reason, detail, routing_key, properties, body, n),
+                  LATERAL (SELECT sha256(k.identity || k.body) AS digest) AS d
+             ORDER BY digest, k.n
+             ON CONFLICT (consumer, digest) DO UPDATE SET times = r.times + excluded.times, last_at = now()",
+        )
+        .bind(self.consumer)
+        .bind(rejected.iter().map(identity).collect::<Vec<_>>())
+        .bind(rejected.iter().map(|r| r.reason.as_str()).collect::<Vec<_>>())
+        .bind(rejected.iter().map(|r| r.detail.as_str()).collect::<Vec<_>>())
+        .bind(rejected.iter().map(|r| r.envelope.routing_key.replace('\0', "\u{fffd}")).collect::<Vec<_>>())
+        .bind(rejected.iter().map(|r| r.envelope.properties_json().to_string()).collect::<Vec<_>>())
+        .bind(rejected.iter().map(|r| r.envelope.body.as_slice()).collect::<Vec<_>>())
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
+    }
+}
+
+/// What makes two messages the same, beside their bodies: each part with its length before it, so that
+/// no two run together to the same bytes.
+fn identity(rejected: &Rejected<'_>) -> Vec<u8> {
+    let message_id = rejected.envelope.properties.message_id().as_ref().map_or("", |id| id.as_str());
+    let mut identity = Vec::new();
+    for part in [rejected.reason.as_str(), message_id, &rejected.envelope.routing_key] {
+        identity.extend_from_slice(&part.len().to_be_bytes());
+        identity.extend_from_slice(part.as_bytes());
+    }
+    identity
+}
+
+/// As text: sqlx sends JSON as jsonb, which refuses the "\u0000" that a header may hold.
+pub(crate) fn json_text(headers: &Map<String, Value>) -> String {
+    // Keys are texts, so this cannot fail.
+    serde_json::to_string(headers).unwrap_or_default()
+}

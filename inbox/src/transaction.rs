@@ -1,0 +1,224 @@
+//! One transaction of the sequencer: lock, decide, apply, write, commit.
+
+use std::{collections::BTreeSet, panic::AssertUnwindSafe, slice, time::Duration};
+
+use chrono::Utc;
+use futures_util::FutureExt;
+use sqlx::{Acquire, Postgres, Transaction};
+
+use crate::{
+    Event, Failure, Handler, Outcome, Sequencer,
+    chain::Key,
+    handler::{describe, is_transient},
+    ledger::{Ledger, NEAR},
+    plan::{Message, Plan},
+    save::Rejected,
+};
+
+/// A transaction that takes longer is given up; whether it was committed shows at redelivery.
+const LIMIT: Duration = Duration::from_mins(1);
+
+/// How a transaction treats its events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Many, without savepoints: fast, and failed as a whole when one of them fails.
+    Together,
+    /// One, in a savepoint, so that its failure is known to be its own.
+    Alone,
+}
+
+/// What a transaction is about.
+pub(crate) struct Work<'a> {
+    pub(crate) messages: &'a [Message<'a>],
+    /// Aggregates of which held events may be next.
+    pub(crate) resume: &'a [Key],
+    pub(crate) mode: Mode,
+    /// How many held events it may apply; the next transaction goes on.
+    pub(crate) budget: usize,
+}
+
+impl<'a> Work<'a> {
+    /// Messages, and what they free.
+    pub(crate) fn messages(messages: &'a [Message<'a>]) -> Self {
+        match messages {
+            [_] => Self { messages, resume: &[], mode: Mode::Alone, budget: 0 },
+            _ => Self { messages, resume: &[], mode: Mode::Together, budget: NEAR },
+        }
+    }
+
+    /// The next held events of some aggregates, at most `budget` of them.
+    pub(crate) fn held(resume: &'a [Key], budget: usize) -> Self {
+        let mode = if budget == 1 { Mode::Alone } else { Mode::Together };
+        Self { messages: &[], resume, mode, budget }
+    }
+}
+
+/// Why a transaction was rolled back.
+#[derive(Debug)]
+pub(crate) enum Stop {
+    /// It passes.
+    Transient(String),
+    /// It does not.
+    Failed(String),
+}
+
+impl From<sqlx::Error> for Stop {
+    fn from(error: sqlx::Error) -> Self {
+        if is_transient(&error) { Self::Transient(describe(&error)) } else { Self::Failed(describe(&error)) }
+    }
+}
+
+impl<H: Handler> Sequencer<H> {
+    /// Does the work and commits. What it could not finish comes back.
+    pub(crate) async fn transaction(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Stop> {
+        match tokio::time::timeout(LIMIT, self.begin(work)).await {
+            Ok(done) => done,
+            Err(_) => Err(Stop::Transient(format!("a transaction took longer than {LIMIT:?}"))),
+        }
+    }
+
+    async fn begin(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Stop> {
+        // Whatever keeps it from beginning (no connection, no login) is no message's fault.
+        let mut tx = self.pool.begin().await.map_err(|error| Stop::Transient(describe(&error)))?;
+        let received: Vec<&Event> = work.messages.iter().filter_map(|m| m.event.as_ref().ok()).collect();
+        let keys: BTreeSet<Key> =
+            received.iter().map(|event| Key::from(*event)).chain(work.resume.iter().cloned()).collect();
+        let mut ledger = Ledger::lock(&mut tx, &self.consumer, &keys).await?;
+        ledger.read_held(&mut tx, &received).await?;
+
+        let mut plan = Plan::new(ledger, work.budget);
+        for message in work.messages {
+            plan.message(message)?;
+        }
+        for key in work.resume {
+            plan.drain(key)?;
+        }
+
+        let events = plan.events(&mut tx).await?;
+        match (work.mode, events.as_slice()) {
+            (_, []) => {}
+            (Mode::Together, events) => self.handle(&mut tx, events).await?,
+            (Mode::Alone, [event]) => match self.handle_alone(&mut tx, event).await {
+                Ok(()) => {}
+                Err(Failure::Transient(reason)) => return Err(Stop::Transient(reason)),
+                Err(Failure::Poison(reason)) => self.refuse(&mut tx, &mut plan, event, &reason).await?,
+            },
+            (Mode::Alone, _) => return Err(Stop::Failed("more than one event to take alone".to_owned())),
+        }
+        plan.ledger.save(&mut tx).await?;
+        plan.ledger.reject(&mut tx, &plan.rejected).await?;
+        plan.outcome.applied = plan.due.len() as u64;
+        tx.commit().await?;
+        self.committed(&plan, &events);
+        Ok((plan.outcome, plan.unfinished))
+    }
+
+    /// In a savepoint, so that what the handler has changed can be taken back alone.
+    async fn handle_alone(&self, tx: &mut Transaction<'_, Postgres>, event: &Event) -> Result<(), Failure> {
+        let mut savepoint = tx.begin().await?;
+        let mut handled = self.handle(&mut savepoint, slice::from_ref(event)).await;
+        if handled.is_ok() {
+            // A deferred constraint would fail at the commit, where nobody could tell whose it is.
+            handled = sqlx::query("SET CONSTRAINTS ALL IMMEDIATE")
+                .execute(&mut *savepoint)
+                .await
+                .map(drop)
+                .map_err(Failure::from);
+        }
+        if handled.is_ok() {
+            savepoint.commit().await?;
+        } else {
+            savepoint.rollback().await?;
+        }
+        handled
+    }
+
+    /// A handler that panics has a defect that these events show: poison, not the end of the process.
+    async fn handle(&self, tx: &mut Transaction<'_, Postgres>, events: &[Event]) -> Result<(), Failure> {
+        AssertUnwindSafe(self.handler.handle_batch(events, tx))
+            .catch_unwind()
+            .await
+            .unwrap_or_else(|_| Err(Failure::poison("the handler panicked")))
+    }
+
+    /// Holds the event that its handler refused.
+    async fn refuse(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        plan: &mut Plan<'_>,
+        event: &Event,
+        reason: &str,
+    ) -> Result<(), Stop> {
+        plan.ledger.poison(tx, &Key::from(event), event, reason).await?;
+        plan.refused()?;
+        plan.outcome.poison += 1;
+        tracing::warn!(
+            consumer = self.consumer,
+            source = event.source,
+            aggregate = format_args!("{}/{}", event.aggregate_type, event.aggregate_id),
+            version = event.version,
+            event = %event.id,
+            type_ = event.type_,
+            reason,
+            "the handler refused an event; it is held, and later ones of its aggregate wait behind it"
+        );
+        Ok(())
+    }
+
+    /// Logs, counts, and wakes who waits. After the commit: what is rolled back did not happen.
+    fn committed(&self, plan: &Plan<'_>, events: &[Event]) {
+        for rejected in &plan.rejected {
+            self.log_rejected(rejected);
+        }
+        let outcome = plan.outcome;
+        let count = |name: &'static str, n: u64| {
+            metrics::counter!(name, "consumer" => self.consumer.clone()).increment(n);
+        };
+        count("inbox_applied_total", outcome.applied);
+        count("inbox_duplicates_total", outcome.duplicates);
+        count("inbox_held_total", outcome.held);
+        count("inbox_poison_total", outcome.poison);
+        count("inbox_rejected_total", outcome.rejected);
+        count("inbox_forks_total", outcome.forks);
+        if outcome.applied > 0 {
+            let lag = metrics::histogram!("inbox_lag_seconds", "consumer" => self.consumer.clone());
+            let now = Utc::now();
+            for made in events.iter().filter_map(Event::made_at) {
+                #[expect(
+                    clippy::cast_precision_loss,
+                    reason = "a lag of 285 million years is precise enough"
+                )]
+                let seconds = (now - made).num_milliseconds() as f64 / 1_000.0;
+                lag.record(seconds.max(0.0));
+            }
+            self.handler.committed();
+        }
+    }
+
+    fn log_rejected(&self, rejected: &Rejected<'_>) {
+        let (consumer, detail) = (&self.consumer, &rejected.detail);
+        let Some(event) = rejected.event else {
+            tracing::warn!(consumer, detail, "a message is no event");
+            return;
+        };
+        tracing::warn!(
+            consumer,
+            source = event.source,
+            aggregate = format_args!("{}/{}", event.aggregate_type, event.aggregate_id),
+            version = event.version,
+            event = %event.id,
+            detail,
+            "suspected fork: the source's history was rewritten without a new incarnation; the event is kept \
+             in inbox.rejected and not applied"
+        );
+    }
+}
+
+impl From<Failure> for Stop {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Transient(reason) => Self::Transient(reason),
+            Failure::Poison(reason) => Self::Failed(reason),
+        }
+    }
+}
