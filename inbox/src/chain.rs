@@ -37,7 +37,7 @@ pub(crate) enum Reason {
     Gap,
     /// An earlier version is poison, or being tried.
     Behind,
-    /// Its handler was called and has not come back.
+    /// It is tried alone, and its handler has not come back yet; or never will.
     Trying,
     /// Its handler refused it.
     Poison,
@@ -73,6 +73,7 @@ impl Reason {
 pub(crate) struct Held<'a> {
     pub(crate) id: Uuid,
     pub(crate) reason: Reason,
+    pub(crate) attempts: i32,
     /// It was received in this transaction, and is not stored yet.
     pub(crate) received: Option<&'a Event>,
 }

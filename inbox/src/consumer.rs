@@ -127,9 +127,8 @@ impl<H: Handler> Consumer<H> {
             answer(channel.close(200, "bye".into())).await?;
             self.set(|status| &mut status.broker, Ok(()));
             let topology = &self.config.topology;
-            let main = Subscription::open(&connection, topology.queue(), self.config.batch).await?;
-            // Whatever is dead-lettered is suspect: alone, each in its own transaction.
-            let dead = Subscription::open(&connection, topology.dead(), 1).await?;
+            let main = Subscription::open(&connection, topology.queue(), self.config.batch, false).await?;
+            let dead = Subscription::open(&connection, topology.dead(), self.config.batch, true).await?;
             Ok::<_, Trouble>((connection, main, dead))
         };
         // Only waiting so far, so it may be cut off.

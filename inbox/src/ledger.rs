@@ -98,16 +98,16 @@ impl<'a> Ledger<'a> {
         let (event_sources, event_types, event_ids) = columns(of_events.iter());
         let versions: Vec<i64> = events.iter().map(|event| event.version).collect();
         let rows: Vec<NearRow> = sqlx::query_as(
-            "SELECT k.source, k.aggregate_type, k.aggregate_id, h.version, h.event_id, h.reason,
+            "SELECT k.source, k.aggregate_type, k.aggregate_id, h.version, h.event_id, h.reason, h.attempts,
                     true AS near
              FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[])
                   AS k (source, aggregate_type, aggregate_id, version),
-                  LATERAL (SELECT version, event_id, reason FROM inbox.held
+                  LATERAL (SELECT version, event_id, reason, attempts FROM inbox.held
                            WHERE (consumer, source, aggregate_type, aggregate_id)
                                = ($1, k.source, k.aggregate_type, k.aggregate_id) AND version > k.version
                            ORDER BY version LIMIT $6) AS h
              UNION ALL
-             SELECT source, aggregate_type, aggregate_id, version, h.event_id, h.reason, false
+             SELECT source, aggregate_type, aggregate_id, version, h.event_id, h.reason, h.attempts, false
              FROM unnest($7::text[], $8::text[], $9::text[], $10::bigint[])
                   AS k (source, aggregate_type, aggregate_id, version)
              JOIN inbox.held h USING (source, aggregate_type, aggregate_id, version)
@@ -133,7 +133,8 @@ impl<'a> Ledger<'a> {
                 aggregate_id: row.aggregate_id,
             };
             if let Some(chain) = self.chains.get_mut(&key) {
-                let held = Held { id: row.event_id, reason: Reason::parse(&row.reason), received: None };
+                let (id, reason) = (row.event_id, Reason::parse(&row.reason));
+                let held = Held { id, reason, attempts: row.attempts, received: None };
                 chain.held.insert(row.version, held);
             }
             if row.near {
@@ -194,6 +195,7 @@ struct NearRow {
     version: i64,
     event_id: Uuid,
     reason: String,
+    attempts: i32,
     near: bool,
 }
 

@@ -7,6 +7,7 @@
 //! A subscriber writes a [`Handler`] and hands it to a [`Consumer`], which declares the queue, consumes,
 //! reconnects and drains. The [`Sequencer`] between them is usable without a broker.
 
+mod attempt;
 mod backoff;
 mod chain;
 mod consumer;

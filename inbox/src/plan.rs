@@ -8,6 +8,7 @@ use crate::{
     chain::{Decision, Held, Key, Next, Reason},
     ledger::Ledger,
     save::{Rejected, Rejection},
+    transaction::{Mode, Stop},
 };
 
 /// A message, parsed once for all tries.
@@ -29,6 +30,8 @@ pub(crate) struct Due<'a> {
     id: Uuid,
     /// None when it is held, and has to be read.
     received: Option<&'a Event>,
+    /// What is stored of it: why it is held, and how often it was tried.
+    pub(crate) held: Option<(Reason, i32)>,
     /// Where its chain stood before, should it be refused.
     before: (i64, Option<Uuid>),
 }
@@ -36,6 +39,7 @@ pub(crate) struct Due<'a> {
 /// The decisions of one transaction.
 pub(crate) struct Plan<'a> {
     pub(crate) ledger: Ledger<'a>,
+    mode: Mode,
     /// How many held events may still be applied.
     budget: usize,
     /// What to apply, in this order.
@@ -47,9 +51,10 @@ pub(crate) struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    pub(crate) fn new(ledger: Ledger<'a>, budget: usize) -> Self {
+    pub(crate) fn new(ledger: Ledger<'a>, mode: Mode, budget: usize) -> Self {
         Self {
             ledger,
+            mode,
             budget,
             due: Vec::new(),
             unfinished: Vec::new(),
@@ -59,7 +64,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Takes a message that was received.
-    pub(crate) fn message(&mut self, message: &'a Message<'a>) -> sqlx::Result<()> {
+    pub(crate) fn message(&mut self, message: &'a Message<'a>) -> Result<(), Stop> {
         let event = match &message.event {
             Ok(event) => event,
             Err(malformed) => {
@@ -70,30 +75,34 @@ impl<'a> Plan<'a> {
         };
         let key = Key::from(event);
         match self.ledger.chain(&key)?.decide(event) {
-            Decision::Duplicate | Decision::Tried => self.outcome.duplicates += 1,
+            Decision::Duplicate => self.outcome.duplicates += 1,
+            Decision::Tried if self.mode == Mode::Together => {
+                return Err(Stop::Failed("an event that may end the process is taken alone".to_owned()));
+            }
             Decision::Fork(detail) => {
                 self.outcome.forks += 1;
                 self.reject(message.envelope, Some(event), Rejection::Fork, detail.to_owned());
             }
-            Decision::Apply => self.apply(&key, event.version, event.id, Some(event))?,
+            Decision::Apply | Decision::Tried => self.apply(&key, event.version, event.id, Some(event))?,
             Decision::Hold => {
                 self.outcome.held += 1;
-                let held = Held { id: event.id, reason: Reason::Gap, received: Some(event) };
+                let held = Held { id: event.id, reason: Reason::Gap, attempts: 0, received: Some(event) };
                 self.ledger.chain(&key)?.held.insert(event.version, held);
             }
         }
-        self.drain(&key)
+        Ok(self.drain(&key)?)
     }
 
     /// Takes what is held next to where the chain of `key` stands. Also after a duplicate: the process
     /// may have died between two transactions of a long chain, and then its filler comes again.
     pub(crate) fn drain(&mut self, key: &Key) -> sqlx::Result<()> {
+        let mode = self.mode;
         loop {
             let chain = self.ledger.chain(key)?;
             let version = chain.version + 1;
             let (id, received) = match chain.next() {
                 Next::Nothing => return Ok(()),
-                Next::Event(held) if held.reason.blocks() => return Ok(()),
+                Next::Event(held) if !mode.takes(held.reason) => return Ok(()),
                 Next::Event(held) if held.received.is_some() || self.budget > 0 => (held.id, held.received),
                 Next::Event(_) | Next::Unknown => {
                     if !self.unfinished.contains(key) {
@@ -112,8 +121,10 @@ impl<'a> Plan<'a> {
     fn apply(&mut self, key: &Key, version: i64, id: Uuid, received: Option<&'a Event>) -> sqlx::Result<()> {
         let chain = self.ledger.chain(key)?;
         let before = (chain.version, chain.last_event_id);
+        let held = chain.held.get(&version).filter(|held| held.received.is_none());
+        let held = held.map(|held| (held.reason, held.attempts));
         chain.advance(version, id);
-        self.due.push(Due { key: key.clone(), version, id, received, before });
+        self.due.push(Due { key: key.clone(), version, id, received, held, before });
         Ok(())
     }
 
@@ -142,11 +153,11 @@ impl<'a> Plan<'a> {
     }
 
     /// The only event that was to be applied was refused: its chain stands where it stood.
-    pub(crate) fn refused(&mut self) -> sqlx::Result<()> {
+    pub(crate) fn refused(&mut self, attempts: i32) -> sqlx::Result<()> {
         for due in self.due.drain(..) {
             let chain = self.ledger.chain(&due.key)?;
             (chain.version, chain.last_event_id) = due.before;
-            let held = Held { id: due.id, reason: Reason::Poison, received: None };
+            let held = Held { id: due.id, reason: Reason::Poison, attempts, received: None };
             chain.held.insert(due.version, held);
             self.unfinished.retain(|key| *key != due.key);
         }

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::{
     Envelope, Event,
-    chain::{Chain, Key, Reason},
+    chain::Chain,
     ledger::{Ledger, columns},
 };
 
@@ -169,41 +169,6 @@ impl Ledger<'_> {
         .bind(types)
         .bind(ids)
         .bind(reasons)
-        .execute(&mut **tx)
-        .await?;
-        Ok(())
-    }
-
-    /// Keeps an event that its handler refused, or counts one more attempt of it.
-    pub(crate) async fn poison(
-        &self,
-        tx: &mut Transaction<'_, Postgres>,
-        key: &Key,
-        event: &Event,
-        error: &str,
-    ) -> sqlx::Result<()> {
-        // A text of PostgreSQL's cannot hold NUL, and a list of errors no novels.
-        let error: String = error.chars().filter(|c| *c != '\0').take(1_000).collect();
-        sqlx::query(
-            "INSERT INTO inbox.held (consumer, source, aggregate_type, aggregate_id, version, event_id, type,
-                                     occurred_at, headers, payload, reason, error, attempts)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::json, $10, $11, $12, 1)
-             ON CONFLICT (consumer, source, aggregate_type, aggregate_id, version) DO UPDATE
-             SET reason = excluded.reason, error = excluded.error, attempts = held.attempts + 1,
-                 last_at = now()",
-        )
-        .bind(self.consumer)
-        .bind(&key.source)
-        .bind(&key.aggregate_type)
-        .bind(&key.aggregate_id)
-        .bind(event.version)
-        .bind(event.id)
-        .bind(&event.type_)
-        .bind(event.occurred_at)
-        .bind(json_text(&event.headers))
-        .bind(&event.payload)
-        .bind(Reason::Poison.as_str())
-        .bind(error)
         .execute(&mut **tx)
         .await?;
         Ok(())

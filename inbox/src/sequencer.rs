@@ -1,12 +1,13 @@
-use std::ops::AddAssign;
+use std::{collections::BTreeSet, ops::AddAssign, sync::Mutex};
 
 use sqlx::PgPool;
 
 use crate::{
     Envelope, Handler,
+    chain::Key,
     ledger::NEAR,
     plan::Message,
-    transaction::{Stop, Work},
+    transaction::{Mode, Stop, Work},
 };
 
 /// Applies events once and in order, whatever order and however often they arrive.
@@ -29,6 +30,8 @@ pub struct Sequencer<H> {
     pub(crate) consumer: String,
     pub(crate) pool: PgPool,
     pub(crate) handler: H,
+    /// Attempts that were interrupted, which could not be written: this process lives, so they do not count.
+    pub(crate) survived: Mutex<BTreeSet<(Key, i64)>>,
 }
 
 /// What became of messages.
@@ -76,7 +79,7 @@ impl<H: Handler> Sequencer<H> {
     /// A sequencer under the name `consumer`, which must stay the same for as long as the read model
     /// lives: what was applied is remembered by it.
     pub fn new(consumer: impl Into<String>, pool: PgPool, handler: H) -> Self {
-        Self { consumer: consumer.into(), pool, handler }
+        Self { consumer: consumer.into(), pool, handler, survived: Mutex::default() }
     }
 
     /// Settles `messages`, in their order. They are taken in one transaction; when that fails for one
@@ -103,16 +106,40 @@ impl<H: Handler> Sequencer<H> {
                     let (first, second) = part.split_at(part.len() / 2);
                     parts.extend([second, first]);
                 }
-                Err(Stop::Transient(reason)) => return Err(Interrupted { settled, reason, refused: false }),
-                Err(Stop::Failed(reason)) => return Err(Interrupted { settled, reason, refused: true }),
+                Err(stop) => return Err(stop.after(settled)),
             }
         }
         Ok(outcome)
     }
 
+    /// Settles one message whose handler may end the process. That it is tried is committed before the
+    /// handler runs, and an event whose handler has not come back three times is held as poison.
+    pub async fn attempt(&self, message: &Envelope) -> Result<Outcome, Interrupted> {
+        let message = Message::new(message);
+        let settled = async {
+            let (outcome, mut unfinished) = self.transaction(Work::suspect(&message)).await?;
+            let mut outcome = outcome;
+            // What it freed is as suspect as itself.
+            while !unfinished.is_empty() {
+                let (one, rest) = self.transaction(Work::one_held(&unfinished, Mode::Attempt)).await?;
+                outcome += one;
+                unfinished = rest;
+            }
+            Ok(outcome)
+        };
+        settled.await.map_err(|stop: Stop| stop.after(0))
+    }
+
     /// One transaction for the messages, then as many as it takes for what they freed.
     async fn settle(&self, messages: &[Message<'_>]) -> Result<Outcome, Stop> {
-        let (mut outcome, mut unfinished) = self.transaction(Work::messages(messages)).await?;
+        let (mut outcome, unfinished) = self.transaction(Work::messages(messages)).await?;
+        outcome += self.drain(unfinished).await?;
+        Ok(outcome)
+    }
+
+    /// Applies what is held next, as much at a time as succeeds.
+    async fn drain(&self, mut unfinished: Vec<Key>) -> Result<Outcome, Stop> {
+        let mut outcome = Outcome::default();
         let mut budget = NEAR;
         while !unfinished.is_empty() {
             match self.transaction(Work::held(&unfinished, budget)).await {

@@ -48,6 +48,8 @@ pub(crate) struct Subscription {
     deliveries: lapin::Consumer,
     /// How many messages one transaction takes at most.
     batch: usize,
+    /// Whether it is the queue of the dead letters.
+    dead: bool,
     /// A message that was received, but has to wait for its own transaction.
     suspect: Option<Delivery>,
 }
@@ -59,13 +61,15 @@ impl Subscription {
         connection: &Connection,
         queue: &ShortString,
         batch: u16,
+        dead: bool,
     ) -> Result<Self, Trouble> {
         let channel = answer(connection.create_channel()).await?;
-        let ahead = if batch == 1 { 1 } else { batch.saturating_mul(2) };
+        // Whatever is dead-lettered is suspect: one at a time.
+        let (batch, ahead) = if dead { (1, 1) } else { (batch, batch.saturating_mul(2)) };
         answer(channel.basic_qos(ahead, BasicQosOptions::default())).await?;
         let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
         let deliveries = answer(channel.basic_consume(queue.clone(), "".into(), options, arguments)).await?;
-        Ok(Self { channel, deliveries, batch: batch.max(1).into(), suspect: None })
+        Ok(Self { channel, deliveries, batch: batch.max(1).into(), dead, suspect: None })
     }
 
     /// Applies what comes, until `stop` or trouble. `progress` is called after each batch.
@@ -118,8 +122,12 @@ impl Subscription {
         batch: Vec<Delivery>,
     ) -> Result<(), Trouble> {
         let tags: Vec<u64> = batch.iter().map(|delivery| delivery.delivery_tag).collect();
+        let suspect = self.dead || batch.first().is_some_and(is_suspect);
         let messages: Vec<Envelope> = batch.into_iter().map(Envelope::from).collect();
-        let applied = sequencer.apply(&messages).await;
+        let applied = match messages.as_slice() {
+            [message] if suspect => sequencer.attempt(message).await,
+            messages => sequencer.apply(messages).await,
+        };
         let settled = applied.as_ref().map_or_else(|interrupted| interrupted.settled, |_| tags.len());
         if let Some(last) = settled.checked_sub(1).and_then(|last| tags.get(last)) {
             answer(self.channel.basic_ack(*last, BasicAckOptions { multiple: true })).await?;

@@ -7,8 +7,9 @@ use futures_util::FutureExt;
 use sqlx::{Acquire, Postgres, Transaction};
 
 use crate::{
-    Event, Failure, Handler, Outcome, Sequencer,
-    chain::Key,
+    Event, Failure, Handler, Interrupted, Outcome, Sequencer,
+    attempt::{Attempt, NEVER_CAME_BACK},
+    chain::{Key, Reason},
     handler::{describe, is_transient},
     ledger::{Ledger, NEAR},
     plan::{Message, Plan},
@@ -25,6 +26,19 @@ pub(crate) enum Mode {
     Together,
     /// One, in a savepoint, so that its failure is known to be its own.
     Alone,
+    /// Alone; and since its handler may end the process, that it is tried is committed before.
+    Attempt,
+}
+
+impl Mode {
+    /// Whether an event that is held for this reason may have its turn.
+    pub(crate) fn takes(self, reason: Reason) -> bool {
+        match reason {
+            Reason::Gap | Reason::Behind => true,
+            Reason::Trying => self == Self::Attempt,
+            Reason::Poison => false,
+        }
+    }
 }
 
 /// What a transaction is about.
@@ -46,6 +60,16 @@ impl<'a> Work<'a> {
         }
     }
 
+    /// A message whose handler may end the process.
+    pub(crate) fn suspect(message: &'a Message<'a>) -> Self {
+        Self { messages: slice::from_ref(message), resume: &[], mode: Mode::Attempt, budget: 0 }
+    }
+
+    /// The next held event of some aggregates, in a mode that takes one alone.
+    pub(crate) fn one_held(resume: &'a [Key], mode: Mode) -> Self {
+        Self { messages: &[], resume, mode, budget: 1 }
+    }
+
     /// The next held events of some aggregates, at most `budget` of them.
     pub(crate) fn held(resume: &'a [Key], budget: usize) -> Self {
         let mode = if budget == 1 { Mode::Alone } else { Mode::Together };
@@ -62,6 +86,15 @@ pub(crate) enum Stop {
     Failed(String),
 }
 
+impl Stop {
+    /// As the caller of the sequencer sees it, when so many messages were settled before.
+    pub(crate) fn after(self, settled: usize) -> Interrupted {
+        let refused = matches!(self, Self::Failed(_));
+        let (Self::Transient(reason) | Self::Failed(reason)) = self;
+        Interrupted { settled, reason, refused }
+    }
+}
+
 impl From<sqlx::Error> for Stop {
     fn from(error: sqlx::Error) -> Self {
         if is_transient(&error) { Self::Transient(describe(&error)) } else { Self::Failed(describe(&error)) }
@@ -71,13 +104,22 @@ impl From<sqlx::Error> for Stop {
 impl<H: Handler> Sequencer<H> {
     /// Does the work and commits. What it could not finish comes back.
     pub(crate) async fn transaction(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Stop> {
-        match tokio::time::timeout(LIMIT, self.begin(work)).await {
+        let mut attempt = None;
+        let done = match tokio::time::timeout(LIMIT, self.begin(work, &mut attempt)).await {
             Ok(done) => done,
             Err(_) => Err(Stop::Transient(format!("a transaction took longer than {LIMIT:?}"))),
+        };
+        if let (Err(_), Some(attempt)) = (&done, attempt) {
+            self.take_back(attempt).await;
         }
+        done
     }
 
-    async fn begin(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Stop> {
+    async fn begin(
+        &self,
+        work: Work<'_>,
+        attempt: &mut Option<Attempt>,
+    ) -> Result<(Outcome, Vec<Key>), Stop> {
         // Whatever keeps it from beginning (no connection, no login) is no message's fault.
         let mut tx = self.pool.begin().await.map_err(|error| Stop::Transient(describe(&error)))?;
         let received: Vec<&Event> = work.messages.iter().filter_map(|m| m.event.as_ref().ok()).collect();
@@ -86,7 +128,7 @@ impl<H: Handler> Sequencer<H> {
         let mut ledger = Ledger::lock(&mut tx, &self.consumer, &keys).await?;
         ledger.read_held(&mut tx, &received).await?;
 
-        let mut plan = Plan::new(ledger, work.budget);
+        let mut plan = Plan::new(ledger, work.mode, work.budget);
         for message in work.messages {
             plan.message(message)?;
         }
@@ -98,12 +140,19 @@ impl<H: Handler> Sequencer<H> {
         match (work.mode, events.as_slice()) {
             (_, []) => {}
             (Mode::Together, events) => self.handle(&mut tx, events).await?,
-            (Mode::Alone, [event]) => match self.handle_alone(&mut tx, event).await {
-                Ok(()) => {}
-                Err(Failure::Transient(reason)) => return Err(Stop::Transient(reason)),
-                Err(Failure::Poison(reason)) => self.refuse(&mut tx, &mut plan, event, &reason).await?,
-            },
-            (Mode::Alone, _) => return Err(Stop::Failed("more than one event to take alone".to_owned())),
+            (mode, [event]) => {
+                let (handled, attempts) = self.try_alone(&mut tx, mode, &plan, event, attempt).await?;
+                match handled {
+                    Ok(()) => {}
+                    Err(Failure::Transient(reason)) => return Err(Stop::Transient(reason)),
+                    Err(Failure::Poison(reason)) => {
+                        self.refuse(&mut tx, event, &reason, attempts).await?;
+                        plan.refused(attempts)?;
+                        plan.outcome.poison += 1;
+                    }
+                }
+            }
+            (_, _) => return Err(Stop::Failed("more than one event to take alone".to_owned())),
         }
         plan.ledger.save(&mut tx).await?;
         plan.ledger.reject(&mut tx, &plan.rejected).await?;
@@ -111,6 +160,31 @@ impl<H: Handler> Sequencer<H> {
         tx.commit().await?;
         self.committed(&plan, &events);
         Ok((plan.outcome, plan.unfinished))
+    }
+
+    /// Calls the handler for one event, unless it never came back from that often enough. Also says the
+    /// how-manieth attempt it was.
+    async fn try_alone(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        mode: Mode,
+        plan: &Plan<'_>,
+        event: &Event,
+        attempt: &mut Option<Attempt>,
+    ) -> Result<(Result<(), Failure>, i32), Stop> {
+        let held = plan.due.first().and_then(|due| due.held);
+        let attempts = held.map_or(0, |(_, attempts)| attempts);
+        let tried = matches!(held, Some((Reason::Trying, _)));
+        if !tried && mode == Mode::Alone {
+            return Ok((self.handle_alone(tx, event).await, attempts + 1));
+        }
+        match self.begin_attempt(event, held).await? {
+            Some(begun) => {
+                let attempts = attempt.insert(begun).attempts;
+                Ok((self.handle_alone(tx, event).await, attempts))
+            }
+            None => Ok((Err(Failure::poison(NEVER_CAME_BACK)), attempts)),
+        }
     }
 
     /// In a savepoint, so that what the handler has changed can be taken back alone.
@@ -139,30 +213,6 @@ impl<H: Handler> Sequencer<H> {
             .catch_unwind()
             .await
             .unwrap_or_else(|_| Err(Failure::poison("the handler panicked")))
-    }
-
-    /// Holds the event that its handler refused.
-    async fn refuse(
-        &self,
-        tx: &mut Transaction<'_, Postgres>,
-        plan: &mut Plan<'_>,
-        event: &Event,
-        reason: &str,
-    ) -> Result<(), Stop> {
-        plan.ledger.poison(tx, &Key::from(event), event, reason).await?;
-        plan.refused()?;
-        plan.outcome.poison += 1;
-        tracing::warn!(
-            consumer = self.consumer,
-            source = event.source,
-            aggregate = format_args!("{}/{}", event.aggregate_type, event.aggregate_id),
-            version = event.version,
-            event = %event.id,
-            type_ = event.type_,
-            reason,
-            "the handler refused an event; it is held, and later ones of its aggregate wait behind it"
-        );
-        Ok(())
     }
 
     /// Logs, counts, and wakes who waits. After the commit: what is rolled back did not happen.

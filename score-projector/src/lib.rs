@@ -37,8 +37,9 @@ const CONSUMER: &str = "score";
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Creating an index on a large table takes its time.
 const MIGRATION_TIMEOUT: Duration = Duration::from_hours(1);
-/// Connections: the queue, its dead letters, the check that the database is there, the relay's notice.
-const POOL_SIZE: u32 = 4;
+/// Connections: the queue and its dead letters, each with a second one for an attempt that is committed
+/// before its transaction; the check that the database is there; the relay's notice.
+const POOL_SIZE: u32 = 6;
 /// How many events one transaction takes at most.
 const BATCH: u16 = 100;
 

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report, in its helpers too")]
 
+mod attempt;
 mod consumer;
 mod property;
 mod sequencer;

@@ -1,9 +1,6 @@
 //! The sequencer's table, case by case, each under a consumer's name of its own in one database.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
-};
+use std::{cell::Cell, sync::atomic::Ordering};
 
 use inbox::{Envelope, Interrupted, Outcome, Sequencer};
 use lapin::{
@@ -14,16 +11,20 @@ use sqlx::PgPool;
 
 use crate::support::{Recorder, database, event, forked, tables, typed};
 
+thread_local! {
+    /// How many statements this thread, and so this test, has sent.
+    static SENT: Cell<u64> = const { Cell::new(0) };
+}
+
 /// Counts what sqlx says it sends.
-#[derive(Clone, Default)]
-struct Statements(Arc<AtomicU32>);
+struct Statements;
 
 impl tracing::Subscriber for Statements {
     fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
         metadata.target() == "sqlx::query"
     }
     fn event(&self, _: &tracing::Event<'_>) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        SENT.set(SENT.get() + 1);
     }
     fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
         tracing::span::Id::from_u64(1)
@@ -220,15 +221,14 @@ async fn a_batch_costs_as_many_statements_whatever_is_in_it() {
             .flat_map(|n| [event(&format!("{count} b {n}"), 1, ""), event(&format!("{count} c {n}"), 1, "")])
             .collect()
     };
+    tracing::subscriber::set_global_default(Statements).unwrap();
     let mut counts = Vec::new();
     for count in [1, 20] {
         for batch in [messages(count), filler(count)] {
-            let statements = Statements::default();
-            let counting = tracing::subscriber::set_default(statements.clone());
+            let before = SENT.get();
             let outcome = case.apply(&batch).await;
-            drop(counting);
             // The handler's own are one for each event.
-            counts.push(u64::from(statements.0.load(Ordering::Relaxed)) - outcome.applied);
+            counts.push(SENT.get() - before - outcome.applied);
         }
     }
     // Insert and lock chains, read what is held, then versions, held and rejected, or what was held and its

@@ -15,6 +15,7 @@ use lapin::{
     types::{AMQPValue, FieldTable},
 };
 use sqlx::{PgPool, Postgres, Transaction, postgres::PgPoolOptions};
+use tokio::sync::Notify;
 use uuid::Uuid;
 
 /// A fresh database with the inbox and the subscriber's own table.
@@ -47,6 +48,8 @@ pub(crate) struct Recorder {
     /// Events of the body `transient` succeed from now on.
     pub(crate) passed: Arc<AtomicBool>,
     pub(crate) commits: Arc<AtomicU32>,
+    /// Told when an event of the body `hang` is at work, which never ends.
+    pub(crate) hanging: Arc<Notify>,
     /// How often it was called, for one event or for many.
     pub(crate) calls: Arc<AtomicU32>,
 }
@@ -71,6 +74,10 @@ impl Handler for Recorder {
             "panic" => panic!("as the event asked for"),
             "transient" if !self.passed.load(Ordering::Relaxed) => {
                 return Err(Failure::Transient("another service is away".to_owned()));
+            }
+            "hang" => {
+                self.hanging.notify_one();
+                std::future::pending::<()>().await;
             }
             "divide" => run(tx, "SELECT 1 / 0").await?,
             // Its violation shows at the commit only.

@@ -1,0 +1,163 @@
+//! Events that may end the process: that one is tried is committed before its handler runs, so that
+//! whoever takes it next knows that nobody came back.
+
+use std::sync::PoisonError;
+
+use sqlx::{PgExecutor, Postgres, Transaction};
+
+use crate::{
+    Event, Handler, Sequencer,
+    chain::{Key, Reason},
+    handler::describe,
+    save::json_text,
+    transaction::Stop,
+};
+
+/// How often an event may be tried without its handler coming back.
+const LIMIT: i32 = 3;
+
+/// The error of an event that is held because its handler ended the process each time.
+pub(crate) const NEVER_CAME_BACK: &str = "its handler never came back: the process died while it ran";
+
+/// An attempt that has been committed.
+#[derive(Debug)]
+pub(crate) struct Attempt {
+    key: Key,
+    version: i64,
+    /// The how-manieth of the event.
+    pub(crate) attempts: i32,
+    /// Whether the event had been held before.
+    held: bool,
+}
+
+impl<H: Handler> Sequencer<H> {
+    /// Commits that the event is being tried, on another connection than that which has the chain's
+    /// lock: nobody else can count the same attempt. None when it has been tried often enough.
+    pub(crate) async fn begin_attempt(
+        &self,
+        event: &Event,
+        held: Option<(Reason, i32)>,
+    ) -> Result<Option<Attempt>, Stop> {
+        let (key, version) = (Key::from(event), event.version);
+        // This process has tried it, and lives.
+        let survived =
+            self.survived.lock().unwrap_or_else(PoisonError::into_inner).remove(&(key.clone(), version));
+        let attempts = match held {
+            Some((Reason::Trying, attempts)) if survived => attempts,
+            Some((Reason::Trying, attempts)) if attempts >= LIMIT => return Ok(None),
+            Some((Reason::Trying, attempts)) => attempts + 1,
+            _ => 1,
+        };
+        self.keep(&self.pool, event, Reason::Trying, None, attempts)
+            .await
+            .map_err(|error| Stop::Transient(describe(&error)))?;
+        Ok(Some(Attempt { key, version, attempts, held: held.is_some() }))
+    }
+
+    /// An attempt that was interrupted, by the database for example, and not by the event: it does
+    /// not count. When that cannot be written now, this process remembers it.
+    pub(crate) async fn take_back(&self, attempt: Attempt) {
+        if let Err(error) = self.write_back(&attempt).await {
+            tracing::debug!(error = describe(&error), "an attempt was interrupted, which could not be noted");
+            self.survived
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert((attempt.key, attempt.version));
+        }
+    }
+
+    async fn write_back(&self, attempt: &Attempt) -> sqlx::Result<()> {
+        let Attempt { key, version, held, .. } = attempt;
+        let mut tx = self.pool.begin().await?;
+        // Not while somebody else tries it.
+        sqlx::query(
+            "SELECT FROM inbox.aggregate
+             WHERE (consumer, source, aggregate_type, aggregate_id) = ($1, $2, $3, $4) FOR UPDATE",
+        )
+        .bind(&self.consumer)
+        .bind(&key.source)
+        .bind(&key.aggregate_type)
+        .bind(&key.aggregate_id)
+        .execute(&mut *tx)
+        .await?;
+        let sql = if *held {
+            "UPDATE inbox.held
+             SET attempts = attempts - 1, reason = CASE attempts WHEN 1 THEN 'gap' ELSE reason END
+             WHERE (consumer, source, aggregate_type, aggregate_id, version) = ($1, $2, $3, $4, $5)
+               AND reason = 'trying'"
+        } else {
+            "DELETE FROM inbox.held
+             WHERE (consumer, source, aggregate_type, aggregate_id, version) = ($1, $2, $3, $4, $5)
+               AND reason = 'trying' AND attempts = 1"
+        };
+        sqlx::query(sql)
+            .bind(&self.consumer)
+            .bind(&key.source)
+            .bind(&key.aggregate_type)
+            .bind(&key.aggregate_id)
+            .bind(version)
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await
+    }
+
+    /// Holds the event that its handler refused.
+    pub(crate) async fn refuse(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        event: &Event,
+        reason: &str,
+        attempts: i32,
+    ) -> Result<(), Stop> {
+        self.keep(&mut **tx, event, Reason::Poison, Some(reason), attempts).await?;
+        tracing::warn!(
+            consumer = self.consumer,
+            source = event.source,
+            aggregate = format_args!("{}/{}", event.aggregate_type, event.aggregate_id),
+            version = event.version,
+            event = %event.id,
+            type_ = event.type_,
+            attempts,
+            reason,
+            "the handler refused an event; it is held, and later ones of its aggregate wait behind it"
+        );
+        Ok(())
+    }
+
+    /// Keeps an event that has been tried `attempts` times.
+    async fn keep(
+        &self,
+        connection: impl PgExecutor<'_>,
+        event: &Event,
+        reason: Reason,
+        error: Option<&str>,
+        attempts: i32,
+    ) -> sqlx::Result<()> {
+        // A text of PostgreSQL's cannot hold NUL, and a list of errors no novels.
+        let error = error.map(|e| e.chars().filter(|c| *c != '\0').take(1_000).collect::<String>());
+        sqlx::query(
+            "INSERT INTO inbox.held (consumer, source, aggregate_type, aggregate_id, version, event_id, type,
+                                     occurred_at, headers, payload, reason, error, attempts)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::json, $10, $11, $12, $13)
+             ON CONFLICT (consumer, source, aggregate_type, aggregate_id, version) DO UPDATE
+             SET reason = excluded.reason, error = excluded.error, attempts = excluded.attempts,
+                 last_at = now()",
+        )
+        .bind(&self.consumer)
+        .bind(&event.source)
+        .bind(&event.aggregate_type)
+        .bind(&event.aggregate_id)
+        .bind(event.version)
+        .bind(event.id)
+        .bind(&event.type_)
+        .bind(event.occurred_at)
+        .bind(json_text(&event.headers))
+        .bind(&event.payload)
+        .bind(reason.as_str())
+        .bind(error)
+        .bind(attempts)
+        .execute(connection)
+        .await?;
+        Ok(())
+    }
+}
