@@ -13,7 +13,7 @@ pub mod trace;
 use std::time::Duration;
 
 pub use service::config::command::{CommandArgs, Verdict};
-pub(crate) use service::config::command::{many, span};
+pub(crate) use service::config::command::{bar, many, operator, span};
 use sqlx::PgConnection;
 
 use crate::leader::schema;

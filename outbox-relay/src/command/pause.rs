@@ -4,7 +4,7 @@ use anyhow::Context;
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
-use super::{CommandArgs, Verdict, connect, state, status::time};
+use super::{CommandArgs, Verdict, connect, operator, state, status::time};
 use crate::config::{STATEMENT_TIMEOUT, relay_name};
 
 /// Since when and by whom it was paused, and whether somebody leads.
@@ -24,9 +24,7 @@ pub struct PauseArgs {
 /// Pauses a relay. Its leader, and whoever leads after it, reads nothing and publishes nothing more, but for
 /// what is under way; writers do not notice. Pausing what is paused changes nothing.
 pub async fn pause(args: &PauseArgs, reason: Option<&str>) -> anyhow::Result<Verdict> {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let user = std::env::var("USER").unwrap_or_else(|_| "somebody".to_owned());
-    let who = format!("{user}@{}", if host.trim().is_empty() { "localhost" } else { host.trim() });
+    let who = operator();
     let by = reason.map_or(who.clone(), |reason| format!("{who} ({reason})"));
     change(
         args,

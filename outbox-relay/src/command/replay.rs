@@ -260,7 +260,8 @@ impl Run<'_> {
             }
             if reported.elapsed() >= REPORT && std::io::stderr().is_terminal() {
                 reported = Instant::now();
-                eprint!("\r{}", bar(last - first, self.to - first, progress.events, began.elapsed()));
+                let done = (last - first, self.to - first);
+                eprint!("\r{}", super::bar(done, progress.events, "event", began.elapsed()));
             }
         }
         Ok(false)
@@ -460,21 +461,6 @@ fn beyond_window<'a>(left: &mut Vec<&'a Event>, alone: bool) -> Vec<&'a Event> {
     rest
 }
 
-/// How far it is, for whoever watches: `[######              ]  30 %  3000 events, 1000/s, 7 s left`.
-fn bar(done: i64, all: i64, events: u64, took: Duration) -> String {
-    const WIDTH: usize = 20;
-    let percent = u32::try_from((done * 100).checked_div(all).unwrap_or(100)).unwrap_or(0).min(100);
-    let filled = "#".repeat(percent as usize * WIDTH / 100);
-    let text = format!("[{filled:<WIDTH$}] {percent:>3} %  {events} events");
-    if percent == 0 {
-        return text;
-    }
-    let seconds = took.as_secs_f64().max(0.001);
-    let left = super::span(seconds * f64::from(100 - percent) / f64::from(percent));
-    // Blanks over what was there before.
-    format!("{text}, {:.0}/s, {left} left    ", count(events) / seconds)
-}
-
 #[expect(clippy::cast_precision_loss, reason = "for a rate it is exact enough")]
 fn count(events: u64) -> f64 {
     events as f64
@@ -507,13 +493,5 @@ mod tests {
         };
         assert_eq!(split(false), (vec![1, 2, 5], vec![3, 4]));
         assert_eq!(split(true), (vec![1], vec![2, 3, 4, 5]));
-    }
-
-    #[test]
-    fn the_bar_says_how_far_it_is() {
-        let took = Duration::from_secs(3);
-        insta::assert_snapshot!(bar(300, 1_000, 3_000, took), @"[######              ]  30 %  3000 events, 1000/s, 7.0 s left");
-        insta::assert_snapshot!(bar(0, 1_000, 0, took), @"[                    ]   0 %  0 events");
-        insta::assert_snapshot!(bar(0, 0, 1, took), @"[####################] 100 %  1 events, 0/s, 0.0 s left");
     }
 }

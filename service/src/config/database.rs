@@ -30,20 +30,30 @@ impl DatabaseArgs {
         application: &str,
         statement_timeout: Duration,
     ) -> Result<PgConnectOptions, SettingError> {
-        let url = secret("DATABASE_URL", self.database_url_file.as_ref(), FORM)?;
-        // sqlx takes any scheme, and would go and look for PostgreSQL at a MySQL server.
-        if !["postgres://", "postgresql://"].iter().any(|scheme| url.expose_secret().starts_with(scheme)) {
-            return Err(SettingError::new("DATABASE_URL", format_args!("should look like {FORM}")));
-        }
-        let options: PgConnectOptions = parse_secret("DATABASE_URL", &url, FORM)?;
-        readable(url.expose_secret())?;
-        let statement_timeout = statement_timeout.as_millis().to_string();
-        Ok(options.application_name(application).options([
-            ("statement_timeout", statement_timeout.as_str()),
-            ("idle_in_transaction_session_timeout", "30s"),
-            ("tcp_user_timeout", "10s"),
-        ]))
+        options("DATABASE_URL", self.database_url_file.as_ref(), application, statement_timeout)
     }
+}
+
+/// As [`DatabaseArgs::options`], for another database: its URL is in the variable `name`, or in `file`.
+pub fn options(
+    name: &str,
+    file: Option<&PathBuf>,
+    application: &str,
+    statement_timeout: Duration,
+) -> Result<PgConnectOptions, SettingError> {
+    let url = secret(name, file, FORM)?;
+    // sqlx takes any scheme, and would go and look for PostgreSQL at a MySQL server.
+    if !["postgres://", "postgresql://"].iter().any(|scheme| url.expose_secret().starts_with(scheme)) {
+        return Err(SettingError::new(name, format_args!("should look like {FORM}")));
+    }
+    let options: PgConnectOptions = parse_secret(name, &url, FORM)?;
+    readable(name, url.expose_secret())?;
+    let statement_timeout = statement_timeout.as_millis().to_string();
+    Ok(options.application_name(application).options([
+        ("statement_timeout", statement_timeout.as_str()),
+        ("idle_in_transaction_session_timeout", "30s"),
+        ("tcp_user_timeout", "10s"),
+    ]))
 }
 
 /// Where `options` lead, and as whom, without the password.
@@ -54,12 +64,12 @@ pub fn address(options: &PgConnectOptions) -> String {
 }
 
 /// Checks that the files are there that the URL names: otherwise it would be seen at the first connection.
-fn readable(url: &str) -> Result<(), SettingError> {
+fn readable(setting: &str, url: &str) -> Result<(), SettingError> {
     let Ok(url) = url::Url::parse(url) else { return Ok(()) };
     for (name, path) in url.query_pairs() {
         if matches!(&*name, "sslrootcert" | "sslcert" | "sslkey") {
             std::fs::File::open(&*path).map_err(|error| {
-                SettingError::new("DATABASE_URL", format_args!("{name}: cannot read {path}: {error}"))
+                SettingError::new(setting, format_args!("{name}: cannot read {path}: {error}"))
             })?;
         }
     }
