@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use clap::{Args, Parser, Subcommand};
 use service::{config::database::DatabaseArgs, shutdown::ShutdownArgs, telemetry::TelemetryArgs};
 
+use crate::republish::RepublishArgs;
+
 /// Takes persons, their incomes, assets and debts over HTTP, and writes rows and events in one transaction.
 #[derive(Debug, Parser)]
 #[command(name = "person-api", version)]
@@ -21,6 +23,8 @@ pub enum Command {
     Run(RunArgs),
     /// Create the schema `person` in the database, or bring it up to date.
     Migrate(MigrateArgs),
+    /// Publish the whole state of persons once more, as `person.baseline`, beside the running API.
+    Republish(Box<RepublishArgs>),
     /// Ask the program that runs at this address whether it is ready; for a container's health check.
     Health(HealthArgs),
 }

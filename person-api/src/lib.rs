@@ -2,12 +2,13 @@
 //! outbox events in one transaction. Others learn of a change by its event.
 //!
 //! A request goes through [`api`] (routes), [`request`] (what a client may send), [`store`] (all of the
-//! SQL) and [`answer`] (what a client gets).
+//! SQL) and [`answer`] (what a client gets). [`republish`] tells everybody's whole state once more.
 
 mod answer;
 pub mod api;
 pub mod config;
 mod readiness;
+pub mod republish;
 pub mod request;
 pub mod schema;
 pub mod store;

@@ -2,26 +2,38 @@
 
 use std::process::ExitCode;
 
-use person_api::config::{Cli, Command};
+use person_api::{
+    config::{Cli, Command, RunArgs},
+    republish,
+};
 use service::{
-    config::file,
+    config::{command::Verdict, file},
     shutdown::{self, Shutdown},
+    telemetry,
 };
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    shutdown::exit_code("person-api", start().await)
-}
-
-async fn start() -> anyhow::Result<()> {
-    match file::parse::<Cli>()?.cli.command {
-        Command::Run(args) => run(args).await,
-        Command::Migrate(args) => person_api::migrate(args).await,
-        Command::Health(args) => service::health::probe(args.listen).await,
+    match start().await {
+        Ok(verdict) => verdict.into(),
+        Err(error) => shutdown::exit_code("person-api", Err(error)),
     }
 }
 
-async fn run(args: person_api::config::RunArgs) -> anyhow::Result<()> {
-    let metrics = service::telemetry::start(&args.telemetry)?;
+async fn start() -> anyhow::Result<Verdict> {
+    match file::parse::<Cli>()?.cli.command {
+        Command::Run(args) => run(args).await?,
+        Command::Migrate(args) => person_api::migrate(args).await?,
+        Command::Republish(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return republish::republish(&args).await;
+        }
+        Command::Health(args) => service::health::probe(args.listen).await?,
+    }
+    Ok(Verdict::Well)
+}
+
+async fn run(args: RunArgs) -> anyhow::Result<()> {
+    let metrics = telemetry::start(&args.telemetry)?;
     person_api::run(args, Some(metrics), Shutdown::on_signals()?).await
 }

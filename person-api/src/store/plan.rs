@@ -3,6 +3,7 @@
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use super::{ADD_DEBT, ADD_INCOME, ADD_PERSON, PERSON};
+use crate::republish::baseline::{LOCK, WRITE};
 
 #[tokio::test]
 async fn statements_use_indexes_only() {
@@ -28,6 +29,8 @@ async fn statements_use_indexes_only() {
         ("add an income", ADD_INCOME, "bigint, numeric, text", "1, 2, 't'"),
         ("add a debt", ADD_DEBT, "bigint, numeric", "1, 2"),
         ("read a person", PERSON, "bigint, integer", "1, 1000"),
+        ("lock for baselines", LOCK, "uuid, uuid, bigint", "gen_random_uuid(), gen_random_uuid(), 100"),
+        ("write baselines", WRITE, "uuid[], integer, integer", "ARRAY[gen_random_uuid()], 1000, 1000"),
     ];
     let mut plans = Vec::new();
     for (i, (name, sql, types, values)) in statements.into_iter().enumerate() {

@@ -9,4 +9,5 @@ mod concurrency;
 mod events;
 mod outage;
 mod program;
+mod republish;
 mod support;

@@ -7,7 +7,13 @@ use crate::support::{Database, Program, answer, command, empty_database, finishe
 #[tokio::test]
 async fn help_names_every_setting() {
     let mut shown = String::new();
-    for args in [&["--help"][..], &["run", "--help"], &["migrate", "--help"], &["health", "--help"]] {
+    for args in [
+        &["--help"][..],
+        &["run", "--help"],
+        &["migrate", "--help"],
+        &["republish", "--help"],
+        &["health", "--help"],
+    ] {
         let (code, out, error) = finished(command(args).env_remove("LOG_FORMAT")).await;
         assert_eq!((code, error.as_str()), (Some(0), ""));
         shown += &format!("$ person-api {}\n{out}\n", args.join(" "));
@@ -81,7 +87,8 @@ async fn migrate_creates_grants_and_can_be_repeated() {
             format!("debt {all}"),
             format!("income {all}"),
             "migration SELECT".into(),
-            format!("person {all}")
+            format!("person {all}"),
+            "republish INSERT SELECT UPDATE".into(),
         ]
     );
 }

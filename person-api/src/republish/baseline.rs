@@ -1,0 +1,159 @@
+//! The SQL of `republish`: baselines, and how far they are.
+
+use events::Cpf;
+use sqlx::{PgConnection, Postgres, Transaction};
+use uuid::Uuid;
+
+/// Locks the next persons, in the order of their ids, by the primary key. Whoever waits here for one of them
+/// holds those before it, while the API's writers hold one person each and wait for none: so nobody can wait
+/// in a circle.
+pub(crate) const LOCK: &str = "
+SELECT id FROM person.person WHERE id > $1 AND id <= $2 ORDER BY id LIMIT $3 FOR UPDATE";
+
+/// The baselines of persons whose rows are locked. A statement of its own: it sees what was committed when
+/// it began, so it must begin under the locks. With the lock inside it, it would wait for a writer and then
+/// tell that writer's version with the items of before (tried).
+///
+/// Items are read up to a number that fits no event for certain, so that one person cannot fill the server's
+/// memory. A body that is too large raises no version and comes back by its person's id. The division is
+/// the same guard as of every write: no version without its event.
+pub(crate) const WRITE: &str = r#"
+WITH state AS MATERIALIZED (
+    SELECT person.id,
+           (SELECT row_to_json(body)
+            FROM (SELECT person.id, person.cpf, person.name, person.address, person.date_of_birth,
+                         person.created_at, incomes.items AS incomes, assets.items AS assets, debts.items AS debts
+                 ) body) AS body
+    FROM person.person,
+         LATERAL (SELECT ARRAY(
+             SELECT row_to_json(item)
+             FROM (SELECT id, type, trim_scale(value) AS value, created_at
+                   FROM person.income WHERE person_id = person.id ORDER BY id LIMIT $3) item) AS items) incomes,
+         LATERAL (SELECT ARRAY(
+             SELECT row_to_json(item)
+             FROM (SELECT id, type, trim_scale(value) AS value, created_at
+                   FROM person.asset WHERE person_id = person.id ORDER BY id LIMIT $3) item) AS items) assets,
+         LATERAL (SELECT ARRAY(
+             SELECT row_to_json(item)
+             FROM (SELECT id, trim_scale(value) AS value, created_at
+                   FROM person.debt WHERE person_id = person.id ORDER BY id LIMIT $3) item) AS items) debts
+    WHERE person.id = ANY ($1)
+), person AS (
+    UPDATE person.person SET version = person.version + 1
+    FROM state WHERE person.id = state.id AND octet_length(state.body::text) <= $2
+    RETURNING person.id, person.version, state.body
+), event AS (
+    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers)
+    SELECT 'person', id::text, version, 'person.baseline', body, '{"baseline": true}'
+    FROM person ORDER BY id
+    RETURNING position
+)
+SELECT ARRAY(SELECT id FROM state WHERE octet_length(body::text) > $2 ORDER BY id),
+       (SELECT count(*) FROM event),
+       1 / ((SELECT count(*) FROM event) = (SELECT count(*) FROM person))::int"#;
+
+/// An item takes 90 bytes at least, so that so many of a kind are more than an event may weigh.
+const ITEMS_MAX: i32 = 200_000;
+
+/// What became of a batch.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    /// The last person that was looked at; none when there was nobody left.
+    pub(super) last: Option<Uuid>,
+    /// How many have a new baseline.
+    pub(super) persons: i64,
+    /// Who fits no event.
+    pub(super) too_large: Vec<Uuid>,
+}
+
+/// Locks the next persons above `after` and up to `to`, at most `limit`.
+pub(super) async fn lock(
+    tx: &mut Transaction<'_, Postgres>,
+    (after, to): (Uuid, Uuid),
+    limit: i64,
+) -> sqlx::Result<Vec<Uuid>> {
+    sqlx::query_scalar(LOCK).bind(after).bind(to).bind(limit).fetch_all(&mut **tx).await
+}
+
+/// Locks one person, by id or cpf, unless there is none.
+pub(super) async fn lock_one(
+    tx: &mut Transaction<'_, Postgres>,
+    id: Option<Uuid>,
+    cpf: Option<Cpf>,
+) -> sqlx::Result<Option<Uuid>> {
+    let lock = match id {
+        Some(id) => sqlx::query_scalar("SELECT id FROM person.person WHERE id = $1 FOR UPDATE").bind(id),
+        None => sqlx::query_scalar("SELECT id FROM person.person WHERE cpf = $1 FOR UPDATE")
+            .bind(cpf.map(Cpf::get)),
+    };
+    lock.fetch_optional(&mut **tx).await
+}
+
+/// Appends the baselines of persons who are locked in this transaction.
+pub(super) async fn append(tx: &mut Transaction<'_, Postgres>, ids: &[Uuid]) -> sqlx::Result<Batch> {
+    if ids.is_empty() {
+        return Ok(Batch::default());
+    }
+    let max = i32::try_from(outbox::MAX_PAYLOAD).unwrap_or(i32::MAX);
+    let (too_large, persons, _): (Vec<Uuid>, i64, i32) =
+        sqlx::query_as(WRITE).bind(ids).bind(max).bind(ITEMS_MAX).fetch_one(&mut **tx).await?;
+    Ok(Batch { last: ids.last().copied(), persons, too_large })
+}
+
+/// How far a republishing of everybody is.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub(super) struct Progress {
+    pub(super) source: String,
+    pub(super) after_id: Uuid,
+    pub(super) to_id: Uuid,
+    pub(super) total: i64,
+    pub(super) persons: i64,
+    pub(super) too_large: i64,
+    pub(super) started_by: String,
+    pub(super) finished: bool,
+}
+
+const PROGRESS: &str = "
+SELECT source, after_id, to_id, total, persons, too_large, started_by, finished_at IS NOT NULL AS finished
+FROM person.republish";
+
+/// Counts everybody once. No row when there is nobody.
+const BEGIN: &str = "
+INSERT INTO person.republish (source, after_id, to_id, total, started_by)
+SELECT $1, $2, last.id, (SELECT count(*) FROM person.person), $3
+FROM (SELECT id FROM person.person ORDER BY id DESC LIMIT 1) last
+ON CONFLICT (singleton) DO UPDATE
+SET source = excluded.source, after_id = excluded.after_id, to_id = excluded.to_id, total = excluded.total,
+    persons = 0, too_large = 0, started_at = now(), started_by = excluded.started_by, finished_at = NULL
+RETURNING source, after_id, to_id, total, persons, too_large, started_by, false AS finished";
+
+/// How far the last one is, if there was one.
+pub(super) async fn progress(conn: &mut PgConnection) -> sqlx::Result<Option<Progress>> {
+    sqlx::query_as(PROGRESS).fetch_optional(conn).await
+}
+
+/// Begins with the first person. None when there is nobody.
+pub(super) async fn begin(conn: &mut PgConnection, source: &str, by: &str) -> sqlx::Result<Option<Progress>> {
+    sqlx::query_as(BEGIN).bind(source).bind(Uuid::nil()).bind(by).fetch_optional(conn).await
+}
+
+/// Stores that everybody up to `batch.last` was told; or, without one, that it is done.
+pub(super) async fn store(tx: &mut Transaction<'_, Postgres>, batch: &Batch) -> sqlx::Result<()> {
+    let store = sqlx::query(
+        "UPDATE person.republish
+         SET after_id = coalesce($1, after_id), persons = persons + $2, too_large = too_large + $3,
+             finished_at = CASE WHEN $1 IS NULL THEN now() END",
+    );
+    let too_large = i64::try_from(batch.too_large.len()).unwrap_or(i64::MAX);
+    store.bind(batch.last).bind(batch.persons).bind(too_large).execute(&mut **tx).await?;
+    Ok(())
+}
+
+/// How many persons there are above `after`, and up to `to` if there is an end.
+pub(super) async fn count(conn: &mut PgConnection, after: Uuid, to: Option<Uuid>) -> sqlx::Result<i64> {
+    sqlx::query_scalar("SELECT count(*) FROM person.person WHERE id > $1 AND ($2::uuid IS NULL OR id <= $2)")
+        .bind(after)
+        .bind(to)
+        .fetch_one(conn)
+        .await
+}
