@@ -11,6 +11,7 @@ mod attempt;
 mod backoff;
 mod chain;
 mod consumer;
+mod digest;
 mod handler;
 mod ledger;
 mod message;
@@ -24,6 +25,7 @@ mod topology;
 mod transaction;
 
 pub use consumer::{Config, Consumer, Node};
+pub use digest::{Digest, digest};
 pub use handler::{Failure, Handler};
 pub use message::{Envelope, Event, Malformed};
 pub use schema::{SCHEMA, migrator};

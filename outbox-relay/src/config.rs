@@ -17,8 +17,8 @@ use service::{
 
 use crate::{
     command::{
-        doctor::DoctorArgs, new_incarnation::NewIncarnationArgs, parked::ParkedArgs, pause::PauseArgs,
-        prune::PruneArgs, replay::ReplayArgs, status::StatusArgs, trace::TraceArgs,
+        digest::DigestArgs, doctor::DoctorArgs, new_incarnation::NewIncarnationArgs, parked::ParkedArgs,
+        pause::PauseArgs, prune::PruneArgs, replay::ReplayArgs, status::StatusArgs, trace::TraceArgs,
     },
     leader::Begin,
     partition::PartitionArgs,
@@ -51,6 +51,9 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Find an event, or an aggregate's events, and how far each relay is with them.
     Trace(TraceArgs),
+    /// Sum up what the outbox has, or compare it with what a subscriber has applied; exit code 3 when
+    /// they differ.
+    Digest(Box<DigestArgs>),
     /// Look after events that were set aside.
     Parked(ParkedArgs),
     /// Publish history again, beside the live relay: to everybody, or to one queue alone.

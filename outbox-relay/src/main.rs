@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use outbox_relay::{
-    command::{Verdict, doctor, new_incarnation, parked, pause, prune, replay, status, trace},
+    command::{Verdict, digest, doctor, new_incarnation, parked, pause, prune, replay, status, trace},
     config::{Cli, Command},
 };
 use service::{
@@ -35,6 +35,10 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Migrate(args) => {
             telemetry::start(&args.telemetry)?;
             outbox_relay::migrate(&args).await?;
+        }
+        Command::Digest(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return digest::digest(&args).await;
         }
         Command::Parked(args) => {
             telemetry::start(&args.common.telemetry)?;

@@ -9,6 +9,8 @@ use service::{
     telemetry::TelemetryArgs,
 };
 
+use crate::digest::DigestArgs;
+
 /// Applies the person service's events to the score service's read model, and publishes the scores.
 #[derive(Debug, Parser)]
 #[command(name = "score-projector", version)]
@@ -25,6 +27,8 @@ pub enum Command {
     Run(RunArgs),
     /// Create the schemas `score` and `inbox` in the database, or bring them up to date.
     Migrate(MigrateArgs),
+    /// Sum up what the read model has received, to be compared with what its source has.
+    Digest(DigestArgs),
     /// Ask the program that runs at this address whether it is ready; for a container's health check.
     Health(HealthArgs),
 }

@@ -5,6 +5,7 @@
 //! it means for the read model, [`score`] what an item is worth, and [`store`] holds all of the SQL.
 
 pub mod config;
+pub mod digest;
 pub mod projection;
 pub mod schema;
 pub mod score;

@@ -2,26 +2,38 @@
 
 use std::process::ExitCode;
 
-use score_projector::config::{Cli, Command, RunArgs};
+use score_projector::{
+    config::{Cli, Command, RunArgs},
+    digest,
+};
 use service::{
-    config::file,
+    config::{command::Verdict, file},
     shutdown::{self, Shutdown},
+    telemetry,
 };
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    shutdown::exit_code("score-projector", start().await)
-}
-
-async fn start() -> anyhow::Result<()> {
-    match file::parse::<Cli>()?.cli.command {
-        Command::Run(args) => run(args).await,
-        Command::Migrate(args) => score_projector::migrate(args).await,
-        Command::Health(args) => service::health::probe(args.listen).await,
+    match start().await {
+        Ok(verdict) => verdict.into(),
+        Err(error) => shutdown::exit_code("score-projector", Err(error)),
     }
 }
 
+async fn start() -> anyhow::Result<Verdict> {
+    match file::parse::<Cli>()?.cli.command {
+        Command::Run(args) => run(args).await?,
+        Command::Migrate(args) => score_projector::migrate(args).await?,
+        Command::Digest(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return digest::digest(&args).await;
+        }
+        Command::Health(args) => service::health::probe(args.listen).await?,
+    }
+    Ok(Verdict::Well)
+}
+
 async fn run(args: RunArgs) -> anyhow::Result<()> {
-    let metrics = service::telemetry::start(&args.telemetry)?;
+    let metrics = telemetry::start(&args.telemetry)?;
     score_projector::run(args, Some(metrics), Shutdown::on_signals()?).await
 }

@@ -28,7 +28,9 @@ pub async fn new_incarnation(args: &NewIncarnationArgs) -> anyhow::Result<Verdic
     if args.yes {
         let mut tx = conn.begin().await.context("nothing was changed")?;
         for sql in [
-            "UPDATE outbox.source SET incarnation = incarnation + 1, since = now()",
+            // What somebody has still to publish will be published under the new one.
+            "UPDATE outbox.source SET incarnation = incarnation + 1, since = now(),
+                 from_position = coalesce((SELECT min(low_water) FROM outbox.relay), 0)",
             "UPDATE outbox.relay SET epoch = epoch + 1",
         ] {
             sqlx::query(sql).execute(&mut *tx).await.map_err(|error| match error.as_database_error() {

@@ -16,6 +16,7 @@ async fn help() {
         "status",
         "doctor",
         "trace",
+        "digest",
         "parked",
         "parked drop",
         "replay",

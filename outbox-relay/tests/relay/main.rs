@@ -9,6 +9,7 @@ mod stack;
 
 mod by_hand;
 mod command_line;
+mod digest;
 mod doctor;
 mod examples;
 mod faults;

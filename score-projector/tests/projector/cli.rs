@@ -27,6 +27,7 @@ fn help_of_every_command() {
     insta::assert_snapshot!("help", help(&[]));
     insta::assert_snapshot!("help_run", help(&["run"]));
     insta::assert_snapshot!("help_migrate", help(&["migrate"]));
+    insta::assert_snapshot!("help_digest", help(&["digest"]));
     insta::assert_snapshot!("help_health", help(&["health"]));
 }
 

@@ -3,7 +3,7 @@
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::stack::{Stack, id, item, person, until};
+use crate::stack::{Stack, command, id, item, person, until};
 
 #[tokio::test]
 async fn the_samples_give_4970() {
@@ -18,6 +18,16 @@ async fn the_samples_give_4970() {
     stack.publish("asset.new", p, 5, &item(id(5), p, 11111, "999999999999999.9999")).await;
     stack.until_version(p, 5).await;
     insta::assert_snapshot!(stack.state().await);
+    let digest = |arguments: &str| {
+        let arguments: Vec<&str> = arguments.split_whitespace().collect();
+        let output = command(&arguments, &stack.database);
+        let said = [output.stdout, output.stderr].map(|said| String::from_utf8(said).unwrap()).concat();
+        format!("## {}\n{said}", arguments.join(" "))
+    };
+    insta::assert_snapshot!(
+        "digest",
+        ["digest", "digest --json --buckets 2", "digest --shadow"].map(digest).join("\n")
+    );
     let ids: Vec<Uuid> =
         sqlx::query_scalar("SELECT id FROM outbox.event").fetch_all(&stack.pool).await.unwrap();
     assert!(ids.iter().all(|id| id.get_version_num() == 7));

@@ -1,0 +1,234 @@
+//! `digest`: what the outbox has, summed up; and, with a subscriber's inbox, whether the subscriber has it.
+
+mod compare;
+mod side;
+
+use std::{
+    collections::BTreeSet,
+    fmt::Write,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+use serde_json::json;
+use service::config::database;
+
+use self::{
+    compare::{Findings, Kind, Verdicts, differing},
+    side::{Digest, Inbox, Side},
+};
+use super::{CommandArgs, Verdict, connect, many};
+
+/// A digest is one pass over everything.
+const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
+/// Buckets of a comparison, unless told: each is settled by one hash, or gone through.
+const BUCKETS: i32 = 1024;
+/// A subscriber that is behind is asked again after this, and after longer where an answer takes longer.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Settings of `digest`.
+#[derive(Debug, clap::Args)]
+pub struct DigestArgs {
+    /// The database, and the form of the answer.
+    #[command(flatten)]
+    pub common: CommandArgs,
+    /// Into how many parts the aggregates of a type are divided, by a hash of their ids: one, or 1024 to
+    /// compare.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=65536))]
+    pub buckets: Option<i32>,
+    /// Only aggregates of this type; may be repeated. Without it, to compare: of the types that the subscriber
+    /// has any of.
+    #[arg(long, value_name = "TYPE")]
+    pub aggregate_type: Vec<String>,
+    /// Compare with what this consumer has applied, by its name in its inbox.
+    #[arg(long, value_name = "NAME")]
+    pub consumer: Option<String>,
+    /// A file that holds the PostgreSQL URL of the consumer's inbox, instead of the variable
+    /// `INBOX_DATABASE_URL`. Its role needs what `inbox.grant_reader` grants.
+    #[arg(long, env = "INBOX_DATABASE_URL_FILE", value_name = "PATH")]
+    pub inbox_database_url_file: Option<PathBuf>,
+    /// How long the consumer may take to get what the outbox had at the start.
+    #[arg(long, default_value = "10s", value_parser = service::config::duration, value_name = "DURATION")]
+    pub wait: Duration,
+    /// How many aggregates are named at most.
+    #[arg(long, default_value = "20", value_name = "N")]
+    pub limit: usize,
+}
+
+/// Prints the outbox's digest, or compares it with a consumer's.
+pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
+    let Some(consumer) = &args.consumer else { return print(args).await };
+    let inbox = database::options(
+        "INBOX_DATABASE_URL",
+        args.inbox_database_url_file.as_ref(),
+        "outbox-relay digest",
+        STATEMENT_TIMEOUT,
+    )?;
+    let mut start = Side::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
+    let mut end = Side::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
+    let mut inbox = Side::new(CommandArgs::reach_at(inbox).await.context("the inbox")?).await?;
+    let source = start.source().await?;
+    let inbox_of = Inbox { consumer: consumer.clone(), source: source.clone() };
+    let mut comparison = Comparison { args, inbox_of, buckets: args.buckets.unwrap_or(BUCKETS) };
+    let findings = comparison.settle(&mut start, &mut inbox, &mut end).await?;
+    let wrong = findings.wrong();
+    let answer = json!({
+        "source": source, "consumer": consumer, "agrees": wrong == 0, "types": findings.types,
+        "buckets": comparison.buckets, "gone_through": findings.gone_through,
+        "behind": findings.of(Kind::Behind), "missing": findings.of(Kind::Missing),
+        "ahead": findings.of(Kind::Ahead), "unknown": findings.of(Kind::Unknown),
+        "retired": findings.of(Kind::Retired), "named": findings.named,
+    });
+    args.common.answer(&answer, || text(&findings, consumer, &source))?;
+    Ok(if wrong == 0 { Verdict::Well } else { Verdict::NotWell })
+}
+
+/// The outbox's own.
+async fn print(args: &DigestArgs) -> anyhow::Result<Verdict> {
+    let mut side = Side::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
+    let source = side.source().await?;
+    let buckets = args.buckets.unwrap_or(1);
+    side.look().await?;
+    let mut digest = side.digest(None, buckets).await?;
+    if !args.aggregate_type.is_empty() {
+        digest.retain(|(type_, _), _| args.aggregate_type.contains(type_));
+    }
+    let rows: Vec<_> = digest
+        .iter()
+        .map(|((type_, bucket), sums)| {
+            json!({"aggregate_type": type_, "bucket": bucket, "aggregates": sums.aggregates,
+                   "versions": sums.versions, "hash": sums.hash()})
+        })
+        .collect();
+    args.common.answer(&json!({"source": source, "buckets": buckets, "digest": rows}), || {
+        let mut text = format!("{source}\n");
+        for ((type_, bucket), sums) in &digest {
+            let part = if buckets > 1 { format!(", bucket {bucket}") } else { String::new() };
+            let aggregates = many(sums.aggregates, "aggregate");
+            let _ = writeln!(
+                text,
+                "  {type_}{part}: {aggregates}, versions {}, hash {}",
+                sums.versions,
+                sums.hash()
+            );
+        }
+        if digest.is_empty() {
+            text.push_str("  no events\n");
+        }
+        text
+    })?;
+    Ok(Verdict::Well)
+}
+
+struct Comparison<'a> {
+    args: &'a DigestArgs,
+    inbox_of: Inbox,
+    buckets: i32,
+}
+
+impl Comparison<'_> {
+    /// Holds the consumer's inbox against what the outbox had at the start, and has at the end: each look is a
+    /// snapshot, and the inbox's lies between the outbox's two. While the consumer is only behind, it is
+    /// asked again.
+    async fn settle(
+        &mut self,
+        start: &mut Side,
+        inbox: &mut Side,
+        end: &mut Side,
+    ) -> anyhow::Result<Findings> {
+        let deadline = Instant::now() + self.args.wait;
+        start.look().await?;
+        let first = start.digest(None, self.buckets).await?;
+        loop {
+            let at = Instant::now();
+            inbox.look().await?;
+            let theirs = inbox.digest(Some(&self.inbox_of), self.buckets).await?;
+            if theirs.is_empty() && self.args.aggregate_type.is_empty() && !first.is_empty() {
+                self.nobody(inbox).await?;
+            }
+            end.look().await?;
+            let last = end.digest(None, self.buckets).await?;
+            let retired = end.is_retired().await?;
+            let mut findings = Findings::new(self.args.limit);
+            for type_ in self.types(&theirs) {
+                findings.add_type(&type_, &last, &theirs);
+                let chosen = differing(&type_, &first, &theirs, &last);
+                findings.gone_through += chosen.len();
+                if !chosen.is_empty() {
+                    let part = (&*type_, self.buckets, &*chosen);
+                    let lists = (
+                        start.list(None, part),
+                        inbox.list(Some(&self.inbox_of), part),
+                        end.list(None, part),
+                    );
+                    let verdicts = Verdicts { type_: &type_, retired };
+                    verdicts.of(lists, &mut findings).await?;
+                }
+            }
+            if !findings.only_behind() || Instant::now() >= deadline {
+                return Ok(findings);
+            }
+            let pause = PAUSE.max(at.elapsed()).min(deadline.saturating_duration_since(Instant::now()));
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    fn types(&self, theirs: &Digest) -> BTreeSet<String> {
+        let present = theirs.keys().map(|(type_, _)| type_);
+        let told = &self.args.aggregate_type;
+        if told.is_empty() { present.cloned().collect() } else { told.iter().cloned().collect() }
+    }
+
+    /// An inbox without a row of the source would agree with anything.
+    async fn nobody(&self, inbox: &mut Side) -> anyhow::Result<()> {
+        let Inbox { consumer, source } = &self.inbox_of;
+        let there: Vec<String> = inbox
+            .sources()
+            .await?
+            .into_iter()
+            .map(|known| format!("{} of {}", known.consumer, known.source))
+            .collect();
+        let there = if there.is_empty() { "nothing".to_owned() } else { there.join(", ") };
+        bail!(
+            "the consumer {consumer} has received nothing of {source} in this inbox, which has: {there}; to have \
+             it compared all the same, say of which --aggregate-type"
+        )
+    }
+}
+
+fn text(findings: &Findings, consumer: &str, source: &str) -> String {
+    let wrong = i64::try_from(findings.wrong()).unwrap_or(i64::MAX);
+    let mut text = if wrong == 0 {
+        let nothing = if findings.types.is_empty() { ", which is nothing" } else { "" };
+        format!("{consumer} has what {source} published{nothing}\n")
+    } else {
+        format!("{consumer} differs from {source} in {}\n", many(wrong, "aggregate"))
+    };
+    for type_ in &findings.types {
+        let (here, there) = (many(type_.aggregates, "aggregate"), many(type_.applied, "aggregate"));
+        let _ = writeln!(
+            text,
+            "  {}: {here} with versions {} in the outbox, {there} with versions {} in the inbox",
+            type_.aggregate_type, type_.versions, type_.applied_versions
+        );
+    }
+    let mut found = Kind::ALL.into_iter().filter(|kind| findings.of(*kind) > 0).peekable();
+    while let Some(kind) = found.next() {
+        let count = findings.of(kind);
+        let _ = writeln!(
+            text,
+            "{}: {}",
+            kind.title(),
+            many(i64::try_from(count).unwrap_or(i64::MAX), "aggregate")
+        );
+        for fault in findings.named.iter().filter(|fault| fault.kind == kind) {
+            let _ = writeln!(text, "  {}", fault.text());
+        }
+        // Said once where it is the same.
+        if found.peek().is_none_or(|next| next.advice() != kind.advice()) {
+            let _ = writeln!(text, "  -> {}", kind.advice());
+        }
+    }
+    text
+}

@@ -1,0 +1,71 @@
+//! `digest`: what a read model has received, summed up as the source's `outbox-relay digest` does it.
+
+use std::{fmt::Write, time::Duration};
+
+use anyhow::{Context, bail};
+use serde_json::json;
+use service::config::command::{CommandArgs, Verdict, many};
+
+use crate::schema;
+
+/// A digest is one pass over everything that a consumer has.
+const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
+
+/// Settings of `digest`.
+#[derive(Debug, clap::Args)]
+pub struct DigestArgs {
+    /// The database, and the form of the answer.
+    #[command(flatten)]
+    pub common: CommandArgs,
+    /// Into how many parts the aggregates of a type are divided, by a hash of their ids.
+    #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(i32).range(1..=65536))]
+    pub buckets: i32,
+    /// Of the read model that is being rebuilt, instead of the one that is read.
+    #[arg(long)]
+    pub shadow: bool,
+}
+
+/// Prints the digest of each source that the read model follows.
+pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
+    let mut conn =
+        args.common.connect("score-projector digest", &schema::needed(), STATEMENT_TIMEOUT).await?;
+    let role = if args.shadow { "shadow" } else { "live" };
+    let consumer: Option<String> = sqlx::query_scalar("SELECT consumer FROM score.model WHERE role = $1")
+        .bind(role)
+        .fetch_optional(&mut conn)
+        .await
+        .context("the read model's name could not be read")?;
+    let Some(consumer) = consumer else { bail!("there is no {role} read model: no rebuild is on") };
+    let digests =
+        inbox::digest(&mut conn, &consumer, args.buckets).await.context("the inbox could not be read")?;
+    let hash = |digest: &inbox::Digest| format!("{:016x}", digest.hash.cast_unsigned());
+    let rows: Vec<_> = digests
+        .iter()
+        .map(|digest| {
+            json!({"source": digest.source, "aggregate_type": digest.aggregate_type, "bucket": digest.bucket,
+                   "aggregates": digest.aggregates, "versions": digest.versions, "hash": hash(digest)})
+        })
+        .collect();
+    args.common.answer(&json!({"consumer": consumer, "buckets": args.buckets, "digest": rows}), || {
+        let mut text = format!("consumer {consumer}\n");
+        let mut source = None;
+        for digest in &digests {
+            if source.replace(&digest.source) != Some(&digest.source) {
+                let _ = writeln!(text, "{}", digest.source);
+            }
+            let part = if args.buckets > 1 { format!(", bucket {}", digest.bucket) } else { String::new() };
+            let (type_, aggregates) = (&digest.aggregate_type, many(digest.aggregates, "aggregate"));
+            let _ = writeln!(
+                text,
+                "  {type_}{part}: {aggregates}, versions {}, hash {}",
+                digest.versions,
+                hash(digest)
+            );
+        }
+        if digests.is_empty() {
+            text.push_str("nothing was received\n");
+        }
+        text
+    })?;
+    Ok(Verdict::Well)
+}
