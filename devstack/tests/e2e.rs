@@ -6,7 +6,7 @@ mod support;
 
 use std::{collections::BTreeMap, fmt::Write, time::Instant};
 
-use devstack::stack::Stack;
+use devstack::stack::{Addresses, Stack};
 use futures_util::StreamExt;
 use lapin::{
     Channel, Connection, ConnectionProperties, Consumer, ExchangeKind,
@@ -108,6 +108,58 @@ async fn a_bad_day_on_one_side_is_none_on_the_other() {
     }
     apis.until_score(CPF, 4970).await;
     stack.stop(&no_hurry).await;
+}
+
+/// A subscriber that begins late gets everybody's state by baselines; to one that has everything they say
+/// nothing new. And whether a subscriber is right is one command.
+#[tokio::test]
+async fn a_late_subscriber_begins_with_baselines() {
+    let mut stack = stack().await;
+    let no_hurry = CancellationToken::new();
+    let (addresses, apis) = (stack.addresses(), Apis::of(&stack.addresses()));
+    for (path, sample) in REQUESTS {
+        accepted(&apis.post(&format!("/person{path}"), payload(sample)).await);
+    }
+    apis.until_score(CPF, 4970).await;
+    compare(&stack).await.unwrap();
+
+    let mut score = PgConnection::connect(&addresses.score_database_url).await.unwrap();
+    let everybody = [("DATABASE_URL", &*addresses.person_database_url)];
+    stack.person_api.command(&["republish", "--all"], &everybody).await.unwrap();
+    // The samples are versions 1 to 4, so each baseline is the next one.
+    until_version(&apis, 5).await;
+    compare(&stack).await.unwrap();
+    let published = "SELECT count(*) FROM outbox.event";
+    assert_eq!(sqlx::query_scalar::<_, i64>(published).fetch_one(&mut score).await.unwrap(), 3);
+
+    // As if the score service had begun only now.
+    stack.score_projector.stop(&no_hurry).await;
+    let nothing = "TRUNCATE score.person, score.entry, inbox.aggregate, outbox.event";
+    sqlx::query(nothing).execute(&mut score).await.unwrap();
+    stack.score_projector.start().await.unwrap();
+    stack.score_projector.ready(DEADLINE).await.unwrap();
+    let refused = compare(&stack).await.unwrap_err();
+    assert!(format!("{refused:#}").contains("has received nothing of person"), "{refused:#}");
+    stack.person_api.command(&["republish", "--all"], &everybody).await.unwrap();
+    apis.until_score(CPF, 4970).await;
+    compare(&stack).await.unwrap();
+    assert_eq!(sqlx::query_scalar::<_, i64>(published).fetch_one(&mut score).await.unwrap(), 3);
+    stack.stop(&no_hurry).await;
+}
+
+/// Holds the read model's inbox against the outbox of the person service.
+async fn compare(stack: &Stack) -> anyhow::Result<()> {
+    let Addresses { person_database_url, score_database_url, .. } = stack.addresses();
+    let databases = [("DATABASE_URL", &*person_database_url), ("INBOX_DATABASE_URL", &score_database_url)];
+    stack.person_relay.command(&["digest", "--consumer", "score"], &databases).await
+}
+
+async fn until_version(apis: &Apis, version: i64) {
+    eventually(&format!("version {version}"), async || {
+        let answer = apis.score(CPF).await;
+        if answer.json()["version"] == version { Ok(()) } else { Err(answer.shown()) }
+    })
+    .await;
 }
 
 fn accepted(answer: &Answer) {
