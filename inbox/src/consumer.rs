@@ -10,9 +10,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Handler, Part, Sequencer, Status, Topology,
+    alarms::{Alarms, Found},
     backoff::Backoff,
     handler::describe,
     subscription::{Subscription, Trouble, answer},
+    transaction::Stop,
 };
 
 /// How long connecting to one node may take, the handshake included.
@@ -21,6 +23,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 const HEARTBEAT: u16 = 10;
 /// How often an idle consumer asks whether the database is still there.
 const DATABASE_CHECK: Duration = Duration::from_secs(5);
+/// How often it is looked for what needs somebody's attention.
+const ALARMS: Duration = Duration::from_secs(5);
 /// A session that lived this long was a success, even if nothing came.
 const HEALTHY: Duration = Duration::from_secs(30);
 
@@ -59,6 +63,29 @@ pub struct Config {
     /// How many messages one transaction takes at most. Twice as many are in memory, so their size
     /// bounds it; RabbitMQ cannot limit what it sends ahead by bytes.
     pub batch: u16,
+    /// After so many events refused in a row, with none applied in between, it is the handler that is
+    /// broken: nothing more is consumed until one of them succeeds. 0 for never.
+    pub max_refused: u32,
+    /// When more events than this were refused or wait behind one that was, nothing more is consumed
+    /// until they are fewer. 0 for never.
+    pub max_held: u32,
+    /// For how long versions may be missing before somebody should look.
+    pub hole_after: Duration,
+}
+
+impl Config {
+    /// The defaults: 100 messages a transaction, 20 refused in a row, 10,000 held, and a minute.
+    pub fn new(topology: Topology, nodes: Vec<Node>, connection_name: impl Into<String>) -> Self {
+        Self {
+            topology,
+            nodes,
+            connection_name: connection_name.into(),
+            batch: 100,
+            max_refused: 20,
+            max_held: 10_000,
+            hole_after: Duration::from_mins(1),
+        }
+    }
 }
 
 /// Consumes for as long as the process lives: connects, declares, subscribes, applies, and begins again
@@ -73,6 +100,7 @@ pub struct Consumer<H> {
 impl<H: Handler> Consumer<H> {
     /// Nothing happens before [`run`](Self::run).
     pub fn new(config: Config, sequencer: Sequencer<H>) -> Self {
+        sequencer.streak().limit(config.max_refused);
         Self { config, sequencer, status: watch::Sender::new(Status::starting()) }
     }
 
@@ -84,12 +112,16 @@ impl<H: Handler> Consumer<H> {
     /// Consumes until `stop`. Then the transaction under way is finished and acknowledged, and what
     /// else was received is given back.
     pub async fn run(self, stop: CancellationToken) {
+        tokio::join!(Box::pin(self.consume(&stop)), self.watch(&stop));
+    }
+
+    async fn consume(&self, stop: &CancellationToken) {
         let mut backoff = Backoff::new();
         let mut node = 0;
         while !stop.is_cancelled() {
             let started = Instant::now();
             let progress = AtomicBool::new(false);
-            let Err(trouble) = self.session(&mut node, &stop, &progress).await else { continue };
+            let Err(trouble) = self.session(&mut node, stop, &progress).await else { continue };
             if progress.into_inner() || started.elapsed() >= HEALTHY {
                 backoff = Backoff::new();
             }
@@ -104,10 +136,40 @@ impl<H: Handler> Consumer<H> {
                     self.set(|status| &mut status.database, Err(reason.clone()));
                     self.set(|status| &mut status.consuming, Err("waiting for the database".to_owned()));
                 }
+                Trouble::Handler(reason) => {
+                    self.mend(stop, reason).await;
+                    continue;
+                }
             }
             let pause = backoff.pause();
             tracing::warn!(?trouble, ?pause, "consuming was interrupted");
             stop.run_until_cancelled(tokio::time::sleep(pause)).await;
+        }
+    }
+
+    /// Consumes nothing until the handler has applied one of those that it refused, and not too many
+    /// are left. Nothing is subscribed to meanwhile, so no deliveries are used up.
+    async fn mend(&self, stop: &CancellationToken, reason: &str) {
+        tracing::error!(reason, "consuming has stopped; what was refused is tried again from time to time");
+        let open = metrics::gauge!("inbox_breaker_open", "consumer" => self.sequencer.consumer.clone());
+        open.set(1);
+        self.set(|status| &mut status.consuming, Err(reason.to_owned()));
+        let mut backoff = Backoff::new();
+        while stop.run_until_cancelled(tokio::time::sleep(backoff.pause())).await.is_some() {
+            match self.sequencer.mend(self.config.max_held).await {
+                Ok(None) => {
+                    tracing::info!("consuming goes on");
+                    open.set(0);
+                    return;
+                }
+                Ok(Some(reason)) => {
+                    self.set(|status| &mut status.database, Ok(()));
+                    self.set(|status| &mut status.consuming, Err(reason));
+                }
+                Err(Stop::Transient(reason) | Stop::Failed(reason)) => {
+                    self.set(|status| &mut status.database, Err(reason));
+                }
+            }
         }
     }
 
@@ -121,6 +183,7 @@ impl<H: Handler> Consumer<H> {
     ) -> Result<(), Trouble> {
         let prepare = async {
             self.ask_database().await?;
+            self.ask_held().await?;
             let connection = self.connect(node).await?;
             let channel = answer(connection.create_channel()).await?;
             answer(self.config.topology.declare(&channel)).await?;
@@ -189,8 +252,38 @@ impl<H: Handler> Consumer<H> {
     async fn watch_database(&self, stop: &CancellationToken) -> Result<(), Trouble> {
         while stop.run_until_cancelled(tokio::time::sleep(DATABASE_CHECK)).await.is_some() {
             self.ask_database().await?;
+            self.ask_held().await?;
         }
         Ok(())
+    }
+
+    /// Not more than may be held.
+    async fn ask_held(&self) -> Result<(), Trouble> {
+        match self.sequencer.overfull(self.config.max_held).await {
+            Ok(None) => Ok(()),
+            Ok(Some(reason)) => Err(Trouble::Handler(reason)),
+            Err(error) => Err(Trouble::Database(describe(&error))),
+        }
+    }
+
+    /// Looks at what needs somebody's attention, whatever else goes on.
+    async fn watch(&self, stop: &CancellationToken) {
+        let queue = self.config.topology.queue().as_str();
+        let Sequencer { consumer, pool, .. } = &self.sequencer;
+        let mut alarms = Alarms::new(consumer, pool, queue, self.config.hole_after);
+        while stop.run_until_cancelled(tokio::time::sleep(ALARMS)).await.is_some() {
+            match alarms.look().await {
+                Ok(Found { holes, forks }) => {
+                    self.status.send_if_modified(|status| {
+                        let modified = (&status.holes, &status.forks) != (&holes, &forks);
+                        (status.holes, status.forks) = (holes, forks);
+                        modified
+                    });
+                }
+                // Who consumes says so.
+                Err(error) => tracing::debug!(error = describe(&error), "no look at what is held"),
+            }
+        }
     }
 
     fn set(&self, part: impl FnOnce(&mut Status) -> &mut Part, state: Part) {

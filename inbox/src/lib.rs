@@ -7,11 +7,14 @@
 //! A subscriber writes a [`Handler`] and hands it to a [`Consumer`], which declares the queue, consumes,
 //! reconnects and drains. The [`Sequencer`] between them is usable without a broker.
 
+mod alarms;
 mod attempt;
 mod backoff;
+mod breaker;
 mod chain;
 mod consumer;
 mod digest;
+mod failpoint;
 mod handler;
 mod ledger;
 mod message;

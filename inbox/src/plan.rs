@@ -152,6 +152,15 @@ impl<'a> Plan<'a> {
             .collect()
     }
 
+    /// That the only event is tried has been stored.
+    pub(crate) fn tried(&mut self, attempts: i32) -> sqlx::Result<()> {
+        for due in &self.due {
+            let held = Held { id: due.id, reason: Reason::Trying, attempts, received: None };
+            self.ledger.chain(&due.key)?.held.insert(due.version, held);
+        }
+        Ok(())
+    }
+
     /// The only event that was to be applied was refused: its chain stands where it stood.
     pub(crate) fn refused(&mut self, attempts: i32) -> sqlx::Result<()> {
         for due in self.due.drain(..) {

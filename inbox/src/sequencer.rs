@@ -1,9 +1,10 @@
-use std::{collections::BTreeSet, ops::AddAssign, sync::Mutex};
+use std::{collections::BTreeSet, ops::AddAssign, slice, sync::Mutex};
 
 use sqlx::PgPool;
 
 use crate::{
     Envelope, Handler,
+    breaker::Streak,
     chain::Key,
     ledger::NEAR,
     plan::Message,
@@ -32,6 +33,8 @@ pub struct Sequencer<H> {
     pub(crate) handler: H,
     /// Attempts that were interrupted, which could not be written: this process lives, so they do not count.
     pub(crate) survived: Mutex<BTreeSet<(Key, i64)>>,
+    /// How many events were refused in a row.
+    pub(crate) streak: Mutex<Streak>,
 }
 
 /// What became of messages.
@@ -79,7 +82,13 @@ impl<H: Handler> Sequencer<H> {
     /// A sequencer under the name `consumer`, which must stay the same for as long as the read model
     /// lives: what was applied is remembered by it.
     pub fn new(consumer: impl Into<String>, pool: PgPool, handler: H) -> Self {
-        Self { consumer: consumer.into(), pool, handler, survived: Mutex::default() }
+        Self {
+            consumer: consumer.into(),
+            pool,
+            handler,
+            survived: Mutex::default(),
+            streak: Mutex::default(),
+        }
     }
 
     /// Settles `messages`, in their order. They are taken in one transaction; when that fails for one
@@ -96,6 +105,10 @@ impl<H: Handler> Sequencer<H> {
                 Ok(one) => {
                     outcome += one;
                     settled += part.len();
+                    // The rest would only go the same way.
+                    if let Some(reason) = self.broken() {
+                        return Err(Interrupted { settled, reason, refused: false });
+                    }
                 }
                 Err(Stop::Failed(reason)) if part.len() > 1 => {
                     tracing::debug!(
@@ -128,6 +141,14 @@ impl<H: Handler> Sequencer<H> {
             Ok(outcome)
         };
         settled.await.map_err(|stop: Stop| stop.after(0))
+    }
+
+    /// Tries again the event that stops an aggregate, and applies what waits behind it.
+    pub(crate) async fn retry(&self, key: &Key) -> Result<Outcome, Stop> {
+        let (mut outcome, unfinished) =
+            self.transaction(Work::one_held(slice::from_ref(key), Mode::Retry)).await?;
+        outcome += self.drain(unfinished).await?;
+        Ok(outcome)
     }
 
     /// One transaction for the messages, then as many as it takes for what they freed.

@@ -1,7 +1,8 @@
 /// One thing that a consumer needs: there, or why it waits.
 pub type Part = Result<(), String>;
 
-/// What a consumer waits for. A program maps it to its readiness; no part carries secrets or data.
+/// What a consumer waits for, and what somebody should look at. A program maps it to its readiness; no
+/// part carries secrets or data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
     /// The database answers.
@@ -10,11 +11,15 @@ pub struct Status {
     pub broker: Part,
     /// The queue and its dead letters are subscribed to.
     pub consuming: Part,
+    /// Versions that are missing for long, if any. It is no reason not to go on.
+    pub holes: Option<String>,
+    /// Events that contradict what was applied, if any. It is no reason not to go on.
+    pub forks: Option<String>,
 }
 
 impl Status {
     pub(crate) fn starting() -> Self {
         let starting = || Err("starting".to_owned());
-        Self { database: starting(), broker: starting(), consuming: starting() }
+        Self { database: starting(), broker: starting(), consuming: starting(), holes: None, forks: None }
     }
 }

@@ -25,6 +25,8 @@ const SUSPECT: i64 = 2;
 pub(crate) enum Trouble {
     Broker(String),
     Database(String),
+    /// The handler is broken, as far as one can tell.
+    Handler(String),
 }
 
 impl From<lapin::Error> for Trouble {
@@ -132,6 +134,9 @@ impl Subscription {
         if let Some(last) = settled.checked_sub(1).and_then(|last| tags.get(last)) {
             answer(self.channel.basic_ack(*last, BasicAckOptions { multiple: true })).await?;
         }
+        if let Some(reason) = sequencer.broken() {
+            return Err(Trouble::Handler(reason));
+        }
         let Err(Interrupted { reason, refused, .. }) = applied else { return Ok(()) };
         if let Some(culprit) = tags.get(settled).filter(|_| refused) {
             // A reject counts as a failed delivery where a nack does not (RabbitMQ 4), so a message that
@@ -150,8 +155,8 @@ impl Subscription {
             self.channel.basic_nack(0, BasicNackOptions { multiple: true, requeue: true }).await?;
             self.channel.close(200, "bye".into()).await
         };
-        if let Err(Trouble::Broker(reason) | Trouble::Database(reason)) = answer(end).await {
-            tracing::debug!(reason, "a subscription was not closed in order");
+        if let Err(trouble) = answer(end).await {
+            tracing::debug!(?trouble, "a subscription was not closed in order");
         }
     }
 }

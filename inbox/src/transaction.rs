@@ -10,6 +10,7 @@ use crate::{
     Event, Failure, Handler, Interrupted, Outcome, Sequencer,
     attempt::{Attempt, NEVER_CAME_BACK},
     chain::{Key, Reason},
+    failpoint,
     handler::{describe, is_transient},
     ledger::{Ledger, NEAR},
     plan::{Message, Plan},
@@ -28,6 +29,8 @@ pub(crate) enum Mode {
     Alone,
     /// Alone; and since its handler may end the process, that it is tried is committed before.
     Attempt,
+    /// Alone, and poison too: it is to be tried again.
+    Retry,
 }
 
 impl Mode {
@@ -35,8 +38,8 @@ impl Mode {
     pub(crate) fn takes(self, reason: Reason) -> bool {
         match reason {
             Reason::Gap | Reason::Behind => true,
-            Reason::Trying => self == Self::Attempt,
-            Reason::Poison => false,
+            Reason::Trying => matches!(self, Self::Attempt | Self::Retry),
+            Reason::Poison => self == Self::Retry,
         }
     }
 }
@@ -141,7 +144,7 @@ impl<H: Handler> Sequencer<H> {
             (_, []) => {}
             (Mode::Together, events) => self.handle(&mut tx, events).await?,
             (mode, [event]) => {
-                let (handled, attempts) = self.try_alone(&mut tx, mode, &plan, event, attempt).await?;
+                let (handled, attempts) = self.try_alone(&mut tx, mode, &mut plan, event, attempt).await?;
                 match handled {
                     Ok(()) => {}
                     Err(Failure::Transient(reason)) => return Err(Stop::Transient(reason)),
@@ -149,15 +152,18 @@ impl<H: Handler> Sequencer<H> {
                         self.refuse(&mut tx, event, &reason, attempts).await?;
                         plan.refused(attempts)?;
                         plan.outcome.poison += 1;
+                        self.streak().refused(mode, reason);
                     }
                 }
             }
             (_, _) => return Err(Stop::Failed("more than one event to take alone".to_owned())),
         }
+        failpoint::hit("apply", &events);
         plan.ledger.save(&mut tx).await?;
         plan.ledger.reject(&mut tx, &plan.rejected).await?;
         plan.outcome.applied = plan.due.len() as u64;
         tx.commit().await?;
+        failpoint::hit("commit", &events);
         self.committed(&plan, &events);
         Ok((plan.outcome, plan.unfinished))
     }
@@ -168,19 +174,20 @@ impl<H: Handler> Sequencer<H> {
         &self,
         tx: &mut Transaction<'_, Postgres>,
         mode: Mode,
-        plan: &Plan<'_>,
+        plan: &mut Plan<'_>,
         event: &Event,
         attempt: &mut Option<Attempt>,
     ) -> Result<(Result<(), Failure>, i32), Stop> {
         let held = plan.due.first().and_then(|due| due.held);
         let attempts = held.map_or(0, |(_, attempts)| attempts);
         let tried = matches!(held, Some((Reason::Trying, _)));
-        if !tried && mode == Mode::Alone {
+        if mode == Mode::Retry || !tried && mode == Mode::Alone {
             return Ok((self.handle_alone(tx, event).await, attempts + 1));
         }
         match self.begin_attempt(event, held).await? {
             Some(begun) => {
                 let attempts = attempt.insert(begun).attempts;
+                plan.tried(attempts)?;
                 Ok((self.handle_alone(tx, event).await, attempts))
             }
             None => Ok((Err(Failure::poison(NEVER_CAME_BACK)), attempts)),
@@ -231,6 +238,7 @@ impl<H: Handler> Sequencer<H> {
         count("inbox_rejected_total", outcome.rejected);
         count("inbox_forks_total", outcome.forks);
         if outcome.applied > 0 {
+            self.streak().ended();
             let lag = metrics::histogram!("inbox_lag_seconds", "consumer" => self.consumer.clone());
             let now = Utc::now();
             for made in events.iter().filter_map(Event::made_at) {

@@ -42,6 +42,14 @@ pub struct RunArgs {
     /// The queue to consume from; its dead letters go to `<queue>.dead`. Both are declared.
     #[arg(long, env = "QUEUE", default_value = "score", value_name = "NAME")]
     pub queue: String,
+    /// After so many events refused in a row, with none applied in between, nothing more is consumed until
+    /// one of them succeeds: it is the program that is broken, and not the events. 0 for never.
+    #[arg(long, env = "MAX_REFUSED", default_value_t = 20, value_name = "COUNT")]
+    pub max_refused: u32,
+    /// When more events than this were refused or wait behind one that was, nothing more is consumed until
+    /// they are fewer. 0 for never.
+    #[arg(long, env = "MAX_HELD", default_value_t = 10_000, value_name = "COUNT")]
+    pub max_held: u32,
     /// Where the database is.
     #[command(flatten)]
     pub database: DatabaseArgs,

@@ -57,8 +57,8 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     .map_err(|e| SettingError::new("QUEUE", e))?;
     let nodes = nodes(&args.broker)?;
     let health = Health::new();
-    let (database, broker, consuming) =
-        (health.part("database"), health.part("broker"), health.part("consuming"));
+    let [database, broker, consuming, holes, forks] =
+        ["database", "broker", "consuming", "holes", "forks"].map(|name| health.part(name));
     shutdown.serve(args.listen, telemetry::observed(health.add_to(Route::new(), metrics)), drain).await?;
 
     // Without its schemas the program would only hold or refuse what it consumes.
@@ -79,10 +79,17 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
 
     let waker = Waker::new();
     let sequencer = Sequencer::new(CONSUMER, pool.clone(), Projection::new(waker.clone()));
-    let config =
-        inbox::Config { topology, nodes, connection_name: "score-projector".to_owned(), batch: BATCH };
+    let config = inbox::Config {
+        batch: BATCH,
+        max_refused: args.max_refused,
+        max_held: args.max_held,
+        ..inbox::Config::new(topology, nodes, "score-projector")
+    };
     let consumer = Consumer::new(config, sequencer);
-    shutdown.spawn("health", mirror(consumer.status(), [database, broker, consuming], stop.clone()));
+    shutdown.spawn(
+        "health",
+        mirror(consumer.status(), [database, broker, consuming], [holes, forks], stop.clone()),
+    );
     let until = stop.clone();
     shutdown.spawn("waker", async move {
         waker.run(pool, until).await;
@@ -103,6 +110,7 @@ fn nodes(broker: &BrokerArgs) -> Result<Vec<inbox::Node>, SettingError> {
 async fn mirror(
     mut status: tokio::sync::watch::Receiver<inbox::Status>,
     parts: [Part; 3],
+    attention: [Part; 2],
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     loop {
@@ -111,6 +119,12 @@ async fn mirror(
             match state {
                 Ok(()) => part.ready(),
                 Err(reason) => part.waiting(reason),
+            }
+        }
+        for (part, reason) in attention.iter().zip([now.holes, now.forks]) {
+            match reason {
+                Some(reason) => part.attention(reason),
+                None => part.ready(),
             }
         }
         // The sender goes with the consumer, at the end.

@@ -113,7 +113,10 @@ async fn what_comes_back_is_no_attempt_or_counts_once() {
     let applied = sequencer.attempt(&passes).await.unwrap();
     assert_eq!((applied.applied, held(&pool).await), (1, vec![]));
 
+    let applied = sequencer.attempt(&event("a", 2, "")).await.unwrap();
+    assert_eq!((applied.applied, held(&pool).await), (1, vec![]));
+
     // Refused at the first attempt: one attempt.
-    let refused = sequencer.attempt(&event("a", 2, "poison")).await.unwrap();
-    assert_eq!((refused.poison, held(&pool).await), (1, vec![(2, "poison".to_owned(), 1)]));
+    let refused = sequencer.attempt(&event("a", 3, "poison")).await.unwrap();
+    assert_eq!((refused.poison, held(&pool).await), (1, vec![(3, "poison".to_owned(), 1)]));
 }

@@ -21,21 +21,21 @@ use tokio_util::sync::CancellationToken;
 use crate::support::{Recorder, database, event, tables, typed, until};
 
 /// A virtual host, a database, and a consumer between them that can be started and stopped.
-struct World {
+pub(crate) struct World {
     amqp: String,
-    pool: PgPool,
+    pub(crate) pool: PgPool,
     channel: Channel,
     _connection: Connection,
 }
 
-struct Running {
+pub(crate) struct Running {
     stop: CancellationToken,
     task: JoinHandle<()>,
-    status: watch::Receiver<Status>,
+    pub(crate) status: watch::Receiver<Status>,
 }
 
 impl World {
-    async fn new(name: &str) -> Self {
+    pub(crate) async fn new(name: &str) -> Self {
         let amqp = devstack::testing::virtual_host(name).await;
         let connection = Connection::connect(&amqp, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
@@ -45,14 +45,14 @@ impl World {
 
     /// A consumer whose first node does not exist.
     fn start(&self, handler: Recorder) -> Running {
+        self.start_with(handler, |config| config)
+    }
+
+    pub(crate) fn start_with(&self, handler: Recorder, set: impl FnOnce(Config) -> Config) -> Running {
         let nodes = ["amqp://127.0.0.1:1/none", &self.amqp]
             .map(|url| Node::new(url.parse().unwrap(), OwnedTLSConfig::default()));
-        let config = Config {
-            topology: Topology::new("events", "events.by_aggregate", "things", &["thing"]).unwrap(),
-            nodes: nodes.to_vec(),
-            connection_name: "receiving".to_owned(),
-            batch: 20,
-        };
+        let topology = Topology::new("events", "events.by_aggregate", "things", &["thing"]).unwrap();
+        let config = set(Config { batch: 20, ..Config::new(topology, nodes.to_vec(), "receiving") });
         let sequencer = Sequencer::new("things", self.pool.clone(), handler);
         let consumer = Consumer::new(config, sequencer);
         let (status, stop) = (consumer.status(), CancellationToken::new());
@@ -60,7 +60,7 @@ impl World {
         Running { stop, task, status }
     }
 
-    async fn publish(&self, envelope: Envelope) {
+    pub(crate) async fn publish(&self, envelope: Envelope) {
         let key = envelope.routing_key.as_str().into();
         let options = BasicPublishOptions { mandatory: true, ..Default::default() };
         self.channel
@@ -77,14 +77,14 @@ impl World {
         self.channel.basic_consume("things".into(), "".into(), options, arguments).await.unwrap()
     }
 
-    async fn applied(&self) -> Vec<(String, i64)> {
+    pub(crate) async fn applied(&self) -> Vec<(String, i64)> {
         sqlx::query_as("SELECT aggregate, version FROM applied ORDER BY aggregate, n")
             .fetch_all(&self.pool)
             .await
             .unwrap()
     }
 
-    async fn until_version(&self, aggregate: &str, version: i64) {
+    pub(crate) async fn until_version(&self, aggregate: &str, version: i64) {
         until(&format!("{aggregate} reaches {version}"), async || {
             self.applied().await.contains(&(aggregate.to_owned(), version))
         })
@@ -96,19 +96,19 @@ impl World {
     }
 
     /// How many messages are in a queue, with those that are being delivered.
-    async fn messages(&self, queue: &str) -> u64 {
+    pub(crate) async fn messages(&self, queue: &str) -> u64 {
         let queue = management(&format!("queues/{}/{queue}", self.vhost())).await;
         queue["messages"].as_u64().unwrap_or(u64::MAX)
     }
 }
 
 impl Running {
-    async fn until_consuming(&mut self) {
+    pub(crate) async fn until_consuming(&mut self) {
         let waited = self.status.wait_for(|s| s.consuming.is_ok() && s.broker.is_ok() && s.database.is_ok());
         tokio::time::timeout(Duration::from_secs(30), waited).await.unwrap().unwrap();
     }
 
-    async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.stop.cancel();
         tokio::time::timeout(Duration::from_secs(20), self.task).await.unwrap().unwrap();
     }
@@ -323,7 +323,7 @@ async fn a_stop_finishes_what_was_begun_and_gives_back_the_rest() {
     let mut running = world.start(Recorder::new("things"));
     running.until_consuming().await;
     // Half a second each, so the stop comes in the middle of the first batch.
-    for n in 0..60 {
+    for n in 0..30 {
         world.publish(event(&format!("{n:02}"), 1, "slow")).await;
     }
     until("a handler is at work", async || {
@@ -333,13 +333,13 @@ async fn a_stop_finishes_what_was_begun_and_gives_back_the_rest() {
     .await;
     running.stop().await;
     let applied = world.applied().await.len() as u64;
-    assert!((1..60).contains(&applied), "{applied}");
-    until("what was not applied is ready again", async || world.messages("things").await == 60 - applied)
+    assert!((1..30).contains(&applied), "{applied}");
+    until("what was not applied is ready again", async || world.messages("things").await == 30 - applied)
         .await;
 
     let mut running = world.start(Recorder::new("things"));
     running.until_consuming().await;
-    until("the rest is applied", async || world.applied().await.len() == 60).await;
+    until("the rest is applied", async || world.applied().await.len() == 30).await;
     until("everything is acknowledged", async || world.messages("things").await == 0).await;
     running.stop().await;
 }

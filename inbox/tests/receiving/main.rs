@@ -2,7 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report, in its helpers too")]
 
+mod alarms;
 mod attempt;
+mod breaker;
 mod consumer;
 mod property;
 mod sequencer;

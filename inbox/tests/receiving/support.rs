@@ -45,7 +45,7 @@ pub(crate) async fn database(name: &str) -> PgPool {
 #[derive(Clone, Default)]
 pub(crate) struct Recorder {
     pub(crate) consumer: String,
-    /// Events of the body `transient` succeed from now on.
+    /// Events of the bodies `transient` and `broken` succeed from now on.
     pub(crate) passed: Arc<AtomicBool>,
     pub(crate) commits: Arc<AtomicU32>,
     /// Told when an event of the body `hang` is at work, which never ends.
@@ -74,6 +74,9 @@ impl Handler for Recorder {
             "panic" => panic!("as the event asked for"),
             "transient" if !self.passed.load(Ordering::Relaxed) => {
                 return Err(Failure::Transient("another service is away".to_owned()));
+            }
+            "broken" if !self.passed.load(Ordering::Relaxed) => {
+                return Err(Failure::poison("the handler is broken"));
             }
             "hang" => {
                 self.hanging.notify_one();

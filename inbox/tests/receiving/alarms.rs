@@ -1,0 +1,48 @@
+//! What somebody should look at, while work goes on.
+
+use std::time::Duration;
+
+use inbox::{Config, Status};
+
+use crate::{
+    consumer::{Running, World},
+    support::{Recorder, event, forked},
+};
+
+async fn says(running: &mut Running, what: impl FnMut(&Status) -> bool) -> Status {
+    let waited = running.status.wait_for(what);
+    tokio::time::timeout(Duration::from_secs(30), waited).await.unwrap().unwrap().clone()
+}
+
+#[tokio::test]
+async fn holes_and_forks_are_named_with_what_to_do() {
+    let world = World::new("alarms").await;
+    let mut running =
+        world.start_with(Recorder::new("things"), |config| Config { hole_after: Duration::ZERO, ..config });
+    running.until_consuming().await;
+    world.publish(event("a", 1, "")).await;
+    world.publish(event("a", 3, "")).await;
+    for (aggregate, version) in [("b", 5), ("c", 2), ("d", 2), ("e", 2)] {
+        world.publish(event(aggregate, version, "")).await;
+    }
+    // Poison is no hole, nor is what waits behind it.
+    world.publish(event("f", 1, "poison")).await;
+    world.publish(event("f", 2, "")).await;
+    world.publish(forked(event("a", 1, "other"), "a", 1, 0)).await;
+    let status = says(&mut running, |status| {
+        status.forks.is_some() && status.holes.as_ref().is_some_and(|holes| holes.contains("others"))
+    })
+    .await;
+    assert_eq!(status.consuming, Ok(()), "work goes on");
+    insta::assert_snapshot!(status.holes.unwrap(), @"versions are missing, and later ones wait for them: thing/a of things lacks version 2; thing/b of things lacks versions 1 to 4; thing/c of things lacks version 1; and 2 others. `outbox-relay replay --aggregate thing/a --to-queue things` brings them, or a baseline");
+    insta::assert_snapshot!(status.forks.unwrap(), @"events contradict what was applied: thing/a of things at version 1. Was a backup restored, or a failover made, without `outbox-relay new-incarnation`? They are kept and not applied: `rejected list` shows them");
+
+    for (aggregate, version) in [("a", 2), ("c", 1), ("d", 1), ("e", 1)] {
+        world.publish(event(aggregate, version, "")).await;
+    }
+    for version in 1..=4 {
+        world.publish(event("b", version, "")).await;
+    }
+    says(&mut running, |status| status.holes.is_none()).await;
+    running.stop().await;
+}
