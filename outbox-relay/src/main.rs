@@ -7,7 +7,10 @@ use outbox_relay::{
     config::{Cli, Command},
 };
 use service::{
-    config::file::{self, Parsed},
+    config::{
+        command::print,
+        file::{self, Parsed},
+    },
     health,
     shutdown::{self, Shutdown},
     telemetry,
@@ -26,7 +29,7 @@ async fn start() -> anyhow::Result<Verdict> {
     match cli.command {
         Command::Run(args) if args.check_config => {
             telemetry::start(&args.telemetry)?;
-            println!("{}", args.check(&settings)?);
+            print(&args.check(&settings)?)?;
         }
         Command::Run(args) => {
             let metrics = telemetry::start(&args.telemetry)?;

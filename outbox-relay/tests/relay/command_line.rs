@@ -226,3 +226,16 @@ async fn migrate() {
     let _relay = Relay::ready(&mut stack.command("run")).await;
     subscriber.complete(10).await;
 }
+
+/// As in `outbox-relay run --check-config | head -0`.
+#[tokio::test]
+async fn a_reader_who_has_seen_enough() {
+    let mut program = program();
+    program.args(["run", "--check-config"]).env("AMQP_URL", "amqp://relay:secret@127.0.0.1:1/%2f");
+    program.env("DATABASE_URL", "postgres://relay:secret@127.0.0.1:1/person");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    program.stdout(writer).stderr(std::process::Stdio::piped());
+    let ended = program.spawn().unwrap().wait_with_output().await.unwrap();
+    assert_eq!((ended.status.code(), String::from_utf8(ended.stderr).unwrap().as_str()), (Some(0), ""));
+}

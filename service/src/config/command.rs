@@ -1,7 +1,12 @@
 //! What the commands beside `run` share: each asks the database, or changes something in it, says so,
 //! and ends.
 
-use std::{fmt, process::ExitCode, time::Duration};
+use std::{
+    fmt,
+    io::{self, Write},
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use serde::Serialize;
@@ -89,12 +94,18 @@ impl CommandArgs {
 
     /// Writes the answer to standard output: `text` for people, or `answer` as JSON.
     pub fn answer(&self, answer: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
-        if self.json {
-            println!("{}", serde_json::to_string_pretty(answer)?);
-        } else {
-            println!("{}", text().trim_end());
-        }
-        Ok(())
+        let text = if self.json { serde_json::to_string_pretty(answer)? } else { text() };
+        print(&text).context("the answer cannot be written")
+    }
+}
+
+/// Writes a text and a newline to standard output. A reader that has seen enough, such as `head`, is no
+/// error, where `println!` would panic.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut output = io::stdout().lock();
+    match writeln!(output, "{}", text.trim_end()).and_then(|()| output.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
     }
 }
 
