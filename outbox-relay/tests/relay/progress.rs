@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use sqlx::{Connection, Executor};
 
-use crate::stack::{Relay, Stack, eventually};
+use crate::stack::{Proxy, Relay, Stack, eventually};
 
 /// What a relay stores, as people see it.
 async fn stored(stack: &Stack, name: &str) -> String {
@@ -114,6 +114,36 @@ async fn a_stopped_leader_loses_its_leadership() {
     stack.append(6_000..7_000, 100, &["person.new"]).await;
     subscriber.complete(7_000).await;
     stack.settled("default", 7_000).await;
+}
+
+/// The other way round: it runs, but hears nothing of its database, on a connection that is half-open.
+/// Once its lease is over it publishes nothing but what was on its way, whatever becomes possible then.
+#[tokio::test]
+async fn a_leader_that_hears_nothing_publishes_nothing() {
+    let stack = Stack::new("relay_deaf").await;
+    let mut subscriber = stack.subscribe("#").await;
+    let (database, broker) = (Proxy::new(&stack.database_url).await, Proxy::new(&stack.amqp_url).await);
+    let run = || {
+        let mut program = stack.command("run");
+        program.env("LEASE", "2s");
+        program
+    };
+    let mut first = run();
+    first.env("DATABASE_URL", database.url(&stack.database_url)).env("AMQP_URL", broker.url(&stack.amqp_url));
+    let first = Relay::ready(&mut first).await;
+    let _second = Relay::ready(&mut run()).await;
+    // What it read first, 100 events, is on its way; each lane has its next window in its hands.
+    broker.hold_up(true);
+    stack.append(0..5_000, 5_000, &["person.new"]).await;
+    first.waits("the broker has not confirmed").await;
+    database.hang();
+    subscriber.complete(5_000).await;
+    broker.hold_up(false);
+    first.waits("the database did not answer").await;
+    stack.append(5_000..5_001, 5_000, &["person.new"]).await;
+    let came = subscriber.complete(5_001).await.len();
+    assert!(came <= 5_001 + 100, "{came}: what was not on its way was published all the same");
+    assert!(came > 5_001, "nothing was on its way");
 }
 
 /// As when it hangs in the middle of a statement, or on a socket that the server's timers do not cover:

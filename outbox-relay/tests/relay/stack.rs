@@ -19,6 +19,7 @@ use lapin::{
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Executor, PgPool};
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     process::{Child, Command},
     sync::{Mutex, watch},
@@ -510,11 +511,12 @@ impl Subscriber {
     }
 }
 
-/// A TCP proxy before a server, whose connections can be cut or left hanging.
+/// A TCP proxy before a server, whose connections can be cut, left hanging, or held up for a while.
 pub(crate) struct Proxy {
     port: u16,
     server: watch::Sender<String>,
     hanging: watch::Sender<bool>,
+    held_up: watch::Sender<bool>,
 }
 
 impl Proxy {
@@ -522,14 +524,15 @@ impl Proxy {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let (server, target) = watch::channel(host(url).to_owned());
-        let (hanging, state) = watch::channel(false);
+        let (hanging, hangs) = watch::channel(false);
+        let (held_up, held) = watch::channel(false);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let server = target.borrow().clone();
-                tokio::spawn(forward(client, server, state.clone()));
+                tokio::spawn(forward(client, server, hangs.clone(), held.clone()));
             }
         });
-        Self { port, server, hanging }
+        Self { port, server, hanging, held_up }
     }
 
     /// From now on another server is behind it. Cuts all connections.
@@ -552,6 +555,11 @@ impl Proxy {
     pub(crate) fn hang(&self) {
         self.hanging.send_replace(true);
     }
+
+    /// From now on nothing passes, until it is let go; nothing of it is lost.
+    pub(crate) fn hold_up(&self, held_up: bool) {
+        self.held_up.send_replace(held_up);
+    }
 }
 
 /// `host:port` of a URL.
@@ -559,13 +567,36 @@ fn host(url: &str) -> &str {
     url.rsplit_once('@').unwrap().1.split('/').next().unwrap()
 }
 
-async fn forward(mut client: TcpStream, server: String, mut hanging: watch::Receiver<bool>) {
+/// Passes bytes on until one side hangs up.
+async fn pass(
+    mut from: tokio::net::tcp::ReadHalf<'_>,
+    mut to: tokio::net::tcp::WriteHalf<'_>,
+    mut held_up: watch::Receiver<bool>,
+) -> std::io::Result<()> {
+    let mut bytes = [0; 16 * 1024];
+    loop {
+        let count = from.read(&mut bytes).await?;
+        if count == 0 || held_up.wait_for(|held_up| !held_up).await.is_err() {
+            return Ok(());
+        }
+        to.write_all(&bytes[..count]).await?;
+    }
+}
+
+async fn forward(
+    mut client: TcpStream,
+    server: String,
+    mut hanging: watch::Receiver<bool>,
+    held_up: watch::Receiver<bool>,
+) {
     hanging.mark_unchanged();
     // A server that is not there hangs up.
     let Ok(mut server) = TcpStream::connect(server).await else { return };
     let hangs = *hanging.borrow();
+    let ((from_client, to_client), (from_server, to_server)) = (client.split(), server.split());
     tokio::select! {
-        _ = tokio::io::copy_bidirectional(&mut client, &mut server), if !hangs => {}
+        _ = pass(from_client, to_server, held_up.clone()), if !hangs => {}
+        _ = pass(from_server, to_client, held_up), if !hangs => {}
         _ = hanging.changed() => {}
     }
     // Open until it is cut.
