@@ -18,8 +18,17 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 /// `NOTIFY` inside the business transaction would take a lock on the whole server until its commit,
 /// so it goes out afterwards, on another connection, folded together. A lost notice costs a moment,
 /// never an event.
-#[derive(Clone, Debug, Default)]
-pub struct Waker(Arc<Notify>);
+#[derive(Clone, Debug)]
+pub struct Waker {
+    channel: &'static str,
+    woken: Arc<Notify>,
+}
+
+impl Default for Waker {
+    fn default() -> Self {
+        Self::on(CHANNEL)
+    }
+}
 
 impl Waker {
     /// A waker whose notices are sent by [`run`](Self::run).
@@ -27,19 +36,24 @@ impl Waker {
         Self::default()
     }
 
+    /// The same for somebody else who waits for commits and polls behind it.
+    pub fn on(channel: &'static str) -> Self {
+        Self { channel, woken: Arc::default() }
+    }
+
     /// Call after the commit. Never waits and never fails.
     pub fn wake(&self) {
-        self.0.notify_one();
+        self.woken.notify_one();
     }
 
     /// Sends the notices until `stop`.
     pub async fn run(self, pool: PgPool, stop: CancellationToken) {
-        while stop.run_until_cancelled(self.0.notified()).await.is_some() {
-            let notice = sqlx::query("SELECT pg_notify($1, '')").bind(CHANNEL).execute(&pool);
+        while stop.run_until_cancelled(self.woken.notified()).await.is_some() {
+            let notice = sqlx::query("SELECT pg_notify($1, '')").bind(self.channel).execute(&pool);
             match tokio::time::timeout(TIMEOUT, notice).await {
                 Ok(Ok(_)) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "the relay was not woken; it will poll"),
-                Err(_) => tracing::debug!("the relay was not woken in time; it will poll"),
+                Ok(Err(error)) => tracing::debug!(self.channel, %error, "nobody was woken; they will poll"),
+                Err(_) => tracing::debug!(self.channel, "nobody was woken in time; they will poll"),
             }
             stop.run_until_cancelled(tokio::time::sleep(DEBOUNCE)).await;
         }

@@ -38,9 +38,12 @@ const CONSUMER: &str = "score";
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Creating an index on a large table takes its time.
 const MIGRATION_TIMEOUT: Duration = Duration::from_hours(1);
+/// The channel on which score-api listens for "the read model has changed".
+const CHANNEL: &str = "score_model";
 /// Connections: the queue and its dead letters, each with a second one for an attempt that is committed
-/// before its transaction; the check that the database is there; the relay's notice.
-const POOL_SIZE: u32 = 6;
+/// before its transaction; the check that the database is there; and two for notices, to the relay and
+/// to the readers.
+const POOL_SIZE: u32 = 7;
 /// How many events one transaction takes at most.
 const BATCH: u16 = 100;
 
@@ -77,8 +80,9 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
         }
     }
 
-    let waker = Waker::new();
-    let sequencer = Sequencer::new(CONSUMER, pool.clone(), Projection::new(waker.clone()));
+    let (relay, readers) = (Waker::new(), Waker::on(CHANNEL));
+    let projection = Projection::new(relay.clone(), readers.clone());
+    let sequencer = Sequencer::new(CONSUMER, pool.clone(), projection);
     let config = inbox::Config {
         batch: BATCH,
         max_refused: args.max_refused,
@@ -90,11 +94,13 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
         "health",
         mirror(consumer.status(), [database, broker, consuming], [holes, forks], stop.clone()),
     );
-    let until = stop.clone();
-    shutdown.spawn("waker", async move {
-        waker.run(pool, until).await;
-        Ok(())
-    });
+    for (name, waker) in [("relay's waker", relay), ("readers' waker", readers)] {
+        let (pool, until) = (pool.clone(), stop.clone());
+        shutdown.spawn(name, async move {
+            waker.run(pool, until).await;
+            Ok(())
+        });
+    }
     shutdown.spawn("consumer", async move {
         consumer.run(stop).await;
         Ok(())

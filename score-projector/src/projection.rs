@@ -34,13 +34,14 @@ type Tx<'a, 'tx> = &'a mut Transaction<'tx, Postgres>;
 /// over what it misses: only an end may do that.
 #[derive(Debug)]
 pub struct Projection {
-    waker: Waker,
+    relay: Waker,
+    readers: Waker,
 }
 
 impl Projection {
-    /// `waker` tells the relay of the score service's own events.
-    pub fn new(waker: Waker) -> Self {
-        Self { waker }
+    /// `relay` is told of the score service's own events, `readers` that the read model has changed.
+    pub fn new(relay: Waker, readers: Waker) -> Self {
+        Self { relay, readers }
     }
 }
 
@@ -125,7 +126,8 @@ impl Handler for Projection {
     }
 
     fn committed(&self) {
-        self.waker.wake();
+        self.relay.wake();
+        self.readers.wake();
     }
 }
 

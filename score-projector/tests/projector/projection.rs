@@ -1,9 +1,12 @@
 //! What the events of persons become.
 
+use std::collections::BTreeSet;
+
 use serde_json::json;
+use sqlx::postgres::PgListener;
 use uuid::Uuid;
 
-use crate::stack::{Stack, command, id, item, person, until};
+use crate::stack::{DEADLINE, Stack, command, id, item, person, until};
 
 #[tokio::test]
 async fn the_samples_give_4970() {
@@ -155,4 +158,23 @@ async fn sigkill_loses_and_doubles_nothing() {
     let held: i64 =
         sqlx::query_scalar("SELECT count(*) FROM inbox.held").fetch_one(&stack.pool).await.unwrap();
     assert_eq!(held, 0);
+}
+
+#[tokio::test]
+async fn the_relay_and_the_readers_are_told_of_what_is_committed() {
+    let stack = Stack::new("told").await;
+    let mut listener = PgListener::connect_with(&stack.pool).await.unwrap();
+    // By their names on the wire: each is what another program listens to.
+    listener.listen_all(["outbox_event", "score_model"]).await.unwrap();
+    let _program = stack.start().await;
+    stack.publish("person.new", id(1), 1, &person(id(1), 11111)).await;
+    let mut told = BTreeSet::new();
+    let both = async {
+        while told.len() < 2 {
+            let notice = listener.recv().await.unwrap();
+            assert_eq!(notice.payload(), "");
+            told.insert(notice.channel().to_owned());
+        }
+    };
+    tokio::time::timeout(DEADLINE, both).await.expect("both are told");
 }

@@ -17,6 +17,9 @@ use uuid::Uuid;
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_score-projector");
 
+/// How long anything may take on a busy machine.
+pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
+
 pub(crate) struct Stack {
     pub(crate) amqp: String,
     /// As the superuser, to look.
@@ -173,7 +176,7 @@ impl Stack {
 
 /// Waits until `condition` holds.
 pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
+    let deadline = tokio::time::Instant::now() + DEADLINE;
     while !condition().await {
         assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
