@@ -1,6 +1,8 @@
 //! Two-phase shutdown and an honest exit code: a signal, stop taking work, drain with a deadline, end.
 //! A task that dies takes the process down with its error; a second signal ends it at once.
 
+mod accept;
+
 use std::{
     future::Future,
     net::SocketAddr,
@@ -10,18 +12,15 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
-use poem::{
-    Endpoint, Response, Server,
-    http::uri::Scheme,
-    listener::{Acceptor, TcpAcceptor},
-    web::{LocalAddr, RemoteAddr},
-};
+use poem::{Endpoint, EndpointExt, Response, Server, listener::TcpAcceptor};
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub use self::accept::HungUp;
+use self::accept::{Clients, PatientAcceptor};
 use crate::config::SettingError;
 
 /// A connection on which nothing happens for so long is closed.
@@ -131,7 +130,9 @@ impl Shutdown {
             .await
             .with_context(|| format!("LISTEN: cannot listen on {address}"))?;
         let bound = listener.local_addr()?;
-        let acceptor = PatientAcceptor(TcpAcceptor::from_tokio(listener)?);
+        let clients = Clients::default();
+        let app = app.data(clients.clone());
+        let acceptor = PatientAcceptor { acceptor: TcpAcceptor::from_tokio(listener)?, clients };
         let requested = self.requested.clone();
         // Ends before the process gives up: a client that dawdles is cut off and is no failure of ours.
         let grace = drain.mul_f32(0.9);
@@ -160,26 +161,5 @@ impl Shutdown {
                 self.tasks.len()
             )
         })
-    }
-}
-
-/// Waits a moment after an error. The server accepts again at once, which would be a hot loop while
-/// the process is out of file descriptors.
-struct PatientAcceptor(TcpAcceptor);
-
-impl Acceptor for PatientAcceptor {
-    type Io = TcpStream;
-
-    fn local_addr(&self) -> Vec<LocalAddr> {
-        self.0.local_addr()
-    }
-
-    async fn accept(&mut self) -> std::io::Result<(TcpStream, LocalAddr, RemoteAddr, Scheme)> {
-        let accepted = self.0.accept().await;
-        if let Err(error) = &accepted {
-            tracing::warn!(%error, "a connection could not be accepted");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        accepted
     }
 }
