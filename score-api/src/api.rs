@@ -2,122 +2,58 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, SecondsFormat, Utc};
-use poem::{
-    EndpointExt, Request, Response, Route,
-    error::MethodNotAllowedError,
-    get, handler,
-    http::{HeaderValue, StatusCode, header},
-    web::{
-        Data,
-        headers::{ETag, HeaderMapExt, IfNoneMatch},
-    },
-};
-use rust_decimal::Decimal;
-use serde::{Serialize, Serializer};
-use service::problem::{FieldError, Problem};
+use poem::{EndpointExt, Request, Response, Route, get, handler, web::Data};
+use service::{problem::Problem, shutdown::HungUp};
 use sqlx::PgPool;
-use uuid::Uuid;
 
-use crate::read_model::{self, Cpf, ReadError, Score};
+use crate::{
+    answer::{self, RETRY_AFTER},
+    read_model::{self, ReadError},
+    request::{self, After},
+    waiters::{Missed, Waiters},
+};
 
-const RETRY_AFTER: Duration = Duration::from_secs(1);
-
-pub(crate) fn routes(pool: PgPool) -> Route {
-    Route::new().at("/:cpf/score", get(answer).catch_error(method_not_allowed).data(pool))
+/// What answering takes.
+#[derive(Clone)]
+pub(crate) struct Api {
+    pub(crate) pool: PgPool,
+    pub(crate) waiters: Waiters,
+    /// How long a reader may wait.
+    pub(crate) max_wait: Duration,
 }
 
-/// The body of a 200. The cpf is not repeated: the caller has it, and it is personal data.
-#[derive(Serialize)]
-struct Body {
-    #[serde(with = "rust_decimal::serde::arbitrary_precision")]
-    score: Decimal,
-    person_id: Uuid,
-    version: i64,
-    #[serde(serialize_with = "rfc3339")]
-    updated_at: DateTime<Utc>,
-}
-
-fn rfc3339<S: Serializer>(time: &DateTime<Utc>, s: S) -> Result<S::Ok, S::Error> {
-    s.serialize_str(&time.to_rfc3339_opts(SecondsFormat::AutoSi, true))
+pub(crate) fn routes(api: Api) -> Route {
+    Route::new().at("/:cpf/score", get(score).catch_error(answer::method_not_allowed).data(api))
 }
 
 #[handler]
-async fn answer(request: &Request, Data(pool): Data<&PgPool>) -> Result<Response, Problem> {
-    let cpf = parse(request)?;
-    let score = match read_model::newest_life(pool, cpf).await {
-        Ok(Some(score)) => score,
-        Ok(None) => return Err(unknown_person()),
-        Err(ReadError::Unavailable) => return Err(Problem::unavailable(RETRY_AFTER)),
+async fn score(request: &Request, Data(api): Data<&Api>) -> Result<Response, Problem> {
+    let asked = request::parse(request, api.max_wait)?;
+    // First that the read model contains the write, and only then, in a snapshot of its own, the score:
+    // it may contain more by then, and never less.
+    if let Some(After { token, wait }) = asked.after {
+        let contained = tokio::select! {
+            contained = api.waiters.until_contained(token, wait) => contained,
+            () = hung_up(request) => Err(Missed::HungUp),
+        };
+        if let Err(missed) = contained {
+            return answer::missed(missed);
+        }
+    }
+    match read_model::newest_life(&api.pool, asked.cpf).await {
+        Ok(Some(score)) => answer::found(request, &score),
+        Ok(None) => Err(answer::unknown_person()),
+        Err(ReadError::Unavailable) => Err(Problem::unavailable(RETRY_AFTER)),
         Err(ReadError::Defect(error)) => {
             tracing::error!(%error, "the score could not be read");
-            return Err(Problem::internal());
+            Err(Problem::internal())
         }
-    };
-    found(request, &score)
-}
-
-/// Says all that is wrong at once. Query parameters are refused, because to ignore one that asks for
-/// more (to wait for a version, say) would answer a question that nobody asked.
-fn parse(request: &Request) -> Result<Cpf, Problem> {
-    let cpf = request.raw_path_param("cpf").unwrap_or_default().parse::<Cpf>();
-    let mut errors = Vec::new();
-    if cpf.is_err() {
-        errors.push(FieldError {
-            pointer: "path: cpf".into(),
-            detail: "must be a positive integer of at most 11 digits".into(),
-        });
-    }
-    if request.uri().query().is_some_and(|query| !query.is_empty()) {
-        errors.push(FieldError { pointer: "query".into(), detail: "takes no parameters".into() });
-    }
-    match cpf {
-        Ok(cpf) if errors.is_empty() => Ok(cpf),
-        _ => Err(Problem {
-            detail: "Correct what `errors` names and send the request again.".into(),
-            ..Problem::invalid(errors)
-        }),
     }
 }
 
-fn found(request: &Request, score: &Score) -> Result<Response, Problem> {
-    // The token: which life of the cpf, and how far its events are contained.
-    let token = format!("\"{}.{}\"", score.person_id, score.version);
-    // Personal data, so for the caller's own cache, which has to ask again each time.
-    let response = Response::builder()
-        .header(header::ETAG, &token)
-        .header(header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache"));
-    let known = request.headers().typed_get::<IfNoneMatch>();
-    if let (Some(known), Ok(tag)) = (known, token.parse::<ETag>())
-        && !known.precondition_passes(&tag)
-    {
-        return Ok(response.status(StatusCode::NOT_MODIFIED).finish());
+async fn hung_up(request: &Request) {
+    match HungUp::of(request) {
+        Some(client) => client.happened().await,
+        None => std::future::pending().await,
     }
-    let body = Body {
-        score: score.total,
-        person_id: score.person_id,
-        version: score.version,
-        updated_at: score.updated_at,
-    };
-    let body = serde_json::to_string(&body).map_err(|error| {
-        tracing::error!(%error, "the score could not be written");
-        Problem::internal()
-    })?;
-    Ok(response.content_type("application/json").body(body + "\n"))
-}
-
-/// Deleted, never heard of, or not arrived yet: from here they look the same.
-fn unknown_person() -> Problem {
-    Problem::new(
-        StatusCode::NOT_FOUND,
-        "unknown-person",
-        "Unknown person",
-        "No person with this cpf is known here. One that was just created may need a moment to arrive.",
-    )
-}
-
-async fn method_not_allowed(error: MethodNotAllowedError) -> Response {
-    let mut response = Problem::from_error(error.into());
-    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
-    response
 }

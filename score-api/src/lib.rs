@@ -1,14 +1,22 @@
 //! Serves each person's score from the read model that the score projector writes. Reads only, and
-//! from nowhere else: the person service may be away.
+//! from nowhere else: the person service may be away. A reader may wait for a write of its own.
 
+mod answer;
 mod api;
+mod files;
 mod read_model;
+mod request;
+mod token;
+mod waiters;
 
 use std::{net::SocketAddr, time::Duration};
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use service::{
-    config::database::{self, DatabaseArgs, Schema, wait_until_current},
+    config::{
+        database::{self, DatabaseArgs, Schema, wait_until_current},
+        duration,
+    },
     health::{Health, Part},
     shutdown::{Shutdown, ShutdownArgs},
     telemetry::{self, TelemetryArgs},
@@ -16,10 +24,13 @@ use service::{
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
+use crate::{api::Api, waiters::Waiters};
+
 /// How long a statement may take before the server ends it. Every read is one row by an index.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Connections to the database. Reads are short, so a few serve many requests.
+/// Connections to the database, beside the one that listens. Reads are short, so a few serve many
+/// requests.
 const CONNECTIONS: u32 = 10;
 
 /// How often readiness asks the database.
@@ -55,6 +66,24 @@ pub struct ListenArgs {
     pub listen: SocketAddr,
 }
 
+/// How long a read may wait for a write, and how many may.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct WaitArgs {
+    /// How long `?after=…&wait=…` may wait; at most 50s, since a connection on which nothing happens is
+    /// closed after a minute.
+    #[arg(long, env = "MAX_WAIT", default_value = "10s", value_parser = max_wait, value_name = "DURATION")]
+    pub max_wait: Duration,
+    /// How many reads may wait at the same time, each with a connection of its client's; what comes
+    /// beyond is refused at once.
+    #[arg(long, env = "MAX_WAITERS", default_value = "10000", value_parser = clap::value_parser!(u32).range(1..=1_000_000), value_name = "COUNT")]
+    pub max_waiters: u32,
+}
+
+fn max_wait(text: &str) -> Result<Duration, String> {
+    let wait = duration(text)?;
+    if wait > Duration::from_secs(50) { Err("it must be at most 50s".to_owned()) } else { Ok(wait) }
+}
+
 /// All settings of `run`.
 #[derive(Clone, Debug, clap::Args)]
 #[expect(missing_docs, reason = "each group documents itself")]
@@ -63,6 +92,8 @@ pub struct Config {
     pub listen: ListenArgs,
     #[command(flatten)]
     pub database: DatabaseArgs,
+    #[command(flatten)]
+    pub wait: WaitArgs,
     #[command(flatten)]
     pub shutdown: ShutdownArgs,
     #[command(flatten)]
@@ -81,22 +112,35 @@ pub async fn run(
         .database
         .options("score-api", STATEMENT_TIMEOUT)?
         .options([("default_transaction_read_only", "on")]);
-    let pool = database::pool(options, CONNECTIONS);
+    let pool = database::pool(options.clone(), CONNECTIONS);
 
     let health = Health::new();
     let readiness = watch(pool.clone(), health.part("database"), shutdown.requested().clone());
     shutdown.spawn("readiness", readiness);
 
-    let routes = health.add_to(api::routes(pool), metrics);
+    let places = files::places(config.wait.max_waiters);
+    let waiters = Waiters::new(places as usize, shutdown.requested().clone());
+    let (listen, look) = (waiters.clone().listen(options), waiters.clone().look(pool.clone()));
+    shutdown.spawn("listening", async move {
+        listen.await;
+        Ok(())
+    });
+    shutdown.spawn("looking", async move {
+        look.await;
+        Ok(())
+    });
+
+    let api = Api { pool, waiters, max_wait: config.wait.max_wait };
+    let routes = health.add_to(api::routes(api), metrics);
     let drain = config.shutdown.drain_timeout;
     shutdown.serve(config.listen.listen, telemetry::observed(routes), drain).await?;
     shutdown.finish(drain).await
 }
 
-/// Ready while the database answers and its schema is current. A schema that is not ends the program,
+/// Ready while the database answers and its schemas are current. A schema that is not ends the program,
 /// also when it is found so after a reconnect: waiting would not change it.
 async fn watch(pool: PgPool, database: Part, stop: CancellationToken) -> anyhow::Result<()> {
-    let schemas = [read_model::schema()];
+    let schemas = read_model::schemas();
     let waiting = |error: &sqlx::Error| database.waiting(read_model::reason(error));
     while wait_until_current(&pool, &schemas, &stop, waiting).await? {
         database.ready();
@@ -107,7 +151,7 @@ async fn watch(pool: PgPool, database: Part, stop: CancellationToken) -> anyhow:
     Ok(())
 }
 
-/// The schema that the program reads; the score projector's migrations make it.
-pub fn schema() -> Schema {
-    read_model::schema()
+/// The schemas that the program reads; the score projector's migrations make them.
+pub fn schemas() -> [Schema; 2] {
+    read_model::schemas()
 }

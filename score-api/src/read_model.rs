@@ -1,4 +1,4 @@
-//! All of the SQL: one row of the read model by its cpf.
+//! All of the SQL: one row of the read model by its cpf, and how far the model is with some persons.
 
 use std::{str::FromStr, time::Duration};
 
@@ -9,19 +9,34 @@ use sqlx::PgPool;
 use uuid::Uuid;
 
 /// How long a read may take, waiting for a connection included. The pool alone would wait longer.
-const DEADLINE: Duration = Duration::from_secs(2);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
 
 /// Between two lives of a cpf there is no order on the way here, so the older one may still be there
 /// when the newer one is; the newest answers.
 const NEWEST_LIFE: &str = "SELECT id, version, total, updated_at FROM score.person
 WHERE cpf = $1 ORDER BY created_at DESC, id DESC LIMIT 1";
 
-/// The schema `score`, as the score projector's migrations make it.
-pub(crate) fn schema() -> Schema {
-    let mut migrator = sqlx::migrate!("../migrations/score");
-    migrator.dangerous_set_table_name("score.migration");
-    migrator.create_schema("score");
-    Schema { name: "score", migrator, command: "score-projector migrate" }
+/// The version of each person that the live read model contains, 0 where nothing has been applied yet
+/// and null where nothing was heard. A source that was restored publishes under a new name and counts
+/// from what it had kept, so its newest name decides: `person~10` before `person~2` before `person`.
+/// `OFFSET 0` has only the id looked up by an index, `aggregate_id`: a table without statistics seems so
+/// small that the planner would take the primary key, and read all of the consumer's rows for each id.
+const VERSIONS: &str = "SELECT asked.id, (
+    SELECT a.version
+    FROM (SELECT * FROM inbox.aggregate a WHERE a.aggregate_id = asked.id::text OFFSET 0) a
+    WHERE a.aggregate_type = 'person' AND a.consumer = (SELECT consumer FROM score.model WHERE role = 'live')
+    ORDER BY length(a.source) DESC, a.source DESC LIMIT 1)
+FROM unnest($1::uuid[]) AS asked (id)";
+
+/// The schemas `score` and `inbox`, as the score projector's migrations make them.
+pub(crate) fn schemas() -> [Schema; 2] {
+    [("score", sqlx::migrate!("../migrations/score")), ("inbox", sqlx::migrate!("../migrations/inbox"))].map(
+        |(name, mut migrator)| {
+            migrator.dangerous_set_table_name(format!("{name}.migration"));
+            migrator.create_schema(name);
+            Schema { name, migrator, command: "score-projector migrate" }
+        },
+    )
 }
 
 /// A positive integer of at most 11 digits, as the path brings it. Personal data, so it neither
@@ -66,9 +81,22 @@ pub(crate) enum ReadError {
 
 /// The score of the newest life of `cpf`, if one is known.
 pub(crate) async fn newest_life(pool: &PgPool, cpf: Cpf) -> Result<Option<Score>, ReadError> {
-    let read = sqlx::query_as(NEWEST_LIFE).bind(cpf.0).fetch_optional(pool);
+    in_time(sqlx::query_as(NEWEST_LIFE).bind(cpf.0).fetch_optional(pool)).await
+}
+
+/// How far the live read model is with each of `persons`. None: nothing of them has been applied.
+pub(crate) async fn versions(pool: &PgPool, persons: &[Uuid]) -> Result<Vec<(Uuid, Option<i64>)>, ReadError> {
+    let mut versions: Vec<(Uuid, Option<i64>)> =
+        in_time(sqlx::query_as(VERSIONS).bind(persons).fetch_all(pool)).await?;
+    for (_, version) in &mut versions {
+        version.take_if(|version| *version == 0);
+    }
+    Ok(versions)
+}
+
+async fn in_time<T>(read: impl Future<Output = sqlx::Result<T>>) -> Result<T, ReadError> {
     match tokio::time::timeout(DEADLINE, read).await {
-        Ok(Ok(score)) => Ok(score),
+        Ok(Ok(read)) => Ok(read),
         Ok(Err(error)) if is_away(&error) => {
             // Readiness says it at a level that is read; once a request would be too often.
             tracing::debug!(reason = reason(&error), "a read failed");
@@ -117,7 +145,9 @@ mod tests {
     async fn the_newest_life_is_found_by_the_index_alone() {
         let url = devstack::testing::database("score_api_plan").await;
         let mut conn = PgConnection::connect(&url).await.unwrap();
-        schema().migrator.run(&mut conn).await.unwrap();
+        for schema in schemas() {
+            schema.migrator.run(&mut conn).await.unwrap();
+        }
         let fill = "INSERT INTO score.person (id, cpf, created_at, version)
                     SELECT gen_random_uuid(), i % 20000 + 1, now() + i * interval '1 s', 1
                     FROM generate_series(1, 50000) i";
@@ -131,5 +161,58 @@ mod tests {
           ->  Index Scan using person_cpf on person
                 Index Cond: (cpf = '11111'::bigint)
         ");
+    }
+
+    /// However many persons there are, asking for some probes the index once for each; also while the
+    /// server knows nothing of the table yet.
+    #[tokio::test]
+    async fn versions_are_found_by_the_index_alone() {
+        let url = devstack::testing::database("score_api_plan").await;
+        let mut conn = PgConnection::connect(&url).await.unwrap();
+        for schema in schemas() {
+            schema.migrator.run(&mut conn).await.unwrap();
+        }
+        let plan = async |conn: &mut PgConnection| -> String {
+            let explain = sqlx::AssertSqlSafe(format!("EXPLAIN (COSTS OFF) {VERSIONS}"));
+            let plan: Vec<String> =
+                sqlx::query_scalar(explain).bind([Uuid::nil(); 3]).fetch_all(conn).await.unwrap();
+            plan.join("\n")
+        };
+        insta::assert_snapshot!(plan(&mut conn).await, @r"
+    Function Scan on unnest asked
+      SubPlan 2
+        ->  Limit
+              InitPlan 1 (returns $0)
+                ->  Index Scan using model_pkey on model
+                      Index Cond: (role = 'live'::text)
+              ->  Sort
+                    Sort Key: (length(a.source)) DESC, a.source DESC
+                    ->  Subquery Scan on a
+                          Filter: ((a.aggregate_type = 'person'::text) AND (a.consumer = $0))
+                          ->  Bitmap Heap Scan on aggregate a_1
+                                Recheck Cond: (aggregate_id = (asked.id)::text)
+                                ->  Bitmap Index Scan on aggregate_id
+                                      Index Cond: (aggregate_id = (asked.id)::text)
+    ");
+        let fill = "INSERT INTO inbox.aggregate
+                        (consumer, source, aggregate_type, aggregate_id, version, last_event_id)
+                    SELECT 'score', 'person', 'person', gen_random_uuid(), 1, gen_random_uuid()
+                    FROM generate_series(1, 50000)";
+        sqlx::query(fill).execute(&mut conn).await.unwrap();
+        sqlx::query("ANALYZE inbox.aggregate, score.model").execute(&mut conn).await.unwrap();
+        insta::assert_snapshot!(plan(&mut conn).await, @r"
+    Function Scan on unnest asked
+      SubPlan 2
+        ->  Limit
+              InitPlan 1 (returns $0)
+                ->  Seq Scan on model
+                      Filter: (role = 'live'::text)
+              ->  Sort
+                    Sort Key: (length(a.source)) DESC, a.source DESC
+                    ->  Subquery Scan on a
+                          Filter: ((a.aggregate_type = 'person'::text) AND (a.consumer = $0))
+                          ->  Index Scan using aggregate_id on aggregate a_1
+                                Index Cond: (aggregate_id = (asked.id)::text)
+    ");
     }
 }

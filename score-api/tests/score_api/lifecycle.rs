@@ -63,17 +63,13 @@ async fn a_schema_that_is_not_there_ends_it_with_the_command_that_helps() {
     score-api: the task readiness failed: the schema score is missing in this database; run: score-projector migrate
     ");
 
-    score_api::schema().migrator.run(&mut database.admin).await.unwrap();
+    database.migrate().await;
     insta::assert_snapshot!(output(&run, &environment).await, @r"
     exit code 1
     score-api: the task readiness failed: this role may not read score.migration; run: score-projector migrate, with the option that grants it
     ");
 
-    sqlx::query("SELECT score.grant_api($1::regrole)")
-        .bind(&database.role)
-        .execute(&mut database.admin)
-        .await
-        .unwrap();
+    database.grant().await;
     sqlx::query("UPDATE score.migration SET success = false").execute(&mut database.admin).await.unwrap();
     insta::assert_snapshot!(output(&run, &environment).await, @r"
     exit code 1

@@ -10,9 +10,9 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
-pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
 
-/// A database with the schema `score`, and a role that has what `score.grant_api` gives and no more.
+/// A database with the schemas `score` and `inbox`, and a role that has what the API is granted and no more.
 pub(crate) struct Database {
     pub(crate) admin: PgConnection,
     pub(crate) role: String,
@@ -20,7 +20,7 @@ pub(crate) struct Database {
 }
 
 impl Database {
-    /// Without the schema.
+    /// Without the schemas.
     pub(crate) async fn empty() -> Self {
         let url = devstack::testing::database("score_api").await;
         let mut admin = PgConnection::connect(&url).await.unwrap();
@@ -35,13 +35,22 @@ impl Database {
 
     pub(crate) async fn migrated() -> Self {
         let mut this = Self::empty().await;
-        score_api::schema().migrator.run(&mut this.admin).await.unwrap();
-        sqlx::query("SELECT score.grant_api($1::regrole)")
-            .bind(&this.role)
-            .execute(&mut this.admin)
-            .await
-            .unwrap();
+        this.migrate().await;
+        this.grant().await;
         this
+    }
+
+    pub(crate) async fn migrate(&mut self) {
+        for schema in score_api::schemas() {
+            schema.migrator.run(&mut self.admin).await.unwrap();
+        }
+    }
+
+    /// As `score-projector migrate --grant-api` does.
+    pub(crate) async fn grant(&mut self) {
+        for grant in ["SELECT score.grant_api($1::regrole)", "SELECT inbox.grant_reader($1::regrole)"] {
+            sqlx::query(grant).bind(&self.role).execute(&mut self.admin).await.unwrap();
+        }
     }
 
     /// For the role of the API.
@@ -54,14 +63,96 @@ impl Database {
     }
 
     /// A person as the projector would store it. `life` and `day` are digits of its id and its time.
-    pub(crate) async fn person(&mut self, cpf: i64, life: u8, day: u8, version: i64, total: &str) {
+    pub(crate) async fn person(&mut self, cpf: i64, life: u32, day: u8, version: i64, total: &str) {
+        let id = id(life);
         let sql = format!(
             "INSERT INTO score.person (id, cpf, created_at, version, total, updated_at)
-             VALUES ('0198c0de-0000-7000-8000-0000000000{life:02}', {cpf}, '2026-01-{day:02}', {version},
-                     {total}, '2026-02-01 12:00:00.123456+00')"
+             VALUES ('{id}', {cpf}, '2026-01-{day:02}', {version}, {total}, '2026-02-01 12:00:00.123456+00')"
         );
         sqlx::query(AssertSqlSafe(sql)).execute(&mut self.admin).await.unwrap();
     }
+
+    /// Brings lives to their versions, as the projector does: inbox and read model in one transaction.
+    /// The cpf is the life's number, and the score its version; without one, the person has ended.
+    pub(crate) async fn apply(&mut self, lives: impl IntoIterator<Item = (u32, i64, bool)>) {
+        apply(&mut self.admin, lives).await;
+    }
+
+    /// What the projector sends after its commits.
+    pub(crate) async fn notify(&mut self) {
+        sqlx::query("NOTIFY score_model").execute(&mut self.admin).await.unwrap();
+    }
+
+    /// How far the inbox is with a person.
+    pub(crate) async fn inbox(&mut self, consumer: &str, source: &str, type_: &str, life: u32, version: i64) {
+        sqlx::query(
+            "INSERT INTO inbox.aggregate
+                 (consumer, source, aggregate_type, aggregate_id, version, last_event_id)
+             VALUES ($1, $2, $3, $4, $5, CASE WHEN $5 > 0 THEN gen_random_uuid() END)",
+        )
+        .bind(consumer)
+        .bind(source)
+        .bind(type_)
+        .bind(id(life))
+        .bind(version)
+        .execute(&mut self.admin)
+        .await
+        .unwrap();
+    }
+}
+
+/// The id of a person.
+pub(crate) fn id(life: u32) -> String {
+    format!("0198c0de-0000-7000-8000-{life:012}")
+}
+
+/// See [`Database::apply`]. The flag says whether the person lives.
+pub(crate) async fn apply(conn: &mut PgConnection, lives: impl IntoIterator<Item = (u32, i64, bool)>) {
+    let (mut ids, mut cpfs, mut versions, mut alive) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for (life, version, lives) in lives {
+        ids.push(id(life));
+        cpfs.push(i64::from(life));
+        versions.push(version);
+        alive.push(lives);
+    }
+    let mut tx = conn.begin().await.unwrap();
+    sqlx::query(
+        "INSERT INTO inbox.aggregate AS a
+             (consumer, source, aggregate_type, aggregate_id, version, last_event_id)
+         SELECT 'score', 'person', 'person', new.id, new.version, gen_random_uuid()
+         FROM unnest($1::text[], $2::bigint[]) AS new (id, version)
+         ON CONFLICT (consumer, source, aggregate_type, aggregate_id)
+         DO UPDATE SET version = excluded.version, updated_at = now()",
+    )
+    .bind(&ids)
+    .bind(&versions)
+    .execute(&mut *tx)
+    .await
+    .unwrap();
+    sqlx::query(
+        "INSERT INTO score.person AS p (id, cpf, created_at, version, total)
+         SELECT new.id::uuid, new.cpf, '2026-01-01', new.version, new.version
+         FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bool[]) AS new (id, cpf, version, alive)
+         WHERE new.alive
+         ON CONFLICT (id) DO UPDATE SET version = excluded.version, total = excluded.total",
+    )
+    .bind(&ids)
+    .bind(&cpfs)
+    .bind(&versions)
+    .bind(&alive)
+    .execute(&mut *tx)
+    .await
+    .unwrap();
+    sqlx::query(
+        "DELETE FROM score.person p USING unnest($1::text[], $2::bool[]) AS new (id, alive)
+         WHERE p.id = new.id::uuid AND NOT new.alive",
+    )
+    .bind(&ids)
+    .bind(&alive)
+    .execute(&mut *tx)
+    .await
+    .unwrap();
+    tx.commit().await.unwrap();
 }
 
 /// The command, with nothing in its environment that the test did not put there.
@@ -82,7 +173,24 @@ pub(crate) struct Program {
 impl Program {
     /// Started, whether or not it is ready.
     pub(crate) async fn start(database_url: &str) -> Self {
-        let mut child = command(&["run", "--listen", "127.0.0.1:0"])
+        Self::start_with(database_url, &[]).await
+    }
+
+    pub(crate) async fn start_with(database_url: &str, settings: &[&str]) -> Self {
+        let command = command(&[&["run", "--listen", "127.0.0.1:0"], settings].concat());
+        Self::spawn(command, database_url).await
+    }
+
+    /// With a limit that the shell sets before.
+    pub(crate) async fn start_limited(limit: &str, database_url: &str) -> Self {
+        let mut command = Command::new("sh");
+        let run = format!("{limit}; exec {} run --listen 127.0.0.1:0", env!("CARGO_BIN_EXE_score-api"));
+        command.args(["-c", &run]).env_clear().stdin(Stdio::null()).kill_on_drop(true);
+        Self::spawn(command, database_url).await
+    }
+
+    async fn spawn(mut command: Command, database_url: &str) -> Self {
+        let mut child = command
             .env("DATABASE_URL", database_url)
             .env("LOG_FORMAT", "json")
             .stderr(Stdio::piped())
@@ -105,7 +213,11 @@ impl Program {
     }
 
     pub(crate) async fn ready(database_url: &str) -> Self {
-        let program = Self::start(database_url).await;
+        Self::ready_with(database_url, &[]).await
+    }
+
+    pub(crate) async fn ready_with(database_url: &str, settings: &[&str]) -> Self {
+        let program = Self::start_with(database_url, settings).await;
         program.until_ready().await;
         program
     }
@@ -130,19 +242,40 @@ impl Program {
     }
 
     pub(crate) async fn request(&self, method: &str, path: &str, headers: &[(&str, &str)]) -> Answer {
-        let mut request =
-            format!("{method} {path} HTTP/1.1\r\nHost: score.localhost\r\nConnection: close\r\n");
-        request.extend(headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")));
-        request += "\r\n";
-        let exchange = async {
-            let mut stream = TcpStream::connect(self.address).await.unwrap();
-            tokio::io::AsyncWriteExt::write_all(&mut stream, request.as_bytes()).await.unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).await.unwrap();
-            answer
+        request(self.address, method, path, headers).await
+    }
+
+    /// A request that waits for its answer while the test goes on.
+    pub(crate) fn asks(&self, path: String) -> JoinHandle<Answer> {
+        tokio::spawn(get(self.address, path))
+    }
+
+    /// The value of a metric, as it stands in the program's answer; 0 where it is not there yet.
+    pub(crate) async fn metric(&self, name: &str) -> u64 {
+        let metrics = self.get("/metrics").await.body;
+        let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.map_or(0, |value| value.parse().unwrap())
+    }
+
+    /// Waits until so many reads wait.
+    pub(crate) async fn until_waiting(&self, count: u64) {
+        let reached = async {
+            while self.metric("score_api_waiters").await != count {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
         };
-        let answer = tokio::time::timeout(DEADLINE, exchange).await.expect("an answer in time");
-        Answer::parse(&format!("{method} {path}"), &answer)
+        tokio::time::timeout(DEADLINE, reached)
+            .await
+            .unwrap_or_else(|_| panic!("there were never {count} waiters"));
+    }
+
+    /// Open files, and KiB of memory.
+    pub(crate) fn footprint(&self) -> (usize, u64) {
+        let proc = format!("/proc/{}", self.child.id().unwrap());
+        let status = std::fs::read_to_string(format!("{proc}/status")).unwrap();
+        let memory = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let memory = memory.trim().trim_end_matches(" kB").parse().unwrap();
+        (std::fs::read_dir(format!("{proc}/fd")).unwrap().count(), memory)
     }
 
     pub(crate) async fn signal(&self) {
@@ -153,6 +286,25 @@ impl Program {
     pub(crate) async fn ended(&mut self) -> std::process::ExitStatus {
         tokio::time::timeout(DEADLINE, self.child.wait()).await.expect("it ends").unwrap()
     }
+}
+
+pub(crate) async fn get(address: SocketAddr, path: String) -> Answer {
+    request(address, "GET", &path, &[]).await
+}
+
+async fn request(address: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)]) -> Answer {
+    let mut request = format!("{method} {path} HTTP/1.1\r\nHost: score.localhost\r\nConnection: close\r\n");
+    request.extend(headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")));
+    request += "\r\n";
+    let exchange = async {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut stream, request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    let answer = tokio::time::timeout(DEADLINE, exchange).await.expect("an answer in time");
+    Answer::parse(&format!("{method} {path}"), &answer)
 }
 
 /// What came back, byte for byte but for the date.
@@ -172,7 +324,18 @@ impl Answer {
         let status = lines[0].split(' ').nth(1).unwrap().parse().unwrap();
         lines.remove(0);
         lines.sort_unstable();
-        let shown = format!("> {request}\n{status}\n{}\n\n{body}", lines.join("\n"));
+        let (mut lines, mut body_shown) = (lines.join("\n"), body.to_owned());
+        // Times, and with them the length, differ each time.
+        if let Ok(json) = serde_json::from_str::<serde_json::Value>(body) {
+            for name in ["waited_ms", "last_applied_ms_ago"] {
+                if let Some(time) = json[name].as_u64() {
+                    body_shown =
+                        body_shown.replace(&format!("\"{name}\":{time}"), &format!("\"{name}\":[ms]"));
+                    lines = lines.replace(&format!("content-length: {}", body.len()), "content-length: [n]");
+                }
+            }
+        }
+        let shown = format!("> {request}\n{status}\n{lines}\n\n{body_shown}");
         Self { status, body: body.to_owned(), shown }
     }
 }

@@ -1,0 +1,167 @@
+//! Reads that wait until the read model contains a write.
+//!
+//! However many wait, one task looks for all of them ([`look`](Waiters::look)), and one connection
+//! listens for the projector's notices ([`listen`](Waiters::listen)). Dropping the future of a reader
+//! frees its place.
+
+mod listen;
+mod look;
+mod persons;
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use serde::Serialize;
+use tokio::{
+    sync::{Notify, Semaphore, SemaphorePermit},
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+
+use self::persons::{Fate, Persons, Seen};
+use crate::{read_model::DEADLINE, token::Token};
+
+/// The reads that wait.
+#[derive(Clone)]
+pub(crate) struct Waiters(Arc<Shared>);
+
+struct Shared {
+    places: Semaphore,
+    persons: Mutex<Persons>,
+    /// Somebody came.
+    came: Notify,
+    /// Something may have been applied.
+    applied: Notify,
+    /// When the projector last said that it has.
+    told: Mutex<Option<Instant>>,
+    ending: CancellationToken,
+}
+
+/// Why a reader goes without the write.
+pub(crate) enum Missed {
+    /// The wait is over, and the model does not contain it.
+    Behind(Behind),
+    /// The wait is over, and the database does not answer.
+    Unavailable,
+    /// A defect; it is in the log.
+    Defect,
+    /// The client has gone.
+    HungUp,
+    /// There was no place.
+    TooMany,
+    /// The process is to end.
+    Ending,
+}
+
+/// Where the model stands.
+#[derive(Serialize)]
+pub(crate) struct Behind {
+    /// The version that was asked for.
+    asked: i64,
+    /// The one that the model contains; null when nothing of the person has been applied.
+    has: Option<i64>,
+    waited_ms: u64,
+    /// How long ago the projector said that it had applied anything, of whomever; null when it has not
+    /// since this program began to listen.
+    last_applied_ms_ago: Option<u64>,
+}
+
+impl Missed {
+    /// As the metrics name it.
+    fn outcome(&self) -> &'static str {
+        match self {
+            Self::Behind(_) => "not_there_yet",
+            Self::Unavailable => "unavailable",
+            Self::Defect => "defect",
+            Self::HungUp => "hung_up",
+            Self::TooMany => "too_many",
+            Self::Ending => "ending",
+        }
+    }
+}
+
+impl Waiters {
+    /// At most `places` reads wait at the same time, and none once `ending` is cancelled.
+    pub(crate) fn new(places: usize, ending: CancellationToken) -> Self {
+        metrics::gauge!("score_api_waiters").set(0);
+        Self(Arc::new(Shared {
+            places: Semaphore::new(places),
+            persons: Mutex::default(),
+            came: Notify::new(),
+            applied: Notify::new(),
+            told: Mutex::default(),
+            ending,
+        }))
+    }
+
+    /// Returns as soon as the read model contains `token`, which is looked for once at least; or after
+    /// `wait`, with where it stands instead.
+    pub(crate) async fn until_contained(&self, token: Token, wait: Duration) -> Result<(), Missed> {
+        let mut place = Place::take(&self.0.places)?;
+        let contained = tokio::select! {
+            contained = self.wait(token, wait, place.came) => contained,
+            () = self.0.ending.cancelled() => Err(Missed::Ending),
+        };
+        place.outcome = contained.as_ref().map_or_else(Missed::outcome, |()| "contained");
+        contained
+    }
+
+    async fn wait(&self, token: Token, wait: Duration, came: Instant) -> Result<(), Missed> {
+        let (mut seen, first) = self.persons().subscribe(token.person);
+        self.0.came.notify_one();
+        let contains = |seen: &Seen| seen.version >= Some(token.version);
+        if let Ok(Ok(_)) = timeout(wait, seen.wait_for(contains)).await {
+            return Ok(());
+        }
+        // However short the wait: one look that began after the reader came.
+        let looked = seen.wait_for(|seen| contains(seen) || seen.look >= first);
+        let Ok(Ok(seen)) = timeout_at(came + wait.max(DEADLINE), looked).await else {
+            return Err(Missed::Unavailable);
+        };
+        match seen.fate {
+            _ if contains(&seen) => Ok(()),
+            Fate::Answered => Err(Missed::Behind(self.behind(token, seen.version, came))),
+            Fate::Unavailable => Err(Missed::Unavailable),
+            Fate::Defect => Err(Missed::Defect),
+        }
+    }
+
+    fn behind(&self, token: Token, has: Option<i64>, came: Instant) -> Behind {
+        let millis = |since: Instant| u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let told = *self.0.told.lock().unwrap_or_else(PoisonError::into_inner);
+        Behind { asked: token.version, has, waited_ms: millis(came), last_applied_ms_ago: told.map(millis) }
+    }
+
+    fn persons(&self) -> MutexGuard<'_, Persons> {
+        self.0.persons.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A place among those who wait, and what is measured of it.
+struct Place<'a> {
+    _permit: SemaphorePermit<'a>,
+    came: Instant,
+    outcome: &'static str,
+}
+
+impl<'a> Place<'a> {
+    fn take(places: &'a Semaphore) -> Result<Self, Missed> {
+        let Ok(permit) = places.try_acquire() else {
+            metrics::counter!("score_api_waits_total", "outcome" => Missed::TooMany.outcome()).increment(1);
+            return Err(Missed::TooMany);
+        };
+        metrics::gauge!("score_api_waiters").increment(1);
+        // Who goes before there is an outcome has hung up.
+        Ok(Self { _permit: permit, came: Instant::now(), outcome: Missed::HungUp.outcome() })
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        metrics::gauge!("score_api_waiters").decrement(1);
+        metrics::counter!("score_api_waits_total", "outcome" => self.outcome).increment(1);
+        metrics::histogram!("score_api_wait_seconds").record(self.came.elapsed());
+    }
+}

@@ -1,0 +1,64 @@
+//! Being woken by `LISTEN`. Only a shortcut: polling finds everything without it.
+
+use std::{sync::PoisonError, time::Duration};
+
+use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
+use tokio::time::{Instant, sleep};
+
+use super::Waiters;
+
+/// On which the projector says, after its commits, that it has applied something.
+const CHANNEL: &str = "score_model";
+
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Between attempts to listen, doubled each time.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+impl Waiters {
+    /// Listens until the process is to end, over a connection of its own.
+    pub(crate) async fn listen(self, options: PgConnectOptions) {
+        let listen = async {
+            let pool =
+                PgPoolOptions::new().max_connections(1).acquire_timeout(TIMEOUT).connect_lazy_with(options);
+            let mut pause = PAUSE.0;
+            loop {
+                match tokio::time::timeout(TIMEOUT, connect(&pool)).await {
+                    Ok(Ok(listener)) => {
+                        pause = PAUSE.0;
+                        let error = self.pass_on(listener).await;
+                        tracing::debug!(%error, "not listening; polling goes on");
+                    }
+                    Ok(Err(error)) => tracing::debug!(%error, "cannot listen; polling goes on"),
+                    Err(_) => tracing::debug!("cannot listen in time; polling goes on"),
+                }
+                sleep(pause).await;
+                pause = (pause * 2).min(PAUSE.1);
+            }
+        };
+        self.0.ending.run_until_cancelled(listen).await;
+    }
+
+    /// Passes notices on until the connection fails for good.
+    async fn pass_on(&self, mut listener: PgListener) -> sqlx::Error {
+        // What came before the LISTEN was not heard.
+        self.0.applied.notify_one();
+        loop {
+            match listener.try_recv().await {
+                Ok(Some(_)) => {
+                    *self.0.told.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+                }
+                // The connection was lost, and notices with it.
+                Ok(None) => {}
+                Err(error) => return error,
+            }
+            self.0.applied.notify_one();
+        }
+    }
+}
+
+async fn connect(pool: &sqlx::PgPool) -> sqlx::Result<PgListener> {
+    let mut listener = PgListener::connect_with(pool).await?;
+    listener.listen(CHANNEL).await?;
+    Ok(listener)
+}

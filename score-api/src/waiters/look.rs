@@ -1,0 +1,56 @@
+//! The looking: one query for all who wait, and one at a time.
+
+use std::time::Duration;
+
+use sqlx::PgPool;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::Waiters;
+use crate::read_model;
+
+/// Without a notice, what somebody waits for is found after so long: at first, and at most.
+const POLL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
+/// Between two looks: as long as the last one took, within these. So looking takes half of one
+/// connection at most, and those who come together are looked for together.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(50));
+
+impl Waiters {
+    /// Looks until the process is to end: for whom somebody has just come, at once; for everybody, when
+    /// something may have been applied, and now and then in any case. Sleeps while nobody waits.
+    pub(crate) async fn look(self, pool: PgPool) {
+        let mut pace = POLL.0;
+        let mut due = Instant::now();
+        loop {
+            let idle = self.persons().is_empty();
+            let all = tokio::select! {
+                biased;
+                () = self.0.ending.cancelled() => return,
+                () = self.0.applied.notified(), if !idle => {
+                    pace = POLL.0;
+                    true
+                }
+                () = sleep_until(due), if !idle => true,
+                () = self.0.came.notified() => {
+                    pace = POLL.0;
+                    due = due.min(Instant::now() + pace);
+                    idle
+                }
+            };
+            let began = Instant::now();
+            if all {
+                due = began + pace;
+                pace = (pace * 2).min(POLL.1);
+            }
+            let look = self.persons().begin(all);
+            if !look.persons.is_empty() {
+                metrics::counter!("score_api_looks_total").increment(1);
+                let read = read_model::versions(&pool, &look.persons);
+                let Some(found) = self.0.ending.run_until_cancelled(read).await else { return };
+                self.persons().end(&look, found);
+            }
+            let pause = sleep(began.elapsed().clamp(PAUSE.0, PAUSE.1));
+            self.0.ending.run_until_cancelled(pause).await;
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! Whom somebody waits for, and what is known of them.
+
+use std::collections::{HashMap, HashSet};
+
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use crate::read_model::ReadError;
+
+/// The persons that somebody waits for.
+#[derive(Default)]
+pub(super) struct Persons {
+    seen: HashMap<Uuid, watch::Sender<Seen>>,
+    /// For whom somebody came since the last look began.
+    fresh: HashSet<Uuid>,
+    /// How many looks have begun.
+    looks: u64,
+}
+
+/// What is known of a person.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Seen {
+    /// The last look for them that has ended, and how.
+    pub(super) look: u64,
+    pub(super) fate: Fate,
+    /// What the last one that was answered has found.
+    pub(super) version: Option<i64>,
+}
+
+/// How a look ended.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Fate {
+    #[default]
+    Answered,
+    Unavailable,
+    Defect,
+}
+
+/// One look for several persons.
+pub(super) struct Look {
+    number: u64,
+    pub(super) persons: Vec<Uuid>,
+    fresh: HashSet<Uuid>,
+}
+
+impl Persons {
+    /// Whether nobody waits for anybody.
+    pub(super) fn is_empty(&self) -> bool {
+        self.seen.is_empty()
+    }
+
+    /// What is known of a person, as long as the receiver lives, and the next look for them.
+    pub(super) fn subscribe(&mut self, person: Uuid) -> (watch::Receiver<Seen>, u64) {
+        self.fresh.insert(person);
+        let seen = self.seen.entry(person).or_default();
+        if seen.receiver_count() == 0 {
+            // Of those for whom nobody waited, what is known is out of date.
+            seen.send_replace(Seen::default());
+        }
+        (seen.subscribe(), self.looks + 1)
+    }
+
+    /// Begins a look for `all`, or only for those who have not been looked for yet. Forgets those for
+    /// whom nobody waits any more.
+    pub(super) fn begin(&mut self, all: bool) -> Look {
+        self.looks += 1;
+        let fresh = std::mem::take(&mut self.fresh);
+        let persons = if all {
+            self.seen.retain(|_, seen| seen.receiver_count() > 0);
+            self.seen.keys().copied().collect()
+        } else {
+            fresh.iter().copied().collect()
+        };
+        Look { number: self.looks, persons, fresh }
+    }
+
+    /// Says what a look has found. Only those are woken for whom it says something new: a look for
+    /// thousands that finds one is no reason for all of them to run.
+    pub(super) fn end(&mut self, look: &Look, found: Result<Vec<(Uuid, Option<i64>)>, ReadError>) {
+        let fate = match &found {
+            Ok(_) => Fate::Answered,
+            Err(ReadError::Unavailable) => Fate::Unavailable,
+            Err(ReadError::Defect(error)) => {
+                tracing::error!(%error, "the versions could not be read");
+                Fate::Defect
+            }
+        };
+        let found: HashMap<Uuid, Option<i64>> = found.unwrap_or_default().into_iter().collect();
+        for person in &look.persons {
+            let Some(seen) = self.seen.get(person) else { continue };
+            seen.send_if_modified(|seen| {
+                let before = seen.version;
+                let version = found.get(person).copied().unwrap_or(before);
+                *seen = Seen { look: look.number, fate, version };
+                look.fresh.contains(person) || version != before
+            });
+        }
+    }
+}
