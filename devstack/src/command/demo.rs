@@ -49,52 +49,52 @@ async fn play(addresses: &Addresses, payloads: &Path) -> anyhow::Result<()> {
     let mut person: Value =
         serde_json::from_str(&sample("person")?).context("new_person.json is not JSON")?;
     let persons = format!("{}/person", addresses.person_url);
-    let mut status = post(&persons, sample("person")?).await?;
+    let (mut status, mut token) = post(&persons, sample("person")?).await?;
     if status == 409 {
         let cpf = rand::random_range(10_000_000_000_u64..99_999_999_999);
         show("  The sample's cpf is known from an earlier time; another one, then.\n");
         person["cpf"] = cpf.into();
-        status = post(&persons, person.to_string()).await?;
+        (status, token) = post(&persons, person.to_string()).await?;
     }
     ensure!(status == 201, "the person was not taken");
     let cpf = &person["cpf"];
     for item in ["income", "asset", "debt"] {
-        ensure!(
-            post(&format!("{persons}/{cpf}/{item}"), sample(item)?).await? == 201,
-            "the {item} was not taken"
-        );
+        (status, token) = post(&format!("{persons}/{cpf}/{item}"), sample(item)?).await?;
+        ensure!(status == 201, "the {item} was not taken");
     }
-    wait(&format!("{}/{cpf}/score", addresses.score_url)).await
+    let token = token.context("the last write was answered without an ETag")?;
+    let after = token.trim_matches('"');
+    read(&format!("{}/{cpf}/score?after={after}&wait=2s", addresses.score_url)).await
 }
 
-/// Sends a body and shows the answer; returns its status.
-async fn post(url: &str, body: String) -> anyhow::Result<u16> {
+/// Sends a body and shows the answer; returns its status and the token of the write.
+async fn post(url: &str, body: String) -> anyhow::Result<(u16, Option<String>)> {
     show(&format!("POST {url}\n"));
     let request = client()?.post(url).header("Content-Type", "application/json").body(body);
     let answer = request.send().await.with_context(|| format!("nobody answers at {url}"))?;
     let status = answer.status();
+    let token = answer.headers().get("ETag").and_then(|tag| tag.to_str().ok()).map(str::to_owned);
     show(&format!("  {status} {}\n", answer.text().await?.trim()));
-    Ok(status.as_u16())
+    Ok((status.as_u16(), token))
 }
 
-/// Asks for the score until it is right.
-async fn wait(url: &str) -> anyhow::Result<()> {
+/// Asks for the score that contains the last write, again while it is not there.
+async fn read(url: &str) -> anyhow::Result<()> {
     show(&format!("GET {url}\n"));
     let begin = Instant::now();
     let client = client()?;
     loop {
         let answer = client.get(url).send().await.with_context(|| format!("nobody answers at {url}"))?;
         let (status, text) = (answer.status(), answer.text().await?);
-        let score = serde_json::from_str::<Value>(&text).ok().and_then(|body| body["score"].as_u64());
+        show(&format!("  {status} {}\n", text.trim()));
         let took = begin.elapsed();
-        if status.is_success() && score == Some(SCORE) {
-            show(&format!("  {status} {}\n", text.trim()));
+        if status.is_success() {
+            let body: Value = serde_json::from_str(&text).context("the score is not JSON")?;
+            ensure!(body["score"] == SCORE, "the score is not {SCORE}");
             show(&format!("The score {SCORE} was there {} ms after the last write.\n", took.as_millis()));
             return Ok(());
         }
-        if took > Duration::from_secs(30) {
-            bail!("the score is not {SCORE} after 30 s, the last answer was {status} {}", text.trim());
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        ensure!(status == 503 && took < Duration::from_secs(30), "the score is not {SCORE} after 30 s");
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }

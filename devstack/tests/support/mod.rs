@@ -1,5 +1,7 @@
 //! What the tests of the whole system share: requests, and waiting with an end.
 
+#![expect(dead_code, reason = "each test binary uses a part of it")]
+
 use std::{fmt::Write, time::Duration};
 
 use devstack::{
@@ -45,6 +47,12 @@ impl Answer {
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
     }
 
+    /// The token of a write: its `ETag` without the quotes.
+    pub(crate) fn token(&self) -> &str {
+        let tag = self.head.lines().find_map(|line| line.strip_prefix("etag: "));
+        tag.unwrap_or_else(|| panic!("no ETag: {}", self.shown())).trim_matches('"')
+    }
+
     /// As curl shows it, without what differs each time anyway.
     pub(crate) fn shown(&self) -> String {
         format!("{}\n{}\n", self.head, self.body.trim_end())
@@ -83,6 +91,12 @@ impl Apis {
     /// `curl http://score.localhost:…/{cpf}/score`
     pub(crate) async fn score(&self, cpf: u64) -> Answer {
         answer(self.client.get(format!("{}/{cpf}/score", self.score))).await
+    }
+
+    /// The same, with `?after={token}&wait={wait}`.
+    pub(crate) async fn score_after(&self, cpf: u64, token: &str, wait: &str) -> Answer {
+        let url = format!("{}/{cpf}/score?after={token}&wait={wait}", self.score);
+        answer(self.client.get(url)).await
     }
 
     /// Waits until the score of `cpf` is `score`.

@@ -1,0 +1,109 @@
+//! Whoever asks for the score with the token of a write never misses the write.
+
+#![expect(clippy::unwrap_used, reason = "a panic in a test is the report")]
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use devstack::stack::Stack;
+use serde_json::{Value, json};
+use support::{Answer, Apis, DEADLINE, payload, stack};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// How many write at the same time, each to a person of their own.
+const WRITERS: u64 = 4;
+/// What each writes, unless `READ_YOUR_WRITES_SECONDS` says for how long.
+const WRITES: usize = 25;
+/// How many read each write.
+const READERS: usize = 2;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_read_with_the_token_of_a_write_misses_it() {
+    let mut stack = stack().await;
+    let apis = Apis::of(&stack.addresses());
+    let end = std::env::var("READ_YOUR_WRITES_SECONDS")
+        .ok()
+        .map(|seconds| Instant::now() + Duration::from_secs(seconds.parse().unwrap()));
+
+    let mut writers = JoinSet::new();
+    for cpf in 1..=WRITERS {
+        writers.spawn(write_and_read(apis.clone(), cpf, end));
+    }
+    let mut took: Vec<Duration> = writers.join_all().await.into_iter().flatten().collect();
+    took.sort();
+    eprintln!(
+        "{} reads contained their write, half of them within {:?}, all within {:?}",
+        took.len(),
+        took[took.len() / 2],
+        took[took.len() - 1]
+    );
+    says_where_it_stands(&mut stack, &apis).await;
+    stack.stop(&CancellationToken::new()).await;
+}
+
+/// Writes, and has every write read at once by several; returns how long each read took.
+async fn write_and_read(apis: Apis, cpf: u64, end: Option<Instant>) -> Vec<Duration> {
+    let mut person: Value = serde_json::from_str(&payload("person")).unwrap();
+    person["cpf"] = json!(cpf);
+    let mut written = apis.post("/person", person.to_string()).await;
+    let (mut score, mut took) = (0, Vec::new());
+    let items = [("income", 20), ("asset", 5000), ("debt", -50)].into_iter().cycle();
+    for (count, (item, worth)) in items.enumerate() {
+        assert_eq!(written.status, 201, "{}", written.shown());
+        let mut readers = JoinSet::new();
+        for _ in 0..READERS {
+            let (apis, token) = (apis.clone(), written.token().to_owned());
+            readers.spawn(async move {
+                let begun = Instant::now();
+                let read = read(&apis, cpf, &token).await;
+                assert_eq!(read.status, 200, "{}", read.shown());
+                assert_eq!(read.json()["score"].as_i64(), Some(score), "{}", read.shown());
+                // Nobody else writes to this person, so it contains this write and no other.
+                assert_eq!(read.token(), token);
+                begun.elapsed()
+            });
+        }
+        took.extend(readers.join_all().await);
+        if end.map_or(count == WRITES, |end| Instant::now() > end) {
+            break;
+        }
+        written = apis.post(&format!("/person/{cpf}/{item}"), payload(item)).await;
+        score += worth;
+    }
+    took
+}
+
+/// As a client does that is told to ask again.
+async fn read(apis: &Apis, cpf: u64, token: &str) -> Answer {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        let answer = apis.score_after(cpf, token, "5s").await;
+        let again = answer.status == 503 && answer.json()["type"] == "/problems/not-there-yet";
+        if !again || Instant::now() > end {
+            return answer;
+        }
+    }
+}
+
+/// Without a projector a read says what it has instead, and it has the write once there is one again.
+async fn says_where_it_stands(stack: &mut Stack, apis: &Apis) {
+    let created = apis.post("/person", payload("person")).await;
+    assert_eq!(read(apis, 11111, created.token()).await.status, 200);
+    stack.score_projector.stop(&CancellationToken::new()).await;
+    let written = apis.post("/person/11111/income", payload("income")).await;
+    let behind = apis.score_after(11111, written.token(), "300ms").await;
+    let said = behind.json();
+    assert_eq!(
+        (behind.status, &said["type"], &said["asked"], &said["has"]),
+        (503, &json!("/problems/not-there-yet"), &json!(2), &json!(1)),
+        "{}",
+        behind.shown()
+    );
+    // The projector has said what it did while it was there.
+    assert!(said["last_applied_ms_ago"].is_u64(), "{}", behind.shown());
+    stack.score_projector.start().await.unwrap();
+    let there = read(apis, 11111, written.token()).await;
+    assert_eq!((there.status, there.token()), (200, written.token()), "{}", there.shown());
+}
