@@ -68,6 +68,7 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
     let mut start = Side::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
     let mut end = Side::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
     let mut inbox = Side::new(CommandArgs::reach_at(inbox).await.context("the inbox")?).await?;
+    start.look().await?;
     let source = start.source().await?;
     let inbox_of = Inbox { consumer: consumer.clone(), source: source.clone() };
     let mut comparison = Comparison { args, inbox_of, buckets: args.buckets.unwrap_or(BUCKETS) };
@@ -87,9 +88,9 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
 /// The outbox's own.
 async fn print(args: &DigestArgs) -> anyhow::Result<Verdict> {
     let mut side = Side::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
+    side.look().await?;
     let source = side.source().await?;
     let buckets = args.buckets.unwrap_or(1);
-    side.look().await?;
     let mut digest = side.digest(None, buckets).await?;
     if !args.aggregate_type.is_empty() {
         digest.retain(|(type_, _), _| args.aggregate_type.contains(type_));
@@ -128,9 +129,9 @@ struct Comparison<'a> {
 }
 
 impl Comparison<'_> {
-    /// Holds the consumer's inbox against what the outbox had at the start, and has at the end: each look is a
-    /// snapshot, and the inbox's lies between the outbox's two. While the consumer is only behind, it is
-    /// asked again.
+    /// Holds the consumer's inbox against what the outbox had in `start`, which looks already, and has at the
+    /// end: each look is a snapshot, and the inbox's lies between the outbox's two. While the consumer is only
+    /// behind, it is asked again.
     async fn settle(
         &mut self,
         start: &mut Side,
@@ -138,7 +139,6 @@ impl Comparison<'_> {
         end: &mut Side,
     ) -> anyhow::Result<Findings> {
         let deadline = Instant::now() + self.args.wait;
-        start.look().await?;
         let first = start.digest(None, self.buckets).await?;
         loop {
             let at = Instant::now();
@@ -148,6 +148,10 @@ impl Comparison<'_> {
                 self.nobody(inbox).await?;
             }
             end.look().await?;
+            let now = end.source().await?;
+            if now != self.inbox_of.source {
+                bail!("the source became {now} meanwhile, and its chains begin anew: ask again");
+            }
             let last = end.digest(None, self.buckets).await?;
             let retired = end.is_retired().await?;
             let mut findings = Findings::new(self.args.limit);

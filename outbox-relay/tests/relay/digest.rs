@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::{AssertSqlSafe, Executor, PgPool};
 use tokio_util::sync::CancellationToken;
 
-use crate::stack::{DATABASE_PASSWORD, Stack, output, program};
+use crate::stack::{DATABASE_PASSWORD, Stack, eventually, output, program};
 
 /// A subscriber's database, and what it would apply.
 struct Inbox {
@@ -198,6 +198,36 @@ async fn a_moving_system() {
         stop.cancel();
     };
     tokio::join!(writer, subscriber, looks);
+}
+
+/// What happens while it waits for a subscriber that is behind.
+async fn while_it_waits(stack: &Stack, inbox: &Inbox, happens: impl Future<Output = ()>) -> String {
+    let waits = async {
+        eventually("it has looked at both, and waits", async || {
+            let sql = "SELECT count(*) = 2 FROM pg_stat_activity
+                       WHERE datname = current_database() AND application_name = 'outbox-relay digest'
+                         AND state = 'idle in transaction' AND query LIKE '%outbox.digest%'";
+            sqlx::query_scalar::<_, bool>(sql).fetch_one(&stack.admin).await.unwrap().then_some(())
+        })
+        .await;
+        happens.await;
+    };
+    tokio::join!(said(stack, inbox, "--consumer copy --wait 50s"), waits).0
+}
+
+#[tokio::test]
+async fn a_subscriber_may_catch_up() {
+    let (stack, inbox) = (Stack::new("digest_wait").await, Inbox::new().await);
+    stack.append(0..40, 4, &["thing.new"]).await;
+    inbox.follow(&stack, "person", "a2").await;
+    let right = while_it_waits(&stack, &inbox, inbox.follow(&stack, "person", "")).await;
+    assert!(right.contains("exit code: 0"), "{right}");
+    inbox.admin.execute("UPDATE inbox.aggregate SET version = 1").await.unwrap();
+    let anew = async {
+        stack.admin.execute("UPDATE outbox.source SET incarnation = 2, from_position = 40").await.unwrap();
+    };
+    let anew = while_it_waits(&stack, &inbox, anew).await;
+    assert!(anew.contains("exit code: 1\noutbox-relay: the source became person~2 meanwhile"), "{anew}");
 }
 
 /// Only what belongs to the incarnation's own chains counts.
