@@ -8,11 +8,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::support::{Database, Redactions, command, finished, until};
 
-/// A person with so many items, per cpf from 1 on.
+/// Persons whose ids are in the order of their cpfs, from 1 on.
 async fn persons(database: &Database, count: i64) {
     sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
         "INSERT INTO person.person (id, cpf, name, date_of_birth)
-         SELECT outbox.uuid7(), n, 'n', now() FROM generate_series(1, {count}) n;
+         SELECT ('01890000-0000-7000-8000-' || lpad(n::text, 12, '0'))::uuid, n, 'n', now() FROM generate_series(1, {count}) n;
          INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
          SELECT 'person', id, 1, 'person.new', '{{}}' FROM person.person"
     )))
@@ -93,13 +93,13 @@ async fn one_person_is_told_as_it_is_stored() {
 #[tokio::test]
 async fn a_baseline_contains_what_it_waited_for() {
     let database = Database::new().await;
-    persons(&database, 3).await;
+    persons(&database, 4).await;
     let mut writer = database.admin.begin().await.unwrap();
     sqlx::raw_sql(
-        "UPDATE person.person SET version = version + 1 WHERE cpf = 2;
-         INSERT INTO person.debt (id, person_id, value) SELECT outbox.uuid7(), id, 7 FROM person.person WHERE cpf = 2;
+        "UPDATE person.person SET version = version + 1 WHERE cpf = 3;
+         INSERT INTO person.debt (id, person_id, value) SELECT outbox.uuid7(), id, 7 FROM person.person WHERE cpf = 3;
          INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-         SELECT 'person', id, version, 'debt.new', '{}' FROM person.person WHERE cpf = 2",
+         SELECT 'person', id, version, 'debt.new', '{}' FROM person.person WHERE cpf = 3",
     )
     .execute(&mut *writer)
     .await
@@ -107,17 +107,18 @@ async fn a_baseline_contains_what_it_waited_for() {
     let mut program = republish(&database, "--all");
     let (ended, ()) = tokio::join!(finished(&mut program), async {
         database.until_blocked(1).await;
-        // Nobody else waits with it: a person that comes before is free.
-        sqlx::query("SELECT FROM person.person WHERE cpf = 1 FOR UPDATE NOWAIT")
-            .execute(&database.admin)
-            .await
-            .unwrap();
+        // Nobody else waits with it: who was in the same batch is told, and free.
+        until("the second person is told", async || {
+            let sql = "SELECT version = 2 FROM person.person WHERE cpf = 2 FOR UPDATE NOWAIT";
+            matches!(sqlx::query_scalar(sql).fetch_one(&database.admin).await, Ok(true))
+        })
+        .await;
         writer.commit().await.unwrap();
     });
     assert_eq!(ended.0, Some(0), "{ended:?}");
     let told: (i64, i32) = sqlx::query_as(
         "SELECT e.version, json_array_length(payload->'debts') FROM outbox.event e
-         JOIN person.person p ON p.id::text = e.aggregate_id WHERE p.cpf = 2 AND e.type = 'person.baseline'",
+         JOIN person.person p ON p.id::text = e.aggregate_id WHERE p.cpf = 3 AND e.type = 'person.baseline'",
     )
     .fetch_one(&database.admin)
     .await
