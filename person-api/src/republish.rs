@@ -130,25 +130,19 @@ async fn everybody(args: &RepublishArgs, conn: &mut PgConnection) -> anyhow::Res
     alone(conn).await?;
     let unfinished = unfinished(args, conn, &source).await?;
     let resumed = unfinished.is_some();
-    let begun = match unfinished {
-        Some(progress) => Some(progress),
+    let mut progress = match unfinished {
+        Some(progress) => progress,
         None => baseline::begin(conn, &source, &operator()).await.map_err(|e| failed(&e))?,
     };
     let mut run = Run { args, too_large: Vec::new(), now: 0 };
-    let (finished, progress) = match begun {
-        Some(mut progress) => {
-            let ended = run.batches(conn, &mut progress, Shutdown::on_signals()?.requested()).await;
-            let so_far = format!("stopped after {} of {}", progress.persons, many(progress.total, "person"));
-            (ended.with_context(|| so_far + "; run it again to go on")?, Some(progress))
-        }
-        None => (true, None),
-    };
-    let (persons, total) = progress.as_ref().map_or((0, 0), |p| (p.persons, p.total));
-    let too_large = progress.as_ref().map_or(0, |p| p.too_large);
+    let ended = run.batches(conn, &mut progress, Shutdown::on_signals()?.requested()).await;
+    let Progress { persons, total, too_large, .. } = progress;
+    let finished = ended.with_context(|| {
+        format!("stopped after {persons} of {}; run it again to go on", many(total, "person"))
+    })?;
     let answer = json!({
         "finished": finished, "dry_run": false, "resumed": resumed, "persons": persons,
-        "this_time": run.now,
-        "total": total, "too_large": too_large, "left_out": run.too_large,
+        "this_time": run.now, "total": total, "too_large": too_large, "left_out": run.too_large,
     });
     args.common.answer(&answer, || {
         let mut text = if finished {
@@ -253,7 +247,8 @@ impl Run<'_> {
                 Err(error) => return Err(failed(&error)),
             };
             attempts = 0;
-            size = if at.elapsed() > MOMENT { size / 2 } else { size * 2 }.clamp(1, most);
+            let next = if at.elapsed() > MOMENT { size / 2 } else { size * 2 };
+            size = next.clamp(1, most);
             let Some(last) = batch.last else { return Ok(true) };
             wake(conn).await;
             progress.after_id = last;

@@ -117,11 +117,11 @@ const PROGRESS: &str = "
 SELECT source, after_id, to_id, total, persons, too_large, started_by, finished_at IS NOT NULL AS finished
 FROM person.republish";
 
-/// Counts everybody once. No row when there is nobody.
+/// Counts everybody once. Where there is nobody, it ends where it begins.
 const BEGIN: &str = "
 INSERT INTO person.republish (source, after_id, to_id, total, started_by)
-SELECT $1, $2, last.id, (SELECT count(*) FROM person.person), $3
-FROM (SELECT id FROM person.person ORDER BY id DESC LIMIT 1) last
+SELECT $1, $2, coalesce((SELECT id FROM person.person ORDER BY id DESC LIMIT 1), $2),
+       (SELECT count(*) FROM person.person), $3
 ON CONFLICT (singleton) DO UPDATE
 SET source = excluded.source, after_id = excluded.after_id, to_id = excluded.to_id, total = excluded.total,
     persons = 0, too_large = 0, started_at = now(), started_by = excluded.started_by, finished_at = NULL
@@ -132,9 +132,9 @@ pub(super) async fn progress(conn: &mut PgConnection) -> sqlx::Result<Option<Pro
     sqlx::query_as(PROGRESS).fetch_optional(conn).await
 }
 
-/// Begins with the first person. None when there is nobody.
-pub(super) async fn begin(conn: &mut PgConnection, source: &str, by: &str) -> sqlx::Result<Option<Progress>> {
-    sqlx::query_as(BEGIN).bind(source).bind(Uuid::nil()).bind(by).fetch_optional(conn).await
+/// Begins with the first person.
+pub(super) async fn begin(conn: &mut PgConnection, source: &str, by: &str) -> sqlx::Result<Progress> {
+    sqlx::query_as(BEGIN).bind(source).bind(Uuid::nil()).bind(by).fetch_one(conn).await
 }
 
 /// Stores that everybody up to `batch.last` was told; or, without one, that it is done.

@@ -251,11 +251,12 @@ async fn persons_come_and_go(database: &Database) {
 #[tokio::test]
 async fn it_begins_anew_for_a_new_incarnation_and_when_told() {
     let database = Database::new().await;
+    let mut shown = said(&database, "--all", "").await;
     persons(&database, 10).await;
     let half =
         "UPDATE person.republish SET after_id = (SELECT id FROM person.person ORDER BY id OFFSET 4 LIMIT 1),
                                             persons = 5, finished_at = NULL";
-    let mut shown = said(&database, "--all", "").await;
+    shown += &said(&database, "--all", "").await;
     for (sql, arguments) in [
         ("SELECT", "--all"),
         ("SELECT", "--all --restart"),
