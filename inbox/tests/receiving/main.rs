@@ -6,6 +6,7 @@ mod alarms;
 mod attempt;
 mod breaker;
 mod consumer;
+mod examples;
 mod property;
 mod sequencer;
 mod support;

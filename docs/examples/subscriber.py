@@ -1,0 +1,161 @@
+"""A subscriber that keeps everybody's name and address, in Python. Needs pika, psycopg2, AMQP_URL and
+DATABASE_URL, and no library of ours.
+
+`receive` is the whole of the sequencer, the same in any language: lock where the aggregate stands, apply what
+is next, hold what is too early, commit, and only then acknowledge. Its two tables stand in the same database
+as the copy, because one transaction has to write both.
+
+It ends when a connection breaks, and what it had not acknowledged comes again: let a service manager start it
+anew. Any number of them may run at the same time.
+"""
+
+import json
+import os
+import signal
+from collections import namedtuple
+
+import pika
+import psycopg2
+
+QUEUE = "contacts"
+
+SCHEMA = """
+-- The last version applied, and by which event. It never expires, so neither does deduplication.
+CREATE TABLE IF NOT EXISTS follows (
+    source text, aggregate_type text, aggregate_id text, version bigint NOT NULL, event_id text,
+    PRIMARY KEY (source, aggregate_type, aggregate_id));
+-- Events that wait: for an earlier one, or, where there is an error, for a program that can apply them.
+CREATE TABLE IF NOT EXISTS held (
+    source text, aggregate_type text, aggregate_id text, version bigint, id text, type text, baseline boolean,
+    erased boolean, body bytea, error text,
+    PRIMARY KEY (source, aggregate_type, aggregate_id, version));
+CREATE TABLE IF NOT EXISTS contact (id uuid PRIMARY KEY, name text NOT NULL, address text)
+"""
+
+AGGREGATE = "(source, aggregate_type, aggregate_id) = (%s, %s, %s)"
+
+Event = namedtuple("Event", "source aggregate_type aggregate_id version id type baseline erased body")
+
+
+def aggregate(event):
+    return event[:3]
+
+
+def read(properties, body):
+    """The event in a message. What is none raises an error, which ends the program: nothing is skipped."""
+    headers = properties.headers
+    flags = (headers.get(name, False) for name in ("baseline", "erased"))
+    return Event(properties.app_id, headers["aggregate_type"], headers["aggregate_id"],
+                 int(headers["aggregate_version"]), properties.message_id, properties.type, *flags, body)
+
+
+def receive(cursor, event):
+    """The sequencer: one event, in a transaction that the caller commits."""
+    # Two statements: one alone would not see a row that somebody else has just inserted.
+    cursor.execute("INSERT INTO follows VALUES (%s, %s, %s, 0) ON CONFLICT DO NOTHING", aggregate(event))
+    cursor.execute(f"SELECT version, event_id FROM follows WHERE {AGGREGATE} FOR UPDATE", aggregate(event))
+    version, last = cursor.fetchone()
+    if event.version == version and event.id != last:
+        raise RuntimeError(f"{aggregate(event)}: two events of version {version}: the source lost history")
+    if event.version <= version:
+        return  # A duplicate.
+    while event:
+        jumps = not event.erased and (event.baseline or event.type == event.aggregate_type + ".deleted")
+        if event.version != version + 1 and not jumps:
+            return hold(cursor, event, None)
+        error = attempt(cursor, event)
+        if error:
+            return hold(cursor, event, error)
+        version = event.version
+        cursor.execute(f"UPDATE follows SET version = %s, event_id = %s WHERE {AGGREGATE}",
+                       (version, event.id, *aggregate(event)))
+        cursor.execute(f"DELETE FROM held WHERE {AGGREGATE} AND version <= %s", (*aggregate(event), version))
+        event = held(cursor, f"{AGGREGATE} AND version = %s", (*aggregate(event), version + 1))
+
+
+def hold(cursor, event, error):
+    cursor.execute("""INSERT INTO held VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+                      ON CONFLICT (source, aggregate_type, aggregate_id, version)
+                      DO UPDATE SET error = coalesce(excluded.error, held.error)""", (*event, error))
+
+
+def held(cursor, condition, values=()):
+    cursor.execute(f"SELECT {', '.join(Event._fields)} FROM held WHERE {condition} LIMIT 1", values)
+    row = cursor.fetchone()
+    return row and Event(*row[:-1], bytes(row[-1]))
+
+
+def attempt(cursor, event):
+    """Applies an event, or says why not; then it has changed nothing, and only its own aggregate waits."""
+    cursor.execute("SAVEPOINT attempt")
+    try:
+        apply(cursor, event)
+        cursor.execute("RELEASE SAVEPOINT attempt")
+        return None
+    except psycopg2.OperationalError:
+        raise  # The database is at fault and not the event.
+    except Exception as error:
+        cursor.execute("ROLLBACK TO SAVEPOINT attempt")
+        return type(error).__name__  # Its text may quote what is nobody's business.
+
+
+def apply(cursor, event):
+    """What this subscriber is for. All the rest is the same for every other."""
+    if event.erased:
+        return  # It counts as a version, and does nothing.
+    if event.type in ("person.new", "person.changed", "person.baseline"):
+        person = json.loads(event.body)
+        cursor.execute("""INSERT INTO contact VALUES (%(id)s, %(name)s, %(address)s) ON CONFLICT (id)
+                          DO UPDATE SET name = excluded.name, address = excluded.address""", person)
+    elif event.type == "person.deleted":
+        cursor.execute("DELETE FROM contact WHERE id = %s", (event.aggregate_id,))
+    # Any other type, also one of tomorrow, is a version like the others, and nothing to this copy.
+
+
+def redrive(conn):
+    """What was held with an error gets one more try at every start: a program that was repaired is the fix."""
+    with conn, conn.cursor() as cursor:
+        cursor.execute("SELECT source, aggregate_type, aggregate_id, version FROM held WHERE error IS NOT NULL")
+        failed = cursor.fetchall()
+    for key in failed:
+        with conn, conn.cursor() as cursor:
+            event = held(cursor, f"{AGGREGATE} AND version = %s", key)
+            if event:
+                receive(cursor, event)
+
+
+def declare(channel):
+    for exchange, kind in (("event_dispatcher", "topic"), ("event_dispatcher.by_aggregate", "headers")):
+        channel.exchange_declare(exchange, kind, durable=True)
+    channel.exchange_bind("event_dispatcher.by_aggregate", "event_dispatcher", "#")
+    # One works and the others stand by. No limit to deliveries: RabbitMQ would drop what was at it.
+    arguments = {"x-queue-type": "quorum", "x-single-active-consumer": True, "x-delivery-limit": 1_000_000_000}
+    channel.queue_declare(QUEUE, durable=True, arguments=arguments)
+    # By aggregate and not by type: whoever follows versions needs all of them.
+    matching = {"x-match": "all", "aggregate_type": "person"}
+    channel.queue_bind(QUEUE, "event_dispatcher.by_aggregate", arguments=matching)
+    channel.basic_qos(prefetch_count=100)
+
+
+def main():
+    stopping = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.append(True))
+    conn = psycopg2.connect(os.environ["DATABASE_URL"])
+    with conn, conn.cursor() as cursor:
+        cursor.execute(SCHEMA)
+    redrive(conn)
+    channel = pika.BlockingConnection(pika.URLParameters(os.environ["AMQP_URL"])).channel()
+    declare(channel)
+    for method, properties, body in channel.consume(QUEUE, inactivity_timeout=0.2):
+        if stopping:
+            break  # What was delivered and not acknowledged goes back.
+        if method:
+            with conn, conn.cursor() as cursor:
+                receive(cursor, read(properties, body))
+            channel.basic_ack(method.delivery_tag)  # After the commit, never before it.
+    channel.connection.close()
+
+
+if __name__ == "__main__":
+    main()

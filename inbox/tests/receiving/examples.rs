@@ -1,0 +1,181 @@
+//! The examples that show how to write a subscriber, run as they stand: a program in Rust that uses this
+//! crate, and one in Python that uses nothing of it. The same events lead both to the same book.
+
+use std::{
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+};
+
+use inbox::Envelope;
+use lapin::{
+    Channel, Connection, ConnectionProperties,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+    types::{AMQPValue, FieldTable, ShortString},
+};
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use uuid::Uuid;
+
+use crate::support::{typed, until};
+
+/// A virtual host, an empty database, and events of persons.
+struct World {
+    amqp: String,
+    database: String,
+    pool: PgPool,
+    channel: Channel,
+    _connection: Connection,
+}
+
+/// A running program, killed when it is dropped.
+struct Program(Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Program {
+    /// Asks it to end, as a service manager does.
+    async fn stop(mut self) -> ExitStatus {
+        let signalled = Command::new("kill").arg(self.0.id().to_string()).status().unwrap();
+        assert!(signalled.success());
+        let mut ended = None;
+        until("the program has ended", async || {
+            ended = self.0.try_wait().unwrap();
+            ended.is_some()
+        })
+        .await;
+        ended.unwrap()
+    }
+}
+
+impl World {
+    async fn new(name: &str) -> Self {
+        let amqp = devstack::testing::virtual_host(name).await;
+        let connection = Connection::connect(&amqp, ConnectionProperties::default()).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        let database = devstack::testing::database(name).await;
+        let pool = PgPool::connect(&database).await.unwrap();
+        Self { amqp, database, pool, channel, _connection: connection }
+    }
+
+    fn start(&self, program: &mut Command) -> Program {
+        program.env("DATABASE_URL", &self.database).env("AMQP_URL", &self.amqp);
+        Program(program.stdout(Stdio::null()).spawn().unwrap())
+    }
+
+    /// Waits until somebody consumes from the queue.
+    async fn until_consumed(&self, queue: &str) {
+        let server = std::env::var(devstack::testing::MANAGEMENT_URL).unwrap();
+        let (_, vhost) = self.amqp.rsplit_once('/').unwrap();
+        let url = format!("{server}/api/queues/{vhost}/{queue}");
+        until("the queue has a consumer", async || {
+            let queue: Value = reqwest::get(&url).await.unwrap().json().await.unwrap();
+            queue["consumers"].as_u64().unwrap_or(0) > 0
+        })
+        .await;
+    }
+
+    async fn publish(&self, envelope: &Envelope) {
+        let key = envelope.routing_key.as_str().into();
+        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+        let properties = envelope.properties.clone();
+        let published =
+            self.channel.basic_publish("event_dispatcher".into(), key, options, &envelope.body, properties);
+        let confirmed = published.await.unwrap().await.unwrap();
+        assert!(confirmed.take_message().is_none(), "no queue takes it");
+    }
+
+    /// Everything that a book can meet, in an order that needs a sequencer.
+    async fn publish_all(&self) {
+        let (ann, bob, eve, joe) = (id(1), id(2), id(3), id(4));
+        let name = |id: Uuid, name: &str| json!({"id": id, "name": name, "address": "abc", "cpf": 1});
+        for event in [
+            event("person.new", ann, 1, &name(ann, "Ann"), None),
+            // Twice, then one that is early, one of tomorrow, and the one that both wait for.
+            event("person.new", ann, 1, &name(ann, "Ann"), None),
+            event("person.changed", ann, 4, &name(ann, "Ann of 4"), None),
+            event("person.married", ann, 3, &json!({"what": "a type of tomorrow"}), None),
+            event("person.changed", ann, 2, &name(ann, "Ann of 2"), None),
+            event("person.changed", ann, 5, &json!({"id": ann, "erased": true}), Some("erased")),
+            // A late subscriber begins with a baseline, which drops what was held below it.
+            event("person.changed", bob, 5, &name(bob, "Bob of 5"), None),
+            event("person.baseline", bob, 7, &name(bob, "Bob of 7"), Some("baseline")),
+            event("person.changed", bob, 8, &name(bob, "Bob of 8"), None),
+            // A deletion jumps, too, and a late event does not revive.
+            event("person.new", eve, 1, &name(eve, "Eve"), None),
+            event("person.deleted", eve, 4, &json!({"id": eve}), None),
+            event("person.changed", eve, 2, &name(eve, "Eve of 2"), None),
+            // A body that cannot be read, and one that waits behind it.
+            event("person.new", joe, 1, &json!({"id": joe, "address": "abc"}), None),
+            event("person.changed", joe, 2, &name(joe, "Joe of 2"), None),
+            event("person.changed", ann, 6, &name(ann, "Ann of 6"), None),
+        ] {
+            self.publish(&event).await;
+        }
+        until("everybody else is up to date", async || self.book().await.contains("Ann of 6")).await;
+    }
+
+    async fn book(&self) -> String {
+        self.rows("SELECT concat_ws(' ', id, name, address) FROM contact ORDER BY id").await
+    }
+
+    async fn rows(&self, sql: &'static str) -> String {
+        let rows: Vec<String> = sqlx::query_scalar(sql).fetch_all(&self.pool).await.unwrap();
+        rows.join("\n")
+    }
+}
+
+fn id(n: u128) -> Uuid {
+    Uuid::from_u128(0x0198_c0de_0000_7000_8000_0000_0000_0000 + n)
+}
+
+fn event(type_: &str, person: Uuid, version: i64, body: &Value, flag: Option<&str>) -> Envelope {
+    let flags: Vec<&str> = flag.into_iter().collect();
+    let mut envelope = typed(type_, &person.to_string(), version, &body.to_string(), &flags);
+    let mut headers: FieldTable = envelope.properties.headers().clone().unwrap();
+    headers.insert("aggregate_type".into(), AMQPValue::LongString("person".into()));
+    envelope.properties =
+        envelope.properties.with_headers(headers).with_app_id(ShortString::from("person"));
+    envelope
+}
+
+/// A Python that has what the example needs, which devstack/install sees to.
+fn python() -> Command {
+    for python in ["python3", "/usr/bin/python3"] {
+        let asked = Command::new(python).args(["-c", "import pika, psycopg2"]).output();
+        if asked.is_ok_and(|asked| asked.status.success()) {
+            return Command::new(python);
+        }
+    }
+    panic!("no python3 has pika and psycopg2: run devstack/install tests")
+}
+
+#[tokio::test]
+async fn in_python_from_the_contract_alone() {
+    let world = World::new("contacts_python").await;
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/examples/subscriber.py");
+    let start = || world.start(python().arg(&path));
+    let first = start();
+    world.until_consumed("contacts").await;
+    world.publish_all().await;
+    assert!(first.stop().await.success());
+    let follows = "SELECT concat_ws(' ', source, aggregate_type, aggregate_id, version) FROM follows ORDER BY aggregate_id";
+    let held = "SELECT concat_ws(' ', aggregate_id, version, type, error) FROM held ORDER BY aggregate_id, version";
+    let before = [world.book().await, world.rows(follows).await, world.rows(held).await];
+
+    // The fix, here of the event, as it cannot be of the program; then a start tries once more.
+    let fix = "UPDATE held SET body = convert_to(jsonb_set(convert_from(body, 'UTF8')::jsonb, '{name}', '\"Joe\"')::text, 'UTF8')
+               WHERE error IS NOT NULL";
+    sqlx::raw_sql(fix).execute(&world.pool).await.unwrap();
+    let second = start();
+    until("nothing is held", async || world.rows("SELECT id FROM held").await.is_empty()).await;
+    world.until_consumed("contacts").await;
+    assert!(second.stop().await.success());
+    let after = [world.book().await, world.rows(follows).await];
+    insta::assert_snapshot!([before.join("\n\n"), after.join("\n\n")].join("\n\n# after the fix\n\n"));
+}
