@@ -1,6 +1,6 @@
 //! Where an aggregate stands and what of it is held, in memory, and what that means for an event.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use chrono::TimeDelta;
 use uuid::Uuid;
@@ -13,11 +13,21 @@ use crate::{Event, message::made_at};
 const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(10);
 
 /// Which aggregate of which source: what a chain of versions belongs to.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Key {
-    pub(crate) source: String,
-    pub(crate) aggregate_type: String,
-    pub(crate) aggregate_id: String,
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, sqlx::FromRow)]
+pub struct Key {
+    /// Who publishes it, with the incarnation.
+    pub source: String,
+    /// What kind of thing it is.
+    pub aggregate_type: String,
+    /// Which one.
+    pub aggregate_id: String,
+}
+
+/// As operators write it, whoever publishes it.
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.aggregate_type, self.aggregate_id)
+    }
 }
 
 impl From<&Event> for Key {

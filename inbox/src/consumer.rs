@@ -1,5 +1,6 @@
 use std::{
     fmt,
+    str::FromStr,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
@@ -41,6 +42,20 @@ impl Node {
         uri.query.heartbeat.get_or_insert(HEARTBEAT);
         uri.query.connection_timeout.get_or_insert(u64::try_from(CONNECT.as_millis()).unwrap_or(u64::MAX));
         Self { uri, tls }
+    }
+}
+
+/// A text that is no node's URL. It may hold a password, so it is not quoted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("it should look like amqp://user:password@host:5672/vhost, or amqps:// with TLS")]
+pub struct InvalidNode;
+
+/// From its URL. With `amqps`, the node must show a certificate from an authority that the machine trusts.
+impl FromStr for Node {
+    type Err = InvalidNode;
+
+    fn from_str(url: &str) -> Result<Self, InvalidNode> {
+        Ok(Self::new(url.parse().map_err(|_| InvalidNode)?, OwnedTLSConfig::default()))
     }
 }
 

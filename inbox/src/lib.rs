@@ -5,7 +5,9 @@
 //! too early, or that its handler refuses, waits in `inbox.held` and holds only its own aggregate.
 //!
 //! A subscriber writes a [`Handler`] and hands it to a [`Consumer`], which declares the queue, consumes,
-//! reconnects and drains. The [`Sequencer`] between them is usable without a broker.
+//! reconnects and drains. The [`Sequencer`] between them is usable without a broker. What is held or
+//! rejected is looked at with [`held`] and [`rejected`], and brought on with [`Sequencer::redrive`] and
+//! [`Sequencer::skip`]: a program's own commands are a thin layer over these.
 
 mod alarms;
 mod attempt;
@@ -16,22 +18,29 @@ mod consumer;
 mod digest;
 mod failpoint;
 mod handler;
+pub mod held;
 mod ledger;
 mod message;
 mod plan;
+mod redrive;
+pub mod rejected;
 mod save;
 mod schema;
 mod sequencer;
+mod skip;
 mod status;
 mod subscription;
 mod topology;
 mod transaction;
 
-pub use consumer::{Config, Consumer, Node};
+pub use chain::Key as Aggregate;
+pub use consumer::{Config, Consumer, InvalidNode, Node};
 pub use digest::{Digest, digest};
 pub use handler::{Failure, Handler};
 pub use message::{Envelope, Event, Malformed};
+pub use redrive::{NotDone, Redrive, Redriven, Redrives, Refused};
 pub use schema::{SCHEMA, migrator};
 pub use sequencer::{Interrupted, Outcome, Sequencer};
+pub use skip::Skip;
 pub use status::{Part, Status};
 pub use topology::{InvalidTopology, Topology};

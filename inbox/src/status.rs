@@ -18,6 +18,13 @@ pub struct Status {
 }
 
 impl Status {
+    /// Each part that is waited for, and why; nothing when it is at work.
+    pub fn waiting(&self) -> Vec<String> {
+        let parts = [("database", &self.database), ("broker", &self.broker), ("consuming", &self.consuming)];
+        let reason = |(name, part): (&str, &Part)| part.as_ref().err().map(|why| format!("{name}: {why}"));
+        parts.into_iter().filter_map(reason).collect()
+    }
+
     pub(crate) fn starting() -> Self {
         let starting = || Err("starting".to_owned());
         Self { database: starting(), broker: starting(), consuming: starting(), holes: None, forks: None }

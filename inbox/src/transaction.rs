@@ -195,7 +195,11 @@ impl<H: Handler> Sequencer<H> {
     }
 
     /// In a savepoint, so that what the handler has changed can be taken back alone.
-    async fn handle_alone(&self, tx: &mut Transaction<'_, Postgres>, event: &Event) -> Result<(), Failure> {
+    pub(crate) async fn handle_alone(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        event: &Event,
+    ) -> Result<(), Failure> {
         let mut savepoint = tx.begin().await?;
         let mut handled = self.handle(&mut savepoint, slice::from_ref(event)).await;
         if handled.is_ok() {

@@ -9,7 +9,10 @@ use service::{
     telemetry::TelemetryArgs,
 };
 
-use crate::digest::DigestArgs;
+use crate::{
+    command::{held::HeldArgs, rejected::RejectedArgs},
+    digest::DigestArgs,
+};
 
 /// Applies the person service's events to the score service's read model, and publishes the scores.
 #[derive(Debug, Parser)]
@@ -29,6 +32,10 @@ pub enum Command {
     Migrate(MigrateArgs),
     /// Sum up what the read model has received, to be compared with what its source has.
     Digest(DigestArgs),
+    /// Events that wait in the inbox: list, show, redrive, skip.
+    Held(HeldArgs),
+    /// Messages that cannot be applied: list, show, drop.
+    Rejected(RejectedArgs),
     /// Ask the program that runs at this address whether it is ready; for a container's health check.
     Health(HealthArgs),
 }

@@ -4,6 +4,7 @@
 //! An event comes in through [`inbox`], which knows about order and repetition; [`projection`] says what
 //! it means for the read model, [`score`] what an item is worth, and [`store`] holds all of the SQL.
 
+pub mod command;
 pub mod config;
 pub mod digest;
 pub mod projection;

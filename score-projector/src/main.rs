@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use score_projector::{
+    command::{held, rejected},
     config::{Cli, Command, RunArgs},
     digest,
 };
@@ -27,6 +28,14 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Digest(args) => {
             telemetry::start(&args.common.telemetry)?;
             return digest::digest(&args).await;
+        }
+        Command::Held(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return held::held(&args).await;
+        }
+        Command::Rejected(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return rejected::rejected(&args).await;
         }
         Command::Health(args) => service::health::probe(args.listen).await?,
     }

@@ -8,5 +8,6 @@ mod breaker;
 mod consumer;
 mod examples;
 mod property;
+mod redrive;
 mod sequencer;
 mod support;

@@ -95,6 +95,35 @@ impl Stack {
     }
 
     pub(crate) async fn publish(&self, type_: &str, person: Uuid, version: i64, body: &Value) {
+        self.send(type_, person, version, body).await;
+        self.confirmed().await;
+    }
+
+    /// As fast as the broker takes them.
+    pub(crate) async fn publish_all(&self, events: &[(&str, Uuid, i64, Value)]) {
+        for (type_, person, version, body) in events {
+            self.send(type_, *person, *version, body).await;
+        }
+        self.confirmed().await;
+    }
+
+    /// What is no event, past all exchanges.
+    pub(crate) async fn publish_to_queue(&self, queue: &str, body: &str) {
+        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+        let properties = BasicProperties::default();
+        let published =
+            self.channel.basic_publish("".into(), queue.into(), options, body.as_bytes(), properties);
+        published.await.unwrap();
+        self.confirmed().await;
+    }
+
+    /// Waits until the broker has what was sent, and a queue for each.
+    async fn confirmed(&self) {
+        let returned = self.channel.wait_for_confirms().await.unwrap();
+        assert!(returned.is_empty(), "no queue takes {} of them", returned.len());
+    }
+
+    async fn send(&self, type_: &str, person: Uuid, version: i64, body: &Value) {
         let mut headers = FieldTable::default();
         headers.insert("aggregate_type".into(), AMQPValue::LongString("person".into()));
         headers.insert("aggregate_id".into(), AMQPValue::LongString(person.to_string().into()));
@@ -123,8 +152,7 @@ impl Stack {
             body.as_bytes(),
             properties,
         );
-        let confirmed = published.await.unwrap().await.unwrap();
-        assert!(confirmed.take_message().is_none(), "no queue takes {type_}");
+        published.await.unwrap();
     }
 
     /// Waits until the read model contains `version` of the person.

@@ -1,0 +1,173 @@
+//! Messages that cannot be applied at all, for people who look, and who let them go.
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use serde_json::Value;
+use sqlx::{PgConnection, types::Json};
+
+use crate::held::text;
+
+/// How many are dropped in one statement.
+const BATCH: i64 = 10_000;
+
+/// Messages that were rejected for the same reason.
+#[derive(Clone, Debug, Serialize, sqlx::FromRow)]
+pub struct Group {
+    /// `malformed` or `fork`.
+    pub reason: String,
+    /// In words.
+    pub detail: String,
+    /// How many messages.
+    pub messages: i64,
+    /// How often they came.
+    pub deliveries: i64,
+    /// When the first came.
+    pub first_at: DateTime<Utc>,
+    /// When one last came.
+    pub last_at: DateTime<Utc>,
+    /// One of them, the newest.
+    pub newest: i64,
+}
+
+/// All that was rejected.
+#[derive(Clone, Debug, Serialize)]
+pub struct Groups {
+    /// How many messages.
+    pub messages: i64,
+    /// By reason and detail; there are few texts, and none quotes a message.
+    pub groups: Vec<Group>,
+}
+
+/// A message that was rejected.
+#[derive(Clone, Debug, Serialize)]
+pub struct Rejected {
+    /// Its number.
+    pub id: i64,
+    /// `malformed` or `fork`.
+    pub reason: String,
+    /// In words.
+    pub detail: String,
+    /// The routing key it came with.
+    pub routing_key: String,
+    /// Its properties, headers included.
+    pub properties: Value,
+    /// How often it came.
+    pub times: i64,
+    /// When it came first.
+    pub first_at: DateTime<Utc>,
+    /// And last.
+    pub last_at: DateTime<Utc>,
+    /// How long its body is.
+    pub bytes: i32,
+    /// Its body, where it was asked for: text, or else hexadecimal.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub body: Option<String>,
+}
+
+/// Which rejected messages; all conditions hold.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// One of these numbers; any, when empty.
+    pub ids: Vec<i64>,
+    /// With this reason.
+    pub reason: Option<String>,
+}
+
+/// Everything that was rejected, by reason and detail.
+pub async fn groups(conn: &mut PgConnection, consumer: &str) -> sqlx::Result<Groups> {
+    let groups: Vec<Group> = sqlx::query_as(
+        "SELECT reason, detail, count(*) AS messages, sum(times)::bigint AS deliveries, min(first_at) AS first_at,
+                max(last_at) AS last_at, max(id) AS newest
+         FROM inbox.rejected WHERE consumer = $1 GROUP BY reason, detail ORDER BY messages DESC, reason, detail",
+    )
+    .bind(consumer)
+    .fetch_all(conn)
+    .await?;
+    Ok(Groups { messages: groups.iter().map(|group| group.messages).sum(), groups })
+}
+
+/// The rejected message with this number. Its body is only read when asked for.
+pub async fn message(
+    conn: &mut PgConnection,
+    consumer: &str,
+    id: i64,
+    with_body: bool,
+) -> sqlx::Result<Option<Rejected>> {
+    #[derive(sqlx::FromRow)]
+    struct Row {
+        reason: String,
+        detail: String,
+        routing_key: String,
+        properties: Json<Value>,
+        times: i64,
+        first_at: DateTime<Utc>,
+        last_at: DateTime<Utc>,
+        bytes: i32,
+        body: Option<Vec<u8>>,
+    }
+    let row: Option<Row> = sqlx::query_as(
+        "SELECT reason, detail, routing_key, properties, times, first_at, last_at, octet_length(body) AS bytes,
+                CASE WHEN $3 THEN body END AS body
+         FROM inbox.rejected WHERE consumer = $1 AND id = $2",
+    )
+    .bind(consumer)
+    .bind(id)
+    .bind(with_body)
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|row| Rejected {
+        id,
+        reason: row.reason,
+        detail: row.detail,
+        routing_key: row.routing_key,
+        properties: row.properties.0,
+        times: row.times,
+        first_at: row.first_at,
+        last_at: row.last_at,
+        bytes: row.bytes,
+        body: row.body.map(text),
+    }))
+}
+
+/// How many match.
+pub async fn count(conn: &mut PgConnection, consumer: &str, filter: &Filter) -> sqlx::Result<i64> {
+    sqlx::query_scalar(
+        "SELECT count(*) FROM inbox.rejected
+         WHERE consumer = $1 AND (cardinality($2::bigint[]) = 0 OR id = ANY($2)) AND ($3::text IS NULL OR reason = $3)",
+    )
+    .bind(consumer)
+    .bind(&filter.ids)
+    .bind(&filter.reason)
+    .fetch_one(conn)
+    .await
+}
+
+/// Lets those go that match and are there now; many in one transaction each. Says how many they were.
+pub async fn drop(conn: &mut PgConnection, consumer: &str, filter: &Filter) -> sqlx::Result<u64> {
+    let until: Option<i64> = sqlx::query_scalar("SELECT max(id) FROM inbox.rejected WHERE consumer = $1")
+        .bind(consumer)
+        .fetch_one(&mut *conn)
+        .await?;
+    let mut dropped = 0;
+    loop {
+        let some = sqlx::query(
+            "DELETE FROM inbox.rejected WHERE id IN (
+                 SELECT id FROM inbox.rejected
+                 WHERE consumer = $1 AND id <= $2 AND (cardinality($3::bigint[]) = 0 OR id = ANY($3))
+                   AND ($4::text IS NULL OR reason = $4)
+                 ORDER BY id LIMIT $5)",
+        )
+        .bind(consumer)
+        .bind(until.unwrap_or_default())
+        .bind(&filter.ids)
+        .bind(&filter.reason)
+        .bind(BATCH)
+        .execute(&mut *conn)
+        .await?
+        .rows_affected();
+        if some == 0 {
+            return Ok(dropped);
+        }
+        dropped += some;
+    }
+}

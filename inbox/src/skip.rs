@@ -1,0 +1,85 @@
+//! Giving up a held event, on somebody's word.
+
+use serde_json::{Value, json};
+
+use crate::{
+    Event, Failure, Handler, Sequencer,
+    held::HeldEvent,
+    redrive::{NotDone, Redriven, within},
+};
+
+/// Which event is skipped, and on whose word.
+#[derive(Clone, Debug)]
+pub struct Skip<'a> {
+    /// The event.
+    pub event: &'a HeldEvent,
+    /// Who says so.
+    pub by: &'a str,
+    /// And why. Stored for good, so no personal data.
+    pub why: &'a str,
+    /// How many events one transaction takes at most.
+    pub batch: usize,
+    /// Call the handler, and roll back.
+    pub dry_run: bool,
+}
+
+impl<H: Handler> Sequencer<H> {
+    /// Gives up the event that stops its aggregate: its erased form is applied in its place, so that the
+    /// version rises and the chain stays whole, and `inbox.skipped` remembers it. Then what waited behind
+    /// it is applied.
+    pub async fn skip(&self, skip: &Skip<'_>) -> Result<Redriven, NotDone> {
+        let key = &skip.event.aggregate;
+        let version = skip.event.version;
+        let work = async {
+            let (mut tx, mut ledger) = self.lock(key).await?;
+            let chain = ledger.chain(key)?;
+            let held = chain.held.get(&version).filter(|held| held.id == skip.event.event_id);
+            let Some(held) = held else { return Err(NotDone::Gone) };
+            if version != chain.version + 1 || !held.reason.blocks() {
+                return Err(NotDone::NotNext(chain.version));
+            }
+            let event = ledger.events(&mut tx, &[(key, version)]).await?.into_values().next();
+            let Some(event) = event else { return Err(NotDone::Gone) };
+            match self.handle_alone(&mut tx, &erased(&event)).await {
+                Ok(()) => {}
+                Err(Failure::Transient(reason)) => return Err(NotDone::Transient(reason)),
+                Err(Failure::Poison(reason)) => return Err(NotDone::Refused(reason)),
+            }
+            ledger.skip(&mut tx, key, version, skip.by, skip.why).await?;
+            ledger.chain(key)?.advance(version, event.id);
+            let done = self.next(&mut tx, &mut ledger, key, skip.batch, skip.dry_run).await?;
+            self.end(tx, &done, skip.dry_run).await?;
+            Ok(done)
+        };
+        let mut all = within(work).await?;
+        if all.unfinished && !skip.dry_run {
+            let more = self.bring_on(key, skip.batch, false).await?;
+            all = Redriven { from: all.from, applied: all.applied + more.applied, ..more };
+        }
+        if !skip.dry_run {
+            tracing::warn!(
+                consumer = self.consumer,
+                source = key.source,
+                aggregate = %key,
+                version,
+                event = %skip.event.event_id,
+                type_ = skip.event.type_,
+                by = skip.by,
+                "skipped by hand"
+            );
+        }
+        Ok(all)
+    }
+}
+
+/// The form that the contract gives an event whose content is gone: a version, and nothing else.
+fn erased(event: &Event) -> Event {
+    // Of an item it is the item's own id, where the body can be read.
+    let body: Option<Value> = serde_json::from_slice(&event.payload).ok();
+    let id = body.and_then(|body| body.get("id").cloned()).filter(Value::is_string);
+    let id = id.unwrap_or_else(|| event.aggregate_id.clone().into());
+    let mut erased = event.clone();
+    erased.headers.insert("erased".to_owned(), true.into());
+    erased.payload = json!({"id": id, "erased": true}).to_string().into_bytes();
+    erased
+}

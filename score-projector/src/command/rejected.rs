@@ -1,0 +1,141 @@
+//! `rejected`: messages that cannot be applied at all.
+
+use std::fmt::Write;
+
+use anyhow::{Context, bail};
+use inbox::rejected::{self, Filter, Group, Groups, Rejected};
+use serde_json::json;
+use sqlx::PgConnection;
+
+use super::{CommandArgs, Verdict, connect, many, time};
+
+/// Settings of `rejected`.
+#[derive(Debug, clap::Args)]
+pub struct RejectedArgs {
+    /// The database, and the form of the answer.
+    #[command(flatten)]
+    pub common: CommandArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub action: RejectedAction,
+}
+
+/// What to do with messages that were rejected.
+#[derive(Debug, clap::Subcommand)]
+pub enum RejectedAction {
+    /// List them by reason; exit code 3 when there are any.
+    List,
+    /// Show one, without its body.
+    Show {
+        /// The message's number.
+        id: i64,
+        /// With its body, and whatever personal data is in it.
+        #[arg(long)]
+        body: bool,
+    },
+    /// Let them go.
+    Drop {
+        /// Which ones.
+        #[command(flatten)]
+        selection: Selection,
+        /// Do it; without this it is only said what would be dropped, with exit code 3.
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+/// Which messages; all conditions hold.
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = true)]
+pub struct Selection {
+    /// The message of this number; may be repeated.
+    #[arg(long, value_name = "NUMBER")]
+    pub id: Vec<i64>,
+    /// Messages with this reason.
+    #[arg(long, value_parser = ["malformed", "fork"])]
+    pub reason: Option<String>,
+    /// All of them.
+    #[arg(long, conflicts_with_all = ["id", "reason"])]
+    pub all: bool,
+}
+
+/// Looks at what was rejected, or lets it go.
+pub async fn rejected(args: &RejectedArgs) -> anyhow::Result<Verdict> {
+    let (mut conn, consumer) = connect(&args.common, "rejected").await?;
+    match &args.action {
+        RejectedAction::List => {
+            let groups = rejected::groups(&mut conn, &consumer).await.context("it cannot be read")?;
+            args.common
+                .answer(&json!({"consumer": consumer, "rejected": groups}), || reasons(&consumer, &groups))?;
+            Ok(if groups.messages == 0 { Verdict::Well } else { Verdict::NotWell })
+        }
+        RejectedAction::Show { id, body } => {
+            let message =
+                rejected::message(&mut conn, &consumer, *id, *body).await.context("it cannot be read")?;
+            let Some(message) = message else {
+                bail!(
+                    "{consumer} has rejected no message {id}; score-projector rejected list shows what it has"
+                )
+            };
+            args.common.answer(&message, || one(&message))?;
+            Ok(Verdict::Well)
+        }
+        RejectedAction::Drop { selection, yes } => {
+            let filter = Filter { ids: selection.id.clone(), reason: selection.reason.clone() };
+            drop(args, &mut conn, &consumer, &filter, *yes).await
+        }
+    }
+}
+
+fn reasons(consumer: &str, rejected: &Groups) -> String {
+    if rejected.messages == 0 {
+        return format!("{consumer}: nothing was rejected");
+    }
+    let mut text = format!("{consumer}: {} rejected\n", many(rejected.messages, "message"));
+    for Group { reason, detail, messages, deliveries, last_at, newest, .. } in &rejected.groups {
+        let came = many(*deliveries, "time");
+        let _ = writeln!(text, "  {messages} {reason}, came {came}, last at {}: {detail}", time(*last_at));
+        let _ = writeln!(text, "    score-projector rejected show {newest}");
+    }
+    text
+}
+
+fn one(message: &Rejected) -> String {
+    let Rejected { id, reason, detail, routing_key, properties, times, .. } = message;
+    let mut text = format!(
+        "message {id}, {reason}: {detail}\n  routing key {routing_key}\n  came {}, first at {}, last at {}\n  {properties}\n",
+        many(*times, "time"),
+        time(message.first_at),
+        time(message.last_at),
+    );
+    let _ = match &message.body {
+        Some(body) => writeln!(text, "{body}"),
+        None => writeln!(text, "  its body has {}; --body shows it", many(message.bytes, "byte")),
+    };
+    text
+}
+
+async fn drop(
+    args: &RejectedArgs,
+    conn: &mut PgConnection,
+    consumer: &str,
+    filter: &Filter,
+    yes: bool,
+) -> anyhow::Result<Verdict> {
+    let count = if yes {
+        let dropped = rejected::drop(conn, consumer, filter).await.context("not all of them were dropped")?;
+        tracing::warn!(consumer, dropped, "rejected messages dropped by hand");
+        i64::try_from(dropped)?
+    } else {
+        rejected::count(conn, consumer, filter).await.context("it cannot be read")?
+    };
+    args.common.answer(&json!({"consumer": consumer, "dropped": yes, "messages": count}), || {
+        let messages = many(count, "message");
+        match (count, yes) {
+            (0, _) => "nothing that was rejected matches".to_owned(),
+            (_, true) => format!("{messages} dropped"),
+            (_, false) => format!("{messages} would be dropped; say --yes to do it"),
+        }
+    })?;
+    Ok(if yes || count == 0 { Verdict::Well } else { Verdict::NotWell })
+}
