@@ -139,8 +139,7 @@ fn event(type_: &str, person: Uuid, version: i64, body: &Value, flag: Option<&st
     let mut envelope = typed(type_, &person.to_string(), version, &body.to_string(), &flags);
     let mut headers: FieldTable = envelope.properties.headers().clone().unwrap();
     headers.insert("aggregate_type".into(), AMQPValue::LongString("person".into()));
-    envelope.properties =
-        envelope.properties.with_headers(headers).with_app_id(ShortString::from("person"));
+    envelope.properties = envelope.properties.with_headers(headers).with_app_id(ShortString::from("person"));
     envelope
 }
 
@@ -165,7 +164,8 @@ async fn in_python_from_the_contract_alone() {
     world.publish_all().await;
     assert!(first.stop().await.success());
     let follows = "SELECT concat_ws(' ', source, aggregate_type, aggregate_id, version) FROM follows ORDER BY aggregate_id";
-    let held = "SELECT concat_ws(' ', aggregate_id, version, type, error) FROM held ORDER BY aggregate_id, version";
+    let held =
+        "SELECT concat_ws(' ', aggregate_id, version, type, error) FROM held ORDER BY aggregate_id, version";
     let before = [world.book().await, world.rows(follows).await, world.rows(held).await];
 
     // The fix, here of the event, as it cannot be of the program; then a start tries once more.
@@ -178,4 +178,51 @@ async fn in_python_from_the_contract_alone() {
     assert!(second.stop().await.success());
     let after = [world.book().await, world.rows(follows).await];
     insta::assert_snapshot!([before.join("\n\n"), after.join("\n\n")].join("\n\n# after the fix\n\n"));
+}
+
+/// The example in this crate. `cargo test` builds it, unless it is told to build one test alone.
+fn address_book() -> Command {
+    let test = std::env::current_exe().unwrap();
+    let path = test.parent().unwrap().with_file_name("examples").join("address_book");
+    assert!(path.exists(), "cargo build -p inbox --examples makes {}", path.display());
+    Command::new(path)
+}
+
+#[tokio::test]
+async fn in_rust_with_this_crate() {
+    let world = World::new("contacts_rust").await;
+    let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let start = || world.start(address_book().env("LISTEN", &listen));
+    let until_ready = async || {
+        until("it is ready", async || {
+            let answer = reqwest::get(format!("http://{listen}/")).await;
+            answer.is_ok_and(|answer| answer.status().is_success())
+        })
+        .await;
+    };
+    let first = start();
+    until_ready().await;
+    world.publish_all().await;
+    assert!(first.stop().await.success());
+    let said = |argument: &str| {
+        let mut command = address_book();
+        command.arg(argument).env("DATABASE_URL", &world.database).env("AMQP_URL", &world.amqp);
+        let output = command.stderr(Stdio::inherit()).output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let before = [world.book().await, said("held")];
+
+    // The fix, here of the event, as it cannot be of the program.
+    let fix = "UPDATE inbox.held SET payload = convert_to(jsonb_set(convert_from(payload, 'UTF8')::jsonb, '{name}', '\"Joe\"')::text, 'UTF8')
+               WHERE reason = 'poison'";
+    sqlx::raw_sql(fix).execute(&world.pool).await.unwrap();
+    let second = start();
+    until_ready().await;
+    let after = [said("redrive"), world.book().await, said("held")];
+    assert!(second.stop().await.success());
+    let filters = vec![(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", "TIME")];
+    insta::with_settings!({filters => filters}, {
+        insta::assert_snapshot!([before.join("\n\n"), after.join("\n\n")].join("\n\n# after the fix\n\n"));
+    });
 }
