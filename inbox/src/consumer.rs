@@ -43,6 +43,10 @@ impl Node {
         uri.query.connection_timeout.get_or_insert(u64::try_from(CONNECT.as_millis()).unwrap_or(u64::MAX));
         Self { uri, tls }
     }
+
+    pub(crate) fn into_parts(self) -> (AMQPUri, OwnedTLSConfig) {
+        (self.uri, self.tls)
+    }
 }
 
 /// A text that is no node's URL. It may hold a password, so it is not quoted.

@@ -6,6 +6,12 @@ use crate::Event;
 
 /// What a subscriber does with its events.
 pub trait Handler: Send + Sync + 'static {
+    /// Called first in every transaction, also in one that only holds or rejects what came: the place to
+    /// refuse, with [`Failure::Transient`], when this consumer may not write any more.
+    fn begin(&self, _tx: &mut Transaction<'_, Postgres>) -> impl Future<Output = Result<(), Failure>> + Send {
+        async { Ok(()) }
+    }
+
     /// Applies one event in the transaction that also records its version. Events of an aggregate come
     /// in order and once; what the transaction changes is rolled back when this fails.
     ///

@@ -200,6 +200,7 @@ impl<H: Handler> Sequencer<H> {
         key: &Key,
     ) -> Result<(Transaction<'static, Postgres>, Ledger<'_>), NotDone> {
         let mut tx = self.pool.begin().await.map_err(|error| NotDone::Transient(describe(&error)))?;
+        self.handler.begin(&mut tx).await.map_err(Stop::from)?;
         let mut ledger = Ledger::lock(&mut tx, &self.consumer, &BTreeSet::from([key.clone()])).await?;
         ledger.read_held(&mut tx, &[]).await?;
         Ok((tx, ledger))

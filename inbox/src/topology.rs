@@ -1,6 +1,9 @@
 use lapin::{
     Channel, ExchangeKind,
-    options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    options::{
+        ExchangeBindOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions,
+        QueueDeclareOptions, QueueDeleteOptions,
+    },
     types::{AMQPValue, FieldTable, ShortString},
 };
 
@@ -105,12 +108,23 @@ impl Topology {
             [("x-dead-letter-exchange", self.dead.as_str()), ("x-dead-letter-strategy", "at-least-once")];
         self.declare_queue(channel, &self.queue, DELIVERY_LIMIT, &dead_lettering).await?;
         for aggregate_type in &self.aggregate_types {
-            let mut matching = FieldTable::default();
-            matching.insert("x-match".into(), AMQPValue::LongString("all".into()));
-            matching.insert("aggregate_type".into(), AMQPValue::LongString(aggregate_type.as_str().into()));
-            self.bind(channel, &self.queue, &self.by_aggregate, matching).await?;
+            self.bind(channel, &self.queue, &self.by_aggregate, matching(aggregate_type)).await?;
         }
         Ok(())
+    }
+
+    /// Deletes the queues, with the exchange of the dead letters. The bindings go first: a publisher whose
+    /// message is routed to a quorum queue that is being deleted gets a nack, or loses its connection
+    /// (rabbitmq-server#15333).
+    pub(crate) async fn delete(&self, channel: &Channel) -> lapin::Result<()> {
+        for aggregate_type in &self.aggregate_types {
+            let (queue, exchange) = (self.queue.clone(), self.by_aggregate.clone());
+            channel.queue_unbind(queue, exchange, "".into(), matching(aggregate_type)).await?;
+        }
+        for queue in [&self.queue, &self.dead] {
+            channel.queue_delete(queue.clone(), QueueDeleteOptions::default()).await?;
+        }
+        channel.exchange_delete(self.dead.clone(), ExchangeDeleteOptions::default()).await
     }
 
     async fn declare_queue(
@@ -141,4 +155,12 @@ impl Topology {
         let options = QueueBindOptions::default();
         channel.queue_bind(queue.clone(), exchange.clone(), "".into(), options, matching).await
     }
+}
+
+/// The arguments of a binding to every event of the aggregates of a type.
+fn matching(aggregate_type: &str) -> FieldTable {
+    let mut matching = FieldTable::default();
+    matching.insert("x-match".into(), AMQPValue::LongString("all".into()));
+    matching.insert("aggregate_type".into(), AMQPValue::LongString(aggregate_type.into()));
+    matching
 }

@@ -125,6 +125,7 @@ impl<H: Handler> Sequencer<H> {
     ) -> Result<(Outcome, Vec<Key>), Stop> {
         // Whatever keeps it from beginning (no connection, no login) is no message's fault.
         let mut tx = self.pool.begin().await.map_err(|error| Stop::Transient(describe(&error)))?;
+        self.handler.begin(&mut tx).await?;
         let received: Vec<&Event> = work.messages.iter().filter_map(|m| m.event.as_ref().ok()).collect();
         let keys: BTreeSet<Key> =
             received.iter().map(|event| Key::from(*event)).chain(work.resume.iter().cloned()).collect();

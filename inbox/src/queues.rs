@@ -1,0 +1,47 @@
+//! A subscriber's queues without its consumer: declared before it lives, deleted after its end.
+
+use lapin::{Channel, Connection, ConnectionProperties};
+
+use crate::{
+    Config,
+    subscription::{Trouble, answer},
+};
+
+/// Declares what a consumer with this configuration would: from then on its queue receives.
+pub async fn declare(config: &Config) -> Result<(), String> {
+    at_some_node(config, async |channel| answer(config.topology.declare(channel)).await).await
+}
+
+/// Deletes a subscriber's queue, the queue of its dead letters and their exchange, with all that is in
+/// them. What is not there is no error. Its consumer must have ended: it would declare them again.
+pub async fn remove(config: &Config) -> Result<(), String> {
+    at_some_node(config, async |channel| answer(config.topology.delete(channel)).await).await
+}
+
+async fn at_some_node(
+    config: &Config,
+    work: impl AsyncFn(&Channel) -> Result<(), Trouble>,
+) -> Result<(), String> {
+    let mut reason = "no node of the broker is configured".to_owned();
+    for node in &config.nodes {
+        let done = async {
+            let properties =
+                ConnectionProperties::default().with_connection_name(config.connection_name.as_str().into());
+            let (uri, tls) = node.clone().into_parts();
+            let runtime = lapin::runtime::default_runtime()?;
+            let connect = Connection::connect_uri_with_config(uri, properties, tls, runtime);
+            let connection = answer(connect).await?;
+            let channel = answer(connection.create_channel()).await?;
+            work(&channel).await?;
+            answer(channel.close(200, "bye".into())).await?;
+            answer(connection.close(200, "bye".into())).await
+        };
+        match done.await {
+            Ok(()) => return Ok(()),
+            Err(Trouble::Broker(trouble) | Trouble::Database(trouble) | Trouble::Handler(trouble)) => {
+                reason = trouble;
+            }
+        }
+    }
+    Err(reason)
+}
