@@ -12,6 +12,8 @@ use service::{
 use crate::{
     command::{held::HeldArgs, rejected::RejectedArgs},
     digest::DigestArgs,
+    rebuild::RebuildArgs,
+    verify::VerifyArgs,
 };
 
 /// Applies the person service's events to the score service's read model, and publishes the scores.
@@ -36,6 +38,11 @@ pub enum Command {
     Held(HeldArgs),
     /// Messages that cannot be applied: list, show, drop.
     Rejected(RejectedArgs),
+    /// Build the read model a second time, beside the live one, and let it take its place.
+    Rebuild(RebuildArgs),
+    /// Recompute every score from its entries, and hold the read model against the inbox; exit code 3 when
+    /// something does not fit.
+    Verify(VerifyArgs),
     /// Ask the program that runs at this address whether it is ready; for a container's health check.
     Health(HealthArgs),
 }

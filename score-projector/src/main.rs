@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use score_projector::{
     command::{held, rejected},
     config::{Cli, Command, RunArgs},
-    digest,
+    digest, rebuild, verify,
 };
 use service::{
     config::{command::Verdict, file},
@@ -36,6 +36,14 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Rejected(args) => {
             telemetry::start(&args.common.telemetry)?;
             return rejected::rejected(&args).await;
+        }
+        Command::Rebuild(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return rebuild::rebuild(&args).await;
+        }
+        Command::Verify(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return verify::verify(&args).await;
         }
         Command::Health(args) => service::health::probe(args.listen).await?,
     }

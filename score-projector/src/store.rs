@@ -1,32 +1,23 @@
-//! All of the read model's SQL.
+//! All SQL that reads and writes the tables of a read model, in bulk. They are named without a schema:
+//! the connection's `search_path` says which model it is.
+
+use std::collections::BTreeSet;
 
 use chrono::{DateTime, Utc};
 use events::{Cpf, Kind};
+use inbox::Failure;
 use rust_decimal::Decimal;
 use sqlx::{FromRow, Postgres, Row, Transaction, postgres::PgRow};
 use uuid::Uuid;
 
+use crate::projection::{
+    Refused,
+    entry::Entry,
+    needs::Needs,
+    slice::{Person, Slice},
+};
+
 type Tx<'a, 'tx> = &'a mut Transaction<'tx, Postgres>;
-
-/// A person as the read model has them, under their row's lock.
-#[derive(Debug)]
-pub(crate) struct Person {
-    pub(crate) id: Uuid,
-    pub(crate) cpf: Cpf,
-    pub(crate) total: Decimal,
-    /// The last version of the aggregate `score/<id>` that was appended to the outbox.
-    pub(crate) score_version: i64,
-}
-
-/// What one item adds to its person's score.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Entry {
-    pub(crate) id: Uuid,
-    pub(crate) kind: Kind,
-    pub(crate) value: Decimal,
-    pub(crate) score: i64,
-    pub(crate) created_at: DateTime<Utc>,
-}
 
 impl FromRow<'_, PgRow> for Person {
     fn from_row(row: &PgRow) -> sqlx::Result<Self> {
@@ -34,8 +25,9 @@ impl FromRow<'_, PgRow> for Person {
         Ok(Self {
             id: row.try_get("id")?,
             cpf: Cpf::try_from(cpf).map_err(|e| sqlx::Error::Decode(e.into()))?,
+            created_at: row.try_get("created_at")?,
+            version: row.try_get("version")?,
             total: row.try_get("total")?,
-            score_version: row.try_get("score_version")?,
         })
     }
 }
@@ -59,127 +51,122 @@ impl FromRow<'_, PgRow> for Entry {
     }
 }
 
-/// False when the person is there already.
-pub(crate) async fn insert_person(
-    tx: Tx<'_, '_>,
-    person: &events::Person,
-    version: i64,
-) -> sqlx::Result<bool> {
-    let inserted = sqlx::query(
-        "INSERT INTO score.person (id, cpf, created_at, version) VALUES ($1, $2, $3, $4)
-         ON CONFLICT (id) DO NOTHING",
+/// Locks the persons' rows, in the order of their ids.
+pub(crate) async fn load_persons(tx: Tx<'_, '_>, needs: &Needs, slice: &mut Slice) -> sqlx::Result<()> {
+    let persons: Vec<Person> = sqlx::query_as(
+        "SELECT id, cpf, created_at, version, total FROM person WHERE id = ANY ($1) ORDER BY id FOR UPDATE",
     )
-    .bind(person.id)
-    .bind(person.cpf.get())
-    .bind(person.created_at)
-    .bind(version)
-    .execute(&mut **tx)
-    .await?;
-    Ok(inserted.rows_affected() == 1)
-}
-
-/// Locks the person's row: versions of the score aggregate are taken under this lock.
-pub(crate) async fn lock_person(tx: Tx<'_, '_>, id: Uuid) -> sqlx::Result<Option<Person>> {
-    sqlx::query_as("SELECT id, cpf, total, score_version FROM score.person WHERE id = $1 FOR UPDATE")
-        .bind(id)
-        .fetch_optional(&mut **tx)
-        .await
-}
-
-/// Writes the person as they are now, at the person's own `version`.
-pub(crate) async fn update_person(tx: Tx<'_, '_>, person: &Person, version: i64) -> sqlx::Result<()> {
-    sqlx::query(
-        "UPDATE score.person SET cpf = $2, total = $3, score_version = $4, version = $5, updated_at = now()
-         WHERE id = $1",
-    )
-    .bind(person.id)
-    .bind(person.cpf.get())
-    .bind(person.total)
-    .bind(person.score_version)
-    .bind(version)
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
-}
-
-/// Raises the version alone, of a person who may be unknown.
-pub(crate) async fn update_version(tx: Tx<'_, '_>, id: Uuid, version: i64) -> sqlx::Result<()> {
-    sqlx::query("UPDATE score.person SET version = $2, updated_at = now() WHERE id = $1")
-        .bind(id)
-        .bind(version)
-        .execute(&mut **tx)
-        .await?;
-    Ok(())
-}
-
-/// The entries go with the person.
-pub(crate) async fn delete_person(tx: Tx<'_, '_>, id: Uuid) -> sqlx::Result<()> {
-    sqlx::query("DELETE FROM score.person WHERE id = $1").bind(id).execute(&mut **tx).await?;
-    Ok(())
-}
-
-/// All entries of a person, in the order of their ids, which is the order of their items.
-pub(crate) async fn entries(tx: Tx<'_, '_>, person: Uuid) -> sqlx::Result<Vec<Entry>> {
-    sqlx::query_as(
-        "SELECT id, type, value, score, created_at FROM score.entry WHERE person_id = $1 ORDER BY id",
-    )
-    .bind(person)
+    .bind(ids(&needs.persons))
     .fetch_all(&mut **tx)
-    .await
-}
-
-/// One entry of a person, or none.
-pub(crate) async fn entry(tx: Tx<'_, '_>, person: Uuid, id: Uuid) -> sqlx::Result<Option<Entry>> {
-    sqlx::query_as(
-        "SELECT id, type, value, score, created_at FROM score.entry WHERE person_id = $1 AND id = $2",
-    )
-    .bind(person)
-    .bind(id)
-    .fetch_optional(&mut **tx)
-    .await
-}
-
-/// Writes entries, new or changed, in one statement. An entry keeps its person: an id that another one
-/// has is refused by the database, which only then returns fewer rows than were written.
-pub(crate) async fn put_entries(tx: Tx<'_, '_>, person: Uuid, entries: &[&Entry]) -> sqlx::Result<bool> {
-    if entries.is_empty() {
-        return Ok(true);
+    .await?;
+    for person in persons {
+        slice.load_person(person);
     }
-    let ids: Vec<Uuid> = entries.iter().map(|e| e.id).collect();
-    let kinds: Vec<&str> = entries.iter().map(|e| e.kind.as_str()).collect();
-    let values: Vec<Decimal> = entries.iter().map(|e| e.value).collect();
-    let scores: Vec<i64> = entries.iter().map(|e| e.score).collect();
-    let created: Vec<DateTime<Utc>> = entries.iter().map(|e| e.created_at).collect();
+    Ok(())
+}
+
+/// Entries, under their persons' locks: hence in a statement of its own, which sees what was committed
+/// until then.
+pub(crate) async fn load_entries(tx: Tx<'_, '_>, needs: &Needs, slice: &mut Slice) -> sqlx::Result<()> {
+    if needs.entries.is_empty() && needs.whole.is_empty() {
+        return Ok(());
+    }
+    let rows = sqlx::query(
+        "SELECT id, person_id, type, value, score, created_at FROM entry
+         WHERE id = ANY ($1) OR person_id = ANY ($2)",
+    )
+    .bind(ids(&needs.entries))
+    .bind(ids(&needs.whole))
+    .fetch_all(&mut **tx)
+    .await?;
+    for row in rows {
+        slice.load_entry(row.try_get("person_id")?, Entry::from_row(&row)?);
+    }
+    Ok(())
+}
+
+/// Writes what the slice has become. What is gone goes first, so that its ids are free.
+pub(crate) async fn save(tx: Tx<'_, '_>, slice: &Slice) -> Result<(), Failure> {
+    delete(tx, "DELETE FROM person WHERE id = ANY ($1)", slice.persons_gone()).await?;
+    delete(tx, "DELETE FROM entry WHERE id = ANY ($1)", slice.entries_gone()).await?;
+    insert_persons(tx, &slice.persons_new()).await?;
+    update_persons(tx, &slice.persons_changed()).await?;
+    put_entries(tx, &slice.entries_written()).await
+}
+
+async fn delete(tx: Tx<'_, '_>, sql: &'static str, ids: Vec<Uuid>) -> sqlx::Result<()> {
+    if !ids.is_empty() {
+        sqlx::query(sql).bind(ids).execute(&mut **tx).await?;
+    }
+    Ok(())
+}
+
+async fn insert_persons(tx: Tx<'_, '_>, persons: &[&Person]) -> sqlx::Result<()> {
+    if persons.is_empty() {
+        return Ok(());
+    }
+    sqlx::query(
+        "INSERT INTO person (id, cpf, created_at, version, total)
+         SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::timestamptz[], $4::bigint[], $5::numeric[])",
+    )
+    .bind(column(persons, |p| p.id))
+    .bind(column(persons, |p| p.cpf.get()))
+    .bind(column(persons, |p| p.created_at))
+    .bind(column(persons, |p| p.version))
+    .bind(column(persons, |p| p.total))
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+async fn update_persons(tx: Tx<'_, '_>, persons: &[&Person]) -> sqlx::Result<()> {
+    if persons.is_empty() {
+        return Ok(());
+    }
+    sqlx::query(
+        "UPDATE person p SET cpf = new.cpf, version = new.version, total = new.total, updated_at = now()
+         FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::numeric[]) AS new (id, cpf, version, total)
+         WHERE p.id = new.id",
+    )
+    .bind(column(persons, |p| p.id))
+    .bind(column(persons, |p| p.cpf.get()))
+    .bind(column(persons, |p| p.version))
+    .bind(column(persons, |p| p.total))
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+/// New or changed entries. An entry keeps its person: an id that another one has just taken is left as
+/// it is, and only then fewer rows are written.
+async fn put_entries(tx: Tx<'_, '_>, entries: &[(Uuid, &Entry)]) -> Result<(), Failure> {
+    if entries.is_empty() {
+        return Ok(());
+    }
     let written = sqlx::query(
-        "INSERT INTO score.entry AS e (id, person_id, type, value, score, created_at)
-         SELECT new.id, $1, new.type, new.value, new.score, new.created_at
-         FROM unnest($2::uuid[], $3::text[], $4::numeric[], $5::bigint[], $6::timestamptz[])
-              AS new (id, type, value, score, created_at)
+        "INSERT INTO entry AS e (id, person_id, type, value, score, created_at)
+         SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::numeric[], $5::bigint[], $6::timestamptz[])
          ON CONFLICT (id) DO UPDATE
          SET type = excluded.type, value = excluded.value, score = excluded.score,
              created_at = excluded.created_at
          WHERE e.person_id = excluded.person_id",
     )
-    .bind(person)
-    .bind(ids)
-    .bind(kinds)
-    .bind(values)
-    .bind(scores)
-    .bind(created)
+    .bind(column(entries, |(_, e)| e.id))
+    .bind(column(entries, |(person, _)| *person))
+    .bind(column(entries, |(_, e)| e.kind.as_str()))
+    .bind(column(entries, |(_, e)| e.value))
+    .bind(column(entries, |(_, e)| e.score))
+    .bind(column::<_, DateTime<Utc>>(entries, |(_, e)| e.created_at))
     .execute(&mut **tx)
-    .await?;
-    Ok(written.rows_affected() == entries.len() as u64)
+    .await?
+    .rows_affected();
+    if written == entries.len() as u64 { Ok(()) } else { Err(Refused::ItemOfAnother.into()) }
 }
 
-/// Removes entries of a person.
-pub(crate) async fn delete_entries(tx: Tx<'_, '_>, person: Uuid, ids: &[Uuid]) -> sqlx::Result<()> {
-    if ids.is_empty() {
-        return Ok(());
-    }
-    sqlx::query("DELETE FROM score.entry WHERE person_id = $1 AND id = ANY($2)")
-        .bind(person)
-        .bind(ids)
-        .execute(&mut **tx)
-        .await?;
-    Ok(())
+fn ids(set: &BTreeSet<Uuid>) -> Vec<Uuid> {
+    set.iter().copied().collect()
+}
+
+fn column<T, C>(rows: &[T], value: impl Fn(&T) -> C) -> Vec<C> {
+    rows.iter().map(value).collect()
 }

@@ -7,14 +7,16 @@ use inbox::{
     Redrive, Redriven, Redrives, Sequencer, Skip,
     held::{self, Filter, Group, Groups, HeldEvent, Shown, Skipped},
 };
-use outbox::Waker;
 use serde_json::json;
 use service::config::database;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, aggregate, connect, many, operator, time};
-use crate::projection::Projection;
+use crate::{
+    model::{Model, Role},
+    projection::Projection,
+};
 
 /// Settings of `held`.
 #[derive(Debug, clap::Args)]
@@ -163,8 +165,9 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
 /// What applies events in `run` does it here, too. Nobody is woken: the relay and the readers look by themselves.
 fn sequencer(args: &HeldArgs, consumer: String) -> anyhow::Result<Sequencer<Projection>> {
     let options = args.common.database.options("score-projector held", STATEMENT_TIMEOUT)?;
-    let projection = Projection::new(Waker::new(), Waker::new());
-    Ok(Sequencer::new(consumer, database::pool(options, 2), projection))
+    let pool = database::pool(Role::Live.options(options), 2);
+    let model = Model::new(Role::Live, consumer, Vec::new());
+    Ok(Sequencer::new(model.consumer().to_owned(), pool, Projection::new(model)))
 }
 
 fn request(args: &RedriveArgs) -> Redrive {

@@ -3,7 +3,10 @@
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report, in its helpers too")]
 
+mod batch;
 mod by_hand;
 mod cli;
 mod projection;
+mod rebuild;
+mod rebuild_under_load;
 mod stack;

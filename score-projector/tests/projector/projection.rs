@@ -149,11 +149,12 @@ async fn sigkill_loses_and_doubles_nothing() {
     for n in 0..persons {
         stack.until_version(id(1_000 * n), items + 1).await;
     }
-    let (totals, versions): (i64, i64) =
-        sqlx::query_as("SELECT sum(total)::bigint, sum(score_version)::bigint FROM score.person")
-            .fetch_one(&stack.pool)
-            .await
-            .unwrap();
+    let (totals, versions): (i64, i64) = sqlx::query_as(
+        "SELECT sum(total)::bigint, (SELECT sum(version)::bigint FROM score.chain) FROM score.person",
+    )
+    .fetch_one(&stack.pool)
+    .await
+    .unwrap();
     assert_eq!((totals, versions, published().await), (expected, expected, expected));
     let held: i64 =
         sqlx::query_scalar("SELECT count(*) FROM inbox.held").fetch_one(&stack.pool).await.unwrap();

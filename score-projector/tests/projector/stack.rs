@@ -3,6 +3,7 @@
 use std::{
     fmt::Write,
     process::{Child, Command, Stdio},
+    sync::Mutex,
     time::Duration,
 };
 
@@ -24,10 +25,20 @@ pub(crate) struct Stack {
     pub(crate) amqp: String,
     /// As the superuser, to look.
     pub(crate) pool: PgPool,
+    /// As the superuser, who owns the schemas.
+    pub(crate) admin: String,
     /// As the program's own role.
     pub(crate) database: String,
     channel: Channel,
-    _connection: Connection,
+    connection: Connection,
+    /// What was published, to be published again.
+    log: Mutex<Vec<Message>>,
+}
+
+#[derive(Clone)]
+struct Message {
+    properties: BasicProperties,
+    body: String,
 }
 
 /// A running program, killed when it is dropped.
@@ -71,7 +82,7 @@ impl Stack {
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
         let (_, server) = admin.split_once('@').unwrap();
         let database = format!("postgres://{role}:test@{server}");
-        Self { amqp, pool, database, channel, _connection: connection }
+        Self { amqp, pool, admin, database, channel, connection, log: Mutex::default() }
     }
 
     /// Starts the program; it has declared its queue when it is ready.
@@ -143,16 +154,47 @@ impl Stack {
             .with_timestamp(1_767_225_600)
             .with_delivery_mode(2)
             .with_headers(headers);
-        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-        let body = body.to_string();
-        let published = self.channel.basic_publish(
-            "event_dispatcher".into(),
-            type_.into(),
-            options,
-            body.as_bytes(),
-            properties,
-        );
-        published.await.unwrap();
+        let message = Message { properties, body: body.to_string() };
+        self.log.lock().unwrap().push(message.clone());
+        deliver(&self.channel, "event_dispatcher", type_, message).await;
+    }
+
+    /// Publishes everything again, to one queue alone.
+    pub(crate) async fn replay(&self, queue: &str) {
+        let messages = self.log.lock().unwrap().clone();
+        // Beside whoever publishes and waits for confirms.
+        let channel = self.connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        for message in messages {
+            deliver(&channel, "", queue, message).await;
+        }
+        assert!(channel.wait_for_confirms().await.unwrap().is_empty());
+    }
+
+    /// Leaves the message that was published last out of a replay.
+    pub(crate) fn forget_last(&self) {
+        self.log.lock().unwrap().pop();
+    }
+
+    /// A command of the schemas' owner: its exit code and what it says.
+    pub(crate) fn owner(&self, arguments: &[&str]) -> (i32, String) {
+        let mut command = Command::new(PROGRAM);
+        command.args(arguments).env("DATABASE_URL", &self.admin).env("AMQP_URL", &self.amqp);
+        let output = command.env("RUST_LOG", "off").output().unwrap();
+        let mut said = String::from_utf8(output.stdout).unwrap();
+        said += &String::from_utf8(output.stderr).unwrap();
+        (output.status.code().unwrap(), said)
+    }
+
+    /// The virtual host's queues.
+    pub(crate) async fn queues(&self) -> Vec<String> {
+        let vhost = self.amqp.rsplit('/').next().unwrap();
+        let url = format!("{}/api/queues/{vhost}", devstack::testing::Place::around().management);
+        let queues: Value = reqwest::get(url).await.unwrap().json().await.unwrap();
+        let mut names: Vec<String> =
+            queues.as_array().unwrap().iter().map(|q| q["name"].as_str().unwrap().to_owned()).collect();
+        names.sort();
+        names
     }
 
     /// Waits until the read model contains `version` of the person.
@@ -174,8 +216,9 @@ impl Stack {
         let sections = [
             (
                 "score.person",
-                "SELECT concat_ws(' ', id, cpf, created_at, 'version', version, 'total', total, 'score', score_version)
-                 FROM score.person ORDER BY id",
+                "SELECT concat_ws(' ', p.id, cpf, created_at, 'version', p.version, 'total', total,
+                                  'score', coalesce(c.version, 0))
+                 FROM score.person p LEFT JOIN score.chain c ON c.person_id = p.id ORDER BY p.id",
             ),
             (
                 "score.entry",
@@ -200,6 +243,12 @@ impl Stack {
         }
         text
     }
+}
+
+async fn deliver(channel: &Channel, exchange: &str, key: &str, message: Message) {
+    let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+    let (exchange, key, body) = (exchange.into(), key.into(), message.body.as_bytes());
+    channel.basic_publish(exchange, key, options, body, message.properties).await.unwrap();
 }
 
 /// Waits until `condition` holds.

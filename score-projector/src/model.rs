@@ -1,0 +1,112 @@
+//! Which read model is in use: the rows of `score.model`.
+
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use inbox::Failure;
+use outbox::Waker;
+use sqlx::{PgConnection, Postgres, Transaction, postgres::PgConnectOptions};
+use tokio::sync::Notify;
+
+/// What a read model is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It is read, and what changes in it is published.
+    Live,
+    /// It is being built.
+    Shadow,
+}
+
+impl Role {
+    /// As it stands in `score.model`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Live => "live",
+            Self::Shadow => "shadow",
+        }
+    }
+
+    /// Connections on which the tables of a model are those of the model in this role.
+    pub fn options(self, options: PgConnectOptions) -> PgConnectOptions {
+        let schema = match self {
+            Self::Live => "score",
+            Self::Shadow => "score_shadow",
+        };
+        options.options([("search_path", schema)])
+    }
+}
+
+/// A row of `score.model`.
+#[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
+pub struct Stored {
+    /// Its consumer's name in the inbox.
+    pub consumer: String,
+    /// A queue of its own, when it has one.
+    pub queue: Option<String>,
+    /// Since when it is what it is.
+    pub since: DateTime<Utc>,
+}
+
+/// The model in this role (`live`, `shadow`, `old` or `ending`), if there is one.
+pub async fn stored(conn: &mut PgConnection, role: &str) -> sqlx::Result<Option<Stored>> {
+    sqlx::query_as("SELECT consumer, queue, since FROM score.model WHERE role = $1")
+        .bind(role)
+        .fetch_optional(conn)
+        .await
+}
+
+/// The live model. There is always one.
+pub async fn live(conn: &mut PgConnection) -> sqlx::Result<Stored> {
+    stored(conn, Role::Live.as_str()).await?.ok_or(sqlx::Error::RowNotFound)
+}
+
+/// A read model to write to, under its consumer's name in the inbox.
+#[derive(Clone, Debug)]
+pub struct Model {
+    role: Role,
+    consumer: String,
+    wakers: Vec<Waker>,
+    replaced: Arc<Notify>,
+}
+
+impl Model {
+    /// The model of `consumer` in this role. `wakers` tell those who wait for its commits.
+    pub fn new(role: Role, consumer: String, wakers: Vec<Waker>) -> Self {
+        Self { role, consumer, wakers, replaced: Arc::default() }
+    }
+
+    /// What it is there for.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Its consumer's name in the inbox.
+    pub fn consumer(&self) -> &str {
+        &self.consumer
+    }
+
+    /// Told when a write found that the model is not this consumer's any more.
+    pub(crate) fn on_replaced(mut self, replaced: Arc<Notify>) -> Self {
+        self.replaced = replaced;
+        self
+    }
+
+    /// Whether the model is still this consumer's, and until the end of the transaction it stays so: an
+    /// exchange waits for it.
+    pub(crate) async fn fence(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), Failure> {
+        let mine = sqlx::query("SELECT FROM score.model WHERE role = $1 AND consumer = $2 FOR SHARE")
+            .bind(self.role.as_str())
+            .bind(&self.consumer)
+            .fetch_optional(&mut **tx)
+            .await?;
+        if mine.is_some() {
+            return Ok(());
+        }
+        self.replaced.notify_one();
+        Err(Failure::Transient(format!("the read model of the consumer {} was replaced", self.consumer)))
+    }
+
+    pub(crate) fn committed(&self) {
+        self.wakers.iter().for_each(Waker::wake);
+    }
+}

@@ -1,0 +1,140 @@
+//! Entries of a score, what changes about them, and the events that say so.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use events::{BaselineItem, Cpf, Deleted, Item, Kind, Score};
+use rust_decimal::Decimal;
+use serde::Serialize;
+use serde_json::{Map, Value, value::RawValue};
+use uuid::Uuid;
+
+use super::Refused;
+use crate::score;
+
+/// What one item adds to its person's score.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Entry {
+    /// The item's own.
+    pub(crate) id: Uuid,
+    pub(crate) kind: Kind,
+    pub(crate) value: Decimal,
+    pub(crate) score: i64,
+    pub(crate) created_at: DateTime<Utc>,
+}
+
+impl Entry {
+    pub(crate) fn of(kind: Kind, item: &Item) -> Result<Self, Refused> {
+        Self::new(kind, item.id, item.value, item.created_at)
+    }
+
+    pub(crate) fn of_baseline(kind: Kind, item: &BaselineItem) -> Result<Self, Refused> {
+        Self::new(kind, item.id, item.value, item.created_at)
+    }
+
+    fn new(kind: Kind, id: Uuid, value: Decimal, created_at: DateTime<Utc>) -> Result<Self, Refused> {
+        let score = score::of(kind, value).ok_or(Refused::Value)?;
+        Ok(Self { id, kind, value, score, created_at })
+    }
+}
+
+/// What happens to one entry.
+#[derive(Clone, Debug)]
+pub(crate) enum Change {
+    New(Entry),
+    /// It has another content now, or its person another cpf.
+    Changed {
+        before: Entry,
+        after: Entry,
+    },
+    Gone(Entry),
+}
+
+impl Change {
+    fn id(&self) -> Uuid {
+        match self {
+            Self::New(entry) | Self::Changed { after: entry, .. } | Self::Gone(entry) => entry.id,
+        }
+    }
+
+    /// What it adds to the total.
+    pub(crate) fn difference(&self) -> Decimal {
+        match self {
+            Self::New(after) => after.score.into(),
+            Self::Changed { before, after } => Decimal::from(after.score) - Decimal::from(before.score),
+            Self::Gone(before) => -Decimal::from(before.score),
+        }
+    }
+
+    /// Its event's type and entry. One that is gone is published a last time, and adds nothing any more.
+    pub(crate) fn published(self) -> (&'static str, Entry) {
+        match self {
+            Self::New(entry) => (events::SCORE_NEW, entry),
+            Self::Changed { after, .. } => (events::SCORE_CHANGED, after),
+            Self::Gone(entry) => (events::SCORE_CHANGED, Entry { value: Decimal::ZERO, score: 0, ..entry }),
+        }
+    }
+}
+
+/// What turns the entries `before` into those `after`, in the order of their ids, which is the order of
+/// the items. With `all`, also those that stay as they are: each entry's body carries the cpf.
+pub(crate) fn changes(
+    before: &BTreeMap<Uuid, Entry>,
+    after: &BTreeMap<Uuid, Entry>,
+    all: bool,
+) -> Vec<Change> {
+    let gone = before.values().filter(|entry| !after.contains_key(&entry.id)).cloned().map(Change::Gone);
+    let now = after.values().filter_map(|after| match before.get(&after.id) {
+        None => Some(Change::New(after.clone())),
+        Some(before) if all || before != after => {
+            Some(Change::Changed { before: before.clone(), after: after.clone() })
+        }
+        Some(_) => None,
+    });
+    let mut changes: Vec<Change> = gone.chain(now).collect();
+    changes.sort_by_key(Change::id);
+    changes
+}
+
+/// An event of the aggregate `score/<person>` that is to be published. Its version comes later.
+#[derive(Clone, Debug)]
+pub(crate) struct ScoreEvent {
+    pub(crate) person: Uuid,
+    pub(crate) type_: &'static str,
+    pub(crate) payload: Box<RawValue>,
+    pub(crate) headers: Option<Map<String, Value>>,
+}
+
+impl ScoreEvent {
+    /// What `entry` adds now, and the person's `total` with it.
+    pub(crate) fn entry(
+        type_: &'static str,
+        person: Uuid,
+        cpf: Cpf,
+        entry: &Entry,
+        total: Decimal,
+        trace: Option<&str>,
+    ) -> Result<Self, Refused> {
+        let Entry { id, kind, value, score, created_at } = *entry;
+        let body = Score { id, person_id: person, cpf, kind, value, score, total, created_at };
+        Self::new(person, type_, &body, trace)
+    }
+
+    /// The whole score is gone.
+    pub(crate) fn deleted(person: Uuid, trace: Option<&str>) -> Result<Self, Refused> {
+        Self::new(person, events::SCORE_DELETED, &Deleted { id: person }, trace)
+    }
+
+    /// In the trace of what caused it.
+    fn new(
+        person: Uuid,
+        type_: &'static str,
+        body: &impl Serialize,
+        trace: Option<&str>,
+    ) -> Result<Self, Refused> {
+        let payload =
+            serde_json::to_string(body).and_then(RawValue::from_string).map_err(|_| Refused::Json)?;
+        let headers = trace.map(|trace| Map::from_iter([("traceparent".to_owned(), trace.into())]));
+        Ok(Self { person, type_, payload, headers })
+    }
+}

@@ -1,0 +1,60 @@
+//! What of the read model a batch of events has to see.
+
+use std::collections::BTreeSet;
+
+use events::PersonEvent;
+use uuid::Uuid;
+
+use super::{Cause, slice::Slice};
+
+/// Persons and entries to load, each in the order in which their rows are locked.
+#[derive(Debug, Default)]
+pub(crate) struct Needs {
+    pub(crate) persons: BTreeSet<Uuid>,
+    /// Of whom it matters whether anything was ever published.
+    pub(crate) ended: BTreeSet<Uuid>,
+    /// Entries by their own id, whosever they are.
+    pub(crate) entries: BTreeSet<Uuid>,
+    /// Persons of whom all entries are needed.
+    pub(crate) whole: BTreeSet<Uuid>,
+}
+
+impl Needs {
+    pub(crate) fn of(causes: &[Cause]) -> Self {
+        let mut needs = Self::default();
+        for cause in causes {
+            needs.persons.insert(cause.person);
+            match &cause.body {
+                PersonEvent::Deleted(_) => {
+                    needs.ended.insert(cause.person);
+                }
+                PersonEvent::Baseline(baseline) => {
+                    needs.whole.insert(cause.person);
+                    let items = [&baseline.incomes, &baseline.assets, &baseline.debts];
+                    needs.entries.extend(items.into_iter().flatten().map(|item| item.id));
+                }
+                PersonEvent::ItemNew(_, item)
+                | PersonEvent::ItemChanged(_, item)
+                | PersonEvent::ItemDeleted(_, item) => {
+                    needs.entries.insert(item.id);
+                }
+                PersonEvent::New(_)
+                | PersonEvent::Changed(_)
+                | PersonEvent::Erased
+                | PersonEvent::Unknown => {}
+            }
+        }
+        needs
+    }
+
+    /// Once the persons are loaded: a cpf that changes concerns every entry, as each one's body carries it.
+    pub(crate) fn after_persons(&mut self, causes: &[Cause], loaded: &Slice) {
+        for cause in causes {
+            if let PersonEvent::Changed(person) = &cause.body
+                && loaded.person(cause.person).is_some_and(|known| known.cpf != person.cpf)
+            {
+                self.whole.insert(cause.person);
+            }
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! What each event of a person means for the score.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use chrono::{DateTime, Utc};
+use events::{Baseline, Cpf, Item, Kind, PersonEvent};
+use rust_decimal::Decimal;
+use uuid::Uuid;
+
+use super::{
+    Cause, Refused,
+    entry::{Change, Entry, ScoreEvent, changes},
+};
+
+/// A person as the read model has them.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Person {
+    pub(crate) id: Uuid,
+    pub(crate) cpf: Cpf,
+    pub(crate) created_at: DateTime<Utc>,
+    /// The person's own version.
+    pub(crate) version: i64,
+    /// The score.
+    pub(crate) total: Decimal,
+}
+
+/// The part of the read model that a batch of events touches, in memory: the persons, and of their
+/// entries those that the events need ([`Needs`](super::needs::Needs)). Events are applied to it one
+/// after the other; what it has become is written at once.
+#[derive(Debug, Default)]
+pub(crate) struct Slice {
+    persons: BTreeMap<Uuid, Person>,
+    entries: HashMap<Uuid, BTreeMap<Uuid, Entry>>,
+    /// Whose each entry is, also when the person themselves is not in the slice.
+    owners: HashMap<Uuid, Uuid>,
+    /// Persons of whom something was published, ever.
+    published: BTreeSet<Uuid>,
+    /// What is to be published, in order.
+    events: Vec<ScoreEvent>,
+    written: Written,
+}
+
+/// What differs from the database. What is gone is removed before anything else is written, so that an id
+/// may come back in the same batch.
+#[derive(Debug, Default)]
+struct Written {
+    /// In the database, and gone; their entries go with them.
+    persons_gone: BTreeSet<Uuid>,
+    persons_new: BTreeSet<Uuid>,
+    persons_changed: BTreeSet<Uuid>,
+    entries_gone: BTreeSet<Uuid>,
+    /// New or changed.
+    entries: BTreeSet<Uuid>,
+}
+
+impl Slice {
+    pub(crate) fn load_person(&mut self, person: Person) {
+        self.persons.insert(person.id, person);
+    }
+
+    pub(crate) fn load_entry(&mut self, person: Uuid, entry: Entry) {
+        self.owners.insert(entry.id, person);
+        self.entries.entry(person).or_default().insert(entry.id, entry);
+    }
+
+    pub(crate) fn load_published(&mut self, persons: BTreeSet<Uuid>) {
+        self.published.extend(persons);
+    }
+
+    pub(crate) fn person(&self, id: Uuid) -> Option<&Person> {
+        self.persons.get(&id)
+    }
+
+    /// An entry and whose it is.
+    fn entry(&self, id: Uuid) -> Option<(Uuid, &Entry)> {
+        let owner = *self.owners.get(&id)?;
+        Some((owner, self.entries.get(&owner)?.get(&id)?))
+    }
+
+    /// What is to be published, in order.
+    pub(crate) fn take_events(&mut self) -> Vec<ScoreEvent> {
+        std::mem::take(&mut self.events)
+    }
+
+    pub(crate) fn persons_gone(&self) -> Vec<Uuid> {
+        self.written.persons_gone.iter().copied().collect()
+    }
+
+    pub(crate) fn persons_new(&self) -> Vec<&Person> {
+        self.written.persons_new.iter().filter_map(|id| self.persons.get(id)).collect()
+    }
+
+    pub(crate) fn persons_changed(&self) -> Vec<&Person> {
+        self.written.persons_changed.iter().filter_map(|id| self.persons.get(id)).collect()
+    }
+
+    pub(crate) fn entries_gone(&self) -> Vec<Uuid> {
+        self.written.entries_gone.iter().copied().collect()
+    }
+
+    /// New and changed entries, and whose they are.
+    pub(crate) fn entries_written(&self) -> Vec<(Uuid, &Entry)> {
+        self.written.entries.iter().filter_map(|id| self.entry(*id)).collect()
+    }
+
+    /// Applies one event. When it is refused the slice is of no use any more.
+    pub(crate) fn apply(&mut self, cause: &Cause) -> Result<(), Refused> {
+        let id = cause.person;
+        match &cause.body {
+            PersonEvent::New(person) => {
+                if self.persons.contains_key(&id) {
+                    return Err(Refused::PersonKnown);
+                }
+                self.insert(person, cause.version);
+                Ok(())
+            }
+            PersonEvent::Changed(person) => {
+                let known = self.known(id)?;
+                // Each entry's body carries the cpf.
+                let again = known.cpf != person.cpf;
+                let entries = self.entries.get(&id).filter(|_| again).cloned().unwrap_or_default();
+                self.known(id)?.cpf = person.cpf;
+                self.change(cause, changes(&entries, &entries, true))
+            }
+            PersonEvent::Deleted(_) => self.delete(cause),
+            PersonEvent::Baseline(baseline) => self.replace(cause, baseline),
+            PersonEvent::ItemNew(kind, item) => {
+                self.known(id)?;
+                if self.entry_of(id, item.id)?.is_some() {
+                    return Err(Refused::ItemKnown);
+                }
+                self.change(cause, vec![Change::New(Entry::of(*kind, item)?)])
+            }
+            PersonEvent::ItemChanged(kind, item) => {
+                let before = self.known_entry(id, *kind, item)?;
+                let after = Entry::of(*kind, item)?;
+                // The item's own type is no part of the score.
+                let differs = before != after;
+                let change = differs.then_some(Change::Changed { before, after });
+                self.change(cause, change.into_iter().collect())
+            }
+            PersonEvent::ItemDeleted(kind, item) => {
+                let before = self.known_entry(id, *kind, item)?;
+                self.change(cause, vec![Change::Gone(before)])
+            }
+            // Of a person who may be unknown.
+            PersonEvent::Erased | PersonEvent::Unknown => {
+                self.raise(id, cause.version);
+                Ok(())
+            }
+        }
+    }
+
+    fn insert(&mut self, person: &events::Person, version: i64) {
+        let (id, cpf, created_at) = (person.id, person.cpf, person.created_at);
+        self.persons.insert(id, Person { id, cpf, created_at, version, total: Decimal::ZERO });
+        self.written.persons_new.insert(id);
+    }
+
+    /// A person ends with all entries. One of whom no score was published ends in silence.
+    fn delete(&mut self, cause: &Cause) -> Result<(), Refused> {
+        let id = cause.person;
+        // A deletion may follow any version, so also the very first thing that is heard of a person.
+        if self.persons.remove(&id).is_none() {
+            return Ok(());
+        }
+        for entry in self.entries.remove(&id).unwrap_or_default().into_keys() {
+            self.owners.remove(&entry);
+            self.written.entries.remove(&entry);
+        }
+        self.written.persons_changed.remove(&id);
+        if !self.written.persons_new.remove(&id) {
+            self.written.persons_gone.insert(id);
+        }
+        if self.published.contains(&id) {
+            self.events.push(ScoreEvent::deleted(id, cause.trace.as_deref())?);
+        }
+        Ok(())
+    }
+
+    /// The complete state at its version, which may be the first thing that is heard of the person.
+    fn replace(&mut self, cause: &Cause, baseline: &Baseline) -> Result<(), Refused> {
+        let id = cause.person;
+        if !self.persons.contains_key(&id) {
+            self.insert(&baseline.person, cause.version);
+        }
+        let known = self.known(id)?;
+        let cpf_changed = known.cpf != baseline.person.cpf;
+        known.cpf = baseline.person.cpf;
+        let items = [
+            (Kind::Income, &baseline.incomes),
+            (Kind::Asset, &baseline.assets),
+            (Kind::Debt, &baseline.debts),
+        ];
+        let mut after = BTreeMap::new();
+        for (kind, items) in items {
+            for item in items {
+                self.entry_of(id, item.id)?;
+                after.insert(item.id, Entry::of_baseline(kind, item)?);
+            }
+        }
+        let before = self.entries.get(&id).cloned().unwrap_or_default();
+        self.change(cause, changes(&before, &after, cpf_changed))
+    }
+
+    /// Carries changes of a person's entries out, publishes each with the total after it, and brings the
+    /// person to the event's version.
+    fn change(&mut self, cause: &Cause, changes: Vec<Change>) -> Result<(), Refused> {
+        let id = cause.person;
+        let Person { cpf, mut total, .. } = *self.known(id)?;
+        for change in changes {
+            match &change {
+                Change::New(after) | Change::Changed { after, .. } => {
+                    self.written.entries.insert(after.id);
+                    self.load_entry(id, after.clone());
+                }
+                Change::Gone(before) => {
+                    self.written.entries.remove(&before.id);
+                    self.written.entries_gone.insert(before.id);
+                    self.owners.remove(&before.id);
+                    self.entries.entry(id).or_default().remove(&before.id);
+                }
+            }
+            total += change.difference();
+            let (type_, entry) = change.published();
+            self.events.push(ScoreEvent::entry(type_, id, cpf, &entry, total, cause.trace.as_deref())?);
+            self.published.insert(id);
+        }
+        self.known(id)?.total = total;
+        self.raise(id, cause.version);
+        Ok(())
+    }
+
+    fn raise(&mut self, id: Uuid, version: i64) {
+        let Some(person) = self.persons.get_mut(&id) else { return };
+        person.version = version;
+        if !self.written.persons_new.contains(&id) {
+            self.written.persons_changed.insert(id);
+        }
+    }
+
+    /// Versions without holes begin with the person, so they can be unknown only after their end.
+    fn known(&mut self, id: Uuid) -> Result<&mut Person, Refused> {
+        self.persons.get_mut(&id).ok_or(Refused::PersonUnknown)
+    }
+
+    /// An entry of this person, if there is one. An item never changes hands.
+    fn entry_of(&self, person: Uuid, id: Uuid) -> Result<Option<&Entry>, Refused> {
+        match self.entry(id) {
+            Some((owner, _)) if owner != person => Err(Refused::ItemOfAnother),
+            found => Ok(found.map(|(_, entry)| entry)),
+        }
+    }
+
+    fn known_entry(&mut self, person: Uuid, kind: Kind, item: &Item) -> Result<Entry, Refused> {
+        self.known(person)?;
+        // One that another person has is as unknown as one that nobody has.
+        let entry = self.entry_of(person, item.id).ok().flatten().filter(|entry| entry.kind == kind);
+        entry.cloned().ok_or(Refused::ItemUnknown)
+    }
+}

@@ -1,0 +1,69 @@
+//! What the score service publishes: its events take their versions and go into the outbox.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use outbox::{AppendError, NewEvent};
+use sqlx::{Postgres, Transaction};
+use uuid::Uuid;
+
+use crate::projection::entry::ScoreEvent;
+
+type Tx<'a, 'tx> = &'a mut Transaction<'tx, Postgres>;
+
+/// Of which of `persons` anything was ever published.
+pub(crate) async fn published(tx: Tx<'_, '_>, persons: &BTreeSet<Uuid>) -> sqlx::Result<BTreeSet<Uuid>> {
+    if persons.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    let published: Vec<Uuid> =
+        sqlx::query_scalar("SELECT person_id FROM score.chain WHERE person_id = ANY ($1)")
+            .bind(persons.iter().copied().collect::<Vec<_>>())
+            .fetch_all(&mut **tx)
+            .await?;
+    Ok(published.into_iter().collect())
+}
+
+/// Appends events in their order. Raising a chain locks its row, so the versions that it hands out are
+/// this transaction's alone, and positions come after them.
+pub(crate) async fn append(tx: Tx<'_, '_>, events: Vec<ScoreEvent>) -> Result<(), AppendError> {
+    if events.is_empty() {
+        return Ok(());
+    }
+    let mut counts: BTreeMap<Uuid, i64> = BTreeMap::new();
+    for event in &events {
+        *counts.entry(event.person).or_default() += 1;
+    }
+    let raised: Vec<(Uuid, i64)> = sqlx::query_as(
+        "INSERT INTO score.chain AS c (person_id, version)
+         SELECT person_id, events FROM unnest($1::uuid[], $2::bigint[]) AS new (person_id, events)
+         ORDER BY person_id
+         ON CONFLICT (person_id) DO UPDATE SET version = c.version + excluded.version
+         RETURNING person_id, version",
+    )
+    .bind(counts.keys().copied().collect::<Vec<_>>())
+    .bind(counts.values().copied().collect::<Vec<_>>())
+    .fetch_all(&mut **tx)
+    .await?;
+    // From where each chain stood before.
+    let mut versions: BTreeMap<Uuid, i64> = raised
+        .into_iter()
+        .map(|(person, version)| (person, version - counts.get(&person).copied().unwrap_or_default()))
+        .collect();
+    let events: Vec<NewEvent> = events
+        .into_iter()
+        .map(|event| {
+            let version = versions.entry(event.person).or_default();
+            *version += 1;
+            NewEvent {
+                id: Uuid::now_v7(),
+                aggregate_type: events::AGGREGATE_SCORE,
+                aggregate_id: event.person.to_string(),
+                version: *version,
+                type_: event.type_,
+                payload: event.payload,
+                headers: event.headers,
+            }
+        })
+        .collect();
+    outbox::append(tx, &events).await
+}

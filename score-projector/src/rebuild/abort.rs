@@ -1,0 +1,49 @@
+use anyhow::{Context, bail};
+use serde_json::json;
+use service::config::{broker::BrokerArgs, command::Verdict};
+use sqlx::{Connection, PgConnection};
+
+use super::{LOCK_ATTEMPTS, RebuildArgs, is_lock, limit_locks, pause, remove_consumer, remove_queue};
+use crate::model::{self, Stored};
+
+/// Removes what a rebuild has made: first the tables, with which its consumers end, then their queue,
+/// then their place in the inbox, and then the last word of it.
+pub(super) async fn abort(
+    args: &RebuildArgs,
+    conn: &mut PgConnection,
+    broker: &BrokerArgs,
+) -> anyhow::Result<Verdict> {
+    let mut attempt = 0;
+    while let Err(error) = end(conn).await {
+        attempt += 1;
+        if !is_lock(&error) || attempt >= LOCK_ATTEMPTS {
+            return Err(error).context("the shadow could not be removed");
+        }
+        pause(attempt).await;
+    }
+    let Some(Stored { consumer, queue, .. }) = model::stored(conn, "ending").await? else {
+        args.common.answer(&json!({"aborted": null}), || "no rebuild is under way".to_owned())?;
+        return Ok(Verdict::Well);
+    };
+    let Some(queue) = queue else { bail!("score.model names no queue of {consumer}") };
+    remove_queue(conn, broker, &queue).await?;
+    remove_consumer(conn, &consumer).await?;
+    sqlx::query("DELETE FROM score.model WHERE role = 'ending'").execute(conn).await?;
+    args.common.answer(&json!({"aborted": consumer}), || {
+        format!("{consumer} is gone, with its queue and its place in the inbox")
+    })?;
+    Ok(Verdict::Well)
+}
+
+/// The shadow is none any more: its consumers find that with their next transaction, and end.
+async fn end(conn: &mut PgConnection) -> sqlx::Result<()> {
+    let mut tx = conn.begin().await?;
+    limit_locks(&mut tx).await?;
+    let ended = sqlx::query("UPDATE score.model SET role = 'ending', since = now() WHERE role = 'shadow'")
+        .execute(&mut *tx)
+        .await?;
+    if ended.rows_affected() == 1 {
+        sqlx::query("DROP SCHEMA score_shadow CASCADE").execute(&mut *tx).await?;
+    }
+    tx.commit().await
+}

@@ -1,0 +1,26 @@
+use anyhow::Context;
+use serde_json::json;
+use service::config::command::{Verdict, many};
+use sqlx::PgConnection;
+
+use super::{RebuildArgs, remove_consumer};
+use crate::model;
+
+/// Removes the model that was live before the last swap.
+pub(super) async fn drop(args: &RebuildArgs, conn: &mut PgConnection) -> anyhow::Result<Verdict> {
+    let Some(old) = model::stored(conn, "old").await? else {
+        args.common.answer(&json!({"dropped": null}), || "no old model is kept".to_owned())?;
+        return Ok(Verdict::Well);
+    };
+    sqlx::query("DROP SCHEMA IF EXISTS score_old CASCADE")
+        .execute(&mut *conn)
+        .await
+        .context("the old model's tables were not dropped")?;
+    let rows = remove_consumer(conn, &old.consumer).await?;
+    sqlx::query("DELETE FROM score.model WHERE role = 'old'").execute(conn).await?;
+    args.common.answer(&json!({"dropped": old.consumer, "rows": rows}), || {
+        let rows = many(i64::try_from(rows).unwrap_or(i64::MAX), "row");
+        format!("the old model {} is gone, and {rows} of its consumer in the inbox", old.consumer)
+    })?;
+    Ok(Verdict::Well)
+}

@@ -1,0 +1,111 @@
+//! Publishes what an exchange changes, so that subscribers to `score.*` follow it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::Context;
+use rust_decimal::Decimal;
+use sqlx::{AssertSqlSafe, FromRow, Postgres, Row, Transaction};
+use uuid::Uuid;
+
+use crate::{
+    projection::{
+        entry::{Change, Entry, ScoreEvent, changes},
+        slice::Person,
+    },
+    publish,
+};
+
+type Tx<'a, 'tx> = &'a mut Transaction<'tx, Postgres>;
+/// A person and their entries in one of the models.
+type Score = (Person, BTreeMap<Uuid, Entry>);
+
+/// Persons whose scores are compared in memory at a time.
+const PAGE: i64 = 500;
+
+/// Appends the events that lead from the live model to the shadow, under locks that keep both as they
+/// are. Returns how many there are.
+pub(super) async fn differences(tx: Tx<'_, '_>) -> anyhow::Result<u64> {
+    // Who differs, once; what about them, page by page.
+    sqlx::query(
+        "CREATE TEMPORARY TABLE differing ON COMMIT DROP AS
+         SELECT coalesce(l.id, s.id) AS id
+         FROM score.person l FULL JOIN score_shadow.person s ON l.id = s.id
+         WHERE (l.id, l.cpf, l.total) IS DISTINCT FROM (s.id, s.cpf, s.total)
+         UNION
+         SELECT unnest(ARRAY[l.person_id, s.person_id])
+         FROM score.entry l FULL JOIN score_shadow.entry s ON l.id = s.id
+         WHERE (l.id, l.person_id, l.type, l.value, l.score, l.created_at)
+               IS DISTINCT FROM (s.id, s.person_id, s.type, s.value, s.score, s.created_at)",
+    )
+    .execute(&mut **tx)
+    .await
+    .context("the two models could not be compared")?;
+    let (mut last, mut appended) = (Uuid::nil(), 0);
+    loop {
+        let page: Vec<Uuid> =
+            sqlx::query_scalar("SELECT id FROM pg_temp.differing WHERE id > $1 ORDER BY id LIMIT $2")
+                .bind(last)
+                .bind(PAGE)
+                .fetch_all(&mut **tx)
+                .await?;
+        let Some(end) = page.last() else { return Ok(appended) };
+        last = *end;
+        let mut live = load(tx, "score", &page).await?;
+        let mut shadow = load(tx, "score_shadow", &page).await?;
+        let published = publish::published(tx, &page.iter().copied().collect::<BTreeSet<_>>()).await?;
+        let mut events = Vec::new();
+        for id in page {
+            events.extend(between(id, live.remove(&id), shadow.remove(&id), published.contains(&id))?);
+        }
+        appended += events.len() as u64;
+        publish::append(tx, events).await.context("what differs could not be published")?;
+    }
+}
+
+async fn load(tx: Tx<'_, '_>, schema: &str, ids: &[Uuid]) -> sqlx::Result<BTreeMap<Uuid, Score>> {
+    let persons =
+        format!("SELECT id, cpf, created_at, version, total FROM {schema}.person WHERE id = ANY ($1)");
+    let persons: Vec<Person> = sqlx::query_as(AssertSqlSafe(persons)).bind(ids).fetch_all(&mut **tx).await?;
+    let entries = format!(
+        "SELECT id, person_id, type, value, score, created_at FROM {schema}.entry WHERE person_id = ANY ($1)"
+    );
+    let mut scores: BTreeMap<Uuid, Score> =
+        persons.into_iter().map(|person| (person.id, (person, BTreeMap::new()))).collect();
+    for row in sqlx::query(AssertSqlSafe(entries)).bind(ids).fetch_all(&mut **tx).await? {
+        let (person, entry): (Uuid, Entry) = (row.try_get("person_id")?, Entry::from_row(&row)?);
+        if let Some((_, entries)) = scores.get_mut(&person) {
+            entries.insert(entry.id, entry);
+        }
+    }
+    Ok(scores)
+}
+
+/// The events that lead from `live` to `shadow` for one person, of whom something was `published` before
+/// or not.
+fn between(
+    id: Uuid,
+    live: Option<Score>,
+    shadow: Option<Score>,
+    published: bool,
+) -> anyhow::Result<Vec<ScoreEvent>> {
+    let Some((person, after)) = shadow else {
+        let gone = live.filter(|_| published).map(|_| ScoreEvent::deleted(id, None));
+        return Ok(gone.transpose()?.into_iter().collect());
+    };
+    let (cpf, before) = live.map_or((person.cpf, BTreeMap::new()), |(live, before)| (live.cpf, before));
+    let mut changes = changes(&before, &after, cpf != person.cpf);
+    if changes.is_empty() {
+        // The total alone was wrong: the newest entry says the right one. Without an entry there is
+        // nothing that a subscriber could have heard.
+        let newest = after.into_values().next_back();
+        changes.extend(newest.map(|entry| Change::Changed { before: entry.clone(), after: entry }));
+    }
+    let mut total = person.total - changes.iter().map(Change::difference).sum::<Decimal>();
+    let mut events = Vec::with_capacity(changes.len());
+    for change in changes {
+        total += change.difference();
+        let (type_, entry) = change.published();
+        events.push(ScoreEvent::entry(type_, id, person.cpf, &entry, total, None)?);
+    }
+    Ok(events)
+}

@@ -1,0 +1,122 @@
+use std::{fmt::Write, time::Duration};
+
+use serde_json::json;
+use service::config::command::{Verdict, many, span};
+use sqlx::PgConnection;
+use tokio::time::Instant;
+
+use super::{
+    RebuildArgs,
+    difference::difference,
+    progress::{Held, Progress, held, progress},
+};
+use crate::model::{self, Stored};
+
+/// Between the two looks that give the rate.
+const BETWEEN: Duration = Duration::from_secs(2);
+
+/// Says what is under way, and how far it is.
+pub(super) async fn status(args: &RebuildArgs, conn: &mut PgConnection) -> anyhow::Result<Verdict> {
+    let live = model::live(conn).await?;
+    if let Some(shadow) = model::stored(conn, "shadow").await? {
+        return building(args, conn, &live.consumer, &shadow).await;
+    }
+    let old = model::stored(conn, "old").await?.map(|old| old.consumer);
+    let ending = model::stored(conn, "ending").await?.map(|ending| ending.consumer);
+    let rest = match (&ending, &live.queue) {
+        (Some(ending), _) => {
+            Some(format!("{ending} was aborted and is not removed yet; run: score-projector rebuild abort"))
+        }
+        (None, Some(queue)) => {
+            Some(format!("the shadow's queue {queue} is not deleted yet; run: score-projector rebuild swap"))
+        }
+        (None, None) => None,
+    };
+    let answer = json!({"live": live.consumer, "shadow": null, "old": old, "unfinished": rest});
+    args.common.answer(&answer, || {
+        let mut text = format!("no rebuild is under way, and {} is live\n", live.consumer);
+        if let Some(old) = &old {
+            let _ =
+                writeln!(text, "{old} is kept in the schema score_old until: score-projector rebuild drop");
+        }
+        text + rest.as_deref().unwrap_or_default()
+    })?;
+    Ok(if rest.is_some() { Verdict::NotWell } else { Verdict::Well })
+}
+
+async fn building(
+    args: &RebuildArgs,
+    conn: &mut PgConnection,
+    live: &str,
+    shadow: &Stored,
+) -> anyhow::Result<Verdict> {
+    let name = &shadow.consumer;
+    let mut now = progress(conn, live, name).await?;
+    let mut rate = None;
+    if now.behind > 0 {
+        // Twice, so that the rate is that of now and not of a wait for somebody to begin.
+        let (before, since) = (now.behind, Instant::now());
+        tokio::time::sleep(BETWEEN).await;
+        now = progress(conn, live, name).await?;
+        #[expect(clippy::cast_precision_loss, reason = "a rate is no exact number")]
+        let caught_up = (before - now.behind) as f64;
+        rate = Some(caught_up / since.elapsed().as_secs_f64());
+    }
+    let held = held(conn, name).await?;
+    let difference = if now.behind == 0 { Some(difference(conn).await?) } else { None };
+    let left = left(&now, rate);
+    let answer = json!({
+        "live": live, "shadow": name, "queue": shadow.queue, "since": shadow.since, "progress": now,
+        "rate": rate, "seconds_left": left, "held": held, "difference": difference,
+        "may_swap": now.behind == 0,
+    });
+    args.common.answer(&answer, || {
+        let queue = shadow.queue.as_deref().unwrap_or_default();
+        let since = shadow.since.format("%Y-%m-%d %H:%M:%S UTC");
+        let mut text =
+            format!("{name} is being built from the queue {queue}, since {since}; {live} is live\n");
+        text += &counts(&now, &held);
+        match (rate, left) {
+            (Some(rate), Some(left)) => {
+                let _ = writeln!(text, "  {rate:.0} aggregates/s, {} left", span(left));
+            }
+            (Some(_), None) => {
+                text += "it does not catch up: is it being filled, and does a score-projector run?\n";
+            }
+            (None, _) => {}
+        }
+        if let Some(difference) = &difference {
+            text += &difference.text();
+        }
+        text += if now.behind == 0 {
+            "it may take the live model's place: score-projector rebuild swap"
+        } else {
+            "it may not take the live model's place yet"
+        };
+        text
+    })?;
+    Ok(if now.behind == 0 { Verdict::Well } else { Verdict::NotWell })
+}
+
+fn counts(now: &Progress, held: &[Held]) -> String {
+    let mut text = format!(
+        "  of {}: {} level, {} ended or of an earlier incarnation, {} behind\n",
+        many(now.aggregates, "aggregate"),
+        now.level,
+        now.excused,
+        now.behind
+    );
+    for example in &now.examples {
+        let _ = writeln!(text, "    behind: {example}");
+    }
+    for Held { reason, events } in held {
+        let _ = writeln!(text, "  {} held, reason {reason}", many(*events, "event"));
+    }
+    text
+}
+
+/// Seconds, if it goes on like this.
+fn left(now: &Progress, rate: Option<f64>) -> Option<f64> {
+    #[expect(clippy::cast_precision_loss, reason = "an estimate is no exact number")]
+    rate.filter(|rate| *rate > 0.0).map(|rate| now.behind as f64 / rate)
+}

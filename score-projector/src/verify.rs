@@ -1,0 +1,156 @@
+//! `verify`: recomputes the read model from itself and holds it against the inbox.
+
+use std::{collections::BTreeSet, fmt::Write, time::Duration};
+
+use anyhow::Context;
+use futures_util::TryStreamExt;
+use rust_decimal::Decimal;
+use serde::Serialize;
+use service::config::command::{CommandArgs, Verdict};
+use sqlx::{Connection, FromRow, PgConnection, Row};
+use uuid::Uuid;
+
+use crate::{projection::entry::Entry, schema, score};
+
+/// Settings of `verify`.
+#[derive(Debug, clap::Args)]
+pub struct VerifyArgs {
+    /// The database, and the form of the answer.
+    #[command(flatten)]
+    pub common: CommandArgs,
+}
+
+/// Persons of one page, which is one snapshot.
+const PAGE: i64 = 1_000;
+/// How many mismatches are named.
+const NAMED: usize = 100;
+/// For one page, and for a person with very many entries.
+const STATEMENT_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Something that is not as it must be.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+struct Mismatch {
+    person: Uuid,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    entry: Option<Uuid>,
+    what: String,
+}
+
+/// What was looked at.
+#[derive(Debug, Default, Serialize)]
+struct Found {
+    persons: u64,
+    entries: u64,
+    mismatches: u64,
+    /// The first of them.
+    named: BTreeSet<Mismatch>,
+}
+
+impl Found {
+    fn add(&mut self, mismatch: Mismatch) {
+        self.mismatches += 1;
+        if self.named.len() < NAMED {
+            self.named.insert(mismatch);
+        }
+    }
+}
+
+/// A person while their rows come in.
+struct Tally {
+    id: Uuid,
+    total: Decimal,
+    sum: Decimal,
+}
+
+/// Walks through all persons. Beside a moving system: what is held against each other is of one snapshot.
+pub async fn verify(args: &VerifyArgs) -> anyhow::Result<Verdict> {
+    let mut conn =
+        args.common.connect("score-projector verify", &schema::needed(), STATEMENT_TIMEOUT).await?;
+    let mut found = Found::default();
+    let mut last = Uuid::nil();
+    while let Some(end) =
+        page(&mut conn, last, &mut found).await.context("the read model could not be read")?
+    {
+        last = end;
+    }
+    conn.close().await?;
+    args.common.answer(&found, || text(&found))?;
+    Ok(if found.mismatches == 0 { Verdict::Well } else { Verdict::NotWell })
+}
+
+/// One page, and the last person of it. Its rows are taken as they come: a person may have very many.
+async fn page(conn: &mut PgConnection, after: Uuid, found: &mut Found) -> anyhow::Result<Option<Uuid>> {
+    let mut rows = sqlx::query(
+        "SELECT p.id AS person, p.total, p.version, a.version AS inbox, e.*
+         FROM (SELECT id, total, version FROM score.person WHERE id > $1 ORDER BY id LIMIT $2) AS p
+              LEFT JOIN LATERAL (
+                  SELECT version FROM inbox.aggregate
+                  WHERE consumer = (SELECT consumer FROM score.model WHERE role = 'live')
+                    AND aggregate_type = $3 AND aggregate_id = p.id::text
+                  ORDER BY version = p.version DESC, updated_at DESC LIMIT 1) AS a ON true
+              LEFT JOIN score.entry e ON e.person_id = p.id
+         ORDER BY p.id",
+    )
+    .bind(after)
+    .bind(PAGE)
+    .bind(events::AGGREGATE_PERSON)
+    .fetch(conn);
+    let mut tally: Option<Tally> = None;
+    while let Some(row) = rows.try_next().await? {
+        let person: Uuid = row.try_get("person")?;
+        if tally.as_ref().is_none_or(|tally| tally.id != person) {
+            close(tally.as_ref(), found);
+            found.persons += 1;
+            let (version, inbox): (i64, Option<i64>) = (row.try_get("version")?, row.try_get("inbox")?);
+            if inbox != Some(version) {
+                let applied = inbox.map_or("nothing".to_owned(), |inbox| format!("version {inbox}"));
+                let what = format!("it is at version {version}, but the inbox has applied {applied}");
+                found.add(Mismatch { person, entry: None, what });
+            }
+            tally = Some(Tally { id: person, total: row.try_get("total")?, sum: Decimal::ZERO });
+        }
+        if row.try_get::<Option<Uuid>, _>("id")?.is_some()
+            && let Some(tally) = &mut tally
+        {
+            let entry = Entry::from_row(&row)?;
+            found.entries += 1;
+            tally.sum += Decimal::from(entry.score);
+            match score::of(entry.kind, entry.value) {
+                Some(score) if score == entry.score => {}
+                right => {
+                    let right = right.map_or("none".to_owned(), |right| right.to_string());
+                    let what = format!("its score is {}, and its value's is {right}", entry.score);
+                    found.add(Mismatch { person, entry: Some(entry.id), what });
+                }
+            }
+        }
+    }
+    let end = tally.as_ref().map(|tally| tally.id);
+    close(tally.as_ref(), found);
+    Ok(end)
+}
+
+/// All entries of a person were seen.
+fn close(tally: Option<&Tally>, found: &mut Found) {
+    if let Some(&Tally { id, total, sum }) = tally
+        && total != sum
+    {
+        let what = format!("its total is {total}, and its entries add up to {sum}");
+        found.add(Mismatch { person: id, entry: None, what });
+    }
+}
+
+fn text(found: &Found) -> String {
+    let mut text = format!("{} persons with {} entries", found.persons, found.entries);
+    if found.mismatches == 0 {
+        return text + ": every score is what its entries add up to, and where the inbox says";
+    }
+    let _ = writeln!(text, ", of which {} are not as they must be", found.mismatches);
+    for Mismatch { person, entry, what } in &found.named {
+        let _ = match entry {
+            Some(entry) => writeln!(text, "  person {person}, entry {entry}: {what}"),
+            None => writeln!(text, "  person {person}: {what}"),
+        };
+    }
+    text
+}

@@ -1,0 +1,133 @@
+//! A batch of events is one fold: it comes to the same as its events one by one, for a bounded number of
+//! statements.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use inbox::{Event, Handler};
+use score_projector::{
+    model::{Model, Role},
+    projection::Projection,
+};
+use serde_json::{Value, json};
+use sqlx::{PgPool, postgres::PgPoolOptions};
+use tracing_subscriber::{Layer, layer::SubscriberExt};
+use uuid::Uuid;
+
+use crate::stack::{Stack, id, item, person};
+
+struct Statements(Arc<AtomicUsize>);
+
+impl<S: tracing::Subscriber> Layer<S> for Statements {
+    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+        if event.metadata().target() == "sqlx::query" {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+fn event(type_: &str, person: Uuid, version: i64, body: &Value) -> Event {
+    Event {
+        id: Uuid::now_v7(),
+        source: "person".to_owned(),
+        aggregate_type: "person".to_owned(),
+        aggregate_id: person.to_string(),
+        version,
+        type_: type_.to_owned(),
+        occurred_at: None,
+        headers: serde_json::Map::new(),
+        payload: body.to_string().into_bytes(),
+    }
+}
+
+/// Everything that can happen to a person, for persons `from` to `to`, their events mixed.
+fn everything(from: u128, to: u128) -> [Vec<Event>; 2] {
+    let base = |n: u128| n * 100;
+    let baseline = |n: u128, cpf: i64, items: &[u128]| {
+        let mut body = person(id(base(n)), cpf);
+        let item =
+            |i: &u128| json!({"id": id(base(n) + i), "value": 100, "created_at": "2026-01-01T00:00:01Z"});
+        body["incomes"] = items.iter().map(item).collect();
+        body["assets"] = json!([]);
+        body["debts"] = json!([]);
+        body
+    };
+    let mut before = Vec::new();
+    let mut batch: Vec<Vec<Event>> = vec![Vec::new(); 8];
+    for n in from..=to {
+        let (p, other) = (id(base(n)), id(base(n) + 50));
+        let item = |i: u128, value| item(id(base(n) + i), p, 1, value);
+        before.push(event("person.new", p, 1, &person(p, 1)));
+        before.push(event("income.new", p, 2, &item(1, "100")));
+        before.push(event("asset.new", p, 3, &item(2, "100")));
+        before.push(event("person.new", other, 1, &person(other, 2)));
+        let mut step = 0;
+        let mut then = |event: Event| {
+            batch[step].push(event);
+            step += 1;
+        };
+        then(event("income.changed", p, 4, &item(1, "200")));
+        then(event("asset.deleted", p, 5, &item(2, "100")));
+        // Its id is free again.
+        then(event("debt.new", p, 6, &item(2, "40")));
+        then(event("person.changed", p, 7, &person(p, 3)));
+        then(event("person.baseline", p, 9, &baseline(n, 4, &[2, 3])));
+        then(event("person.tomorrow", p, 10, &json!({})));
+        if n % 2 == 0 {
+            then(event("person.deleted", p, 11, &json!({"id": p})));
+            // Never heard of before, and taking an item's id over from somebody who is gone.
+            let mut life = baseline(n, 5, &[3]);
+            life["id"] = json!(other);
+            then(event("person.baseline", other, 5, &life));
+        }
+    }
+    [before, batch.concat()]
+}
+
+async fn apply(stack: &Stack, events: &[Event]) {
+    let projection = Projection::new(Model::new(Role::Live, "score".to_owned(), vec![]));
+    let pool: PgPool = PgPoolOptions::new()
+        .max_connections(1)
+        .connect_with(Role::Live.options(stack.database.parse().unwrap()))
+        .await
+        .unwrap();
+    let mut tx = pool.begin().await.unwrap();
+    projection.begin(&mut tx).await.unwrap();
+    projection.handle_batch(events, &mut tx).await.unwrap();
+    tx.commit().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_batch_is_its_events_one_by_one() {
+    let (together, single) = (Stack::new("together").await, Stack::new("single").await);
+    let batches = everything(1, 4);
+    for batch in &batches {
+        apply(&together, batch).await;
+        for event in batch {
+            apply(&single, std::slice::from_ref(event)).await;
+        }
+    }
+    let state = together.state().await;
+    assert_eq!(state, single.state().await);
+    insta::assert_snapshot!(state);
+}
+
+#[tokio::test]
+async fn a_batch_takes_the_same_few_statements_however_large_it_is() {
+    let stack = Stack::new("statements").await;
+    let mut counts = Vec::new();
+    for (from, to) in [(1, 2), (3, 60)] {
+        let [before, batch] = everything(from, to);
+        apply(&stack, &before).await;
+        let statements = Arc::new(AtomicUsize::new(0));
+        let subscriber = tracing_subscriber::registry().with(Statements(statements.clone()));
+        let guard = tracing::subscriber::set_default(subscriber);
+        apply(&stack, &batch).await;
+        drop(guard);
+        counts.push((batch.len(), statements.load(Ordering::Relaxed)));
+    }
+    // The fence, three reads, five writes, the chain and the outbox; beginning and committing are none.
+    assert_eq!(counts, [(14, 11), (406, 11)]);
+}

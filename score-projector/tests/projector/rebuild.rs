@@ -1,0 +1,258 @@
+//! A read model that is built again beside the live one.
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::stack::{Stack, id, item, person, until};
+
+/// Waits until the shadow may take the live model's place.
+pub(crate) async fn until_level(stack: &Stack) {
+    until("the shadow is level", async || stack.owner(&["rebuild", "status"]).0 == 0).await;
+}
+
+/// Starts a rebuild; its queue.
+pub(crate) fn start(stack: &Stack) -> String {
+    let (code, said) = stack.owner(&["rebuild", "start", "--json"]);
+    assert_eq!(code, 0, "{said}");
+    let answer: Value = serde_json::from_str(&said).unwrap();
+    answer["queue"].as_str().unwrap().to_owned()
+}
+
+/// What each command says, and how it ends.
+fn says(stack: &Stack, text: &mut String, arguments: &[&str]) {
+    let (code, said) = stack.owner(arguments);
+    let time = |line: &str| {
+        line.split_once(", since 20")
+            .map(|(before, after)| format!("{before}, since TIME{}", after.split_once(" UTC").unwrap().1))
+    };
+    let said: Vec<String> = said.lines().map(|line| time(line).unwrap_or_else(|| line.to_owned())).collect();
+    writeln!(text, "$ score-projector {}\n{}\n=> {code}\n", arguments.join(" "), said.join("\n")).unwrap();
+}
+
+/// Schemas, tables, models, queues, and whom the inbox knows.
+async fn traces(stack: &Stack) -> String {
+    let rows: Vec<String> = sqlx::query_scalar(
+        "SELECT concat_ws(' ', n.nspname, c.relkind, c.relname, c.relacl) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname LIKE 'score%' OR n.nspname LIKE 'inbox%' OR n.nspname LIKE 'outbox%'
+         UNION ALL SELECT concat_ws(' ', nspname, nspacl) FROM pg_namespace WHERE nspname NOT LIKE 'pg_%'
+         UNION ALL SELECT concat_ws(' ', 'model', role, consumer, queue) FROM score.model
+         UNION ALL SELECT concat_ws(' ', 'inbox', consumer, aggregate_id, version) FROM inbox.aggregate
+         UNION ALL SELECT concat_ws(' ', 'held', consumer, aggregate_id, version) FROM inbox.held
+         UNION ALL SELECT concat_ws(' ', 'rejected', consumer, detail) FROM inbox.rejected
+         UNION ALL SELECT concat_ws(' ', 'event', aggregate_id, version, type) FROM outbox.event
+         ORDER BY 1",
+    )
+    .fetch_all(&stack.pool)
+    .await
+    .unwrap();
+    format!("{}\nqueues {:?}", rows.join("\n"), stack.queues().await)
+}
+
+/// Persons 1 to 5, each with two assets.
+async fn persons(stack: &Stack) {
+    for n in 1..=5 {
+        let p = id(n * 100);
+        stack.publish("person.new", p, 1, &person(p, 11_110 + i64::try_from(n).unwrap())).await;
+        stack.publish("asset.new", p, 2, &item(id(n * 100 + 1), p, 1, "20")).await;
+        stack.publish("asset.new", p, 3, &item(id(n * 100 + 2), p, 1, "40")).await;
+    }
+    for n in 1..=5 {
+        stack.until_version(id(n * 100), 3).await;
+    }
+}
+
+#[tokio::test]
+async fn a_live_model_that_is_wrong_is_repaired_by_the_swap() {
+    let stack = Stack::new("repair").await;
+    let _program = stack.start().await;
+    persons(&stack).await;
+    // Somebody's hand: a wrong total, a missing entry, a wrong value, a person too few and one too many.
+    sqlx::raw_sql(
+        "UPDATE score.person SET total = 77 WHERE id = '0198c0de-0000-7000-8000-000000000064';
+         DELETE FROM score.entry WHERE id = '0198c0de-0000-7000-8000-0000000000c9';
+         UPDATE score.entry SET value = 1000, score = 3 WHERE id = '0198c0de-0000-7000-8000-00000000012d';
+         DELETE FROM score.person WHERE id = '0198c0de-0000-7000-8000-000000000190';
+         INSERT INTO score.person (id, cpf, created_at, version, total) VALUES ('0198c0de-0000-7000-8000-000000000999', 9, now(), 1, 0);
+         INSERT INTO score.chain VALUES ('0198c0de-0000-7000-8000-000000000999', 4);",
+    )
+    .execute(&stack.pool)
+    .await
+    .unwrap();
+    let before: i64 =
+        sqlx::query_scalar("SELECT max(position) FROM outbox.event").fetch_one(&stack.pool).await.unwrap();
+    let mut text = String::new();
+    says(&stack, &mut text, &["verify"]);
+    let queue = start(&stack);
+    stack.replay(&queue).await;
+    until_level(&stack).await;
+    for arguments in [
+        &["rebuild", "status"][..],
+        &["rebuild", "swap", "--dry-run"],
+        &["rebuild", "swap"],
+        &["rebuild", "status"],
+        &["verify"],
+        &["rebuild", "start"],
+        &["rebuild", "drop"],
+        &["rebuild", "drop"],
+        &["rebuild", "status"],
+    ] {
+        says(&stack, &mut text, arguments);
+    }
+    let events: Vec<String> = sqlx::query_scalar(
+        "SELECT concat_ws(' ', type, aggregate_id, version, payload) FROM outbox.event WHERE position > $1 ORDER BY position",
+    )
+    .bind(before)
+    .fetch_all(&stack.pool)
+    .await
+    .unwrap();
+    insta::assert_snapshot!(format!("{text}published by the swap:\n{}", events.join("\n")));
+    assert_eq!(stack.queues().await, ["score", "score.dead"], "the shadow's queue is gone");
+
+    // The live queue goes on, under the new name.
+    let p = id(100);
+    stack.publish("asset.new", p, 4, &item(id(103), p, 1, "20")).await;
+    stack.until_version(p, 4).await;
+    assert_eq!(stack.owner(&["verify"]).0, 0);
+    let consumers: Vec<String> = sqlx::query_scalar("SELECT DISTINCT consumer FROM inbox.aggregate")
+        .fetch_all(&stack.pool)
+        .await
+        .unwrap();
+    assert_eq!(consumers, ["score-2"]);
+}
+
+#[tokio::test]
+async fn a_shadow_that_is_behind_is_refused_and_an_abort_leaves_no_trace() {
+    let stack = Stack::new("abort").await;
+    let _program = stack.start().await;
+    persons(&stack).await;
+    // Their end was before the rebuild: neither baselines nor pruned history speak of them.
+    let ended = id(500);
+    stack.publish("person.deleted", ended, 4, &json!({"id": ended})).await;
+    until("they are gone", async || stack.state().await.contains("score.deleted")).await;
+    let before = traces(&stack).await;
+    let mut text = String::new();
+    for arguments in
+        [&["rebuild", "status"][..], &["rebuild", "swap"], &["rebuild", "abort"], &["rebuild", "drop"]]
+    {
+        says(&stack, &mut text, arguments);
+    }
+    start(&stack);
+    // A live event of which the shadow misses what was before: it holds it.
+    let p = id(100);
+    stack.publish("asset.new", p, 4, &item(id(103), p, 1, "20")).await;
+    stack.until_version(p, 4).await;
+    until("the shadow holds it", async || stack.state().await.contains("4 asset.new gap")).await;
+    for arguments in [
+        &["rebuild", "start"][..],
+        &["rebuild", "status"],
+        &["rebuild", "swap"],
+        &["rebuild", "abort"],
+        &["rebuild", "abort"],
+    ] {
+        says(&stack, &mut text, arguments);
+    }
+    insta::assert_snapshot!(text);
+    stack.publish("asset.deleted", p, 5, &item(id(103), p, 1, "20")).await;
+    stack.until_version(p, 5).await;
+    // But for what live events have done since.
+    let since = |line: &&str| !line.contains(&p.to_string());
+    let after = traces(&stack).await;
+    assert_eq!(
+        after.lines().filter(since).collect::<Vec<_>>(),
+        before.lines().filter(since).collect::<Vec<_>>()
+    );
+}
+
+#[tokio::test]
+async fn an_abort_or_a_swap_that_was_killed_is_finished_by_the_next() {
+    let stack = Stack::new("killed").await;
+    let _program = stack.start().await;
+    persons(&stack).await;
+    let (mut text, queue) = (String::new(), start(&stack));
+    stack.replay(&queue).await;
+    until_level(&stack).await;
+    // As it stands after each one's first transaction.
+    sqlx::raw_sql(
+        "DROP SCHEMA score_shadow CASCADE; UPDATE score.model SET role = 'ending' WHERE role = 'shadow'",
+    )
+    .execute(&stack.pool)
+    .await
+    .unwrap();
+    for arguments in
+        [&["rebuild", "status"][..], &["rebuild", "start"], &["rebuild", "abort"], &["rebuild", "status"]]
+    {
+        says(&stack, &mut text, arguments);
+    }
+    assert_eq!(stack.queues().await, ["score", "score.dead"]);
+    let queue = start(&stack);
+    stack.replay(&queue).await;
+    until_level(&stack).await;
+    assert_eq!(stack.owner(&["rebuild", "swap"]).0, 0);
+    sqlx::query("UPDATE score.model SET queue = $1 WHERE role = 'live'")
+        .bind(&queue)
+        .execute(&stack.pool)
+        .await
+        .unwrap();
+    for arguments in
+        [&["rebuild", "status"][..], &["rebuild", "swap"], &["rebuild", "swap"], &["rebuild", "status"]]
+    {
+        says(&stack, &mut text, arguments);
+    }
+    insta::assert_snapshot!(text);
+}
+
+/// What the live consumer holds and has acknowledged would come to nobody else.
+#[tokio::test]
+async fn what_waits_moves_to_the_new_consumer() {
+    let stack = Stack::new("waits").await;
+    let _program = stack.start().await;
+    persons(&stack).await;
+    let p = id(100);
+    stack.publish("asset.new", p, 5, &item(id(105), p, 1, "20")).await;
+    until("it is held", async || stack.state().await.contains("5 asset.new gap")).await;
+    let queue = start(&stack);
+    // All but the one that is held.
+    stack.forget_last();
+    stack.replay(&queue).await;
+    until_level(&stack).await;
+    assert_eq!(stack.owner(&["rebuild", "swap"]).0, 0);
+    stack.publish("asset.new", p, 4, &item(id(104), p, 1, "20")).await;
+    stack.until_version(p, 5).await;
+    assert_eq!(stack.owner(&["verify"]).0, 0);
+}
+
+/// Made from the catalog, so that the two cannot differ.
+#[tokio::test]
+async fn a_shadow_has_the_tables_of_the_live_model() {
+    let stack = Stack::new("shape").await;
+    let shape = async |schema: &str| -> Vec<String> {
+        sqlx::query_scalar("SELECT score.model_shape($1)").bind(schema).fetch_all(&stack.pool).await.unwrap()
+    };
+    // Whatever a later migration does to them.
+    sqlx::raw_sql(
+        "ALTER TABLE score.person ADD COLUMN of_tomorrow text NOT NULL DEFAULT 'x' CHECK (of_tomorrow <> '');
+         CREATE UNIQUE INDEX tomorrow ON score.entry (lower(type), id) WHERE score > 0;
+         ALTER TABLE score.entry ADD CONSTRAINT two UNIQUE (person_id, id)",
+    )
+    .execute(&stack.pool)
+    .await
+    .unwrap();
+    let live = shape("score").await;
+    start(&stack);
+    assert_eq!(shape("score_shadow").await, live);
+    let role: String = sqlx::query_scalar("SELECT grantee::regrole::text FROM pg_class, aclexplode(relacl) WHERE oid = 'score.chain'::regclass AND grantee <> relowner LIMIT 1")
+        .fetch_one(&stack.pool)
+        .await
+        .unwrap();
+    insta::assert_snapshot!(live.join("\n").replace(&role, "ROLE"));
+    // A migration in the middle of a rebuild.
+    sqlx::raw_sql("ALTER TABLE score.person ADD COLUMN later text").execute(&stack.pool).await.unwrap();
+    let (code, said) = stack.owner(&["rebuild", "swap"]);
+    assert_eq!(code, 1);
+    insta::assert_snapshot!(said);
+    let names: Vec<Uuid> =
+        sqlx::query_scalar("SELECT id FROM score_shadow.person").fetch_all(&stack.pool).await.unwrap();
+    assert!(names.is_empty());
+}
