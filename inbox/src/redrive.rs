@@ -219,7 +219,7 @@ impl<H: Handler> Sequencer<H> {
         let from = ledger.chain(key)?.stored;
         let mut applied = 0;
         let mut refused = None;
-        while applied < batch {
+        while applied < batch.max(1) {
             let Some(version) = turn(ledger.chain(key)?) else { break };
             let Some(event) = ledger.events(tx, &[(key, version)]).await?.into_values().next() else { break };
             if version > ledger.chain(key)?.version + 1 && !event.jumps() {

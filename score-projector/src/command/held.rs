@@ -1,6 +1,10 @@
 //! `held`: which events wait, why, and what is to become of them.
 
-use std::fmt::Write;
+use std::{
+    fmt::Write,
+    io::IsTerminal,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, bail};
 use inbox::{
@@ -17,6 +21,9 @@ use crate::{
     model::{Model, Role},
     projection::Projection,
 };
+
+/// How often a long redrive says how far it is.
+const REPORT: Duration = Duration::from_secs(1);
 
 /// Settings of `held`.
 #[derive(Debug, clap::Args)]
@@ -150,7 +157,7 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
         HeldAction::Show { id, body } => show(args, &mut conn, &consumer, *id, *body).await,
         HeldAction::Redrive(redrive) => {
             drop(conn);
-            let answer = sequencer(args, consumer)?.redrive(&request(redrive), |_| ()).await?;
+            let answer = sequencer(args, consumer)?.redrive(&request(redrive), progress()).await?;
             args.common.answer(&answer, || redriven(&answer, redrive.dry_run))?;
             Ok(if answer.refused == 0 { Verdict::Well } else { Verdict::NotWell })
         }
@@ -174,6 +181,20 @@ fn request(args: &RedriveArgs) -> Redrive {
     let Selection { aggregate, reason, error, .. } = &args.selection;
     let filter = Filter { aggregate: aggregate.clone(), reason: reason.clone(), error: error.clone() };
     Redrive { filter, batch: args.batch, dry_run: args.dry_run }
+}
+
+/// How far it is, once a second, for whoever watches.
+fn progress() -> impl FnMut(&Redrives) {
+    let mut reported = Instant::now();
+    move |all| {
+        if reported.elapsed() >= REPORT && std::io::stderr().is_terminal() {
+            reported = Instant::now();
+            eprint!(
+                "\r{} aggregates, {} events applied, {} refused",
+                all.aggregates, all.applied, all.refused
+            );
+        }
+    }
 }
 
 fn causes(consumer: &str, held: &Groups) -> String {
