@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::{Connection, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use crate::{
     answers::join,
@@ -231,6 +231,17 @@ async fn places_are_bounded_and_a_client_that_hangs_up_frees_its_own() {
     score_api_waits_total{outcome="too_many"} 1
     "#);
     assert!(metrics.contains("score_api_wait_seconds_bucket"), "{metrics}");
+    // Nobody waits, so nobody looks, whatever is told.
+    let quiet = async {
+        let mut same = 0;
+        while same < 10 {
+            let looks = program.metric("score_api_looks_total").await;
+            database.notify().await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            same = if program.metric("score_api_looks_total").await == looks { same + 1 } else { 0 };
+        }
+    };
+    tokio::time::timeout(DEADLINE, quiet).await.expect("the looking ends");
 }
 
 #[tokio::test]
@@ -270,12 +281,16 @@ async fn whoever_waits_outlasts_a_lost_connection() {
     let [first, second, third] = [1, 2, 3].map(|version| program.asks(read(1, version, "50s")));
     program.until_waiting(3).await;
 
-    // The listener alone: polling goes on, and it comes back.
+    // The listener alone, which is refused for a while and comes back.
     let (_, lost) = sessions(&mut database).await;
     assert_eq!(lost.len(), 1);
+    let login = format!("ALTER ROLE {} LOGIN", database.role);
+    let no_login = login.replace("LOGIN", "NOLOGIN");
+    sqlx::query(AssertSqlSafe(no_login)).execute(&mut database.admin).await.unwrap();
     sqlx::query("SELECT pg_terminate_backend($1)").bind(lost[0]).execute(&mut database.admin).await.unwrap();
-    database.apply([(1, 1, true)]).await;
-    assert_eq!(first.await.unwrap().status, 200);
+    // Long enough for it to be refused.
+    program.get(&read(1, 9, "300ms")).await;
+    sqlx::query(AssertSqlSafe(login)).execute(&mut database.admin).await.unwrap();
     let back = async {
         loop {
             match &sessions(&mut database).await.1[..] {
@@ -285,9 +300,12 @@ async fn whoever_waits_outlasts_a_lost_connection() {
         }
     };
     tokio::time::timeout(DEADLINE, back).await.expect("it listens again");
+    database.apply([(1, 1, true)]).await;
+    assert_eq!(first.await.unwrap().status, 200);
 
     // All of them.
     wire.cut().await;
+    let patient = program.asks(read(1, 2, "5s"));
     insta::assert_snapshot!(program.get(&read(1, 2, "1ms")).await, @r#"
     > GET /1/score?after=0198c0de-0000-7000-8000-000000000001.2&wait=1ms
     503
@@ -298,6 +316,7 @@ async fn whoever_waits_outlasts_a_lost_connection() {
 
     {"type":"/problems/unavailable","title":"Service unavailable","status":503,"detail":"The service cannot reach its database right now. Try again later."}
     "#);
+    assert_eq!(problem(&patient.await.unwrap())["type"], "/problems/unavailable");
     wire.mend().await;
     database.apply([(1, 2, true)]).await;
     assert_eq!(second.await.unwrap().status, 200);
@@ -370,17 +389,6 @@ async fn five_thousand_wait_at_the_price_of_one() {
         }
     };
     tokio::time::timeout(DEADLINE, closed).await.expect("nothing stays open");
-    // Nobody waits, so nobody looks, whatever is told.
-    let quiet = async {
-        let mut same = 0;
-        while same < 10 {
-            let looks = program.metric("score_api_looks_total").await;
-            database.notify().await;
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            same = if program.metric("score_api_looks_total").await == looks { same + 1 } else { 0 };
-        }
-    };
-    tokio::time::timeout(DEADLINE, quiet).await.expect("the looking ends");
 }
 
 /// Files would run out first, and then nobody were answered any more.
