@@ -259,3 +259,6 @@ impl Slice {
         entry.cloned().ok_or(Refused::ItemUnknown)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -28,6 +28,9 @@ fn help_of_every_command() {
     insta::assert_snapshot!("help_run", help(&["run"]));
     insta::assert_snapshot!("help_migrate", help(&["migrate"]));
     insta::assert_snapshot!("help_digest", help(&["digest"]));
+    insta::assert_snapshot!("help_rebuild", help(&["rebuild"]));
+    insta::assert_snapshot!("help_rebuild_swap", help(&["rebuild", "swap"]));
+    insta::assert_snapshot!("help_verify", help(&["verify"]));
     insta::assert_snapshot!("help_health", help(&["health"]));
 }
 
