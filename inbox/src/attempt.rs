@@ -48,9 +48,13 @@ impl<H: Handler> Sequencer<H> {
             Some((Reason::Trying, attempts)) => attempts + 1,
             _ => 1,
         };
-        self.keep(&self.pool, event, Reason::Trying, None, attempts)
-            .await
-            .map_err(|error| Stop::Transient(describe(&error)))?;
+        let commit = async {
+            // Explicit, since a connection whose user went away in BEGIN may be in a transaction already.
+            let mut tx = self.pool.begin().await?;
+            self.keep(&mut *tx, event, Reason::Trying, None, attempts).await?;
+            tx.commit().await
+        };
+        commit.await.map_err(|error| Stop::Transient(describe(&error)))?;
         Ok(Some(Attempt { key, version, attempts, held: held.is_some() }))
     }
 

@@ -91,8 +91,23 @@ impl Subscription {
                 Err(trouble) => break Err(trouble),
             }
         };
+        let ended = match ended {
+            // A call on a channel that is closed says no more than that; the stream knows why.
+            Err(Trouble::Broker(reason)) => Err(Trouble::Broker(self.why().unwrap_or(reason))),
+            ended => ended,
+        };
         self.close().await;
         ended
+    }
+
+    /// The error that ended the stream, behind what was received before.
+    fn why(&mut self) -> Option<String> {
+        while let Some(Some(next)) = self.deliveries.next().now_or_never() {
+            if let Err(error) = next {
+                return Some(error.to_string());
+            }
+        }
+        None
     }
 
     /// Waits for a message and takes those that are there already. None when asked to stop.

@@ -78,6 +78,13 @@ impl Handler for Recorder {
             "broken" if !self.passed.load(Ordering::Relaxed) => {
                 return Err(Failure::poison("the handler is broken"));
             }
+            "delete" => {
+                sqlx::query("DELETE FROM state WHERE consumer = $1 AND aggregate = $2")
+                    .bind(&self.consumer)
+                    .bind(&event.aggregate_id)
+                    .execute(&mut **tx)
+                    .await?;
+            }
             "hang" => {
                 self.hanging.notify_one();
                 std::future::pending::<()>().await;
