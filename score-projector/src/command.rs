@@ -5,26 +5,47 @@ pub mod rejected;
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use chrono::{DateTime, Utc};
 pub use service::config::command::{CommandArgs, Verdict};
 pub(crate) use service::config::command::{many, operator};
 use sqlx::PgConnection;
 
-use crate::schema;
+use crate::{
+    model::{self, Role},
+    schema,
+};
 
 /// How long the server lets one statement of a command run: a million rows may be looked through.
 pub(crate) const STATEMENT_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Connects, and finds the consumer whose read model is in use.
-pub(crate) async fn connect(args: &CommandArgs, command: &str) -> anyhow::Result<(PgConnection, String)> {
+/// Which read model a command is about.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Which {
+    /// Of the read model that is being rebuilt, instead of the one that is read.
+    #[arg(long, global = true)]
+    pub shadow: bool,
+}
+
+impl Which {
+    pub(crate) fn role(self) -> Role {
+        if self.shadow { Role::Shadow } else { Role::Live }
+    }
+}
+
+/// Connects, and finds the consumer that the read model belongs to.
+pub(crate) async fn connect(
+    args: &CommandArgs,
+    command: &str,
+    which: Which,
+    statement_timeout: Duration,
+) -> anyhow::Result<(PgConnection, String)> {
     let application = format!("score-projector {command}");
-    let mut conn = args.connect(&application, &schema::needed(), STATEMENT_TIMEOUT).await?;
-    let consumer = sqlx::query_scalar("SELECT consumer FROM score.model WHERE role = 'live'")
-        .fetch_one(&mut conn)
-        .await
-        .context("it is not known which read model is in use")?;
-    Ok((conn, consumer))
+    let mut conn = args.connect(&application, &schema::needed(), statement_timeout).await?;
+    let role = which.role().as_str();
+    let stored = model::stored(&mut conn, role).await.context("the read model's name could not be read")?;
+    let Some(stored) = stored else { bail!("there is no {role} read model: no rebuild is under way") };
+    Ok((conn, stored.consumer))
 }
 
 /// TYPE/ID of an aggregate.

@@ -2,11 +2,10 @@
 
 use std::{fmt::Write, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use serde_json::json;
-use service::config::command::{CommandArgs, Verdict, many};
 
-use crate::schema;
+use crate::command::{CommandArgs, Verdict, Which, connect, many};
 
 /// A digest is one pass over everything that a consumer has.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
@@ -20,22 +19,14 @@ pub struct DigestArgs {
     /// Into how many parts the aggregates of a type are divided, by a hash of their ids.
     #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(i32).range(1..=65536))]
     pub buckets: i32,
-    /// Of the read model that is being rebuilt, instead of the one that is read.
-    #[arg(long)]
-    pub shadow: bool,
+    /// Which read model.
+    #[command(flatten)]
+    pub which: Which,
 }
 
 /// Prints the digest of each source that the read model follows.
 pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
-    let mut conn =
-        args.common.connect("score-projector digest", &schema::needed(), STATEMENT_TIMEOUT).await?;
-    let role = if args.shadow { "shadow" } else { "live" };
-    let consumer: Option<String> = sqlx::query_scalar("SELECT consumer FROM score.model WHERE role = $1")
-        .bind(role)
-        .fetch_optional(&mut conn)
-        .await
-        .context("the read model's name could not be read")?;
-    let Some(consumer) = consumer else { bail!("there is no {role} read model: no rebuild is on") };
+    let (mut conn, consumer) = connect(&args.common, "digest", args.which, STATEMENT_TIMEOUT).await?;
     let digests =
         inbox::digest(&mut conn, &consumer, args.buckets).await.context("the inbox could not be read")?;
     let hash = |digest: &inbox::Digest| format!("{:016x}", digest.hash.cast_unsigned());

@@ -16,11 +16,8 @@ use service::config::database;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, aggregate, connect, many, operator, time};
-use crate::{
-    model::{Model, Role},
-    projection::Projection,
-};
+use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, Which, aggregate, connect, many, operator, time};
+use crate::{model::Model, projection::Projection};
 
 /// How often a long redrive says how far it is.
 const REPORT: Duration = Duration::from_secs(1);
@@ -31,6 +28,9 @@ pub struct HeldArgs {
     /// The database, and the form of the answer.
     #[command(flatten)]
     pub common: CommandArgs,
+    /// Which read model.
+    #[command(flatten)]
+    pub which: Which,
     /// What to do.
     #[command(subcommand)]
     pub action: HeldAction,
@@ -145,13 +145,14 @@ fn batch(text: &str) -> Result<usize, &'static str> {
 
 /// Looks at what is held, or brings it on.
 pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
-    let (mut conn, consumer) = connect(&args.common, "held").await?;
+    let (mut conn, consumer) = connect(&args.common, "held", args.which, STATEMENT_TIMEOUT).await?;
     match &args.action {
         HeldAction::List(list) if list.events => list_events(args, &mut conn, &consumer, list).await,
         HeldAction::List(list) => {
             let groups = held::groups(&mut conn, &consumer, list.limit).await.context("it cannot be read")?;
-            args.common
-                .answer(&json!({"consumer": consumer, "held": groups}), || causes(&consumer, &groups))?;
+            args.common.answer(&json!({"consumer": consumer, "held": groups}), || {
+                causes(&consumer, &groups, args.which)
+            })?;
             Ok(if groups.events == 0 { Verdict::Well } else { Verdict::NotWell })
         }
         HeldAction::Show { id, body } => show(args, &mut conn, &consumer, *id, *body).await,
@@ -172,8 +173,9 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
 /// What applies events in `run` does it here, too. Nobody is woken: the relay and the readers look by themselves.
 fn sequencer(args: &HeldArgs, consumer: String) -> anyhow::Result<Sequencer<Projection>> {
     let options = args.common.database.options("score-projector held", STATEMENT_TIMEOUT)?;
-    let pool = database::pool(Role::Live.options(options), 2);
-    let model = Model::new(Role::Live, consumer, Vec::new());
+    let role = args.which.role();
+    let pool = database::pool(role.options(options), 2);
+    let model = Model::new(role, consumer, Vec::new());
     Ok(Sequencer::new(model.consumer().to_owned(), pool, Projection::new(model)))
 }
 
@@ -197,7 +199,7 @@ fn progress() -> impl FnMut(&Redrives) {
     }
 }
 
-fn causes(consumer: &str, held: &Groups) -> String {
+fn causes(consumer: &str, held: &Groups, which: Which) -> String {
     if held.events == 0 {
         return format!("{consumer}: nothing is held");
     }
@@ -212,9 +214,13 @@ fn causes(consumer: &str, held: &Groups) -> String {
             None => writeln!(text, "  {of}, tried {}", many(group.attempts, "time")),
         };
         let todo = if reason == "gap" {
-            format!("outbox-relay replay --aggregate {oldest}, at the source {}", oldest.source)
+            format!(
+                "outbox-relay replay --aggregate {oldest} --to-queue QUEUE, at the source {}",
+                oldest.source
+            )
         } else {
-            format!("score-projector held redrive --aggregate {oldest}")
+            let shadow = if which.shadow { " --shadow" } else { "" };
+            format!("score-projector held redrive --aggregate {oldest}{shadow}")
         };
         let _ = writeln!(text, "    {oldest} waits for version {version}: {todo}");
     }

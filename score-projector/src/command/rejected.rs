@@ -7,7 +7,7 @@ use inbox::rejected::{self, Filter, Group, Groups, Rejected};
 use serde_json::json;
 use sqlx::PgConnection;
 
-use super::{CommandArgs, Verdict, connect, many, time};
+use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, Which, connect, many, time};
 
 /// Settings of `rejected`.
 #[derive(Debug, clap::Args)]
@@ -15,6 +15,9 @@ pub struct RejectedArgs {
     /// The database, and the form of the answer.
     #[command(flatten)]
     pub common: CommandArgs,
+    /// Which read model.
+    #[command(flatten)]
+    pub which: Which,
     /// What to do.
     #[command(subcommand)]
     pub action: RejectedAction,
@@ -61,7 +64,7 @@ pub struct Selection {
 
 /// Looks at what was rejected, or lets it go.
 pub async fn rejected(args: &RejectedArgs) -> anyhow::Result<Verdict> {
-    let (mut conn, consumer) = connect(&args.common, "rejected").await?;
+    let (mut conn, consumer) = connect(&args.common, "rejected", args.which, STATEMENT_TIMEOUT).await?;
     match &args.action {
         RejectedAction::List => {
             let groups = rejected::groups(&mut conn, &consumer).await.context("it cannot be read")?;

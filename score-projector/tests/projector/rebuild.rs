@@ -24,8 +24,8 @@ pub(crate) fn start(stack: &Stack) -> String {
 fn says(stack: &Stack, text: &mut String, arguments: &[&str]) {
     let (code, said) = stack.owner(arguments);
     let time = |line: &str| {
-        line.split_once(", since 20")
-            .map(|(before, after)| format!("{before}, since TIME{}", after.split_once(" UTC").unwrap().1))
+        line.split_once("since 20")
+            .map(|(before, after)| format!("{before}since TIME{}", after.split_once(" UTC").unwrap().1))
     };
     let said: Vec<String> = said.lines().map(|line| time(line).unwrap_or_else(|| line.to_owned())).collect();
     writeln!(text, "$ score-projector {}\n{}\n=> {code}\n", arguments.join(" "), said.join("\n")).unwrap();
@@ -123,6 +123,40 @@ async fn a_live_model_that_is_wrong_is_repaired_by_the_swap() {
 }
 
 #[tokio::test]
+async fn what_a_shadow_holds_is_brought_on_by_hand() {
+    let stack = Stack::new("shadow_held").await;
+    let _program = stack.start().await;
+    persons(&stack).await;
+    let queue = start(&stack);
+    // The shadow alone stumbles: somebody has put a person there.
+    let stray = "INSERT INTO score_shadow.person (id, cpf, created_at, version) VALUES ($1, 9, now(), 1)";
+    sqlx::query(stray).bind(id(100)).execute(&stack.pool).await.unwrap();
+    stack.replay(&queue).await;
+    until("the others are level, and three events are held", async || {
+        let (_, said) = stack.owner(&["held", "list", "--shadow"]);
+        said.contains("3 events held") && stack.owner(&["rebuild", "status"]).1.contains("1 behind")
+    })
+    .await;
+    sqlx::query("DELETE FROM score_shadow.person WHERE id = $1")
+        .bind(id(100))
+        .execute(&stack.pool)
+        .await
+        .unwrap();
+    let mut text = String::new();
+    for arguments in [
+        &["held", "list"][..],
+        &["held", "list", "--shadow"],
+        &["held", "redrive", "--shadow", "--all"],
+        &["held", "list", "--shadow"],
+        &["rebuild", "swap"],
+        &["verify"],
+    ] {
+        says(&stack, &mut text, arguments);
+    }
+    insta::assert_snapshot!(text);
+}
+
+#[tokio::test]
 async fn a_shadow_that_is_behind_is_refused_and_an_abort_leaves_no_trace() {
     let stack = Stack::new("abort").await;
     let _program = stack.start().await;
@@ -133,9 +167,13 @@ async fn a_shadow_that_is_behind_is_refused_and_an_abort_leaves_no_trace() {
     until("they are gone", async || stack.state().await.contains("score.deleted")).await;
     let before = traces(&stack).await;
     let mut text = String::new();
-    for arguments in
-        [&["rebuild", "status"][..], &["rebuild", "swap"], &["rebuild", "abort"], &["rebuild", "drop"]]
-    {
+    for arguments in [
+        &["rebuild", "status"][..],
+        &["rebuild", "swap"],
+        &["rebuild", "abort"],
+        &["rebuild", "drop"],
+        &["held", "list", "--shadow"],
+    ] {
         says(&stack, &mut text, arguments);
     }
     start(&stack);
@@ -146,6 +184,7 @@ async fn a_shadow_that_is_behind_is_refused_and_an_abort_leaves_no_trace() {
     until("the shadow holds it", async || stack.state().await.contains("4 asset.new gap")).await;
     for arguments in [
         &["rebuild", "start"][..],
+        &["held", "list", "--shadow"],
         &["rebuild", "status"],
         &["rebuild", "swap"],
         &["rebuild", "abort"],
