@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use devstack::testing::Place;
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties,
     options::{BasicPublishOptions, ConfirmSelectOptions},
@@ -58,7 +59,11 @@ pub(crate) fn command(arguments: &[&str], database: &str) -> std::process::Outpu
 
 impl Stack {
     pub(crate) async fn new(name: &str) -> Self {
-        let admin = devstack::testing::database(name).await;
+        Self::on(&Place::around(), name).await
+    }
+
+    pub(crate) async fn on(place: &Place, name: &str) -> Self {
+        let admin = place.database(name).await;
         let options: PgConnectOptions = admin.parse().unwrap();
         let pool = PgPool::connect_with(options.clone()).await.unwrap();
         // Roles belong to the whole server, so each test has its own.
@@ -76,7 +81,7 @@ impl Stack {
             .await
             .unwrap();
 
-        let amqp = devstack::testing::virtual_host(name).await;
+        let amqp = place.virtual_host(name).await;
         let connection = Connection::connect(&amqp, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
@@ -135,25 +140,7 @@ impl Stack {
     }
 
     async fn send(&self, type_: &str, person: Uuid, version: i64, body: &Value) {
-        let mut headers = FieldTable::default();
-        headers.insert("aggregate_type".into(), AMQPValue::LongString("person".into()));
-        headers.insert("aggregate_id".into(), AMQPValue::LongString(person.to_string().into()));
-        headers.insert("aggregate_version".into(), AMQPValue::LongLongInt(version));
-        let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-        headers.insert("traceparent".into(), AMQPValue::LongString(trace.into()));
-        if type_ == "person.baseline" {
-            headers.insert("baseline".into(), AMQPValue::Boolean(true));
-        }
-        if body.get("erased").is_some() {
-            headers.insert("erased".into(), AMQPValue::Boolean(true));
-        }
-        let properties = BasicProperties::default()
-            .with_message_id(Uuid::now_v7().to_string().into())
-            .with_type(type_.into())
-            .with_app_id("person".into())
-            .with_timestamp(1_767_225_600)
-            .with_delivery_mode(2)
-            .with_headers(headers);
+        let properties = properties(Uuid::now_v7(), type_, person, version, body);
         let message = Message { properties, body: body.to_string() };
         self.log.lock().unwrap().push(message.clone());
         deliver(&self.channel, "event_dispatcher", type_, message).await;
@@ -249,6 +236,29 @@ async fn deliver(channel: &Channel, exchange: &str, key: &str, message: Message)
     let options = BasicPublishOptions { mandatory: true, ..Default::default() };
     let (exchange, key, body) = (exchange.into(), key.into(), message.body.as_bytes());
     channel.basic_publish(exchange, key, options, body, message.properties).await.unwrap();
+}
+
+/// What an event carries beside its body.
+pub(crate) fn properties(id: Uuid, type_: &str, person: Uuid, version: i64, body: &Value) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    headers.insert("aggregate_type".into(), AMQPValue::LongString("person".into()));
+    headers.insert("aggregate_id".into(), AMQPValue::LongString(person.to_string().into()));
+    headers.insert("aggregate_version".into(), AMQPValue::LongLongInt(version));
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    headers.insert("traceparent".into(), AMQPValue::LongString(trace.into()));
+    if type_ == "person.baseline" {
+        headers.insert("baseline".into(), AMQPValue::Boolean(true));
+    }
+    if body.get("erased").is_some() {
+        headers.insert("erased".into(), AMQPValue::Boolean(true));
+    }
+    BasicProperties::default()
+        .with_message_id(id.to_string().into())
+        .with_type(type_.into())
+        .with_app_id("person".into())
+        .with_timestamp(1_767_225_600)
+        .with_delivery_mode(2)
+        .with_headers(headers)
 }
 
 /// Waits until `condition` holds.
