@@ -103,12 +103,15 @@ async fn what_comes_back_is_no_attempt_or_counts_once() {
     // The database is in no state to be told, and this process remembers.
     let deaf = "CREATE FUNCTION deaf() RETURNS trigger LANGUAGE plpgsql AS
                     $$BEGIN RAISE EXCEPTION USING ERRCODE = '57014'; END$$;
-                CREATE TRIGGER deaf BEFORE UPDATE OR DELETE ON inbox.held
-                    FOR EACH ROW WHEN (old.reason = 'trying') EXECUTE FUNCTION deaf()";
+                CREATE TRIGGER deaf BEFORE DELETE ON inbox.held FOR EACH ROW EXECUTE FUNCTION deaf();
+                CREATE TRIGGER deaf_too BEFORE UPDATE ON inbox.held
+                    FOR EACH ROW WHEN (new.attempts < old.attempts) EXECUTE FUNCTION deaf()";
     sqlx::raw_sql(deaf).execute(&pool).await.unwrap();
-    sequencer.attempt(&passes).await.unwrap_err();
-    assert_eq!(held(&pool).await, trying(1));
-    sqlx::raw_sql("DROP TRIGGER deaf ON inbox.held").execute(&pool).await.unwrap();
+    for _ in 0..4 {
+        sequencer.attempt(&passes).await.unwrap_err();
+        assert_eq!(held(&pool).await, trying(1));
+    }
+    sqlx::raw_sql("DROP FUNCTION deaf CASCADE").execute(&pool).await.unwrap();
     handler.passed.store(true, Ordering::Relaxed);
     let applied = sequencer.attempt(&passes).await.unwrap();
     assert_eq!((applied.applied, held(&pool).await), (1, vec![]));
