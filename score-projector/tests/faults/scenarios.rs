@@ -89,7 +89,7 @@ async fn database(field: &mut Field) {
     sleep(WHILE).await;
     field.servers.postgres.stop(&CancellationToken::new()).await;
     field.says(fault, "\"database\"").await;
-    sleep(Duration::from_secs(10)).await;
+    sleep(Duration::from_mins(1)).await;
     field.stop(load).await;
     field.says(fault, "\"consuming\"").await;
     field.servers.postgres.start().await.unwrap();

@@ -219,6 +219,7 @@ async fn ten_thousand_waiting_and_one_of_them_poison() {
     }
     stack.publish_all(&events).await;
 
+    let begin = std::time::Instant::now();
     let _program = stack.start().await;
     for part in 1..=4 {
         until("a quarter more is right", async || {
@@ -227,6 +228,7 @@ async fn ten_thousand_waiting_and_one_of_them_poison() {
         })
         .await;
     }
+    println!("all others are right {:.1} s after the start", begin.elapsed().as_secs_f32());
     until("the last of them waits", async || stack.count("SELECT count(*) FROM inbox.held").await == 4).await;
     let listed = stack.said(&["held list"]);
     stack.execute(FIX).await;
