@@ -6,7 +6,7 @@ use anyhow::Context;
 use futures_util::TryStreamExt;
 use rust_decimal::Decimal;
 use serde::Serialize;
-use service::config::command::{CommandArgs, Verdict};
+use service::config::command::{CommandArgs, Verdict, many};
 use sqlx::{Connection, FromRow, PgConnection, Row};
 use uuid::Uuid;
 
@@ -141,7 +141,8 @@ fn close(tally: Option<&Tally>, found: &mut Found) {
 }
 
 fn text(found: &Found) -> String {
-    let mut text = format!("{} persons with {} entries", found.persons, found.entries);
+    let entries = if found.entries == 1 { "entry" } else { "entries" };
+    let mut text = format!("{} with {} {entries}", many(found.persons, "person"), found.entries);
     if found.mismatches == 0 {
         return text + ": every score is what its entries add up to, and where the inbox says";
     }
