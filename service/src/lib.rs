@@ -1,7 +1,8 @@
-//! What every program needs and no more: configuration, telemetry, shutdown, health and problem
-//! responses.
+//! What every program needs and no more: configuration, telemetry, shutdown, health, problem responses,
+//! and what stands in front of its routes.
 
 pub mod config;
+pub mod front;
 pub mod health;
 pub mod problem;
 pub mod shutdown;

@@ -9,7 +9,7 @@ use poem::{
 use tracing::{Level, Metadata};
 use tracing_subscriber::{EnvFilter, filter::filter_fn, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
-use crate::{config::SettingError, problem::Problem};
+use crate::{config::SettingError, front::Caller, problem::Problem};
 
 /// How a program logs.
 #[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
@@ -93,8 +93,15 @@ pub fn observed(routes: Route) -> impl Endpoint<Output = Response> + 'static {
     routes.with(CatchPanic::new().with_handler(panicked)).around(observe)
 }
 
-async fn observe(next: Arc<impl Endpoint<Output = Response>>, request: Request) -> poem::Result<Response> {
+async fn observe(
+    next: Arc<impl Endpoint<Output = Response>>,
+    mut request: Request,
+) -> poem::Result<Response> {
     let started = Instant::now();
+    // Every handler finds its caller, also where nobody is asked for a key.
+    if request.data::<Caller>().is_none() {
+        request.set_data(Caller::anonymous());
+    }
     let method = match *request.method() {
         Method::GET => "GET",
         Method::HEAD => "HEAD",
