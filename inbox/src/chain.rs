@@ -100,6 +100,8 @@ pub(crate) struct Chain<'a> {
     /// What is held, by version: all of it up to `horizon`, and above that what was asked for.
     pub(crate) held: BTreeMap<i64, Held<'a>>,
     pub(crate) horizon: i64,
+    /// The version with which the aggregate ends in this transaction.
+    pub(crate) ended: Option<i64>,
 }
 
 /// What the table of [`Sequencer`](crate::Sequencer) says about an event.
@@ -124,7 +126,14 @@ pub(crate) enum Next<'c, 'a> {
 
 impl<'a> Chain<'a> {
     pub(crate) fn new(version: i64, last_event_id: Option<Uuid>) -> Self {
-        Self { version, last_event_id, stored: version, held: BTreeMap::new(), horizon: i64::MAX }
+        Self {
+            version,
+            last_event_id,
+            stored: version,
+            held: BTreeMap::new(),
+            horizon: i64::MAX,
+            ended: None,
+        }
     }
 
     /// What to do with an event that has arrived.

@@ -180,6 +180,14 @@ impl<'a> Ledger<'a> {
         Ok(rows.into_iter().map(Event::from).map(|e| ((Key::from(&e), e.version), e)).collect())
     }
 
+    /// Takes note of an event that was applied.
+    pub(crate) fn applied(&mut self, event: &Event) -> sqlx::Result<()> {
+        if event.ends() {
+            self.chain(&Key::from(event))?.ended = Some(event.version);
+        }
+        Ok(())
+    }
+
     /// The chain of one of the keys that were locked. Every key was inserted before it was locked, so a
     /// missing row was deleted in between by somebody's hand; that is an error of its own.
     pub(crate) fn chain(&mut self, key: &Key) -> sqlx::Result<&mut Chain<'a>> {

@@ -9,6 +9,7 @@
 //! rejected is looked at with [`held`] and [`rejected`], and brought on with [`Sequencer::redrive`] and
 //! [`Sequencer::skip`]: a program's own commands are a thin layer over these.
 
+mod about;
 mod alarms;
 mod attempt;
 mod backoff;

@@ -165,8 +165,13 @@ impl Event {
     /// Whether it may follow any lower version: a baseline, or the end of the aggregate itself
     /// (`person.deleted` of a person, not `income.deleted`). Erased, it says nothing about the state.
     pub(crate) fn jumps(&self) -> bool {
-        let ends = self.type_.strip_suffix(".deleted").is_some_and(|of| of == self.aggregate_type);
-        (self.is_baseline() || ends) && !self.is_erased()
+        self.is_baseline() && !self.is_erased() || self.ends()
+    }
+
+    /// Whether the aggregate ends with it.
+    pub(crate) fn ends(&self) -> bool {
+        let deleted = self.type_.strip_suffix(".deleted").is_some_and(|of| of == self.aggregate_type);
+        deleted && !self.is_erased()
     }
 
     /// When it was made, to the millisecond where its id tells (UUIDv7).

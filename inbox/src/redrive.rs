@@ -228,6 +228,7 @@ impl<H: Handler> Sequencer<H> {
             match self.handle_alone(tx, &event).await {
                 Ok(()) => {
                     ledger.chain(key)?.advance(version, event.id);
+                    ledger.applied(&event)?;
                     applied += 1;
                 }
                 Err(Failure::Transient(reason)) => return Err(NotDone::Transient(reason)),

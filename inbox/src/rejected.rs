@@ -57,6 +57,9 @@ pub struct Rejected {
     pub first_at: DateTime<Utc>,
     /// And last.
     pub last_at: DateTime<Utc>,
+    /// When its properties and its body were erased, because what it tells of has ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub erased_at: Option<DateTime<Utc>>,
     /// How long its body is.
     pub bytes: i32,
     /// Its body, where it was asked for: text, or else hexadecimal.
@@ -102,12 +105,13 @@ pub async fn message(
         times: i64,
         first_at: DateTime<Utc>,
         last_at: DateTime<Utc>,
+        erased_at: Option<DateTime<Utc>>,
         bytes: i32,
         body: Option<Vec<u8>>,
     }
     let row: Option<Row> = sqlx::query_as(
-        "SELECT reason, detail, routing_key, properties, times, first_at, last_at, octet_length(body) AS bytes,
-                CASE WHEN $3 THEN body END AS body
+        "SELECT reason, detail, routing_key, properties, times, first_at, last_at, erased_at,
+                octet_length(body) AS bytes, CASE WHEN $3 THEN body END AS body
          FROM inbox.rejected WHERE consumer = $1 AND id = $2",
     )
     .bind(consumer)
@@ -124,6 +128,7 @@ pub async fn message(
         times: row.times,
         first_at: row.first_at,
         last_at: row.last_at,
+        erased_at: row.erased_at,
         bytes: row.bytes,
         body: row.body.map(text),
     }))

@@ -1,12 +1,12 @@
 //! What a transaction writes to the schema `inbox`: each kind of thing in one statement, however many.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    Envelope, Event,
-    chain::Chain,
+    Envelope, Event, about,
+    chain::{Chain, Key},
     ledger::{Ledger, columns},
 };
 
@@ -36,13 +36,32 @@ pub(crate) struct Rejected<'a> {
 }
 
 impl Ledger<'_> {
-    /// Writes how far the chains have come, drops what they hold at or below that, keeps what has to
+    /// Erases what ended, writes how far the chains have come, drops what they hold at or below that, keeps what has to
     /// wait, and says of the rest what it waits for now.
     pub(crate) async fn save(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
+        self.erase_ended(tx).await?;
         self.save_versions(tx).await?;
         self.drop_applied(tx).await?;
         self.hold(tx).await?;
         self.save_reasons(tx).await
+    }
+
+    /// Of aggregates that have ended, what anybody here holds or has rejected loses its content.
+    async fn erase_ended(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
+        let (keys, versions): (Vec<&Key>, Vec<i64>) =
+            self.chains.iter().filter_map(|(key, chain)| Some((key, chain.ended?))).unzip();
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let (sources, types, ids) = columns(keys.into_iter());
+        sqlx::query("SELECT inbox.erase($1, $2, $3, $4)")
+            .bind(sources)
+            .bind(types)
+            .bind(ids)
+            .bind(versions)
+            .execute(&mut **tx)
+            .await?;
+        Ok(())
     }
 
     async fn save_versions(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
@@ -187,11 +206,12 @@ impl Ledger<'_> {
         // row of its own.
         sqlx::query(
             "INSERT INTO inbox.rejected AS r
-                    (consumer, digest, reason, detail, routing_key, properties, body, times)
+                    (consumer, digest, reason, detail, routing_key, properties, body, about, times)
              SELECT DISTINCT ON (digest) $1, digest, k.reason, k.detail, k.routing_key, k.properties::json,
-                    k.body, count(*) OVER (PARTITION BY digest)
-             FROM unnest($2::bytea[], $3::text[], $4::text[], $5::text[], $6::text[], $7::bytea[])
-                  WITH ORDINALITY AS k (identity, reason, detail, routing_key, properties, body, n),
+                    k.body, ARRAY(SELECT json_array_elements_text(k.about::json)),
+                    count(*) OVER (PARTITION BY digest)
+             FROM unnest($2::bytea[], $3::text[], $4::text[], $5::text[], $6::text[], $7::bytea[], $8::text[])
+                  WITH ORDINALITY AS k (identity, reason, detail, routing_key, properties, body, about, n),
                   LATERAL (SELECT sha256(k.identity || k.body) AS digest) AS d
              ORDER BY digest, k.n
              ON CONFLICT (consumer, digest) DO UPDATE SET times = r.times + excluded.times, last_at = now()",
@@ -203,6 +223,7 @@ impl Ledger<'_> {
         .bind(rejected.iter().map(|r| r.envelope.routing_key.replace('\0', "\u{fffd}")).collect::<Vec<_>>())
         .bind(rejected.iter().map(|r| r.envelope.properties_json().to_string()).collect::<Vec<_>>())
         .bind(rejected.iter().map(|r| r.envelope.body.as_slice()).collect::<Vec<_>>())
+        .bind(rejected.iter().map(|r| json!(about::names(r.envelope)).to_string()).collect::<Vec<_>>())
         .execute(&mut **tx)
         .await?;
         Ok(())

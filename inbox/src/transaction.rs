@@ -160,7 +160,9 @@ impl<H: Handler> Sequencer<H> {
             (_, _) => return Err(Stop::Failed("more than one event to take alone".to_owned())),
         }
         // What was refused was taken back.
-        failpoint::hit("apply", if plan.due.is_empty() { &[] } else { &events });
+        let applied = if plan.due.is_empty() { &[] } else { events.as_slice() };
+        failpoint::hit("apply", applied);
+        applied.iter().try_for_each(|event| plan.ledger.applied(event))?;
         plan.ledger.save(&mut tx).await?;
         plan.ledger.reject(&mut tx, &plan.rejected).await?;
         plan.outcome.applied = plan.due.len() as u64;

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 
 use crate::reader::{Event, Row};
 
@@ -81,6 +81,10 @@ pub struct Aside {
 const NEXT: &str = "now() + least(power(2, attempts - 1), 60) * (1 + random() / 4) * interval '1 second'";
 
 /// Copies the events into `outbox.parked`, if `epoch` is still the relay's; false when it is not.
+///
+/// While it does, nobody erases: an erasure that has begun is waited for, and its erased form copied; one
+/// that comes later finds the copies. The lock comes in a statement of its own, so that the copying one sees
+/// what was committed until then.
 pub async fn park(
     conn: &mut PgConnection,
     relay: &str,
@@ -106,14 +110,18 @@ pub async fn park(
             ORDER BY e.position \
             ON CONFLICT (relay, position) DO NOTHING) \
         SELECT EXISTS (SELECT FROM fence)";
-    sqlx::query_scalar(sql)
+    let mut tx = conn.begin().await?;
+    sqlx::query("SELECT pg_advisory_xact_lock(1869968482, 3)").execute(&mut *tx).await?;
+    let mine = sqlx::query_scalar(sql)
         .bind(relay)
         .bind(epoch)
         .bind(positions)
         .bind(reasons)
         .bind(details)
-        .fetch_one(conn)
-        .await
+        .fetch_one(&mut *tx)
+        .await?;
+    tx.commit().await?;
+    Ok(mine)
 }
 
 /// Takes events out: they are published, or dropped by a rule.

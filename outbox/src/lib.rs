@@ -5,9 +5,11 @@
 //! `INSERT INTO outbox.event`: this crate is a convenience, the schema is the contract.
 
 mod append;
+mod erase;
 mod schema;
 mod wake;
 
 pub use append::{AppendError, MAX_HEADERS, MAX_PAYLOAD, NewEvent, append};
+pub use erase::{Ended, erase};
 pub use schema::{SCHEMA, Source, SourceError, install, migrator, source};
 pub use wake::{CHANNEL, Waker};

@@ -6,6 +6,7 @@ mod alarms;
 mod attempt;
 mod breaker;
 mod consumer;
+mod erasure;
 mod examples;
 mod property;
 mod redrive;

@@ -1,6 +1,7 @@
 //! Events that are set aside, and come back.
 
 use lapin::types::FieldTable;
+use outbox_relay::parked::{Parking, Reason, park};
 use serde_json::Value;
 use sqlx::Executor;
 
@@ -209,4 +210,34 @@ async fn a_paused_relay_publishes_nothing() {
     stack.admin.execute("UPDATE outbox.relay SET paused_at = NULL, paused_by = NULL").await.unwrap();
     subscriber.complete(10).await;
     relay.is_ready().await;
+}
+
+#[tokio::test]
+async fn what_is_being_erased_is_set_aside_without_its_content() {
+    let stack = Stack::new("relay_park_erased").await;
+    stack.append(0..1, 100, &["person.new"]).await;
+    stack.admin.execute("INSERT INTO outbox.relay (name) VALUES ('default')").await.unwrap();
+    let mut erasing = stack.admin.begin().await.unwrap();
+    let erase =
+        "SELECT outbox.erase(array_agg(aggregate_type), array_agg(aggregate_id), array_agg(version + 1))
+                 FROM outbox.event";
+    erasing.execute(erase).await.unwrap();
+
+    let mut relay = stack.admin.acquire().await.unwrap();
+    let parking = tokio::spawn(async move {
+        let detail = "no queue takes it".to_owned();
+        park(&mut relay, "default", 0, &[Parking { position: 1, reason: Reason::Unroutable, detail }]).await
+    });
+    let waits = "SELECT EXISTS (SELECT FROM pg_locks JOIN pg_database d ON d.oid = database
+                                WHERE d.datname = current_database() AND locktype = 'advisory' AND objid = 3
+                                  AND NOT granted)";
+    eventually("it waits for the erasure", async || {
+        let waits = sqlx::query_scalar::<_, bool>(waits).fetch_one(&stack.admin).await.unwrap();
+        (waits || parking.is_finished()).then_some(())
+    })
+    .await;
+    erasing.commit().await.unwrap();
+    assert!(parking.await.unwrap().unwrap(), "the epoch is its own");
+    let erased = "SELECT payload ->> 'erased' FROM outbox.parked";
+    assert_eq!(sqlx::query_scalar::<_, String>(erased).fetch_one(&stack.admin).await.unwrap(), "true");
 }

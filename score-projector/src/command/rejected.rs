@@ -111,9 +111,10 @@ fn one(message: &Rejected) -> String {
         time(message.first_at),
         time(message.last_at),
     );
-    let _ = match &message.body {
-        Some(body) => writeln!(text, "{body}"),
-        None => writeln!(text, "  its body has {}; --body shows it", many(message.bytes, "byte")),
+    let _ = match (&message.body, message.erased_at) {
+        (_, Some(at)) => writeln!(text, "  erased at {}: what it told of has ended", time(at)),
+        (Some(body), _) => writeln!(text, "{body}"),
+        (None, _) => writeln!(text, "  its body has {}; --body shows it", many(message.bytes, "byte")),
     };
     text
 }

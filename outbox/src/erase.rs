@@ -1,0 +1,30 @@
+use sqlx::{Postgres, Transaction};
+
+/// An aggregate that ends, and whose content is to go.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// What kind of thing it is.
+    pub aggregate_type: &'static str,
+    /// Which one.
+    pub aggregate_id: String,
+    /// The version of its end: the content of all events below goes.
+    pub version: i64,
+}
+
+/// Erases what the outbox holds of aggregates that end in this transaction, published or not: bodies become
+/// `{"id", "erased": true}`, headers say `erased`, and positions, versions and types stay. Returns how many
+/// events it were. Takes the same time however many partitions' worth of others there are.
+///
+/// The aggregates' rows must be locked before, by an earlier statement: nobody appends to them any more then.
+pub async fn erase(tx: &mut Transaction<'_, Postgres>, ended: &[Ended]) -> sqlx::Result<u64> {
+    if ended.is_empty() {
+        return Ok(0);
+    }
+    let erased: i64 = sqlx::query_scalar("SELECT outbox.erase($1, $2, $3)")
+        .bind(ended.iter().map(|e| e.aggregate_type).collect::<Vec<_>>())
+        .bind(ended.iter().map(|e| e.aggregate_id.as_str()).collect::<Vec<_>>())
+        .bind(ended.iter().map(|e| e.version).collect::<Vec<_>>())
+        .fetch_one(&mut **tx)
+        .await?;
+    Ok(erased.unsigned_abs())
+}
