@@ -88,3 +88,32 @@ pub async fn database(name: &str) -> String {
 pub async fn virtual_host(name: &str) -> String {
     Place::around().virtual_host(name).await
 }
+
+/// The tables of a database in which `text` stands in some row: as text, or in bytes. For tests of erasure.
+pub async fn tables_with(url: &str, text: &str) -> Vec<String> {
+    let mut conn = PgConnection::connect(url).await.expect("the database answers");
+    let tables: Vec<String> = sqlx::query_scalar(
+        "SELECT c.oid::regclass::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.relkind = 'r' AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema' ORDER BY 1",
+    )
+    .fetch_all(&mut conn)
+    .await
+    .expect("a superuser reads the catalog");
+    let mut found = Vec::new();
+    for table in tables {
+        let sql = format!(
+            "SELECT EXISTS (SELECT FROM {table} AS t
+                            WHERE strpos(t::text, $1) > 0
+                               OR strpos(t::text, encode(convert_to($1, 'UTF8'), 'hex')) > 0)"
+        );
+        let stands: bool = sqlx::query_scalar(AssertSqlSafe(sql))
+            .bind(text)
+            .fetch_one(&mut conn)
+            .await
+            .expect("a superuser reads every table");
+        if stands {
+            found.push(table);
+        }
+    }
+    found
+}

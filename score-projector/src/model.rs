@@ -1,12 +1,13 @@
 //! Which read model is in use: the rows of `score.model`.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use chrono::{DateTime, Utc};
 use inbox::Failure;
 use outbox::Waker;
 use sqlx::{PgConnection, Postgres, Transaction, postgres::PgConnectOptions};
 use tokio::sync::Notify;
+use uuid::Uuid;
 
 /// What a read model is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +59,21 @@ pub async fn stored(conn: &mut PgConnection, role: &str) -> sqlx::Result<Option<
 /// The live model. There is always one.
 pub async fn live(conn: &mut PgConnection) -> sqlx::Result<Stored> {
     stored(conn, Role::Live.as_str()).await?.ok_or(sqlx::Error::RowNotFound)
+}
+
+/// Removes persons from the model that was live before the last exchange, which hears of nothing any more.
+pub(crate) async fn erase_old(
+    tx: &mut Transaction<'_, Postgres>,
+    persons: &BTreeSet<Uuid>,
+) -> sqlx::Result<()> {
+    if persons.is_empty() {
+        return Ok(());
+    }
+    sqlx::query("SELECT score.erase_old($1)")
+        .bind(persons.iter().copied().collect::<Vec<_>>())
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
 }
 
 /// A read model to write to, under its consumer's name in the inbox.

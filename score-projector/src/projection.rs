@@ -17,7 +17,7 @@ use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    model::{Model, Role},
+    model::{self, Model, Role},
     projection::{needs::Needs, slice::Slice},
     publish, store,
 };
@@ -36,6 +36,9 @@ use crate::{
 ///
 /// The last is not used for single entries because `<aggregate type>.deleted` lets a subscriber jump
 /// over what it misses: only an end may do that.
+///
+/// The end of a person erases: what was published of their score, and what is kept of it in the model of
+/// before. (What the inbox holds or has rejected of them, the inbox erases.)
 ///
 /// A shadow is built without a word: nothing of it is published, and nobody is woken.
 #[derive(Debug)]
@@ -112,6 +115,7 @@ impl Handler for Projection {
         store::save(tx, &slice).await?;
         if publishes {
             publish::append(tx, slice.take_events()).await.map_err(refusal)?;
+            model::erase_old(tx, &needs.ended).await?;
         }
         Ok(())
     }

@@ -1,8 +1,9 @@
-//! What the score service publishes: its events take their versions and go into the outbox.
+//! What the score service publishes: its events take their versions and go into the outbox. With the end of
+//! a score, the content of its events goes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use outbox::{AppendError, NewEvent};
+use outbox::{AppendError, Ended, NewEvent};
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
@@ -24,7 +25,8 @@ pub(crate) async fn published(tx: Tx<'_, '_>, persons: &BTreeSet<Uuid>) -> sqlx:
 }
 
 /// Appends events in their order. Raising a chain locks its row, so the versions that it hands out are
-/// this transaction's alone, and positions come after them.
+/// this transaction's alone, and positions come after them. Where a score ends, what was published of it
+/// before is erased, under the same lock and in a statement after it.
 pub(crate) async fn append(tx: Tx<'_, '_>, events: Vec<ScoreEvent>) -> Result<(), AppendError> {
     if events.is_empty() {
         return Ok(());
@@ -65,5 +67,13 @@ pub(crate) async fn append(tx: Tx<'_, '_>, events: Vec<ScoreEvent>) -> Result<()
             }
         })
         .collect();
-    outbox::append(tx, &events).await
+    outbox::append(tx, &events).await?;
+    let ended: Vec<Ended> = events.into_iter().filter_map(ended).collect();
+    outbox::erase(tx, &ended).await?;
+    Ok(())
+}
+
+fn ended(event: NewEvent) -> Option<Ended> {
+    let NewEvent { aggregate_type, aggregate_id, version, .. } = event;
+    (event.type_ == events::SCORE_DELETED).then_some(Ended { aggregate_type, aggregate_id, version })
 }

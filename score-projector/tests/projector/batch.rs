@@ -103,9 +103,36 @@ async fn apply(stack: &Stack, events: &[Event]) {
     tx.commit().await.unwrap();
 }
 
+/// Keeps what is appended to the outbox as it was before a deletion erases it.
+async fn keep_appended(stack: &Stack) {
+    sqlx::raw_sql(
+        "CREATE TABLE public.appended (row text);
+         CREATE FUNCTION public.keep() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN
+             INSERT INTO public.appended
+             SELECT concat_ws(' ', NEW.type, NEW.aggregate_id, NEW.version, NEW.payload, NEW.headers);
+             RETURN NULL;
+         END $$;
+         GRANT INSERT ON public.appended TO PUBLIC;
+         CREATE TRIGGER keep AFTER INSERT ON outbox.event FOR EACH ROW EXECUTE FUNCTION public.keep()",
+    )
+    .execute(&stack.pool)
+    .await
+    .unwrap();
+}
+
+async fn appended(stack: &Stack) -> String {
+    let sql = "SELECT string_agg(row, E'\n  ' ORDER BY ctid) FROM public.appended";
+    let rows: String = sqlx::query_scalar(sql).fetch_one(&stack.pool).await.unwrap();
+    format!("appended\n  {rows}\n")
+}
+
 #[tokio::test]
 async fn a_batch_is_its_events_one_by_one() {
     let (together, single) = (Stack::new("together").await, Stack::new("single").await);
+    for stack in [&together, &single] {
+        keep_appended(stack).await;
+    }
     let batches = everything(1, 4);
     for batch in &batches {
         apply(&together, batch).await;
@@ -113,8 +140,8 @@ async fn a_batch_is_its_events_one_by_one() {
             apply(&single, std::slice::from_ref(event)).await;
         }
     }
-    let state = together.state().await;
-    assert_eq!(state, single.state().await);
+    let state = together.state().await + &appended(&together).await;
+    assert_eq!(state, single.state().await + &appended(&single).await);
     insta::assert_snapshot!(state);
 }
 
@@ -130,6 +157,7 @@ async fn a_batch_takes_the_same_few_statements_however_large_it_is() {
         apply(&stack, &batch).await;
         counts.push((batch.len(), SENT.get() - sent));
     }
-    // The fence, three reads, five writes, the chain and the outbox; beginning and committing are none.
-    assert_eq!(counts, [(14, 11), (406, 11)]);
+    // The fence, three reads, five writes, the chain and the outbox, and what ended erased in the outbox and in
+    // the model of before; beginning and committing are none.
+    assert_eq!(counts, [(14, 13), (406, 13)]);
 }

@@ -90,6 +90,41 @@ async fn every_event_of_a_person() {
 }
 
 #[tokio::test]
+async fn a_person_who_is_deleted_leaves_no_trace() {
+    let stack = Stack::new("erasure").await;
+    let _program = stack.start().await;
+    let (p, cpf) = (id(1), 98_765_432_100);
+    let traces = async || devstack::testing::tables_with(&stack.admin, &cpf.to_string()).await;
+    stack.publish("person.new", p, 1, &person(p, cpf)).await;
+    stack.publish("income.new", p, 2, &item(id(2), p, cpf, "1000")).await;
+    stack.publish("income.changed", p, 3, &item(id(2), p, cpf, "2000")).await;
+    stack.until_version(p, 3).await;
+    // As after a rebuild that was swapped: a live model and the one of before.
+    sqlx::raw_sql(
+        "SELECT score.create_shadow();
+         INSERT INTO score_shadow.person TABLE score.person;
+         INSERT INTO score_shadow.entry TABLE score.entry;
+         SELECT score.exchange_tables()",
+    )
+    .execute(&stack.pool)
+    .await
+    .unwrap();
+    stack.publish("income.new", p, 5, &item(id(3), p, cpf, "1000")).await;
+    stack.publish_to_queue("score", &item(id(4), p, cpf, "1000").to_string()).await;
+    until("one is held and one rejected", async || {
+        let traces = traces().await;
+        ["inbox.held", "inbox.rejected"].iter().all(|table| traces.iter().any(|t| t == table))
+    })
+    .await;
+    insta::assert_compact_debug_snapshot!(traces().await, @r#"["inbox.held", "inbox.rejected", "outbox.event_1", "score.person", "score_old.person"]"#);
+
+    stack.publish("person.deleted", p, 6, &json!({"id": p})).await;
+    until("the person is gone", async || !stack.state().await.contains("total")).await;
+    assert_eq!(traces().await, [""; 0]);
+    insta::assert_snapshot!("erased", stack.state().await);
+}
+
+#[tokio::test]
 async fn what_is_wrong_is_held_with_its_reason() {
     let stack = Stack::new("wrong").await;
     let _program = stack.start().await;
