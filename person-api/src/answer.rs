@@ -1,22 +1,56 @@
-//! What a client gets.
+//! What a client gets when all is well.
 
-use std::time::Duration;
-
-use events::Cpf;
 use poem::{
     Response,
     http::{StatusCode, header},
 };
-use service::problem::Problem;
+use poem_openapi::registry::MetaSchema;
+use service::documentation::{
+    Answer, Answers,
+    schema::{Described, formatted, integer, object, one_of},
+};
 use uuid::Uuid;
 
-use crate::store::{Found, StoreError, Written};
+use crate::{
+    describe::{PersonBody, VERSION},
+    store::{Found, Written},
+};
 
-/// When another try makes sense, while the database is away.
-const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// What every answer's `ETag` says.
+const ETAG: (&str, &str) = (
+    "ETag",
+    "Names this state: the person's id, a dot, and the version. A reader of the score may wait for it \
+     (`GET /{cpf}/score?after=<ETag>&wait=2s`).",
+);
 
-/// 201: stored. The `ETag` is the token that a reader of the score may wait for.
-pub(crate) fn created(written: &Written, location: String) -> Response {
+/// 201: stored.
+#[derive(Debug)]
+pub(crate) enum Created {}
+
+impl Answers for Created {
+    type Body = WrittenBody;
+    const STATUS: u16 = 201;
+    const DESCRIPTION: &'static str = "Stored, and its event with it.";
+    const HEADERS: &'static [(&'static str, &'static str)] = &[("Location", "Where it is."), ETAG];
+}
+
+/// What a write says of itself.
+pub(crate) struct WrittenBody;
+
+impl Described for WrittenBody {
+    const NAME: &'static str = "Written";
+
+    fn schema() -> MetaSchema {
+        object([
+            ("message", true, one_of(&["created"], "What was done.")),
+            ("id", true, formatted("uuid", "The record's id.")),
+            ("version", true, integer(1.0, VERSION)),
+        ])
+    }
+}
+
+/// 201.
+pub(crate) fn created(written: &Written, location: String) -> Answer<Created> {
     let Written { id, version, .. } = written;
     Response::builder()
         .status(StatusCode::CREATED)
@@ -24,66 +58,30 @@ pub(crate) fn created(written: &Written, location: String) -> Response {
         .header(header::LOCATION, location)
         .header(header::ETAG, token(written.person_id, *version))
         .body(format!("{{\"message\":\"created\",\"id\":\"{id}\",\"version\":{version}}}\n"))
+        .into()
 }
 
 /// 200: a person with their items.
-pub(crate) fn person(found: Found) -> Response {
+#[derive(Debug)]
+pub(crate) enum Person {}
+
+impl Answers for Person {
+    type Body = PersonBody;
+    const STATUS: u16 = 200;
+    const DESCRIPTION: &'static str = "The person with their items, as one state.";
+    const HEADERS: &'static [(&'static str, &'static str)] = &[ETAG];
+}
+
+/// 200.
+pub(crate) fn person(found: Found) -> Answer<Person> {
     Response::builder()
         .content_type("application/json")
         .header(header::ETAG, token(found.id, found.version))
         .body(found.body + "\n")
+        .into()
 }
 
 /// Names a state of a person: which life of the cpf, and which version.
 fn token(person: Uuid, version: i64) -> String {
     format!("\"{person}.{version}\"")
-}
-
-/// Where a person is.
-pub(crate) fn location(cpf: Cpf) -> String {
-    format!("/person/{}", cpf.get())
-}
-
-/// 404: nobody has this cpf.
-pub(crate) fn unknown_person() -> Problem {
-    Problem::new(
-        StatusCode::NOT_FOUND,
-        "unknown-person",
-        "Unknown person",
-        "There is no person with this cpf. Create it first with POST /person.",
-    )
-}
-
-/// 409: somebody has this cpf already.
-pub(crate) fn cpf_exists() -> Problem {
-    Problem::new(
-        StatusCode::CONFLICT,
-        "cpf-exists",
-        "The cpf exists",
-        "There is a person with this cpf already. Nothing was stored.",
-    )
-}
-
-/// The database's failures. Logged here, once; the client learns only what it can act on.
-impl From<StoreError> for Problem {
-    fn from(error: StoreError) -> Self {
-        match error {
-            StoreError::Unavailable(_) => {
-                tracing::warn!(%error, "a request was not served");
-                Self::unavailable(RETRY_AFTER)
-            }
-            StoreError::Unknown(_) => {
-                tracing::warn!(%error, "a request was not served");
-                let detail = "The database stopped answering during the request. Look whether a write was \
-                              stored before you send it again.";
-                let problem =
-                    Self::new(StatusCode::SERVICE_UNAVAILABLE, "outcome-unknown", "Outcome unknown", detail);
-                Self { retry_after: Some(RETRY_AFTER), ..problem }
-            }
-            StoreError::Failed(_) => {
-                tracing::error!(%error, "a request failed");
-                Self::internal()
-            }
-        }
-    }
 }

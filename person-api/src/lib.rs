@@ -1,12 +1,16 @@
 //! The person service: takes persons, their incomes, assets and debts over HTTP, and writes rows and
 //! outbox events in one transaction. Others learn of a change by its event.
 //!
-//! A request goes through [`api`] (routes), [`request`] (what a client may send), [`store`] (all of the
-//! SQL) and [`answer`] (what a client gets). [`republish`] tells everybody's whole state once more.
+//! A request goes through [`api`] (the operations), [`request`] (what a client may send), [`store`] (all of
+//! the SQL) and [`answer`] or [`problems`] (what a client gets). [`describe`] says the same to the
+//! documentation. [`republish`] tells everybody's whole state once more.
 
 mod answer;
 pub mod api;
 pub mod config;
+mod describe;
+mod kind;
+mod problems;
 mod readiness;
 pub mod republish;
 pub mod request;

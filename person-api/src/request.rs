@@ -1,15 +1,18 @@
 //! What a client may send. Parsing is strict: a field that is missing, unknown, given twice, of the
 //! wrong type or against its rule is named, all of them at once, and then nothing is stored.
 
+mod body;
 mod fields;
+mod place;
 mod rules;
 
 use chrono::{DateTime, Utc};
 use events::{Cpf, Kind};
 use rust_decimal::Decimal;
-use service::problem::{FieldError, Problem};
+use service::{documentation::Sent, problem::Problem};
 
-use fields::Fields;
+use self::fields::Fields;
+pub(crate) use self::{body::Body, place::PathCpf};
 
 /// A person as a client sends it.
 #[derive(Clone, Debug)]
@@ -49,9 +52,9 @@ pub struct NewItem {
 
 impl NewItem {
     /// Parses path and body of `POST /person/{cpf}/<kind>`.
-    pub fn parse(kind: Kind, cpf: Result<Cpf, FieldError>, body: &[u8]) -> Result<(Cpf, Self), Problem> {
+    pub(crate) fn parse(kind: Kind, cpf: Sent<PathCpf>, body: &[u8]) -> Result<(PathCpf, Self), Problem> {
         let mut fields = Fields::read(body)?;
-        let cpf = cpf.map_err(|error| fields.reject(error)).ok();
+        let cpf = fields.parameter(cpf);
         let type_ = match kind {
             Kind::Income | Kind::Asset => fields.required("type", |raw| rules::text(raw, 100)),
             Kind::Debt => None,

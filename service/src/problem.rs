@@ -1,5 +1,7 @@
 //! Problem responses (RFC 9457): what happened, to what, and what to do next. Nothing of the inside.
 
+mod kind;
+
 use std::{borrow::Cow, time::Duration};
 
 use poem::{
@@ -9,10 +11,12 @@ use poem::{
 };
 use serde::Serialize;
 
+pub use self::kind::{ANYWHERE, INTERNAL, INVALID_FIELDS, Kind, UNAVAILABLE};
+
 /// A rule that a field of the request breaks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FieldError {
-    /// Where: a JSON pointer into the body as a fragment (`#/value`), or `path: cpf`.
+    /// Where: a JSON pointer into the body as a fragment (`#/value`), or `path: cpf`, `query: limit`, and so on.
     pub pointer: Cow<'static, str>,
     /// The rule. Never the value.
     pub detail: Cow<'static, str>,
@@ -65,34 +69,17 @@ impl Problem {
 
     /// 422 with everything that is wrong.
     pub fn invalid(errors: Vec<FieldError>) -> Self {
-        let problem = Self::new(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            "invalid-fields",
-            "Invalid fields",
-            "Nothing was stored. Correct the fields in `errors` and send the request again.",
-        );
-        Self { errors, ..problem }
+        Self { errors, ..INVALID_FIELDS.problem() }
     }
 
     /// 503: the database does not answer; nothing is known to be lost.
     pub fn unavailable(retry_after: Duration) -> Self {
-        let problem = Self::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "unavailable",
-            "Service unavailable",
-            "The service cannot reach its database right now. Try again later.",
-        );
-        Self { retry_after: Some(retry_after), ..problem }
+        Self { retry_after: Some(retry_after), ..UNAVAILABLE.problem() }
     }
 
     /// 500: a defect of ours. The cause goes to the log, never to the client.
     pub fn internal() -> Self {
-        Self::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "internal",
-            "Internal error",
-            "The request could not be completed because of a defect in the service.",
-        )
+        INTERNAL.problem()
     }
 
     /// A framework error (404 for a path, 405, 413, 415, …) as a problem of the same status.

@@ -2,13 +2,17 @@
 
 use std::{borrow::Cow, fmt::Write};
 
-use poem::http::StatusCode;
 use serde::{
     Deserialize, Deserializer,
     de::{MapAccess, Visitor},
 };
 use serde_json::value::RawValue;
-use service::problem::{FieldError, Problem};
+use service::{
+    documentation::Sent,
+    problem::{FieldError, Problem},
+};
+
+use crate::problems::MALFORMED_JSON;
 
 /// So many errors are listed at most: a body of nothing but wrong fields must not make a huge answer.
 const ERRORS_MAX: usize = 50;
@@ -70,8 +74,13 @@ impl<'a> Fields<'a> {
         self.rest.extract_if(.., |(other, _)| other == name).map(|(_, raw)| raw).collect()
     }
 
+    /// A parameter beside the body. `None` stands for one that is absent, or for an error that is kept.
+    pub(super) fn parameter<P>(&mut self, sent: Sent<P>) -> Option<P> {
+        sent.read(&mut self.errors)
+    }
+
     /// Adds an error.
-    pub(super) fn reject(&mut self, error: FieldError) {
+    fn reject(&mut self, error: FieldError) {
         self.errors.push(error);
     }
 
@@ -116,8 +125,7 @@ fn not_json(error: &serde_json::Error) -> Problem {
 }
 
 fn malformed(what: impl std::fmt::Display) -> Problem {
-    let detail = format!("The request's body could not be read. {what}");
-    Problem::new(StatusCode::BAD_REQUEST, "malformed-json", "Malformed JSON", detail)
+    MALFORMED_JSON.saying(format!("{} {what}", MALFORMED_JSON.detail))
 }
 
 /// An object's members in their order, with duplicates, which a map would swallow.

@@ -6,6 +6,7 @@
 mod answers;
 mod bad_input;
 mod concurrency;
+mod documentation;
 mod events;
 mod outage;
 mod program;

@@ -1,5 +1,6 @@
 //! A database, the app on it, and what a test says to it and reads from it.
 
+mod document;
 mod http;
 mod process;
 mod proxy;
@@ -12,8 +13,9 @@ use person_api::{api::Api, schema, store::Store};
 use poem::{Endpoint, EndpointExt, Request, Response};
 use service::{config::database, health::Health};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgConnectOptions};
-use tokio::time::Instant;
+use tokio::{sync::OnceCell, time::Instant};
 
+use document::Document;
 pub(crate) use http::{exchange, post, raw_request};
 pub(crate) use process::{Program, answer, command, finished, post_request};
 pub(crate) use proxy::Proxy;
@@ -123,15 +125,33 @@ pub(crate) async fn empty_database() -> (String, PgConnection) {
 }
 
 /// The whole app without a socket.
-pub(crate) struct App(poem::endpoint::BoxEndpoint<'static, Response>);
+pub(crate) struct App {
+    endpoint: poem::endpoint::BoxEndpoint<'static, Response>,
+    document: OnceCell<Document>,
+}
 
 impl App {
     pub(crate) fn new(api: &Api) -> Self {
-        Self(service::telemetry::observed(Health::new().add_to(api.routes(), None)).boxed())
+        let endpoint = service::telemetry::observed(Health::new().add_to(api.routes(), None)).boxed();
+        Self { endpoint, document: OnceCell::new() }
     }
 
+    /// Sends a request, and holds the answer against the documentation.
     pub(crate) async fn call(&self, request: Request) -> Response {
-        self.0.call(request).await.unwrap()
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        let mut response = self.endpoint.call(request).await.unwrap();
+        let body = response.take_body().into_vec().await.unwrap();
+        let document = self
+            .document
+            .get_or_init(async || {
+                let request = Request::builder().uri("/openapi.json".parse().unwrap()).finish();
+                let document = self.endpoint.call(request).await.unwrap();
+                Document::new(&document.into_body().into_vec().await.unwrap())
+            })
+            .await;
+        document.check(&method, &path, &response, &body);
+        response.set_body(body);
+        response
     }
 
     /// Posts JSON, expects 201.

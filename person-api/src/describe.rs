@@ -1,0 +1,166 @@
+//! How bodies and their fields are described. The rules themselves are in [`request`](crate::request); the
+//! examples are the files of `payloads/`.
+
+use std::marker::PhantomData;
+
+use poem_openapi::registry::MetaSchema;
+use service::documentation::schema::{
+    self, Described, Field, about, closed_object, formatted, integer, list, object, one_of, text,
+};
+
+use crate::{kind::ItemKind, store::ITEMS_MAX};
+
+/// What a version is.
+pub(crate) const VERSION: &str =
+    "The person's version: it counts the person's changes, items included, without holes.";
+
+/// A cpf in an answer.
+fn cpf() -> MetaSchema {
+    MetaSchema { maximum: Some(99_999_999_999.0), ..integer(1.0, "Taxpayer's number.") }
+}
+
+/// A cpf in a path, or in a body.
+pub(crate) fn sent_cpf() -> MetaSchema {
+    let digits = MetaSchema { pattern: Some("^[0-9]{1,11}$".to_owned()), ..MetaSchema::new("string") };
+    MetaSchema {
+        any_of: vec![schema::inline(cpf()), schema::inline(digits)],
+        description: Some(
+            "Taxpayer's number: a positive integer of at most 11 digits, as a number or as a text of digits.",
+        ),
+        ..MetaSchema::ANY
+    }
+}
+
+/// A line of text. That it may not be blank or have control characters is said in words.
+fn line(max: usize, description: &'static str) -> MetaSchema {
+    MetaSchema { min_length: Some(1), max_length: Some(max), ..text(description) }
+}
+
+fn nullable(schema: MetaSchema) -> MetaSchema {
+    MetaSchema { nullable: true, ..schema }
+}
+
+fn value() -> MetaSchema {
+    MetaSchema {
+        minimum: Some(0.0),
+        maximum: Some(1e15),
+        exclusive_maximum: Some(true),
+        ..about(
+            "An exact decimal: at most 15 digits before the point and 4 after it, not negative.",
+            MetaSchema::new("number"),
+        )
+    }
+}
+
+fn name() -> MetaSchema {
+    line(200, "Full name: not blank, at most 200 characters, no control characters.")
+}
+
+fn address() -> MetaSchema {
+    nullable(line(
+        500,
+        "Postal address, null when unknown: not blank, at most 500 characters, no control characters.",
+    ))
+}
+
+fn type_() -> MetaSchema {
+    line(100, "What sort: not blank, at most 100 characters, no control characters.")
+}
+
+/// A date or an instant: OpenAPI's formats know each, and not both.
+fn sent_date_of_birth() -> MetaSchema {
+    text("A date (`2019-06-15`, its midnight UTC) or a date-time (`2019-06-15T19:23:55-03:00`) of RFC 3339.")
+}
+
+fn created_at() -> MetaSchema {
+    formatted("date-time", "When it was stored.")
+}
+
+fn example(schema: MetaSchema, payload: &str) -> MetaSchema {
+    MetaSchema { example: serde_json::from_str(payload).ok(), ..schema }
+}
+
+/// The body of `POST /person`.
+pub(crate) struct NewPersonBody;
+
+impl Described for NewPersonBody {
+    const NAME: &'static str = "NewPerson";
+
+    fn schema() -> MetaSchema {
+        let schema = closed_object([
+            ("cpf", true, sent_cpf()),
+            ("name", true, name()),
+            ("address", false, address()),
+            ("date_of_birth", true, sent_date_of_birth()),
+        ]);
+        example(schema, include_str!("../../payloads/new_person.json"))
+    }
+}
+
+/// The body of a new item.
+pub(crate) struct NewItemBody<K>(PhantomData<K>);
+
+impl<K: ItemKind> Described for NewItemBody<K> {
+    const NAME: &'static str = K::NEW_NAME;
+
+    fn schema() -> MetaSchema {
+        let type_ = K::HAS_TYPE.then(|| ("type", true, type_()));
+        example(closed_object(type_.into_iter().chain([("value", true, value())])), K::EXAMPLE)
+    }
+}
+
+/// An item in an answer.
+pub(crate) struct ItemBody<K>(PhantomData<K>);
+
+impl<K: ItemKind> Described for ItemBody<K> {
+    const NAME: &'static str = K::NAME;
+
+    fn schema() -> MetaSchema {
+        let type_ = K::HAS_TYPE.then(|| ("type", true, type_()));
+        let fields = [("id", true, formatted("uuid", "The item's id."))]
+            .into_iter()
+            .chain(type_)
+            .chain([("value", true, value()), ("created_at", true, created_at())]);
+        object(fields)
+    }
+}
+
+/// A person in an answer.
+pub(crate) struct PersonBody;
+
+impl Described for PersonBody {
+    const NAME: &'static str = "Person";
+
+    fn schema() -> MetaSchema {
+        use crate::kind::{Asset, Debt, Income};
+        fn items<K: ItemKind>(name: &'static str) -> Field {
+            const FIRST: &str = "The first of them, in the order in which they came.";
+            let items = list(schema::inline(ItemBody::<K>::schema()));
+            (name, true, MetaSchema { max_items: usize::try_from(ITEMS_MAX).ok(), ..about(FIRST, items) })
+        }
+        let truncated = about(
+            "Lists that are longer than what is shown here.",
+            list(schema::inline(one_of(&["incomes", "assets", "debts"], "A list's name."))),
+        );
+        object([
+            (
+                "id",
+                true,
+                formatted(
+                    "uuid",
+                    "Names this life of the cpf: one that is deleted and created again has another.",
+                ),
+            ),
+            ("cpf", true, cpf()),
+            ("name", true, name()),
+            ("address", true, address()),
+            ("date_of_birth", true, formatted("date-time", "Midnight UTC when only the day was given.")),
+            ("created_at", true, created_at()),
+            ("version", true, integer(1.0, VERSION)),
+            items::<Income>("incomes"),
+            items::<Asset>("assets"),
+            items::<Debt>("debts"),
+            ("truncated", true, truncated),
+        ])
+    }
+}

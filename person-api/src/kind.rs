@@ -1,0 +1,55 @@
+//! The kinds of items. Each is a record type of its own, with paths, tables and events of its own name; what
+//! is done with them is the same, and is written once for all.
+
+use events::Kind;
+
+/// An income, an asset or a debt, as a type.
+pub(crate) trait ItemKind: Send + Sync + 'static {
+    /// As a value.
+    const KIND: Kind;
+    /// Where a person's items are.
+    const PATH: &'static str;
+    /// Its name in the documentation.
+    const NAME: &'static str;
+    /// The name of its body when it is new.
+    const NEW_NAME: &'static str;
+    /// A debt has no type.
+    const HAS_TYPE: bool = true;
+    /// A body when it is new.
+    const EXAMPLE: &'static str;
+}
+
+/// What a person earns.
+#[derive(Clone, Debug)]
+pub(crate) struct Income;
+/// What a person owns.
+#[derive(Clone, Debug)]
+pub(crate) struct Asset;
+/// What a person owes.
+#[derive(Clone, Debug)]
+pub(crate) struct Debt;
+
+impl ItemKind for Income {
+    const KIND: Kind = Kind::Income;
+    const PATH: &'static str = "/person/{cpf}/income";
+    const NAME: &'static str = "Income";
+    const NEW_NAME: &'static str = "NewIncome";
+    const EXAMPLE: &'static str = include_str!("../../payloads/new_income.json");
+}
+
+impl ItemKind for Asset {
+    const KIND: Kind = Kind::Asset;
+    const PATH: &'static str = "/person/{cpf}/asset";
+    const NAME: &'static str = "Asset";
+    const NEW_NAME: &'static str = "NewAsset";
+    const EXAMPLE: &'static str = include_str!("../../payloads/new_asset.json");
+}
+
+impl ItemKind for Debt {
+    const KIND: Kind = Kind::Debt;
+    const PATH: &'static str = "/person/{cpf}/debt";
+    const NAME: &'static str = "Debt";
+    const NEW_NAME: &'static str = "NewDebt";
+    const HAS_TYPE: bool = false;
+    const EXAMPLE: &'static str = include_str!("../../payloads/new_debt.json");
+}

@@ -1,0 +1,62 @@
+//! The body of a request: JSON, of a bounded size, in a bounded time.
+
+use std::{marker::PhantomData, time::Duration};
+
+use poem::{Body as Stream, Request, RequestBody, error::ReadBodyError};
+use poem_openapi::{
+    ApiExtractor, ApiExtractorType, ExtractParamOptions,
+    registry::{MetaMediaType, MetaRequest, Registry},
+};
+use service::{
+    documentation::schema::{self, Described},
+    problem::Problem,
+};
+
+use crate::problems::{INCOMPLETE_BODY, SLOW_BODY, TOO_LARGE, UNSUPPORTED_MEDIA_TYPE};
+
+/// The largest body that is read.
+const MAX: usize = 64 * 1024;
+/// How long a client may take to send it.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A body that says that it is JSON, described by `T` and not parsed yet.
+#[derive(Debug)]
+pub(crate) struct Body<T>(pub(crate) Vec<u8>, PhantomData<fn() -> T>);
+
+impl<'a, T: Described> ApiExtractor<'a> for Body<T> {
+    const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::RequestObject];
+    type ParamType = ();
+    type ParamRawType = ();
+
+    fn register(registry: &mut Registry) {
+        schema::register::<T>(registry);
+    }
+
+    fn request_meta() -> Option<MetaRequest> {
+        let content = vec![MetaMediaType { content_type: "application/json", schema: schema::of::<T>() }];
+        Some(MetaRequest { description: None, content, required: true })
+    }
+
+    async fn from_request(
+        request: &'a Request,
+        body: &mut RequestBody,
+        _: ExtractParamOptions<()>,
+    ) -> poem::Result<Self> {
+        let body = body.take().unwrap_or_else(|_| Stream::empty());
+        Ok(Self(read(request, body).await?, PhantomData))
+    }
+}
+
+/// The limit holds for what is read, whatever the headers say.
+async fn read(request: &Request, body: Stream) -> Result<Vec<u8>, Problem> {
+    let media_type = request.content_type().and_then(|value| value.split(';').next()).unwrap_or_default();
+    if !media_type.trim().eq_ignore_ascii_case("application/json") {
+        return Err(UNSUPPORTED_MEDIA_TYPE.problem());
+    }
+    match tokio::time::timeout(TIMEOUT, body.into_bytes_limit(MAX)).await {
+        Ok(Ok(body)) => Ok(body.into()),
+        Ok(Err(ReadBodyError::PayloadTooLarge)) => Err(TOO_LARGE.problem()),
+        Ok(Err(_)) => Err(INCOMPLETE_BODY.problem()),
+        Err(_) => Err(SLOW_BODY.problem()),
+    }
+}

@@ -1,0 +1,173 @@
+//! What an operation answers, when it is well and when it is not.
+
+use std::{collections::BTreeMap, fmt::Write, marker::PhantomData};
+
+use poem::{Error, IntoResponse, Response};
+use poem_openapi::{
+    ApiResponse,
+    registry::{MetaHeader, MetaMediaType, MetaResponse, MetaResponses, MetaSchema, MetaSchemaRef, Registry},
+};
+use serde_json::json;
+
+use super::schema::{self, Described, inline};
+use crate::problem::{ANYWHERE, Kind, Problem};
+
+/// An answer that is described: its status, headers and body.
+pub trait Answers {
+    /// The body.
+    type Body: Described;
+    /// The status code.
+    const STATUS: u16;
+    /// When it is given.
+    const DESCRIPTION: &'static str;
+    /// Its headers, and what they say.
+    const HEADERS: &'static [(&'static str, &'static str)];
+}
+
+/// An answer as described by `A`.
+#[derive(Debug)]
+pub struct Answer<A>(Response, PhantomData<fn() -> A>);
+
+impl<A> From<Response> for Answer<A> {
+    fn from(response: Response) -> Self {
+        Self(response, PhantomData)
+    }
+}
+
+impl<A> IntoResponse for Answer<A> {
+    fn into_response(self) -> Response {
+        self.0
+    }
+}
+
+impl<A: Answers> ApiResponse for Answer<A> {
+    fn meta() -> MetaResponses {
+        let content =
+            vec![MetaMediaType { content_type: "application/json", schema: schema::of::<A::Body>() }];
+        let headers = A::HEADERS.iter().map(|(name, description)| text_header(name, description)).collect();
+        MetaResponses {
+            responses: vec![MetaResponse {
+                description: A::DESCRIPTION,
+                status: Some(A::STATUS),
+                status_range: None,
+                content,
+                headers,
+            }],
+        }
+    }
+
+    fn register(registry: &mut Registry) {
+        schema::register::<A::Body>(registry);
+    }
+}
+
+/// What can go wrong with an operation, besides what can go wrong with any.
+pub trait Problems {
+    /// The types of problems, in lists that operations share.
+    const KINDS: &'static [&'static [&'static Kind]];
+}
+
+/// A problem of an operation: one of those that `P` names.
+#[derive(Debug)]
+pub struct Failure<P>(Problem, PhantomData<fn() -> P>);
+
+impl<P> From<Problem> for Failure<P> {
+    fn from(problem: Problem) -> Self {
+        Self(problem, PhantomData)
+    }
+}
+
+impl<P> From<&Kind> for Failure<P> {
+    fn from(kind: &Kind) -> Self {
+        kind.problem().into()
+    }
+}
+
+impl<P> From<Failure<P>> for Error {
+    fn from(failure: Failure<P>) -> Self {
+        failure.0.into()
+    }
+}
+
+impl<P: Problems> ApiResponse for Failure<P> {
+    /// One response per status, which names every type that it may be of.
+    fn meta() -> MetaResponses {
+        let mut by_status: BTreeMap<u16, Vec<&Kind>> = BTreeMap::new();
+        for kind in kinds::<P>() {
+            by_status.entry(kind.status.as_u16()).or_default().push(kind);
+        }
+        MetaResponses {
+            responses: by_status.into_iter().map(|(status, kinds)| response(status, &kinds)).collect(),
+        }
+    }
+
+    fn register(registry: &mut Registry) {
+        schema::register::<Problem>(registry);
+        for kind in kinds::<P>() {
+            registry.create_schema::<Kind, _>(name(kind), |_| described(kind));
+        }
+    }
+}
+
+/// What can go wrong, here and anywhere.
+fn kinds<P: Problems>() -> impl Iterator<Item = &'static Kind> {
+    P::KINDS.iter().copied().flatten().chain(ANYWHERE).copied()
+}
+
+/// A problem type's place in the documentation.
+fn name(kind: &Kind) -> String {
+    format!("problem.{}", kind.code)
+}
+
+fn described(kind: &Kind) -> MetaSchema {
+    let (type_, status) = (kind.type_(), kind.status.as_u16());
+    let constant = |of, value| inline(MetaSchema { enum_items: vec![value], ..MetaSchema::new(of) });
+    let this = MetaSchema {
+        properties: vec![
+            ("type", constant("string", type_.clone().into())),
+            ("status", constant("integer", status.into())),
+        ],
+        ..MetaSchema::new("object")
+    };
+    MetaSchema {
+        description: Some(kind.detail),
+        all_of: vec![schema::of::<Problem>(), inline(this)],
+        example: Some(json!({"type": type_, "title": kind.title, "status": status, "detail": kind.detail})),
+        ..MetaSchema::ANY
+    }
+}
+
+fn response(status: u16, kinds: &[&Kind]) -> MetaResponse {
+    let mut description = String::new();
+    for kind in kinds {
+        // Writing to a string cannot fail.
+        let _ = writeln!(description, "- `{}`: {}", kind.type_(), kind.detail);
+    }
+    let mut places: Vec<_> = kinds.iter().map(|kind| MetaSchemaRef::Reference(name(kind))).collect();
+    let schema = match places.len() {
+        1 => places.remove(0),
+        _ => inline(MetaSchema { one_of: places, ..MetaSchema::ANY }),
+    };
+    let again = kinds.iter().any(|kind| kind.retry_after.is_some());
+    MetaResponse {
+        // poem-openapi wants texts that live for ever. These are few, and made once.
+        description: description.leak(),
+        status: Some(status),
+        status_range: None,
+        content: vec![MetaMediaType { content_type: "application/problem+json", schema }],
+        headers: again
+            .then(|| text_header("Retry-After", "After so many seconds another try makes sense."))
+            .into_iter()
+            .collect(),
+    }
+}
+
+fn text_header(name: &str, description: &str) -> MetaHeader {
+    MetaHeader {
+        name: name.to_owned(),
+        description: Some(description.to_owned()),
+        required: false,
+        deprecated: false,
+        schema: inline(MetaSchema::new("string")),
+    }
+}
