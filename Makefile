@@ -1,6 +1,6 @@
 # Everything that a developer calls; `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: up demo env test test-faults help
+.PHONY: up demo env test test-faults bench help
 
 # `run -- COMMAND` puts private servers around a command and leaves nothing of them. The binary and not
 # `cargo run -p devstack`: for one package alone cargo builds the dependencies again, with fewer features.
@@ -29,6 +29,11 @@ test-faults: ## Run the fault suite: servers stopped and programs killed under l
 	@devstack/install tests
 	cargo build --workspace
 	cargo test --workspace --test faults -- --ignored --nocapture
+
+bench: ## Measure the system next to its ceilings, about 25 minutes; BENCH_ARGS="--quick --json FILE"
+	@devstack/install
+	cargo build --release --workspace
+	exec $(or $(CARGO_TARGET_DIR),target)/release/devstack bench $(BENCH_ARGS)
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\): ## \(.*\)/\1\t\2/p' Makefile | expand -t 14

@@ -1,5 +1,6 @@
 //! The commands of `devstack`.
 
+pub mod bench;
 pub mod demo;
 pub mod env;
 pub mod run;

@@ -29,6 +29,9 @@ enum Command {
     Env,
     /// Play the sample requests through the running stack, or through one of its own, and check the score.
     Demo,
+    /// Measure the system next to what PostgreSQL and RabbitMQ do by themselves, on private durable servers,
+    /// and hold both against the goals; exit code 1 when one is missed. A release build is asked for.
+    Bench(command::bench::BenchArgs),
     /// Wait for standard input to end, then clean up after a stack. Started by the other commands.
     #[command(hide = true)]
     Guard {
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Up => wait_for(command::up::run()).map(|()| 0),
         Command::Run { command } => wait_for(command::run::run(&command)),
         Command::Demo => wait_for(command::demo::run()).map(|()| 0),
+        Command::Bench(args) => wait_for(command::bench::run(&args)),
     };
     match outcome {
         Ok(code) => code.into(),

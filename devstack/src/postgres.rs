@@ -30,6 +30,7 @@ pub struct Postgres {
     port: u16,
     password: String,
     durable: bool,
+    settings: &'static [&'static str],
     mark: String,
     log: PathBuf,
     process: Option<Process>,
@@ -57,6 +58,7 @@ impl Postgres {
             port,
             password: folder.secrets().postgres.clone(),
             durable,
+            settings: &[],
             mark: folder.mark().to_owned(),
             log: folder.log(name)?,
             process: None,
@@ -64,14 +66,19 @@ impl Postgres {
         Ok((postgres, home))
     }
 
+    /// Starts it with more settings from now on: `name=value`.
+    #[must_use]
+    pub fn with(mut self, settings: &'static [&'static str]) -> Self {
+        self.settings = settings;
+        self
+    }
+
     /// A physical standby of this one, which runs: a copy that follows it once it is started.
     pub async fn standby(&self, folder: &Folder, port: u16) -> anyhow::Result<Self> {
         let (standby, _) = Self::place(folder, "standby", port, self.durable)?;
-        // The server may be a link from elsewhere. `--write-recovery-conf` stores the connection,
-        // password and all, in the copy.
-        let program = standby.bin.join("postgres").canonicalize()?.with_file_name("pg_basebackup");
+        // `--write-recovery-conf` stores the connection, password and all, in the copy.
         standby
-            .launch(&program)
+            .launch(standby.program("pg_basebackup")?)
             .env("PGPASSWORD", &self.password)
             .env("PGHOST", "127.0.0.1")
             .env("PGPORT", self.port.to_string())
@@ -138,7 +145,8 @@ impl Postgres {
             format!("cluster_name=devstack-{}", self.port),
         ];
         let launch = self.launch("postgres").args([Path::new("-D"), &self.data]);
-        let launch = settings.iter().fold(launch, |launch, setting| launch.args(["-c", setting]));
+        let settings = settings.iter().map(String::as_str).chain(self.settings.iter().copied());
+        let launch = settings.fold(launch, |launch, setting| launch.args(["-c", setting]));
         let process = self.process.insert(launch.spawn().await?);
         let end = tokio::time::Instant::now() + Duration::from_mins(1);
         loop {
@@ -212,6 +220,19 @@ impl Postgres {
     /// A superuser's URL, without a database.
     pub fn url(&self) -> String {
         self.url_of("postgres")
+    }
+
+    /// The port that it listens at.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// A program that comes with it. The server may be a link from elsewhere.
+    pub(crate) fn program(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let postgres = self.bin.join("postgres");
+        let postgres =
+            postgres.canonicalize().with_context(|| format!("{} is not there", postgres.display()))?;
+        Ok(postgres.with_file_name(name))
     }
 
     /// The URL of `role`, without a database.

@@ -13,15 +13,17 @@ pub struct Setup {
     pub usual_ports: bool,
     /// Commits survive a loss of power, which tests need not pay for.
     pub durable: bool,
+    /// Settings of PostgreSQL beyond what a stack needs: `name=value`.
+    pub settings: &'static [&'static str],
     /// Is told of each step.
     pub report: fn(&str),
 }
 
 impl Setup {
     /// For people: data is kept, addresses can be remembered.
-    pub const KEPT: Self = Self { usual_ports: true, durable: true, report: say };
+    pub const KEPT: Self = Self { usual_ports: true, durable: true, settings: &[], report: say };
     /// For a passing use.
-    pub const PASSING: Self = Self { usual_ports: false, durable: false, report: say };
+    pub const PASSING: Self = Self { usual_ports: false, durable: false, settings: &[], report: say };
     /// For tests, whose output is about failures.
     pub const QUIET: Self = Self { report: |_| (), ..Self::PASSING };
 
@@ -49,7 +51,8 @@ impl Servers {
         report(&format!("starting PostgreSQL and RabbitMQ in {}", folder.path().display()));
         let (amqp, management) = (setup.port(5680), setup.port(15680));
         let postgres = async {
-            let mut postgres = Postgres::new(folder, setup.port(5440), setup.durable).await?;
+            let postgres = Postgres::new(folder, setup.port(5440), setup.durable).await?;
+            let mut postgres = postgres.with(setup.settings);
             postgres.start().await?;
             report(&format!("PostgreSQL answers after {:.1} s", begin.elapsed().as_secs_f32()));
             anyhow::Ok(postgres)

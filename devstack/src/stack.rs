@@ -82,9 +82,7 @@ impl Addresses {
 impl Stack {
     /// Starts everything in `folder` and waits until all of it is ready.
     pub async fn start(folder: Folder, setup: Setup) -> anyhow::Result<Self> {
-        let servers = Servers::start(&folder, setup).await?;
-        let mut stack = Self::new(folder, servers, setup)?;
-        stack.migrate().await?;
+        let mut stack = Self::prepare(folder, setup).await?;
         let begin = Instant::now();
         for program in stack.programs() {
             program.start().await?;
@@ -102,28 +100,37 @@ impl Stack {
         Ok(stack)
     }
 
+    /// Starts the servers in `folder` and makes all schemas current; starts no program yet.
+    pub async fn prepare(folder: Folder, setup: Setup) -> anyhow::Result<Self> {
+        let servers = Servers::start(&folder, setup).await?;
+        let stack = Self::new(folder, servers, setup)?;
+        stack.migrate().await?;
+        Ok(stack)
+    }
+
     fn new(folder: Folder, servers: Servers, setup: Setup) -> anyhow::Result<Self> {
-        let amqp = format!("{}/%2f", servers.rabbitmq.url());
-        let program = |name: &str, file: &str, port: u16, role: &str, database: &str| {
-            let url = format!("{}/{database}", servers.postgres.url_of(role));
-            anyhow::Ok(Program::new(&folder, name, file, setup.port(port))?.env("DATABASE_URL", &url))
-        };
-        let relay = |name: &str, port: u16, database: &str| {
-            let relay = program(name, "outbox-relay", port, "outbox_relay", database)?;
-            anyhow::Ok(relay.env("AMQP_URL", &amqp).args(["--declare-exchange"]))
-        };
+        let [person_api, person_relay, score_projector, score_relay, score_api] =
+            programs(&folder, &servers, setup, ["person", "score"], "%2f")?;
         Ok(Self {
-            person_api: program("person-api", "person-api", 8000, "person_api", "person")?,
-            score_api: program("score-api", "score-api", 8001, "score_api", "score")?,
-            person_relay: relay("person-relay", 8002, "person")?,
-            // Nobody follows scores yet.
-            score_relay: relay("score-relay", 8003, "score")?.args(["--unroutable", "score.*=drop"]),
-            score_projector: program("score-projector", "score-projector", 8004, "score_projector", "score")?
-                .env("AMQP_URL", &amqp),
             servers,
+            person_api,
+            person_relay,
+            score_projector,
+            score_relay,
+            score_api,
             report: setup.report,
             folder,
         })
+    }
+
+    /// The five programs once more, at free ports, for other databases and another virtual host.
+    pub fn programs_on(&self, databases: [&str; 2], vhost: &str) -> anyhow::Result<[Program; 5]> {
+        programs(&self.folder, &self.servers, Setup::QUIET, databases, vhost)
+    }
+
+    /// Where its data is.
+    pub fn folder(&self) -> &Folder {
+        &self.folder
     }
 
     /// Roles, databases and schemas, each unless it is there.
@@ -220,6 +227,33 @@ impl Stack {
         }
         self.servers.stop(hurry).await;
     }
+}
+
+/// The programs, in the order in which an event passes them, on the databases of persons and of scores.
+fn programs(
+    folder: &Folder,
+    servers: &Servers,
+    setup: Setup,
+    [person, score]: [&str; 2],
+    vhost: &str,
+) -> anyhow::Result<[Program; 5]> {
+    let amqp = format!("{}/{vhost}", servers.rabbitmq.url());
+    let program = |name: &str, file: &str, port: u16, role: &str, database: &str| {
+        let url = format!("{}/{database}", servers.postgres.url_of(role));
+        anyhow::Ok(Program::new(folder, name, file, setup.port(port))?.env("DATABASE_URL", &url))
+    };
+    let relay = |name: &str, port: u16, database: &str| {
+        let relay = program(name, "outbox-relay", port, "outbox_relay", database)?;
+        anyhow::Ok(relay.env("AMQP_URL", &amqp).args(["--declare-exchange"]))
+    };
+    Ok([
+        program("person-api", "person-api", 8000, "person_api", person)?,
+        relay("person-relay", 8002, person)?,
+        program("score-projector", "score-projector", 8004, "score_projector", score)?.env("AMQP_URL", &amqp),
+        // Nobody follows scores yet.
+        relay("score-relay", 8003, score)?.args(["--unroutable", "score.*=drop"]),
+        program("score-api", "score-api", 8001, "score_api", score)?,
+    ])
 }
 
 /// The file with the addresses, while a stack runs.

@@ -1,0 +1,71 @@
+//! What PostgreSQL does by itself: pgbench, which comes with it, with a program's own statement.
+
+use std::{fs, time::Duration};
+
+use anyhow::Context;
+use rustix::process::Signal;
+use sqlx::PgConnection;
+
+use super::ground::Ground;
+use crate::process::Launch;
+
+/// The statement with `text` in it that a program has sent last, as the server got it: so that pgbench
+/// repeats what the program does, and not what somebody once copied from it.
+pub(crate) async fn statement(conn: &mut PgConnection, program: &str, text: &str) -> anyhow::Result<String> {
+    sqlx::query_scalar(
+        "SELECT query FROM pg_stat_activity
+         WHERE application_name = $1 AND strpos(query, $2) > 0 ORDER BY query_start DESC LIMIT 1",
+    )
+    .bind(program)
+    .bind(text)
+    .fetch_optional(conn)
+    .await?
+    .with_context(|| format!("{program} has sent no statement with {text:?} in it"))
+}
+
+/// Statements a second of a script, prepared, by so many clients.
+pub(crate) async fn run(
+    ground: &Ground,
+    [role, database]: [&str; 2],
+    script: &str,
+    clients: u32,
+    length: Duration,
+) -> anyhow::Result<f64> {
+    let (folder, postgres) = (ground.stack.folder(), &ground.stack.servers.postgres);
+    let home = folder.part("pgbench")?;
+    let file = home.join("script.sql");
+    fs::write(&file, script)?;
+    let log = home.join("log");
+    fs::write(&log, "")?;
+    let (program, port) = (postgres.program("pgbench")?, postgres.port());
+    let seconds = length.as_secs().max(1);
+    let launch = Launch::new("pgbench", &program, None, Signal::KILL, folder.mark(), log.clone());
+    launch
+        .env("PGPASSWORD", &folder.secrets().postgres)
+        .args(["--no-vacuum", "--protocol=prepared", "--jobs=2", "--host=127.0.0.1"])
+        .args([format!("--client={clients}"), format!("--time={seconds}"), format!("--username={role}")])
+        .args([format!("--port={port}"), format!("--file={}", file.display()), database.to_owned()])
+        .run()
+        .await?;
+    // tps = 8123.456789 (without initial connection time)
+    let text = fs::read_to_string(&log)?;
+    let tps = text.lines().find_map(|line| line.strip_prefix("tps = ")?.split(' ').next());
+    tps.and_then(|tps| tps.parse().ok()).with_context(|| format!("pgbench says no tps: {text}"))
+}
+
+/// A statement with its `$1`, `$2`, … named: pgbench numbers what it finds itself.
+pub(crate) fn named(statement: &str, names: &[&str]) -> String {
+    let parameters = names.iter().enumerate().rev();
+    parameters.fold(statement.to_owned(), |text, (n, name)| text.replace(&format!("${}", n + 1), name))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn parameters_have_names() {
+        assert_eq!(
+            super::named("VALUES ($2, $1, $2)", &[":a", ":b::text"]),
+            "VALUES (:b::text, :a, :b::text)"
+        );
+    }
+}

@@ -1,0 +1,83 @@
+//! How many reads a second score-api answers, against the same select by pgbench.
+
+use std::{net::SocketAddr, time::Duration};
+
+use sqlx::{Connection, PgConnection};
+
+use super::{
+    figure::{Figure, Goal, Row},
+    ground::Ground,
+    http, pgbench,
+    write::CLIENTS,
+};
+use crate::program::Program;
+
+const DATABASE: &str = "bench_read";
+
+/// See [`Row`].
+#[derive(Debug)]
+pub struct Read {
+    conn: PgConnection,
+    api: Program,
+    address: SocketAddr,
+    persons: i64,
+    script: String,
+}
+
+impl Figure for Read {
+    const ROWS: &'static [Row] = &[Row {
+        name: "read",
+        system: "GET /{cpf}/score, 16 keep-alive clients",
+        ceiling: Some("pgbench with the same select, prepared, 16 clients"),
+        unit: "reads/s",
+        goal: Goal::RatioAtLeast(0.5),
+    }];
+
+    async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
+        let mut conn = ground.database("score", DATABASE).await?;
+        let persons = ground.size.persons;
+        sqlx::query(
+            "INSERT INTO score.person (id, cpf, created_at, version, total)
+             SELECT gen_random_uuid(), n, now(), 4, 4970 FROM generate_series(1, $1::bigint) n",
+        )
+        .bind(persons)
+        .execute(&mut conn)
+        .await?;
+        sqlx::query("VACUUM ANALYZE score.person").execute(&mut conn).await?;
+        let [_, _, _, _, mut api] = ground.programs("person", DATABASE, "%2f")?;
+        api.start().await?;
+        api.ready(super::READY).await?;
+        let address = http::address(&api.url())?;
+        let mut read = Self { conn, api, address, persons, script: String::new() };
+        // Warm, and with the statement to be seen.
+        read.load(Duration::from_secs(1)).await?;
+        let statement = pgbench::statement(&mut read.conn, "score-api", "FROM score.person").await?;
+        let statement = pgbench::named(&statement, &[":cpf"]);
+        read.script = format!("\\set cpf random(1, {persons})\n{statement};\n");
+        Ok(read)
+    }
+
+    async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
+        Ok(vec![self.load(ground.size.load).await?])
+    }
+
+    async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
+        let account = ["score_api", DATABASE];
+        Ok(vec![pgbench::run(ground, account, &self.script, CLIENTS, ground.size.load).await?])
+    }
+
+    async fn finish(mut self, ground: &Ground) -> anyhow::Result<Vec<String>> {
+        self.api.kill().await;
+        self.conn.close().await?;
+        ground.drop_database(DATABASE).await?;
+        Ok(Vec::new())
+    }
+}
+
+impl Read {
+    async fn load(&self, length: Duration) -> anyhow::Result<f64> {
+        let persons = self.persons;
+        let request = move || http::get(&format!("/{}/score", rand::random_range(1..=persons)));
+        http::load(self.address, CLIENTS as usize, length, 200, request).await
+    }
+}
