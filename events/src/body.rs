@@ -24,6 +24,29 @@ pub struct Person {
     pub date_of_birth: DateTime<Utc>,
     /// When the person service stored it.
     pub created_at: DateTime<Utc>,
+    /// Whether new items are taken. Absent in events from before there was a status: those persons were active.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<Status>,
+}
+
+/// What may be done with a person.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Everything.
+    Active,
+    /// No new items are taken; what is there may be changed and deleted.
+    Inactive,
+}
+
+impl Status {
+    /// As it stands in bodies and in the database.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Inactive => "inactive",
+        }
+    }
 }
 
 /// What kind of record an item is; the first word of its event types.

@@ -7,7 +7,7 @@
 mod body;
 mod cpf;
 
-pub use body::{Baseline, BaselineItem, Deleted, Item, Kind, ParseError, Person, PersonEvent, Score};
+pub use body::{Baseline, BaselineItem, Deleted, Item, Kind, ParseError, Person, PersonEvent, Score, Status};
 pub use cpf::{Cpf, InvalidCpf};
 
 /// The topic exchange that every event is published to, with the event type as its routing key.

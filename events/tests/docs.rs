@@ -48,13 +48,13 @@ fn every_sample_is_what_the_types_write() {
         shapes.push(format!("{label}: {} fields", fields.as_object().unwrap().len()));
     }
     insta::assert_snapshot!(shapes.join("\n"), @r"
-    person.new: 6 fields
+    person.new: 7 fields
     income.new: 6 fields
     debt.new: 5 fields
     score.new: 8 fields
     person.deleted: 1 fields
     score.deleted: 1 fields
-    person.baseline: 9 fields
+    person.baseline: 10 fields
     person.changed erased: 2 fields
     ");
 }
