@@ -11,7 +11,8 @@ use tokio_util::task::TaskTracker;
 use self::{items::Items, persons::Persons};
 use crate::{
     kind::{Asset, Debt, Income},
-    store::{Store, StoreError, Written},
+    request::CpfCheck,
+    store::{Store, StoreError},
 };
 
 /// What the documentation begins with.
@@ -23,12 +24,19 @@ pub struct Api {
     store: Store,
     waker: Waker,
     writes: TaskTracker,
+    cpf_check: CpfCheck,
 }
 
 impl Api {
     /// Wakes the relay through `waker` after each write.
     pub fn new(store: Store, waker: Waker) -> Self {
-        Self { store, waker, writes: TaskTracker::new() }
+        Self { store, waker, writes: TaskTracker::new(), cpf_check: CpfCheck::Off }
+    }
+
+    /// Looks at a new person's cpf as told.
+    #[must_use]
+    pub fn checking(self, cpf_check: CpfCheck) -> Self {
+        Self { cpf_check, ..self }
     }
 
     /// The API's own routes, and their documentation.
@@ -49,14 +57,15 @@ impl Api {
 
     /// Runs a write to its end, on a task of its own: a client that hangs up drops its handler, and must
     /// not leave a connection in the middle of a statement.
-    async fn write(
+    async fn write<T: Send + 'static>(
         &self,
-        write: impl Future<Output = Result<Option<Written>, StoreError>> + Send + 'static,
-    ) -> Result<Result<Option<Written>, StoreError>, Problem> {
+        write: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+    ) -> Result<Result<T, StoreError>, Problem> {
         let waker = self.waker.clone();
         let write = self.writes.spawn(async move {
             let written = write.await;
-            if matches!(written, Ok(Some(_))) {
+            // Also when nothing was written: that is rare, and costs a look.
+            if written.is_ok() {
                 waker.wake();
             }
             written

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use clap::{Args, Parser, Subcommand};
 use service::{config::database::DatabaseArgs, shutdown::ShutdownArgs, telemetry::TelemetryArgs};
 
-use crate::republish::RepublishArgs;
+use crate::{republish::RepublishArgs, request::CpfCheck};
 
 /// Takes persons, their incomes, assets and debts over HTTP, and writes rows and events in one transaction.
 #[derive(Debug, Parser)]
@@ -38,6 +38,9 @@ pub struct RunArgs {
     /// Where the database is.
     #[command(flatten)]
     pub database: DatabaseArgs,
+    /// How closely a new person's cpf is looked at.
+    #[arg(long, env = "CPF_CHECK", default_value = "off", value_enum, value_name = "CHECK")]
+    pub cpf_check: CpfCheck,
     /// How long to drain.
     #[command(flatten)]
     pub shutdown: ShutdownArgs,

@@ -8,7 +8,7 @@ use service::documentation::schema::{
     self, Described, Field, about, closed_object, formatted, integer, list, object, one_of, text,
 };
 
-use crate::{kind::ItemKind, store::ITEMS_MAX};
+use crate::{kind::ItemKind, request::Sendable, store::ITEMS_MAX};
 
 /// What a version is.
 pub(crate) const VERSION: &str =
@@ -72,6 +72,13 @@ fn sent_date_of_birth() -> MetaSchema {
     text("A date (`2019-06-15`, its midnight UTC) or a date-time (`2019-06-15T19:23:55-03:00`) of RFC 3339.")
 }
 
+fn status() -> MetaSchema {
+    one_of(
+        &["active", "inactive"],
+        "An inactive person takes no new items; what is there may be changed and deleted.",
+    )
+}
+
 fn created_at() -> MetaSchema {
     formatted("date-time", "When it was stored.")
 }
@@ -97,8 +104,33 @@ impl Described for NewPersonBody {
     }
 }
 
-/// The body of a new item.
+impl Sendable for NewPersonBody {}
+
+/// The body of `PATCH /person/{cpf}`.
+pub(crate) struct PatchBody;
+
+impl Described for PatchBody {
+    const NAME: &'static str = "PersonPatch";
+
+    fn schema() -> MetaSchema {
+        let schema = closed_object([
+            ("name", false, name()),
+            ("address", false, address()),
+            ("date_of_birth", false, sent_date_of_birth()),
+            ("status", false, status()),
+        ]);
+        example(schema, r#"{"address": "Rua das Flores, 1", "status": "active"}"#)
+    }
+}
+
+impl Sendable for PatchBody {
+    const MEDIA_TYPES: &'static [&'static str] = &["application/merge-patch+json", "application/json"];
+}
+
+/// The body of an item that is sent.
 pub(crate) struct NewItemBody<K>(PhantomData<K>);
+
+impl<K: ItemKind> Sendable for NewItemBody<K> {}
 
 impl<K: ItemKind> Described for NewItemBody<K> {
     const NAME: &'static str = K::NEW_NAME;
@@ -122,6 +154,63 @@ impl<K: ItemKind> Described for ItemBody<K> {
             .chain(type_)
             .chain([("value", true, value()), ("created_at", true, created_at())]);
         object(fields)
+    }
+}
+
+/// A page of items.
+pub(crate) struct ListBody<K>(PhantomData<K>);
+
+impl<K: ItemKind> Described for ListBody<K> {
+    const NAME: &'static str = K::LIST_NAME;
+
+    fn schema() -> MetaSchema {
+        let items = list(schema::inline(ItemBody::<K>::schema()));
+        object([
+            ("items", true, about("In the order in which they came.", items)),
+            ("next", true, nullable(text("Where the next page is; null on the last one."))),
+        ])
+    }
+}
+
+/// What a write says of itself.
+fn written(messages: &[&'static str]) -> MetaSchema {
+    object([
+        ("message", true, one_of(messages, "What was done.")),
+        ("id", true, formatted("uuid", "The record's id.")),
+        ("version", true, integer(1.0, VERSION)),
+    ])
+}
+
+/// What was created.
+pub(crate) struct CreatedBody;
+
+impl Described for CreatedBody {
+    const NAME: &'static str = "Created";
+
+    fn schema() -> MetaSchema {
+        written(&["created"])
+    }
+}
+
+/// What was changed, or was so already.
+pub(crate) struct ChangedBody;
+
+impl Described for ChangedBody {
+    const NAME: &'static str = "Changed";
+
+    fn schema() -> MetaSchema {
+        written(&["changed", "unchanged"])
+    }
+}
+
+/// What was deleted.
+pub(crate) struct DeletedBody;
+
+impl Described for DeletedBody {
+    const NAME: &'static str = "Deleted";
+
+    fn schema() -> MetaSchema {
+        written(&["deleted"])
     }
 }
 
@@ -156,6 +245,7 @@ impl Described for PersonBody {
             ("address", true, address()),
             ("date_of_birth", true, formatted("date-time", "Midnight UTC when only the day was given.")),
             ("created_at", true, created_at()),
+            ("status", true, status()),
             ("version", true, integer(1.0, VERSION)),
             items::<Income>("incomes"),
             items::<Asset>("assets"),

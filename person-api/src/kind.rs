@@ -3,6 +3,8 @@
 
 use events::Kind;
 
+use crate::store::{self, ItemSql};
+
 /// An income, an asset or a debt, as a type.
 pub(crate) trait ItemKind: Send + Sync + 'static {
     /// As a value.
@@ -11,12 +13,16 @@ pub(crate) trait ItemKind: Send + Sync + 'static {
     const PATH: &'static str;
     /// Its name in the documentation.
     const NAME: &'static str;
-    /// The name of its body when it is new.
+    /// The name of its body when it is sent.
     const NEW_NAME: &'static str;
     /// A debt has no type.
     const HAS_TYPE: bool = true;
+    /// Its name in the documentation when there are several.
+    const LIST_NAME: &'static str;
     /// A body when it is new.
     const EXAMPLE: &'static str;
+    /// Its statements.
+    const SQL: &'static ItemSql;
 }
 
 /// What a person earns.
@@ -34,7 +40,9 @@ impl ItemKind for Income {
     const PATH: &'static str = "/person/{cpf}/income";
     const NAME: &'static str = "Income";
     const NEW_NAME: &'static str = "NewIncome";
+    const LIST_NAME: &'static str = "Incomes";
     const EXAMPLE: &'static str = include_str!("../../payloads/new_income.json");
+    const SQL: &'static ItemSql = &store::INCOME;
 }
 
 impl ItemKind for Asset {
@@ -42,7 +50,9 @@ impl ItemKind for Asset {
     const PATH: &'static str = "/person/{cpf}/asset";
     const NAME: &'static str = "Asset";
     const NEW_NAME: &'static str = "NewAsset";
+    const LIST_NAME: &'static str = "Assets";
     const EXAMPLE: &'static str = include_str!("../../payloads/new_asset.json");
+    const SQL: &'static ItemSql = &store::ASSET;
 }
 
 impl ItemKind for Debt {
@@ -50,6 +60,8 @@ impl ItemKind for Debt {
     const PATH: &'static str = "/person/{cpf}/debt";
     const NAME: &'static str = "Debt";
     const NEW_NAME: &'static str = "NewDebt";
+    const LIST_NAME: &'static str = "Debts";
     const HAS_TYPE: bool = false;
     const EXAMPLE: &'static str = include_str!("../../payloads/new_debt.json");
+    const SQL: &'static ItemSql = &store::DEBT;
 }

@@ -32,7 +32,7 @@ use sqlx::{ConnectOptions, Connection};
 use crate::{
     api::Api,
     config::{MigrateArgs, RunArgs},
-    store::Store,
+    store::{Store, idempotency},
 };
 
 /// How long the server lets one statement run.
@@ -57,12 +57,18 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     // Readiness and notices have connections of their own: they must not wait behind requests.
     let aside = database::pool(options.clone(), 2);
     let waker = Waker::new();
-    let api = Api::new(Store::new(database::pool(options, POOL_SIZE)), waker.clone());
+    let api =
+        Api::new(Store::new(database::pool(options, POOL_SIZE)), waker.clone()).checking(args.cpf_check);
 
     shutdown.spawn(
         "database",
         readiness::watch(aside.clone(), health.part("database"), shutdown.requested().clone()),
     );
+    let (kept, stop) = (aside.clone(), shutdown.requested().clone());
+    shutdown.spawn("kept answers", async move {
+        idempotency::clean(kept, stop).await;
+        Ok(())
+    });
     let stop = shutdown.requested().clone();
     shutdown.spawn("waker", async move {
         waker.run(aside, stop).await;

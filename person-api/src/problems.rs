@@ -8,7 +8,7 @@ use service::{
     problem::{INVALID_FIELDS, Kind, Problem, UNAVAILABLE},
 };
 
-use crate::store::StoreError;
+use crate::store::{Refused, StoreError};
 
 /// When another try makes sense, while the database is away.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -19,7 +19,7 @@ const fn kind(status: StatusCode, code: &'static str, title: &'static str, detai
 }
 
 /// 404: nobody has this cpf.
-pub(crate) const UNKNOWN_PERSON: Kind = kind(
+const UNKNOWN_PERSON: Kind = kind(
     StatusCode::NOT_FOUND,
     "unknown-person",
     "Unknown person",
@@ -27,11 +27,44 @@ pub(crate) const UNKNOWN_PERSON: Kind = kind(
 );
 
 /// 409: somebody has this cpf already.
-pub(crate) const CPF_EXISTS: Kind = kind(
+const CPF_EXISTS: Kind = kind(
     StatusCode::CONFLICT,
     "cpf-exists",
     "The cpf exists",
     "There is a person with this cpf already. Nothing was stored.",
+);
+
+/// 404: there is none with this id, or it is somebody else's.
+const UNKNOWN_ITEM: Kind = kind(
+    StatusCode::NOT_FOUND,
+    "unknown-item",
+    "Unknown item",
+    "The person has no item of this kind with this id.",
+);
+
+/// 409: no new items.
+const PERSON_INACTIVE: Kind = kind(
+    StatusCode::CONFLICT,
+    "person-inactive",
+    "The person is inactive",
+    "An inactive person takes no new items. Nothing was stored. PATCH the person's `status` first.",
+);
+
+/// 412: somebody was faster, or it is another life of the cpf.
+const OTHER_STATE: Kind = kind(
+    StatusCode::PRECONDITION_FAILED,
+    "other-state",
+    "Another state",
+    "The person is not, or not any more, in the state that `If-Match` names. Nothing was changed. Read it again, \
+     and decide then.",
+);
+
+/// 422: a mistake of the client, as the draft on the key says.
+const KEY_REUSED: Kind = kind(
+    StatusCode::UNPROCESSABLE_ENTITY,
+    "key-reused",
+    "The key was used before",
+    "This `Idempotency-Key` was used for another body. Nothing was stored. Take a new key for a new record.",
 );
 
 /// 503: nobody knows whether a write was stored.
@@ -42,7 +75,7 @@ const OUTCOME_UNKNOWN: Kind = Kind {
         "outcome-unknown",
         "Outcome unknown",
         "The database stopped answering during the request. Look whether a write was stored before you send it \
-         again.",
+         again; with an `Idempotency-Key`, just send it again.",
     )
 };
 
@@ -84,25 +117,52 @@ const BODY: &[&Kind] =
 /// Of every write.
 const WRITE: &[&Kind] = &[&UNAVAILABLE, &OUTCOME_UNKNOWN];
 
-/// What can go wrong when a person is created.
-#[derive(Debug)]
-pub(crate) enum AddPerson {}
-impl Problems for AddPerson {
-    const KINDS: &'static [&'static [&'static Kind]] = &[BODY, WRITE, &[&CPF_EXISTS]];
+/// The operations, for what can go wrong with each.
+macro_rules! operations {
+    ($($(#[$doc:meta])* $name:ident: $kinds:expr;)*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug)]
+            pub(crate) enum $name {}
+            impl Problems for $name {
+                const KINDS: &'static [&'static [&'static Kind]] = &$kinds;
+            }
+        )*
+    };
 }
 
-/// What can go wrong when an item is created.
-#[derive(Debug)]
-pub(crate) enum AddItem {}
-impl Problems for AddItem {
-    const KINDS: &'static [&'static [&'static Kind]] = &[BODY, WRITE, &[&UNKNOWN_PERSON]];
+operations! {
+    /// `POST /person`
+    AddPerson: [BODY, WRITE, &[&CPF_EXISTS, &KEY_REUSED]];
+    /// `PATCH /person/{cpf}`
+    ChangePerson: [BODY, WRITE, &[&UNKNOWN_PERSON, &OTHER_STATE]];
+    /// `DELETE /person/{cpf}`
+    DeletePerson: [WRITE, &[&INVALID_FIELDS, &UNKNOWN_PERSON, &OTHER_STATE]];
+    /// `GET /person/{cpf}`, and the lists of items
+    ReadPerson: [&[&INVALID_FIELDS, &UNAVAILABLE, &UNKNOWN_PERSON]];
+    /// `POST` of an item
+    AddItem: [BODY, WRITE, &[&UNKNOWN_PERSON, &PERSON_INACTIVE, &KEY_REUSED]];
+    /// `PUT` of an item
+    ChangeItem: [BODY, WRITE, &[&UNKNOWN_PERSON, &UNKNOWN_ITEM, &OTHER_STATE]];
+    /// `DELETE` of an item
+    DeleteItem: [WRITE, &[&INVALID_FIELDS, &UNKNOWN_PERSON, &UNKNOWN_ITEM, &OTHER_STATE]];
+    /// `GET` of an item
+    ReadItem: [&[&INVALID_FIELDS, &UNAVAILABLE, &UNKNOWN_PERSON, &UNKNOWN_ITEM]];
 }
 
-/// What can go wrong when something is read.
-#[derive(Debug)]
-pub(crate) enum Read {}
-impl Problems for Read {
-    const KINDS: &'static [&'static [&'static Kind]] = &[&[&INVALID_FIELDS, &UNAVAILABLE, &UNKNOWN_PERSON]];
+/// What the database decided.
+impl<P> From<Refused> for Failure<P> {
+    fn from(refused: Refused) -> Self {
+        let kind = match refused {
+            Refused::UnknownPerson => &UNKNOWN_PERSON,
+            Refused::UnknownItem => &UNKNOWN_ITEM,
+            Refused::CpfExists => &CPF_EXISTS,
+            Refused::Inactive => &PERSON_INACTIVE,
+            Refused::OtherState => &OTHER_STATE,
+            Refused::KeyReused => &KEY_REUSED,
+        };
+        kind.into()
+    }
 }
 
 /// The database's failures. Logged here, once; the client learns only what it can act on.

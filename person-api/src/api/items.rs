@@ -2,16 +2,18 @@
 
 use std::marker::PhantomData;
 
+use poem::Request;
 use poem_openapi::OpenApi;
 use service::documentation::{Answer, Failure, Sent};
 
 use super::Api;
 use crate::{
-    answer::{self, Created},
+    answer::{self, Changed, Created, Deleted, List},
     describe::NewItemBody,
     kind::ItemKind,
-    problems::{AddItem, UNKNOWN_PERSON},
-    request::{Body, NewItem, PathCpf},
+    problems::{AddItem, ChangeItem, DeleteItem, ReadItem, ReadPerson},
+    request::{self, After, Body, IdempotencyKey, IfMatch, Item, ItemId, Limit, Page, PathCpf},
+    store::{Change, Refused, idempotency::Added},
 };
 
 /// The operations on items of one kind.
@@ -32,13 +34,85 @@ impl<K: ItemKind> Items<K> {
     #[oai(path = "/", method = "post")]
     async fn add(
         &self,
+        request: &Request,
         cpf: Sent<PathCpf>,
+        #[oai(name = "Idempotency-Key")] key: Sent<IdempotencyKey>,
         body: Body<NewItemBody<K>>,
     ) -> Result<Answer<Created>, Failure<AddItem>> {
-        let (PathCpf(cpf), new) = NewItem::parse(K::KIND, cpf, &body.0)?;
+        let (cpf, new, key) = Item::parse_new(K::KIND, cpf, key, &body.0)?;
+        let place = format!("{}/{}", answer::location(cpf), K::KIND);
+        let keyed = key.map(|key| key.of(request, place.clone(), &body.0));
+        let (store, location) = (self.0.store.clone(), place.clone());
+        let added = self.0.write(async move { store.add_item(K::SQL, cpf, new, place, keyed).await });
+        match added.await?? {
+            Added::Stored(written) => Ok(answer::created(&written, format!("{location}/{}", written.id))),
+            Added::Before(answer) => Ok(answer::again(answer)),
+            Added::Refused(refused) => Err(refused.into()),
+        }
+    }
+
+    /// Read a person's items, page by page
+    ///
+    /// In the order in which they came. `next` leads from page to page; items that come or go meanwhile
+    /// neither repeat others nor leave them out.
+    #[oai(path = "/", method = "get")]
+    async fn list(
+        &self,
+        request: &Request,
+        cpf: Sent<PathCpf>,
+        limit: Sent<Limit>,
+        after: Sent<After>,
+    ) -> Result<Answer<List<K>>, Failure<ReadPerson>> {
+        let (cpf, page) = Page::parse(request, cpf, limit, after)?;
+        let listed = self.0.store.items(K::SQL, cpf, page).await?.ok_or(Refused::UnknownPerson)?;
+        Ok(answer::list(cpf, page, &listed))
+    }
+
+    /// Read an item
+    ///
+    /// Its `ETag` is that of the person.
+    #[oai(path = "/:id", method = "get")]
+    async fn read(
+        &self,
+        cpf: Sent<PathCpf>,
+        id: Sent<ItemId>,
+    ) -> Result<Answer<answer::Item<K>>, Failure<ReadItem>> {
+        let ((cpf, id), _) = request::item(cpf, id, None)?;
+        Ok(answer::item(self.0.store.item(K::SQL, cpf, id).await??))
+    }
+
+    /// Replace an item
+    ///
+    /// The whole of it. Creates none: POST does. Event: `income.changed`, `asset.changed` or `debt.changed`,
+    /// unless it was so already.
+    #[oai(path = "/:id", method = "put")]
+    async fn change(
+        &self,
+        cpf: Sent<PathCpf>,
+        id: Sent<ItemId>,
+        #[oai(name = "If-Match")] if_match: Sent<IfMatch>,
+        body: Body<NewItemBody<K>>,
+    ) -> Result<Answer<Changed>, Failure<ChangeItem>> {
+        let (place, states, item) = Item::parse(K::KIND, (cpf, id), if_match, &body.0)?;
         let store = self.0.store.clone();
-        let written = self.0.write(async move { store.add_item(cpf, new).await }).await??;
-        let written = written.ok_or(&UNKNOWN_PERSON)?;
-        Ok(answer::created(&written, format!("/person/{}/{}/{}", cpf.get(), K::KIND, written.id)))
+        let change = self.0.write(async move { store.change_item(K::SQL, place, states, item).await });
+        Ok(answer::changed(&change.await???))
+    }
+
+    /// Delete an item
+    ///
+    /// Event: `income.deleted`, `asset.deleted` or `debt.deleted`, with the record as it was last.
+    #[oai(path = "/:id", method = "delete")]
+    async fn delete(
+        &self,
+        cpf: Sent<PathCpf>,
+        id: Sent<ItemId>,
+        #[oai(name = "If-Match")] if_match: Sent<IfMatch>,
+    ) -> Result<Answer<Deleted>, Failure<DeleteItem>> {
+        let (place, states) = request::item(cpf, id, Some(if_match))?;
+        let store = self.0.store.clone();
+        let deleted = self.0.write(async move { store.delete_item(K::SQL, place, states).await });
+        let (Change::Changed(written) | Change::Unchanged(written)) = deleted.await???;
+        Ok(answer::deleted(&written))
     }
 }

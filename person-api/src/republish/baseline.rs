@@ -22,7 +22,7 @@ WITH state AS MATERIALIZED (
     SELECT person.id,
            (SELECT row_to_json(body)
             FROM (SELECT person.id, person.cpf, person.name, person.address, person.date_of_birth,
-                         person.created_at, incomes.items AS incomes, assets.items AS assets, debts.items AS debts
+                         person.created_at, person.status, incomes.items AS incomes, assets.items AS assets, debts.items AS debts
                  ) body) AS body
     FROM person.person,
          LATERAL (SELECT ARRAY(

@@ -19,11 +19,17 @@ const MAX: usize = 64 * 1024;
 /// How long a client may take to send it.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What may be sent as a body.
+pub(crate) trait Sendable: Described {
+    /// What the request may say that it is.
+    const MEDIA_TYPES: &'static [&'static str] = &["application/json"];
+}
+
 /// A body that says that it is JSON, described by `T` and not parsed yet.
 #[derive(Debug)]
 pub(crate) struct Body<T>(pub(crate) Vec<u8>, PhantomData<fn() -> T>);
 
-impl<'a, T: Described> ApiExtractor<'a> for Body<T> {
+impl<'a, T: Sendable> ApiExtractor<'a> for Body<T> {
     const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::RequestObject];
     type ParamType = ();
     type ParamRawType = ();
@@ -33,7 +39,9 @@ impl<'a, T: Described> ApiExtractor<'a> for Body<T> {
     }
 
     fn request_meta() -> Option<MetaRequest> {
-        let content = vec![MetaMediaType { content_type: "application/json", schema: schema::of::<T>() }];
+        let media_type =
+            |content_type: &&'static str| MetaMediaType { content_type, schema: schema::of::<T>() };
+        let content = T::MEDIA_TYPES.iter().map(media_type).collect();
         Some(MetaRequest { description: None, content, required: true })
     }
 
@@ -43,14 +51,14 @@ impl<'a, T: Described> ApiExtractor<'a> for Body<T> {
         _: ExtractParamOptions<()>,
     ) -> poem::Result<Self> {
         let body = body.take().unwrap_or_else(|_| Stream::empty());
-        Ok(Self(read(request, body).await?, PhantomData))
+        Ok(Self(read(request, body, T::MEDIA_TYPES).await?, PhantomData))
     }
 }
 
 /// The limit holds for what is read, whatever the headers say.
-async fn read(request: &Request, body: Stream) -> Result<Vec<u8>, Problem> {
+async fn read(request: &Request, body: Stream, media_types: &[&str]) -> Result<Vec<u8>, Problem> {
     let media_type = request.content_type().and_then(|value| value.split(';').next()).unwrap_or_default();
-    if !media_type.trim().eq_ignore_ascii_case("application/json") {
+    if !media_types.iter().any(|known| media_type.trim().eq_ignore_ascii_case(known)) {
         return Err(UNSUPPORTED_MEDIA_TYPE.problem());
     }
     match tokio::time::timeout(TIMEOUT, body.into_bytes_limit(MAX)).await {

@@ -12,6 +12,7 @@ use service::{
     problem::{FieldError, Problem},
 };
 
+use super::rules;
 use crate::problems::MALFORMED_JSON;
 
 /// So many errors are listed at most: a body of nothing but wrong fields must not make a huge answer.
@@ -40,6 +41,16 @@ impl<'a> Fields<'a> {
         Ok(Self { rest, errors: Vec::new() })
     }
 
+    /// Of a request without a body.
+    pub(super) fn none() -> Self {
+        Self { rest: Vec::new(), errors: Vec::new() }
+    }
+
+    /// What else may be wrong with a request.
+    pub(super) fn query(&mut self, check: impl FnOnce(&mut Vec<FieldError>)) {
+        check(&mut self.errors);
+    }
+
     /// A field that must be there and follow its rule. `None` stands for an error that is kept.
     pub(super) fn required<T>(
         &mut self,
@@ -54,19 +65,22 @@ impl<'a> Fields<'a> {
         None
     }
 
+    /// A field that may be missing, and else must follow its rule.
+    pub(super) fn given<T>(
+        &mut self,
+        name: &'static str,
+        rule: impl FnOnce(&RawValue) -> Result<T, Cow<'static, str>>,
+    ) -> Option<T> {
+        self.rest.iter().any(|(other, _)| other == name).then(|| self.required(name, rule))?
+    }
+
     /// A field that may be missing or null, which mean the same.
     pub(super) fn optional<T>(
         &mut self,
         name: &'static str,
         rule: impl FnOnce(&RawValue) -> Result<T, Cow<'static, str>>,
     ) -> Option<T> {
-        match self.rest.iter().find(|(other, _)| other == name) {
-            None => None,
-            Some(_) => self.required(name, |raw| match raw.get() {
-                "null" => Ok(None),
-                _ => rule(raw).map(Some),
-            })?,
-        }
+        self.given(name, rules::nullable(rule)).flatten()
     }
 
     /// Takes every field of this name out of the rest.

@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 
 use chrono::{DateTime, Datelike, NaiveDate, NaiveTime, Utc};
-use events::Cpf;
+use events::{Cpf, Status};
 use rust_decimal::Decimal;
 use serde_json::value::RawValue;
 
@@ -32,6 +32,22 @@ pub(super) fn text(raw: &RawValue, max: usize) -> Parsed<String> {
         return Err(format!("must not be longer than {max} characters").into());
     }
     Ok(text)
+}
+
+/// Null, or what follows the rule.
+pub(super) fn nullable<T>(
+    rule: impl FnOnce(&RawValue) -> Parsed<T>,
+) -> impl FnOnce(&RawValue) -> Parsed<Option<T>> {
+    |raw| if raw.get() == "null" { Ok(None) } else { rule(raw).map(Some) }
+}
+
+/// One of two words.
+pub(super) fn status(raw: &RawValue) -> Parsed<Status> {
+    match string(raw)?.as_str() {
+        "active" => Ok(Status::Active),
+        "inactive" => Ok(Status::Inactive),
+        _ => Err("must be active or inactive".into()),
+    }
 }
 
 /// A number, or a string of digits.

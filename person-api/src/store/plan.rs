@@ -2,7 +2,7 @@
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
-use super::{ADD_DEBT, ADD_INCOME, ADD_PERSON, PERSON};
+use super::{DEBT, INCOME, erase, idempotency, persons};
 use crate::republish::baseline::{LOCK, WRITE};
 
 #[tokio::test]
@@ -17,6 +17,7 @@ async fn statements_use_indexes_only() {
          INSERT INTO person.income SELECT gen_random_uuid(), id, 't', 1 FROM person.person;
          INSERT INTO person.asset SELECT gen_random_uuid(), id, 't', 1 FROM person.person;
          INSERT INTO person.debt SELECT gen_random_uuid(), id, 1 FROM person.person;
+         INSERT INTO person.idempotency SELECT 'c', '/', id, '', id, '', '', '' FROM person.person;
          ANALYZE;
          SET plan_cache_mode = force_generic_plan",
     )
@@ -25,10 +26,44 @@ async fn statements_use_indexes_only() {
     .unwrap();
 
     let statements = [
-        ("add a person", ADD_PERSON, "bigint, text, text, timestamptz", "1, 'n', NULL, now()"),
-        ("add an income", ADD_INCOME, "bigint, numeric, text", "1, 2, 't'"),
-        ("add a debt", ADD_DEBT, "bigint, numeric", "1, 2"),
-        ("read a person", PERSON, "bigint, integer", "1, 1000"),
+        (
+            "add a person",
+            persons::ADD,
+            "bigint, text, text, timestamptz, text, text, text, bytea, text, text",
+            "1, 'n', NULL, now(), 'c', '/', 'k', '', '', ''",
+        ),
+        (
+            "change a person",
+            persons::CHANGE,
+            "bigint, uuid[], bigint[], text, boolean, text, timestamptz, text",
+            "1, NULL, NULL, 'n', false, NULL, NULL, NULL",
+        ),
+        ("read a person", persons::READ, "bigint, integer", "1, 1000"),
+        ("lock to erase", erase::LOCK, "bigint, uuid[], bigint[]", "1, NULL, NULL"),
+        ("delete a person", erase::DELETE, "uuid", "gen_random_uuid()"),
+        (
+            "add an income",
+            INCOME.add,
+            "bigint, numeric, text, text, text, bytea, text, text, text",
+            "1, 2, 'c', '/', 'k', '', '', '', 't'",
+        ),
+        (
+            "add a debt",
+            DEBT.add,
+            "bigint, numeric, text, text, text, bytea, text, text",
+            "1, 2, 'c', '/', 'k', '', '', ''",
+        ),
+        (
+            "change an income",
+            INCOME.change,
+            "bigint, uuid, uuid[], bigint[], numeric, text",
+            "1, gen_random_uuid(), NULL, NULL, 2, 't'",
+        ),
+        ("delete a debt", DEBT.delete, "bigint, uuid, uuid[], bigint[]", "1, gen_random_uuid(), NULL, NULL"),
+        ("list incomes", INCOME.list, "bigint, uuid, integer", "1, gen_random_uuid(), 100"),
+        ("read an income", INCOME.read, "bigint, uuid", "1, gen_random_uuid()"),
+        ("find a kept answer", idempotency::FIND, "text, text, text, bytea", "'c', '/', 'k', ''"),
+        ("remove kept answers", idempotency::REMOVE, "interval, bigint", "'24 hours', 1000"),
         ("lock for baselines", LOCK, "uuid, uuid, bigint", "gen_random_uuid(), gen_random_uuid(), 100"),
         ("write baselines", WRITE, "uuid[], integer, integer", "ARRAY[gen_random_uuid()], 1000, 1000"),
     ];
@@ -48,7 +83,7 @@ async fn statements_use_indexes_only() {
             .iter()
             .map(|line| line.trim_start_matches([' ', '-', '>']))
             .filter(|line| {
-                ["Index Scan", "Seq Scan", "Bitmap", "Conflict", "Limit", "LockRows"]
+                ["Index Scan", "Tid Scan", "Seq Scan", "Bitmap", "Conflict", "Limit", "LockRows"]
                     .iter()
                     .any(|p| line.starts_with(p))
             })

@@ -145,3 +145,17 @@ async fn requests_of_the_wrong_kind_or_size() {
     .await;
     insta::assert_snapshot!(shown);
 }
+
+#[tokio::test]
+async fn check_digits_are_looked_at_when_told() {
+    let database = Database::new().await;
+    let api = database.api(std::time::Duration::from_secs(30), outbox::Waker::new());
+    let app = crate::support::App::new(&api.checking(person_api::request::CpfCheck::Strict));
+    let mut shown = String::new();
+    for (name, cpf) in
+        [("wrong", "11111"), ("right", "52998224725"), ("right, with zeros before", "\"00000000191\"")]
+    {
+        shown += &exchange(&app, name, person("cpf", cpf)).await;
+    }
+    insta::assert_snapshot!(crate::support::Redactions::default().apply(&shown));
+}

@@ -85,6 +85,7 @@ async fn migrate_creates_grants_and_can_be_repeated() {
         [
             format!("asset {all}"),
             format!("debt {all}"),
+            "idempotency DELETE INSERT SELECT".into(),
             format!("income {all}"),
             "migration SELECT".into(),
             format!("person {all}"),

@@ -26,9 +26,25 @@ pub(crate) fn raw_request(
     request.body(body.into())
 }
 
+/// A request without a body.
+pub(crate) fn plain(method: Method, path: &str) -> Request {
+    raw_request(method, path, None, "")
+}
+
+/// The request with one header more.
+pub(crate) fn with(mut request: Request, name: &'static str, value: &str) -> Request {
+    request.headers_mut().append(name, value.parse().unwrap());
+    request
+}
+
 /// Sends it and writes both sides down; a long body is cut.
 pub(crate) async fn exchange(app: &App, name: &str, mut request: Request) -> String {
     let mut text = format!("## {name}\n{} {}\n", request.method(), request.uri());
+    for name in ["if-match", "idempotency-key"] {
+        for value in request.headers().get_all(name) {
+            writeln!(text, "{name}: {}", String::from_utf8_lossy(value.as_bytes())).unwrap();
+        }
+    }
     let body = request.take_body().into_bytes().await.unwrap();
     if !body.is_empty() {
         let shown = String::from_utf8_lossy(&body);

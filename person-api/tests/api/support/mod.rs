@@ -16,7 +16,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgConnectO
 use tokio::{sync::OnceCell, time::Instant};
 
 use document::Document;
-pub(crate) use http::{exchange, post, raw_request};
+pub(crate) use http::{exchange, plain, post, raw_request, with};
 pub(crate) use process::{Program, answer, command, finished, post_request};
 pub(crate) use proxy::Proxy;
 pub(crate) use redact::Redactions;
@@ -29,7 +29,7 @@ const ROLE: &str = "person_api_test";
 pub(crate) struct Database {
     /// As a superuser.
     pub(crate) admin: PgPool,
-    admin_url: String,
+    pub(crate) admin_url: String,
 }
 
 impl Database {
@@ -77,6 +77,13 @@ impl Database {
         Api::new(Store::new(pool), waker)
     }
 
+    /// Every event, as the relay will forward it: version, type, headers and body.
+    pub(crate) async fn events(&self) -> String {
+        let sql = "SELECT concat_ws(' ', version, type, headers::text, payload::text) FROM outbox.event
+                   ORDER BY position";
+        sqlx::query_scalar::<_, String>(sql).fetch_all(&self.admin).await.unwrap().join("\n") + "\n"
+    }
+
     /// Every row that a write could leave, one a line.
     pub(crate) async fn rows(&self) -> String {
         let mut rows = String::new();
@@ -85,6 +92,7 @@ impl Database {
             ("person.income", "id"),
             ("person.asset", "id"),
             ("person.debt", "id"),
+            ("person.idempotency", "created_at, key"),
             ("outbox.event", "position"),
         ] {
             let sql = format!("SELECT row_to_json(t)::text FROM {table} t ORDER BY {order}");
@@ -154,10 +162,12 @@ impl App {
         response
     }
 
-    /// Posts JSON, expects 201.
-    pub(crate) async fn create(&self, path: &str, body: &str) {
+    /// Posts JSON, expects 201. Returns where it is, and the token of the state.
+    pub(crate) async fn create(&self, path: &str, body: &str) -> (String, String) {
         let response = self.call(post(path, body)).await;
         assert_eq!(response.status().as_u16(), 201, "{path} {body}");
+        let header = |name| response.headers()[name].to_str().unwrap().to_owned();
+        (header("location"), header("etag"))
     }
 }
 

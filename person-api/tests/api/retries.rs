@@ -1,0 +1,150 @@
+//! `Idempotency-Key`: a request that is sent again gets the first answer again, and writes nothing.
+
+use std::{sync::Arc, time::Duration};
+
+use outbox::Waker;
+use person_api::store::idempotency;
+use poem::{Request, Response, http::Method};
+
+use crate::support::{App, Database, Redactions, exchange, plain, post, with};
+
+const PERSON: &str = r#"{"cpf": 11111, "name": "abc", "date_of_birth": "2019-06-15"}"#;
+const DEBT: &str = r#"{"value": 1}"#;
+
+fn keyed(path: &str, body: &str, key: &str) -> Request {
+    with(post(path, body), "idempotency-key", key)
+}
+
+/// Everything of an answer.
+async fn whole(response: Response) -> String {
+    let (status, headers) = (response.status(), format!("{:?}", response.headers()));
+    format!("{status} {headers} {}", response.into_body().into_string().await.unwrap())
+}
+
+#[tokio::test]
+async fn the_first_answer_comes_again() {
+    let database = Database::new().await;
+    let app = database.app();
+    let mut shown = String::new();
+    let mut redactions = Redactions::default();
+    let mut say = async |name, request| {
+        shown += &redactions.apply(&exchange(&app, name, request).await);
+        shown.lines().count()
+    };
+    say("a person", keyed("/person", PERSON, "\"k-1\"")).await;
+    say("again, instead of 409; the key without its quotation marks", keyed("/person", PERSON, "k-1")).await;
+    say("a debt", keyed("/person/11111/debt", DEBT, "k-1")).await;
+    say("again, by another spelling of the path", keyed("/person/0011111/debt", DEBT, "k-1")).await;
+    say("another body", keyed("/person/11111/debt", r#"{"value": 2}"#, "k-1")).await;
+    say("another spelling of the body", keyed("/person/11111/debt", r#"{"value":1}"#, "k-1")).await;
+    say("another person", keyed("/person", &PERSON.replace("11111", "22222"), "k-1")).await;
+    say("another path", keyed("/person/11111/asset", r#"{"type": "t", "value": 1}"#, "k-1")).await;
+    say("without a key", post("/person/11111/debt", DEBT)).await;
+    say("what failed is not kept", keyed("/person/33333/debt", DEBT, "k-2")).await;
+    app.create("/person", &PERSON.replace("11111", "33333")).await;
+    say("so it may succeed", keyed("/person/33333/debt", DEBT, "k-2")).await;
+    say("an empty key", keyed("/person/11111/debt", DEBT, "\"\"")).await;
+    say("a key with a space", keyed("/person/11111/debt", DEBT, "a b")).await;
+    say("a key that is too long", keyed("/person/11111/debt", "{}", &"k".repeat(256))).await;
+    say("two keys", with(keyed("/person/11111/debt", DEBT, "a"), "idempotency-key", "b")).await;
+    shown += &redactions.apply(&database.events().await);
+    insta::assert_snapshot!(shown);
+}
+
+/// A retry that would fail by now finds its key first.
+#[tokio::test]
+async fn a_retry_does_not_fail_for_what_came_later() {
+    let database = Database::new().await;
+    let app = database.app();
+    app.create("/person", PERSON).await;
+    let first = whole(app.call(keyed("/person/11111/debt", DEBT, "k")).await).await;
+    let patch = crate::support::raw_request(
+        Method::PATCH,
+        "/person/11111",
+        Some("application/json"),
+        r#"{"status": "inactive"}"#,
+    );
+    app.call(patch).await;
+    assert_eq!(whole(app.call(keyed("/person/11111/debt", DEBT, "k")).await).await, first);
+    assert_eq!(app.call(post("/person/11111/debt", DEBT)).await.status().as_u16(), 409);
+    // But for erasure: nothing of the person is left, so nothing can be found.
+    app.call(plain(Method::DELETE, "/person/11111")).await;
+    assert_eq!(app.call(keyed("/person/11111/debt", DEBT, "k")).await.status().as_u16(), 404);
+}
+
+#[tokio::test]
+async fn a_key_belongs_to_its_caller() {
+    use poem::{EndpointExt, endpoint::BoxEndpoint};
+    use service::front::Caller;
+
+    let database = Database::new().await;
+    let api = database.api(Duration::from_secs(30), Waker::new());
+    let of = |name: &str| -> BoxEndpoint<'static, Response> {
+        service::telemetry::observed(poem::Route::new().nest("/", api.routes().data(Caller::new(name))))
+            .boxed()
+    };
+    let mut answers = Vec::new();
+    for (caller, cpf) in [("ana", "11111"), ("zé", "22222"), ("ana", "11111"), ("zé", "22222")] {
+        let request = keyed("/person", &PERSON.replace("11111", cpf), "k");
+        answers.push(whole(poem::Endpoint::call(&of(caller), request).await.unwrap()).await);
+    }
+    assert!(answers.iter().all(|answer| answer.starts_with("201")), "{answers:#?}");
+    assert_eq!(answers[..2], answers[2..]);
+}
+
+async fn race(app: &Arc<App>, requests: impl Iterator<Item = Request>) -> Vec<String> {
+    let mut clients = tokio::task::JoinSet::new();
+    for request in requests {
+        let app = Arc::clone(app);
+        clients.spawn(async move { whole(app.call(request).await).await });
+    }
+    let mut answers = clients.join_all().await;
+    answers.sort();
+    answers.dedup();
+    answers
+}
+
+/// Whoever comes with the same key at the same time waits, and gets the same answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_with_one_key_are_one() {
+    let database = Database::new().await;
+    let app = Arc::new(database.app());
+    let answers = race(&app, (0..100).map(|_| keyed("/person", PERSON, "k"))).await;
+    assert_eq!(answers.len(), 1, "{answers:#?}");
+    let answers = race(&app, (0..100).map(|_| keyed("/person/11111/debt", DEBT, "k"))).await;
+    assert_eq!(answers.len(), 1, "{answers:#?}");
+    // The same key with a hundred bodies: one is stored, and the others are told.
+    let bodies = (0..100).map(|n| format!(r#"{{"value": {n}}}"#));
+    let answers = race(&app, bodies.map(|body| keyed("/person/11111/debt", &body, "k-2"))).await;
+    assert_eq!(answers.iter().map(|answer| &answer[..3]).collect::<Vec<_>>(), ["201", "422"], "{answers:#?}");
+    let cpfs = (1..=20).map(|cpf| PERSON.replace("11111", &cpf.to_string()));
+    let answers = race(&app, cpfs.map(|body| keyed("/person", &body, "k-3"))).await;
+    assert_eq!(answers.iter().map(|answer| &answer[..3]).collect::<Vec<_>>(), ["201", "422"], "{answers:#?}");
+
+    let versions: Vec<String> =
+        database.events().await.lines().map(|line| line.split(" {").next().unwrap().to_owned()).collect();
+    assert_eq!(versions, ["1 person.new", "2 debt.new", "3 debt.new", "1 person.new"]);
+    let rows = database.rows().await;
+    let count = |table: &str| rows.lines().filter(|row| row.starts_with(table)).count();
+    assert_eq!((count("person.person"), count("person.debt"), count("person.idempotency")), (2, 2, 4));
+}
+
+#[tokio::test]
+async fn what_is_older_than_a_day_is_removed() {
+    let database = Database::new().await;
+    let app = database.app();
+    app.call(keyed("/person", PERSON, "new")).await;
+    sqlx::raw_sql(
+        "INSERT INTO person.idempotency
+         SELECT caller, route, 'old ' || n, request, person_id, location, etag, body, now() - interval '25 hours'
+         FROM person.idempotency, generate_series(1, 2500) n",
+    )
+    .execute(&database.admin)
+    .await
+    .unwrap();
+    let role = sqlx::PgPool::connect(&database.url(None)).await.unwrap();
+    assert_eq!(idempotency::remove_old(&role).await.unwrap(), 2500);
+    let left: Vec<String> =
+        sqlx::query_scalar("SELECT key FROM person.idempotency").fetch_all(&database.admin).await.unwrap();
+    assert_eq!(left, ["new"]);
+}
