@@ -92,6 +92,29 @@ async fn a_key_belongs_to_its_caller() {
     assert_eq!(answers[..2], answers[2..]);
 }
 
+/// Whoever hung up before the answer finds out by asking again what became of it: here, all of it.
+#[tokio::test]
+async fn a_retry_finds_what_became_of_a_request_that_was_given_up() {
+    let database = Database::new().await;
+    let app = Arc::new(database.app());
+    app.create("/person", PERSON).await;
+    let mut holder = database.admin.begin().await.unwrap();
+    sqlx::query("SELECT FROM person.person FOR UPDATE").execute(&mut *holder).await.unwrap();
+    let ask = || {
+        let app = Arc::clone(&app);
+        tokio::spawn(async move { whole(app.call(keyed("/person/11111/debt", DEBT, "k")).await).await })
+    };
+    let given_up = ask();
+    database.until_blocked(1).await;
+    given_up.abort();
+    let retry = ask();
+    database.until_blocked(2).await;
+    holder.rollback().await.unwrap();
+    let answer = retry.await.unwrap();
+    assert!(answer.starts_with("201") && answer.contains("\"version\":2}"), "{answer}");
+    assert_eq!(database.events().await.lines().count(), 2, "the person and one debt");
+}
+
 async fn race(app: &Arc<App>, requests: impl Iterator<Item = Request>) -> Vec<String> {
     let mut clients = tokio::task::JoinSet::new();
     for request in requests {
