@@ -196,6 +196,31 @@ async fn what_is_compared_is_what_is_locked() {
     }
 }
 
+/// So is `If-Match`: what a change that came first leaves behind is another state.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_state_that_is_meant_is_compared_under_the_lock() {
+    let database = Database::new().await;
+    let app = std::sync::Arc::new(database.app());
+    app.create("/person", PERSON).await;
+    let (debt, state) = app.create("/person/11111/debt", DEBT).await;
+    let requests = [
+        patch(r#"{"name": "b"}"#),
+        put(&debt, r#"{"value": 3}"#),
+        plain(Method::DELETE, &debt),
+        plain(Method::DELETE, "/person/11111"),
+    ];
+    let mut holder = database.admin.begin().await.unwrap();
+    sqlx::query("UPDATE person.person SET version = version + 1").execute(&mut *holder).await.unwrap();
+    let mut waiting = tokio::task::JoinSet::new();
+    for request in requests {
+        let (app, request) = (std::sync::Arc::clone(&app), with(request, "if-match", &state));
+        waiting.spawn(async move { app.call(request).await.status().as_u16() });
+    }
+    database.until_blocked(4).await;
+    holder.commit().await.unwrap();
+    assert_eq!(waiting.join_all().await, [412; 4]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn of_many_that_change_one_state_one_wins() {
     let database = Database::new().await;

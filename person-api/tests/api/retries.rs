@@ -115,6 +115,31 @@ async fn a_retry_finds_what_became_of_a_request_that_was_given_up() {
     assert_eq!(database.events().await.lines().count(), 2, "the person and one debt");
 }
 
+/// A key that somebody is just taking for another body is waited for, also where nothing else is waited for.
+#[tokio::test]
+async fn a_key_that_is_being_taken_is_waited_for() {
+    let database = Database::new().await;
+    let app = Arc::new(database.app());
+    app.create("/person", PERSON).await;
+    let mut holder = database.admin.begin().await.unwrap();
+    sqlx::query(
+        "INSERT INTO person.idempotency
+         SELECT 'anonymous', '/person', 'k', 'another body', id, '', '', '' FROM person.person",
+    )
+    .execute(&mut *holder)
+    .await
+    .unwrap();
+    let waiting = tokio::spawn({
+        let app = Arc::clone(&app);
+        async move { whole(app.call(keyed("/person", &PERSON.replace("11111", "22222"), "k")).await).await }
+    });
+    database.until_blocked(1).await;
+    holder.commit().await.unwrap();
+    let answer = waiting.await.unwrap();
+    assert!(answer.starts_with("422") && answer.contains("key-reused"), "{answer}");
+    assert_eq!(database.events().await.lines().count(), 1, "nobody else was created");
+}
+
 async fn race(app: &Arc<App>, requests: impl Iterator<Item = Request>) -> Vec<String> {
     let mut clients = tokio::task::JoinSet::new();
     for request in requests {
