@@ -3,12 +3,25 @@
 
 use std::marker::PhantomData;
 
-use poem_openapi::registry::MetaSchema;
+use poem_openapi::{Tags, registry::MetaSchema};
 use service::documentation::schema::{
     self, Described, Field, about, closed_object, formatted, integer, list, object, one_of, text,
 };
 
 use crate::{kind::ItemKind, request::Sendable, store::ITEMS_MAX};
+
+/// The operations, grouped.
+#[derive(Debug, Tags)]
+pub(crate) enum Tag {
+    /// Whose items are counted.
+    Persons,
+    /// What a person earns. Of the score, each adds a fiftieth of its value.
+    Incomes,
+    /// What a person owns. Of the score, each adds a twentieth of its value.
+    Assets,
+    /// What a person owes. Of the score, each takes a twentieth of its value.
+    Debts,
+}
 
 /// What a version is.
 pub(crate) const VERSION: &str =

@@ -3,7 +3,10 @@
 
 use events::Kind;
 
-use crate::store::{self, ItemSql};
+use crate::{
+    describe::Tag,
+    store::{self, ItemSql},
+};
 
 /// An income, an asset or a debt, as a type.
 pub(crate) trait ItemKind: Send + Sync + 'static {
@@ -21,6 +24,8 @@ pub(crate) trait ItemKind: Send + Sync + 'static {
     const LIST_NAME: &'static str;
     /// A body when it is new.
     const EXAMPLE: &'static str;
+    /// Where its operations stand in the documentation.
+    const TAG: Tag;
     /// Its statements.
     const SQL: &'static ItemSql;
 }
@@ -42,6 +47,7 @@ impl ItemKind for Income {
     const NEW_NAME: &'static str = "NewIncome";
     const LIST_NAME: &'static str = "Incomes";
     const EXAMPLE: &'static str = include_str!("../../payloads/new_income.json");
+    const TAG: Tag = Tag::Incomes;
     const SQL: &'static ItemSql = &store::INCOME;
 }
 
@@ -52,6 +58,7 @@ impl ItemKind for Asset {
     const NEW_NAME: &'static str = "NewAsset";
     const LIST_NAME: &'static str = "Assets";
     const EXAMPLE: &'static str = include_str!("../../payloads/new_asset.json");
+    const TAG: Tag = Tag::Assets;
     const SQL: &'static ItemSql = &store::ASSET;
 }
 
@@ -63,5 +70,6 @@ impl ItemKind for Debt {
     const LIST_NAME: &'static str = "Debts";
     const HAS_TYPE: bool = false;
     const EXAMPLE: &'static str = include_str!("../../payloads/new_debt.json");
+    const TAG: Tag = Tag::Debts;
     const SQL: &'static ItemSql = &store::DEBT;
 }

@@ -26,7 +26,7 @@ impl<K> Items<K> {
     }
 }
 
-#[OpenApi(prefix_path = K::PATH)]
+#[OpenApi(prefix_path = K::PATH, tag = "K::TAG")]
 impl<K: ItemKind> Items<K> {
     /// Add an item to a person
     ///

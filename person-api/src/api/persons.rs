@@ -7,7 +7,7 @@ use service::documentation::{Answer, Failure, Sent};
 use super::Api;
 use crate::{
     answer::{self, Changed, Created, Deleted, Person},
-    describe::{NewPersonBody, PatchBody},
+    describe::{NewPersonBody, PatchBody, Tag},
     problems::{AddPerson, ChangePerson, DeletePerson, ReadPerson},
     request::{self, Body, IdempotencyKey, IfMatch, NewPerson, PathCpf},
     store::{Refused, idempotency::Added},
@@ -17,7 +17,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(super) struct Persons(pub(super) Api);
 
-#[OpenApi]
+#[OpenApi(tag = "Tag::Persons")]
 impl Persons {
     /// Create a person
     ///
