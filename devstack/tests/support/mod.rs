@@ -88,6 +88,16 @@ impl Apis {
         answer(request.header("Content-Type", "application/json").body(body)).await
     }
 
+    /// The same with any method and an `Idempotency-Key`; an empty body is none.
+    pub(crate) async fn send(&self, method: &str, path: &str, key: &str, body: String) -> Answer {
+        let request = self.client.request(method.parse().unwrap(), format!("{}{path}", self.person));
+        let request = request.header("Idempotency-Key", key);
+        if body.is_empty() {
+            return answer(request).await;
+        }
+        answer(request.header("Content-Type", "application/json").body(body)).await
+    }
+
     /// `curl http://score.localhost:…/{cpf}/score`
     pub(crate) async fn score(&self, cpf: u64) -> Answer {
         answer(self.client.get(format!("{}/{cpf}/score", self.score))).await
