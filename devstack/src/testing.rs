@@ -7,9 +7,12 @@
     reason = "for tests only, where a panic is the report"
 )]
 
+mod document;
+
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use uuid::Uuid;
 
+pub use self::document::Document;
 use crate::servers::Servers;
 
 /// A superuser's URL of the private PostgreSQL, without a database.

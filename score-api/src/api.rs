@@ -1,17 +1,27 @@
-//! `GET /{cpf}/score`: from the request to the answer.
+//! The operations: from the request to the answer. Each is declared and documented where it is handled.
 
 use std::time::Duration;
 
-use poem::{EndpointExt, Request, Response, Route, get, handler, web::Data};
-use service::{problem::Problem, shutdown::HungUp};
+use poem::{Request, Route};
+use poem_openapi::OpenApi;
+use service::{
+    documentation::{self, Answer, Failure, Sent},
+    shutdown::HungUp,
+};
 use sqlx::PgPool;
 
 use crate::{
-    answer::{self, RETRY_AFTER},
-    read_model::{self, ReadError},
-    request::{self, After},
+    answer::{self, Score},
+    describe::Tag,
+    problems::{ReadScore, UNKNOWN_PERSON},
+    read_model,
+    request::{self, After, Held, PathCpf, Wait},
+    token::Token,
     waiters::{Missed, Waiters},
 };
+
+/// What the documentation begins with.
+const ABOUT: &str = include_str!("api/about.md");
 
 /// What answering takes.
 #[derive(Clone)]
@@ -22,31 +32,40 @@ pub(crate) struct Api {
     pub(crate) max_wait: Duration,
 }
 
+/// The operations, and their documentation.
 pub(crate) fn routes(api: Api) -> Route {
-    Route::new().at("/:cpf/score", get(score).catch_error(answer::method_not_allowed).data(api))
+    documentation::routes(api, "score-api", ABOUT)
 }
 
-#[handler]
-async fn score(request: &Request, Data(api): Data<&Api>) -> Result<Response, Problem> {
-    let asked = request::parse(request, api.max_wait)?;
-    // First that the read model contains the write, and only then, in a snapshot of its own, the score:
-    // it may contain more by then, and never less.
-    if let Some(After { token, wait }) = asked.after {
-        let contained = tokio::select! {
-            contained = api.waiters.until_contained(token, wait) => contained,
-            () = hung_up(request) => Err(Missed::HungUp),
-        };
-        if let Err(missed) = contained {
-            return answer::missed(missed);
-        }
+#[OpenApi(tag = "Tag::Scores")]
+impl Api {
+    /// Read a person's score
+    ///
+    /// Of the newest life of the cpf. Answers HEAD, too.
+    #[oai(path = "/:cpf/score", method = "get")]
+    async fn score(
+        &self,
+        request: &Request,
+        cpf: Sent<PathCpf>,
+        after: Sent<Token>,
+        wait: Sent<Wait>,
+        #[oai(name = "If-None-Match")] _held: Sent<Held>,
+    ) -> Result<Answer<Score>, Failure<ReadScore>> {
+        let (cpf, after) = request::score(request, cpf, (after, wait), self.max_wait)?;
+        self.contained(request, after).await?;
+        let score = read_model::newest_life(&self.pool, cpf).await?.ok_or(&UNKNOWN_PERSON)?;
+        Ok(answer::score(request, &score)?)
     }
-    match read_model::newest_life(&api.pool, asked.cpf).await {
-        Ok(Some(score)) => answer::found(request, &score),
-        Ok(None) => Err(answer::unknown_person()),
-        Err(ReadError::Unavailable) => Err(Problem::unavailable(RETRY_AFTER)),
-        Err(ReadError::Defect(error)) => {
-            tracing::error!(%error, "the score could not be read");
-            Err(Problem::internal())
+}
+
+impl Api {
+    /// Waits until the read model contains what the reader asks for. Only then, in a snapshot of its own,
+    /// the answer is read: it may contain more by then, and never less.
+    async fn contained(&self, request: &Request, after: Option<After>) -> Result<(), Missed> {
+        let Some(After { token, wait }) = after else { return Ok(()) };
+        tokio::select! {
+            contained = self.waiters.until_contained(token, wait) => contained,
+            () = hung_up(request) => Err(Missed::HungUp),
         }
     }
 }

@@ -3,7 +3,9 @@
 
 mod answer;
 mod api;
+mod describe;
 mod files;
+mod problems;
 mod read_model;
 mod request;
 mod token;

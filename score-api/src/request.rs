@@ -1,21 +1,17 @@
-//! The request, parsed once: whose score, and what it has to contain.
+//! The request, parsed once: whose score, and what it has to contain. Says all that is wrong at once.
 
-use std::{borrow::Cow, time::Duration};
+mod parameters;
+
+use std::time::Duration;
 
 use poem::Request;
 use service::{
-    config,
+    documentation::{Sent, only_query},
     problem::{FieldError, Problem},
 };
-use url::form_urlencoded;
 
-use crate::{read_model::Cpf, token::Token};
-
-/// What a reader asks.
-pub(crate) struct Asked {
-    pub(crate) cpf: Cpf,
-    pub(crate) after: Option<After>,
-}
+pub(crate) use self::parameters::{Held, PathCpf, Wait};
+use crate::{problems::INVALID, read_model::Cpf, token::Token};
 
 /// What the answer has to contain, and how long the reader waits for it.
 pub(crate) struct After {
@@ -23,57 +19,49 @@ pub(crate) struct After {
     pub(crate) wait: Duration,
 }
 
-/// Says all that is wrong at once. Parameters that are not known are refused: to ignore one that asks
-/// for more would answer a question that nobody asked.
-pub(crate) fn parse(request: &Request, max_wait: Duration) -> Result<Asked, Problem> {
-    let cpf = request.raw_path_param("cpf").unwrap_or_default().parse::<Cpf>();
+/// Whose score, and what it has to contain.
+pub(crate) fn score(
+    request: &Request,
+    cpf: Sent<PathCpf>,
+    after: (Sent<Token>, Sent<Wait>),
+    max_wait: Duration,
+) -> Result<(Cpf, Option<After>), Problem> {
     let mut errors = Vec::new();
-    if cpf.is_err() {
-        errors.push(error("path: cpf", "must be a positive integer of at most 11 digits"));
-    }
-    let after = after(request.uri().query().unwrap_or_default(), max_wait, &mut errors);
-    match cpf {
-        Ok(cpf) if errors.is_empty() => Ok(Asked { cpf, after }),
-        _ => Err(Problem {
-            detail: "Correct what `errors` names and send the request again.".into(),
-            ..Problem::invalid(errors)
-        }),
-    }
+    let cpf = cpf.read(&mut errors);
+    let after = contains(after, max_wait, &mut errors);
+    only_query(request, &["after", "wait"], &mut errors);
+    finish(errors, || Some((cpf?.0, after)))
 }
 
-fn after(query: &str, max_wait: Duration, errors: &mut Vec<FieldError>) -> Option<After> {
-    let (mut after, mut wait, mut others) = (Vec::new(), Vec::new(), false);
-    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
-        match &*name {
-            "after" => after.push(value),
-            "wait" => wait.push(value),
-            _ => others = true,
-        }
+fn contains(
+    (after, wait): (Sent<Token>, Sent<Wait>),
+    max_wait: Duration,
+    errors: &mut Vec<FieldError>,
+) -> Option<After> {
+    if wait.given() && !after.given() {
+        errors.push(error("query: after", "is required with `wait`".into()));
     }
-    let token = match &after[..] {
-        [] if !wait.is_empty() => Err(error("query: after", "is required with `wait`")),
-        [] => Ok(None),
-        [token] => token.parse().map(Some).map_err(|()| {
-            error("query: after", "must be the ETag of a write: a person's id, a dot, and a version")
-        }),
-        _ => Err(error("query: after", "is given more than once")),
+    let token = after.read(errors);
+    let wait = match wait.read(errors) {
+        None => Some(Duration::ZERO),
+        Some(Wait(wait)) => wait.filter(|wait| *wait <= max_wait),
     };
-    let wait = match &wait[..] {
-        [] => Ok(Duration::ZERO),
-        [wait] => config::duration(wait).ok().filter(|wait| *wait <= max_wait).ok_or_else(|| {
-            error("query: wait", format!("must look like 500ms or 2s and be at most {max_wait:?}"))
-        }),
-        _ => Err(error("query: wait", "is given more than once")),
-    };
-    let mut keep = |error| errors.push(error);
-    let token = token.map_err(&mut keep);
-    let wait = wait.map_err(&mut keep);
-    if others {
-        keep(error("query", "takes `after` and `wait` and nothing else"));
+    if wait.is_none() {
+        errors.push(error("query: wait", format!("must look like 500ms or 2s and be at most {max_wait:?}")));
     }
-    Some(After { token: token.ok().flatten()?, wait: wait.ok()? })
+    Some(After { token: token?, wait: wait? })
 }
 
-fn error(pointer: &'static str, detail: impl Into<Cow<'static, str>>) -> FieldError {
+fn error(pointer: &'static str, detail: String) -> FieldError {
     FieldError { pointer: pointer.into(), detail: detail.into() }
+}
+
+/// What was asked, if nothing is wrong with it.
+fn finish<T>(errors: Vec<FieldError>, asked: impl FnOnce() -> Option<T>) -> Result<T, Problem> {
+    if errors.is_empty()
+        && let Some(asked) = asked()
+    {
+        return Ok(asked);
+    }
+    Err(Problem { errors, ..INVALID.problem() })
 }

@@ -13,7 +13,6 @@ use std::{
     time::Duration,
 };
 
-use serde::Serialize;
 use tokio::{
     sync::{Notify, Semaphore, SemaphorePermit},
     time::{Instant, timeout, timeout_at},
@@ -56,16 +55,15 @@ pub(crate) enum Missed {
 }
 
 /// Where the model stands.
-#[derive(Serialize)]
 pub(crate) struct Behind {
     /// The version that was asked for.
-    asked: i64,
-    /// The one that the model contains; null when nothing of the person has been applied.
-    has: Option<i64>,
-    waited_ms: u64,
-    /// How long ago the projector said that it had applied anything, of whomever; null when it has not
+    pub(crate) asked: i64,
+    /// The one that the model contains; none when nothing of the person has been applied.
+    pub(crate) has: Option<i64>,
+    pub(crate) waited_ms: u64,
+    /// How long ago the projector said that it had applied anything, of whomever; none when it has not
     /// since this program began to listen.
-    last_applied_ms_ago: Option<u64>,
+    pub(crate) last_applied_ms_ago: Option<u64>,
 }
 
 impl Missed {

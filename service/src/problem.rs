@@ -28,9 +28,9 @@ pub struct FieldError {
 pub struct Problem {
     /// Tells programs what happened: `/problems/<code>`, stable.
     #[serde(rename = "type")]
-    pub type_: Cow<'static, str>,
+    pub type_: Box<str>,
     /// Tells people what happened; the same for every problem of the type.
-    pub title: Cow<'static, str>,
+    pub title: &'static str,
     /// The status code, as in the response.
     #[serde(serialize_with = "status")]
     pub status: StatusCode,
@@ -39,6 +39,9 @@ pub struct Problem {
     /// All of the rules that the request breaks, not just the first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<FieldError>,
+    /// What else problems of this type say: extension members of the body (RFC 9457, 3.2).
+    #[serde(flatten, serialize_with = "extensions")]
+    pub extensions: Box<[(&'static str, serde_json::Value)]>,
     /// When another try makes sense.
     #[serde(skip)]
     pub retry_after: Option<Duration>,
@@ -47,6 +50,13 @@ pub struct Problem {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
 fn status<S: serde::Serializer>(status: &StatusCode, s: S) -> Result<S::Ok, S::Error> {
     s.serialize_u16(status.as_u16())
+}
+
+fn extensions<S: serde::Serializer>(
+    extensions: &[(&'static str, serde_json::Value)],
+    s: S,
+) -> Result<S::Ok, S::Error> {
+    s.collect_map(extensions.iter().map(|(name, value)| (name, value)))
 }
 
 impl Problem {
@@ -59,10 +69,11 @@ impl Problem {
     ) -> Self {
         Self {
             type_: format!("/problems/{code}").into(),
-            title: title.into(),
+            title,
             status,
             detail: detail.into(),
             errors: Vec::new(),
+            extensions: Box::default(),
             retry_after: None,
         }
     }

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a panic in a test is the report")]
 
 mod answers;
+mod documentation;
 mod lifecycle;
 mod support;
 mod waiting;

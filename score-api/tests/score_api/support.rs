@@ -1,7 +1,12 @@
 //! A read model with known rows, the program that serves it, and a wire between the two to cut.
 
-use std::{net::SocketAddr, process::Stdio, time::Duration};
+use std::{net::SocketAddr, process::Stdio, sync::LazyLock, time::Duration};
 
+use devstack::testing::Document;
+use reqwest::{
+    Method, StatusCode,
+    header::{HeaderMap, HeaderName, HeaderValue},
+};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgConnectOptions};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
@@ -304,7 +309,28 @@ async fn request(address: SocketAddr, method: &str, path: &str, headers: &[(&str
         answer
     };
     let answer = tokio::time::timeout(DEADLINE, exchange).await.expect("an answer in time");
+    check(method, path, &answer);
     Answer::parse(&format!("{method} {path}"), &answer)
+}
+
+/// Every answer is one that the documentation names. As it was reviewed: another test holds it against the
+/// program's.
+fn check(method: &str, path: &str, answer: &str) {
+    static DOCUMENT: LazyLock<Document> = LazyLock::new(|| {
+        let reviewed =
+            include_str!("snapshots/score_api__documentation__the_document_describes_every_operation.snap");
+        Document::new(reviewed.splitn(3, "---\n").nth(2).unwrap().as_bytes())
+    });
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+    let (status, headers) = head.split_once("\r\n").unwrap();
+    let header = |line: &str| {
+        let (name, value) = line.split_once(": ").unwrap();
+        (name.parse::<HeaderName>().unwrap(), value.parse::<HeaderValue>().unwrap())
+    };
+    let headers: HeaderMap = headers.split("\r\n").map(header).collect();
+    let status: StatusCode = status.split(' ').nth(1).unwrap().parse().unwrap();
+    let method: Method = method.parse().unwrap();
+    DOCUMENT.check(&method, path.split('?').next().unwrap(), status, &headers, body.as_bytes());
 }
 
 /// What came back, byte for byte but for the date.
@@ -337,6 +363,14 @@ impl Answer {
         }
         let shown = format!("> {request}\n{status}\n{lines}\n\n{body_shown}");
         Self { status, body: body.to_owned(), shown }
+    }
+}
+
+impl Answer {
+    /// A header's value.
+    pub(crate) fn header(&self, name: &str) -> &str {
+        let line = self.shown.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        line.unwrap_or_else(|| panic!("no {name}"))
     }
 }
 

@@ -9,8 +9,8 @@ use poem_openapi::{
 };
 use serde_json::json;
 
-use super::schema::{self, Described, inline};
-use crate::problem::{ANYWHERE, Kind, Problem};
+use super::schema::{self, Described, Field, inline};
+use crate::problem::{ANYWHERE, INVALID_FIELDS, Kind, Problem};
 
 /// An answer that is described: its status, headers and body.
 pub trait Answers {
@@ -22,6 +22,8 @@ pub trait Answers {
     const DESCRIPTION: &'static str;
     /// Its headers, and what they say.
     const HEADERS: &'static [(&'static str, &'static str)];
+    /// When it is a 304 with the same headers and no body instead, if that may be.
+    const NOT_MODIFIED: Option<&'static str> = None;
 }
 
 /// An answer as described by `A`.
@@ -44,16 +46,16 @@ impl<A: Answers> ApiResponse for Answer<A> {
     fn meta() -> MetaResponses {
         let content =
             vec![MetaMediaType { content_type: "application/json", schema: schema::of::<A::Body>() }];
-        let headers = A::HEADERS.iter().map(|(name, description)| text_header(name, description)).collect();
-        MetaResponses {
-            responses: vec![MetaResponse {
-                description: A::DESCRIPTION,
-                status: Some(A::STATUS),
-                status_range: None,
-                content,
-                headers,
-            }],
-        }
+        let response = |status, description, content| MetaResponse {
+            description,
+            status: Some(status),
+            status_range: None,
+            content,
+            headers: A::HEADERS.iter().map(|(name, description)| text_header(name, description)).collect(),
+        };
+        let not_modified = A::NOT_MODIFIED.map(|when| response(304, when, Vec::new()));
+        let answer = response(A::STATUS, A::DESCRIPTION, content);
+        MetaResponses { responses: [answer].into_iter().chain(not_modified).collect() }
     }
 
     fn register(registry: &mut Registry) {
@@ -65,6 +67,12 @@ impl<A: Answers> ApiResponse for Answer<A> {
 pub trait Problems {
     /// The types of problems, in lists that operations share.
     const KINDS: &'static [&'static [&'static Kind]];
+
+    /// What problems of a type say besides what any says ([`Problem::extensions`]). The same for every
+    /// operation that may meet it: it has one place in the documentation.
+    fn extensions(_kind: &Kind) -> Vec<Field> {
+        Vec::new()
+    }
 }
 
 /// A problem of an operation: one of those that `P` names.
@@ -104,7 +112,7 @@ impl<P: Problems> ApiResponse for Failure<P> {
     fn register(registry: &mut Registry) {
         schema::register::<Problem>(registry);
         for kind in kinds::<P>() {
-            registry.create_schema::<Kind, _>(name(kind), |_| described(kind));
+            registry.create_schema::<Kind, _>(name(kind), |_| described(kind, P::extensions(kind)));
         }
     }
 }
@@ -119,20 +127,24 @@ fn name(kind: &Kind) -> String {
     format!("problem.{}", kind.code)
 }
 
-fn described(kind: &Kind) -> MetaSchema {
+fn described(kind: &Kind, extensions: Vec<Field>) -> MetaSchema {
     let (type_, status) = (kind.type_(), kind.status.as_u16());
     let constant = |of, value| inline(MetaSchema { enum_items: vec![value], ..MetaSchema::new(of) });
-    let this = MetaSchema {
-        properties: vec![
-            ("type", constant("string", type_.clone().into())),
-            ("status", constant("integer", status.into())),
-        ],
-        ..MetaSchema::new("object")
-    };
+    let mut example = json!({"type": type_, "title": kind.title, "status": status, "detail": kind.detail});
+    if kind.code == INVALID_FIELDS.code {
+        example["errors"] = json!([{"pointer": "query: limit", "detail": "is given more than once"}]);
+    }
+    let mut this = schema::object([]);
+    this.properties =
+        vec![("type", constant("string", type_.into())), ("status", constant("integer", status.into()))];
+    for field in extensions {
+        example[field.0] = field.2.example.clone().into();
+        schema::add(&mut this, field);
+    }
     MetaSchema {
         description: Some(kind.detail),
         all_of: vec![schema::of::<Problem>(), inline(this)],
-        example: Some(json!({"type": type_, "title": kind.title, "status": status, "detail": kind.detail})),
+        example: Some(example),
         ..MetaSchema::ANY
     }
 }

@@ -32,6 +32,11 @@ pub trait Parameter: Sized + Send + Sync {
 pub struct Sent<P>(Result<Option<P>, FieldError>);
 
 impl<P> Sent<P> {
+    /// Whether it was sent at all, right or wrong.
+    pub fn given(&self) -> bool {
+        !matches!(self.0, Ok(None))
+    }
+
     /// What was sent, if anything was; or the one thing that is wrong.
     pub fn one(self) -> Result<Option<P>, Problem> {
         self.0.map_err(|error| Problem::invalid(vec![error]))
@@ -85,9 +90,8 @@ fn sent<'a>(
     name: &str,
 ) -> (&'static str, Vec<Option<Cow<'a, str>>>) {
     match place {
-        MetaParamIn::Path => {
-            ("path", request.raw_path_param(name).map(|text| Some(text.into())).into_iter().collect())
-        }
+        // What is no UTF-8 breaks the rule of any, as nothing does.
+        MetaParamIn::Path => ("path", vec![Some(request.raw_path_param(name).unwrap_or_default().into())]),
         MetaParamIn::Query => {
             let query = request.uri().query().unwrap_or_default().as_bytes();
             let pairs = form_urlencoded::parse(query).filter(|(other, _)| other == name);

@@ -18,13 +18,16 @@ pub type Field = (&'static str, bool, MetaSchema);
 /// An object with these fields; others may come later.
 pub fn object(fields: impl IntoIterator<Item = Field>) -> MetaSchema {
     let mut schema = MetaSchema::new("object");
-    for (name, required, field) in fields {
-        if required {
-            schema.required.push(name);
-        }
-        schema.properties.push((name, inline(field)));
-    }
+    fields.into_iter().for_each(|field| add(&mut schema, field));
     schema
+}
+
+/// Adds a field to an object.
+pub(super) fn add(object: &mut MetaSchema, (name, required, field): Field) {
+    if required {
+        object.required.push(name);
+    }
+    object.properties.push((name, inline(field)));
 }
 
 /// The title of what nothing may be. poem-openapi cannot say that an object takes no other fields.

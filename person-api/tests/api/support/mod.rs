@@ -1,6 +1,5 @@
 //! A database, the app on it, and what a test says to it and reads from it.
 
-mod document;
 mod http;
 mod process;
 mod proxy;
@@ -8,6 +7,7 @@ mod redact;
 
 use std::time::Duration;
 
+use devstack::testing::Document;
 use outbox::Waker;
 use person_api::{api::Api, schema, store::Store};
 use poem::{Endpoint, EndpointExt, Request, Response};
@@ -15,7 +15,6 @@ use service::{config::database, health::Health};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgConnectOptions};
 use tokio::{sync::OnceCell, time::Instant};
 
-use document::Document;
 pub(crate) use http::{exchange, plain, post, raw_request, with};
 pub(crate) use process::{Program, answer, command, finished, post_request};
 pub(crate) use proxy::Proxy;
@@ -157,7 +156,7 @@ impl App {
                 Document::new(&document.into_body().into_vec().await.unwrap())
             })
             .await;
-        document.check(&method, &path, &response, &body);
+        document.check(&method, &path, response.status(), response.headers(), &body);
         response.set_body(body);
         response
     }

@@ -1,0 +1,93 @@
+//! What the path, the query and the headers say.
+
+use std::{borrow::Cow, time::Duration};
+
+use poem_openapi::registry::{MetaParamIn, MetaSchema};
+use service::{
+    config,
+    documentation::{Parameter, schema::text},
+};
+
+use crate::{read_model::Cpf, token::Token};
+
+/// A cpf, as it stands in a path.
+pub(crate) struct PathCpf(pub(crate) Cpf);
+
+impl Parameter for PathCpf {
+    const IN: MetaParamIn = MetaParamIn::Path;
+
+    fn parse(text: &str) -> Result<Self, Cow<'static, str>> {
+        text.parse().map(Self).map_err(|()| "must be a positive integer of at most 11 digits".into())
+    }
+
+    fn schema() -> MetaSchema {
+        MetaSchema {
+            pattern: Some("^0*[1-9][0-9]*$".to_owned()),
+            max_length: Some(11),
+            example: Some("11111".into()),
+            ..text("A positive integer of at most 11 digits.")
+        }
+    }
+}
+
+impl Parameter for Token {
+    const IN: MetaParamIn = MetaParamIn::Query;
+
+    fn parse(text: &str) -> Result<Self, Cow<'static, str>> {
+        text.parse().map_err(|()| "must be the ETag of a write: a person's id, a dot, and a version".into())
+    }
+
+    fn schema() -> MetaSchema {
+        let id = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}";
+        MetaSchema {
+            pattern: Some(format!(r"^{id}\.[1-9][0-9]{{0,17}}$")),
+            ..text(
+                "The `ETag` of a write at the person service, without its quotation marks (or with them, \
+                 percent-encoded): a person's id, a dot, and a version. The answer contains that write, or it is a \
+                 503. It counts for this life of a cpf alone: after the deletion that a token names, the answer is \
+                 a 404, or the score of the cpf's next life.",
+            )
+        }
+    }
+}
+
+/// How long a reader waits. None when it is no duration: the rule names the most, which is a setting.
+pub(crate) struct Wait(pub(crate) Option<Duration>);
+
+impl Parameter for Wait {
+    const IN: MetaParamIn = MetaParamIn::Query;
+
+    fn parse(text: &str) -> Result<Self, Cow<'static, str>> {
+        Ok(Self(config::duration(text).ok()))
+    }
+
+    fn schema() -> MetaSchema {
+        MetaSchema {
+            pattern: Some("^([0-9]{1,4}ms|[0-9]s|10s)$".to_owned()),
+            default: Some("0s".into()),
+            example: Some("2s".into()),
+            ..text(
+                "How long to wait for the write that `after` names, which is required with it: `500ms`, `2s`, at \
+                 most 10s where nothing else is configured; the 422 of a longer one says how long. Without it the \
+                 copy is asked once.",
+            )
+        }
+    }
+}
+
+/// What the caller holds already. Any text will do: what is no `ETag` of ours names no state.
+pub(crate) struct Held;
+
+impl Parameter for Held {
+    const IN: MetaParamIn = MetaParamIn::Header;
+
+    fn parse(_: &str) -> Result<Self, Cow<'static, str>> {
+        Ok(Self)
+    }
+
+    fn schema() -> MetaSchema {
+        text(
+            "The `ETag` of an answer that the caller holds, or several: if it is still right, the answer is 304.",
+        )
+    }
+}
