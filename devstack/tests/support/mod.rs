@@ -84,8 +84,17 @@ impl Apis {
 
     /// `curl -H 'Content-Type: application/json' http://person.localhost:…{path} --data …`
     pub(crate) async fn post(&self, path: &str, body: String) -> Answer {
+        answer(self.write(path, body)).await
+    }
+
+    /// The same, with `-H 'Idempotency-Key: {key}'`.
+    pub(crate) async fn post_once(&self, path: &str, body: String, key: &str) -> Answer {
+        answer(self.write(path, body).header("Idempotency-Key", key)).await
+    }
+
+    fn write(&self, path: &str, body: String) -> reqwest::RequestBuilder {
         let request = self.client.post(format!("{}{path}", self.person));
-        answer(request.header("Content-Type", "application/json").body(body)).await
+        request.header("Content-Type", "application/json").body(body)
     }
 
     /// The same with any method and an `Idempotency-Key`; an empty body is none.
