@@ -11,6 +11,7 @@ use service::{
         database::{self, DatabaseArgs},
         file::Setting,
     },
+    front::FrontArgs,
     shutdown::ShutdownArgs,
     telemetry::TelemetryArgs,
 };
@@ -136,6 +137,9 @@ pub struct RunArgs {
     /// Logging.
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
+    /// What clients may take.
+    #[command(flatten)]
+    pub front: FrontArgs,
     /// Shutdown.
     #[command(flatten)]
     pub shutdown: ShutdownArgs,

@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use poem::Route;
-use service::{health::Health, shutdown::Shutdown, telemetry};
+use service::{front::Front, health::Health, shutdown::Shutdown};
 use tokio::sync::Notify;
 
 use config::{RunArgs, STATEMENT_TIMEOUT};
@@ -82,7 +82,8 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     };
     let told = health.clone();
     let routes = health.add_to(Route::new(), Some(metrics));
-    shutdown.serve(args.listen.listen, telemetry::observed(routes), args.shutdown.drain_timeout).await?;
+    let front = Front::new(args.listen.listen, &args.front, 0);
+    shutdown.serve(front, routes, args.shutdown.drain_timeout).await?;
     let stop = shutdown.requested().clone();
     shutdown.spawn("relay", relay.run(stop.clone()));
     shutdown.spawn("wake-up", wake::listen(database.clone(), wake, stop.clone()));

@@ -3,7 +3,12 @@
 use std::net::SocketAddr;
 
 use clap::{Args, Parser, Subcommand};
-use service::{config::database::DatabaseArgs, shutdown::ShutdownArgs, telemetry::TelemetryArgs};
+use service::{
+    config::database::DatabaseArgs,
+    front::{FrontArgs, GateArgs},
+    shutdown::ShutdownArgs,
+    telemetry::TelemetryArgs,
+};
 
 use crate::{republish::RepublishArgs, request::CpfCheck};
 
@@ -41,6 +46,12 @@ pub struct RunArgs {
     /// How closely a new person's cpf is looked at.
     #[arg(long, env = "CPF_CHECK", default_value = "off", value_enum, value_name = "CHECK")]
     pub cpf_check: CpfCheck,
+    /// What clients may take.
+    #[command(flatten)]
+    pub front: FrontArgs,
+    /// How many may need the database.
+    #[command(flatten)]
+    pub gate: GateArgs,
     /// How long to drain.
     #[command(flatten)]
     pub shutdown: ShutdownArgs,

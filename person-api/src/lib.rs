@@ -22,11 +22,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use metrics_exporter_prometheus::PrometheusHandle;
 use outbox::Waker;
-use poem::{
-    Server,
-    listener::{Listener, TcpListener},
-};
-use service::{config::database, health::Health, shutdown::Shutdown, telemetry};
+use service::{config::database, front::Front, health::Health, shutdown::Shutdown};
 use sqlx::{ConnectOptions, Connection};
 
 use crate::{
@@ -41,24 +37,19 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
 const MIGRATION_TIMEOUT: Duration = Duration::from_hours(1);
 /// Connections for requests. Few: PostgreSQL writes fastest with about two per core and a disk's queue.
 const POOL_SIZE: u32 = 16;
-/// A connection on which nothing happens for so long is closed.
-const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Serves the API until `shutdown` is requested and what is under way has ended.
 pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shutdown) -> anyhow::Result<()> {
     let drain = args.shutdown.drain_timeout;
     let options = args.database.options("person-api", STATEMENT_TIMEOUT)?;
-    let acceptor = TcpListener::bind(args.listen)
-        .into_acceptor()
-        .await
-        .with_context(|| format!("cannot listen at {}", args.listen))?;
-
     let health = Health::new();
     // Readiness and notices have connections of their own: they must not wait behind requests.
     let aside = database::pool(options.clone(), 2);
     let waker = Waker::new();
-    let api =
-        Api::new(Store::new(database::pool(options, POOL_SIZE)), waker.clone()).checking(args.cpf_check);
+    let store = Store::new(database::pool(options, POOL_SIZE)).behind(args.gate.gate());
+    let api = Api::new(store, waker.clone()).checking(args.cpf_check);
+    let front = Front::new(args.listen, &args.front, 0);
+    let answered = shutdown.serve(front, health.add_to(api.routes(), metrics), drain).await?;
 
     shutdown.spawn(
         "database",
@@ -74,15 +65,9 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
         waker.run(aside, stop).await;
         Ok(())
     });
-    let stop = shutdown.requested().clone();
-    shutdown.spawn("server", async move {
-        let endpoint = telemetry::observed(health.add_to(api.routes(), metrics));
-        // poem gives up connections a little before the process does, so that this task can say so.
-        Server::new_with_acceptor(acceptor)
-            .idle_timeout(IDLE_TIMEOUT)
-            .run_with_graceful_shutdown(endpoint, stop.cancelled_owned(), Some(drain.mul_f32(0.9)))
-            .await?;
-        // Writes whose client hung up have no connection any more, but they are ours to finish.
+    // Writes whose client hung up have no connection any more, but they are ours to finish.
+    shutdown.spawn("writes", async move {
+        answered.cancelled().await;
         api.finish().await;
         Ok(())
     });

@@ -5,7 +5,9 @@ use std::time::Duration;
 use poem::http::StatusCode;
 use service::{
     documentation::{Failure, Problems},
-    problem::{INVALID_FIELDS, Kind, Problem, UNAVAILABLE},
+    problem::{
+        INCOMPLETE_BODY, INVALID_FIELDS, Kind, OVERLOADED, Problem, SLOW_BODY, TOO_LARGE, UNAVAILABLE,
+    },
 };
 
 use crate::store::{Refused, StoreError};
@@ -86,23 +88,6 @@ pub(crate) const MALFORMED_JSON: Kind = kind(
     "Malformed JSON",
     "The request's body could not be read.",
 );
-/// 400: less came than was announced.
-pub(crate) const INCOMPLETE_BODY: Kind =
-    kind(StatusCode::BAD_REQUEST, "incomplete-body", "Incomplete body", "The request's body broke off.");
-/// 408
-pub(crate) const SLOW_BODY: Kind = kind(
-    StatusCode::REQUEST_TIMEOUT,
-    "slow-body",
-    "Request Timeout",
-    "The request's body did not arrive in time.",
-);
-/// 413
-pub(crate) const TOO_LARGE: Kind = kind(
-    StatusCode::PAYLOAD_TOO_LARGE,
-    "too-large",
-    "Payload Too Large",
-    "The request's body is larger than 64 KiB.",
-);
 /// 415
 pub(crate) const UNSUPPORTED_MEDIA_TYPE: Kind = kind(
     StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -115,7 +100,9 @@ pub(crate) const UNSUPPORTED_MEDIA_TYPE: Kind = kind(
 const BODY: &[&Kind] =
     &[&MALFORMED_JSON, &INCOMPLETE_BODY, &SLOW_BODY, &TOO_LARGE, &UNSUPPORTED_MEDIA_TYPE, &INVALID_FIELDS];
 /// Of every write.
-const WRITE: &[&Kind] = &[&UNAVAILABLE, &OUTCOME_UNKNOWN];
+const WRITE: &[&Kind] = &[&UNAVAILABLE, &OVERLOADED, &OUTCOME_UNKNOWN];
+/// Of every read.
+const READ: &[&Kind] = &[&INVALID_FIELDS, &UNAVAILABLE, &OVERLOADED];
 
 /// The operations, for what can go wrong with each.
 macro_rules! operations {
@@ -139,7 +126,7 @@ operations! {
     /// `DELETE /person/{cpf}`
     DeletePerson: [WRITE, &[&INVALID_FIELDS, &UNKNOWN_PERSON, &OTHER_STATE]];
     /// `GET /person/{cpf}`, and the lists of items
-    ReadPerson: [&[&INVALID_FIELDS, &UNAVAILABLE, &UNKNOWN_PERSON]];
+    ReadPerson: [READ, &[&UNKNOWN_PERSON]];
     /// `POST` of an item
     AddItem: [BODY, WRITE, &[&UNKNOWN_PERSON, &PERSON_INACTIVE, &KEY_REUSED]];
     /// `PUT` of an item
@@ -147,7 +134,7 @@ operations! {
     /// `DELETE` of an item
     DeleteItem: [WRITE, &[&INVALID_FIELDS, &UNKNOWN_PERSON, &UNKNOWN_ITEM, &OTHER_STATE]];
     /// `GET` of an item
-    ReadItem: [&[&INVALID_FIELDS, &UNAVAILABLE, &UNKNOWN_PERSON, &UNKNOWN_ITEM]];
+    ReadItem: [READ, &[&UNKNOWN_PERSON, &UNKNOWN_ITEM]];
 }
 
 /// What the database decided.
@@ -169,6 +156,7 @@ impl<P> From<Refused> for Failure<P> {
 impl<P> From<StoreError> for Failure<P> {
     fn from(error: StoreError) -> Self {
         let problem = match error {
+            StoreError::Overloaded => OVERLOADED.problem(),
             StoreError::Unavailable(_) => {
                 tracing::warn!(%error, "a request was not served");
                 Problem::unavailable(RETRY_AFTER)

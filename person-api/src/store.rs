@@ -7,9 +7,15 @@ pub mod idempotency;
 mod items;
 mod persons;
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
 
-use sqlx::{PgPool, Postgres, pool::PoolConnection};
+use service::front::Gate;
+use sqlx::{PgConnection, PgPool, Postgres, pool::PoolConnection};
+use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
 pub(crate) use self::items::{ASSET, DEBT, INCOME, ItemSql, Listed};
@@ -107,6 +113,9 @@ pub struct Found {
 /// Why there is no answer. Never shows what was sent or stored, which is personal data.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
+    /// As many requests use the database or wait for it as may; nothing was sent.
+    #[error("as many requests need the database as may")]
+    Overloaded,
     /// The database does not answer, or gave the statement up; nothing was stored.
     #[error("the database is not available: {0}")]
     Unavailable(String),
@@ -132,17 +141,46 @@ impl StoreError {
 #[derive(Clone, Debug)]
 pub struct Store {
     pool: PgPool,
+    gate: Gate,
+}
+
+/// A connection, and its place among those who need one.
+struct Connection {
+    conn: PoolConnection<Postgres>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Deref for Connection {
+    type Target = PgConnection;
+
+    fn deref(&self) -> &PgConnection {
+        &self.conn
+    }
+}
+
+impl DerefMut for Connection {
+    fn deref_mut(&mut self) -> &mut PgConnection {
+        &mut self.conn
+    }
 }
 
 impl Store {
     /// The pool's connections limit their statements themselves (`statement_timeout`).
     pub fn new(pool: PgPool) -> Self {
-        Self { pool }
+        Self { pool, gate: Gate::default() }
+    }
+
+    /// Takes no more requests at a time than `gate` lets in.
+    #[must_use]
+    pub fn behind(self, gate: Gate) -> Self {
+        Self { gate, ..self }
     }
 
     /// Whatever goes wrong here, no statement was sent yet.
-    async fn acquire(&self) -> Result<PoolConnection<Postgres>, StoreError> {
-        self.pool.acquire().await.map_err(|error| StoreError::Unavailable(describe(&error)))
+    async fn acquire(&self) -> Result<Connection, StoreError> {
+        let place = self.gate.enter().ok_or(StoreError::Overloaded)?;
+        let conn = self.pool.acquire().await.map_err(|error| StoreError::Unavailable(describe(&error)))?;
+        Ok(Connection { conn, _place: place })
     }
 }
 

@@ -6,9 +6,11 @@ use poem::{Request, Route};
 use poem_openapi::OpenApi;
 use service::{
     documentation::{self, Answer, Failure, Sent},
-    shutdown::HungUp,
+    front::{Gate, HungUp},
+    problem::OVERLOADED,
 };
 use sqlx::PgPool;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     answer::{self, Score},
@@ -27,6 +29,8 @@ const ABOUT: &str = include_str!("api/about.md");
 #[derive(Clone)]
 pub(crate) struct Api {
     pub(crate) pool: PgPool,
+    /// For reads that do not wait for a write: those that do are as many as there are places for them.
+    pub(crate) gate: Gate,
     pub(crate) waiters: Waiters,
     /// How long a reader may wait.
     pub(crate) max_wait: Duration,
@@ -52,7 +56,7 @@ impl Api {
         #[oai(name = "If-None-Match")] _held: Sent<Held>,
     ) -> Result<Answer<Score>, Failure<ReadScore>> {
         let (cpf, after) = request::score(request, cpf, (after, wait), self.max_wait)?;
-        self.contained(request, after).await?;
+        let _place = self.begin(request, after).await?;
         let score = read_model::newest_life(&self.pool, cpf).await?.ok_or(&UNKNOWN_PERSON)?;
         Ok(answer::score(request, &score)?)
     }
@@ -61,12 +65,22 @@ impl Api {
 impl Api {
     /// Waits until the read model contains what the reader asks for. Only then, in a snapshot of its own,
     /// the answer is read: it may contain more by then, and never less.
-    async fn contained(&self, request: &Request, after: Option<After>) -> Result<(), Missed> {
-        let Some(After { token, wait }) = after else { return Ok(()) };
-        tokio::select! {
+    ///
+    /// A read that waits for nothing has a place among those that need the database instead.
+    async fn begin(
+        &self,
+        request: &Request,
+        after: Option<After>,
+    ) -> Result<Option<OwnedSemaphorePermit>, Failure<ReadScore>> {
+        let Some(After { token, wait }) = after else {
+            return Ok(Some(self.gate.enter().ok_or(&OVERLOADED)?));
+        };
+        let contained = tokio::select! {
             contained = self.waiters.until_contained(token, wait) => contained,
             () = hung_up(request) => Err(Missed::HungUp),
-        }
+        };
+        contained?;
+        Ok(None)
     }
 }
 

@@ -4,7 +4,6 @@
 mod answer;
 mod api;
 mod describe;
-mod files;
 mod problems;
 mod read_model;
 mod request;
@@ -19,9 +18,10 @@ use service::{
         database::{self, DatabaseArgs, Schema, wait_until_current},
         duration,
     },
+    front::{Front, FrontArgs, GateArgs},
     health::{Health, Part},
     shutdown::{Shutdown, ShutdownArgs},
-    telemetry::{self, TelemetryArgs},
+    telemetry::TelemetryArgs,
 };
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
@@ -97,6 +97,10 @@ pub struct Config {
     #[command(flatten)]
     pub wait: WaitArgs,
     #[command(flatten)]
+    pub front: FrontArgs,
+    #[command(flatten)]
+    pub gate: GateArgs,
+    #[command(flatten)]
     pub shutdown: ShutdownArgs,
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
@@ -120,8 +124,8 @@ pub async fn run(
     let readiness = watch(pool.clone(), health.part("database"), shutdown.requested().clone());
     shutdown.spawn("readiness", readiness);
 
-    let places = files::places(config.wait.max_waiters);
-    let waiters = Waiters::new(places as usize, shutdown.requested().clone());
+    let front = Front::new(config.listen.listen, &config.front, config.wait.max_waiters);
+    let waiters = Waiters::new(front.room().waiting as usize, shutdown.requested().clone());
     let (listen, look) = (waiters.clone().listen(options), waiters.clone().look(pool.clone()));
     shutdown.spawn("listening", async move {
         listen.await;
@@ -132,10 +136,10 @@ pub async fn run(
         Ok(())
     });
 
-    let api = Api { pool, waiters, max_wait: config.wait.max_wait };
+    let api = Api { pool, gate: config.gate.gate(), waiters, max_wait: config.wait.max_wait };
     let routes = health.add_to(api::routes(api), metrics);
     let drain = config.shutdown.drain_timeout;
-    shutdown.serve(config.listen.listen, telemetry::observed(routes), drain).await?;
+    shutdown.serve(front, routes, drain).await?;
     shutdown.finish(drain).await
 }
 

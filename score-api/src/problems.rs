@@ -9,7 +9,7 @@ use service::{
         Failure, Problems,
         schema::{Field, integer},
     },
-    problem::{INVALID_FIELDS, Kind, Problem, UNAVAILABLE},
+    problem::{INVALID_FIELDS, Kind, OVERLOADED, Problem, UNAVAILABLE},
 };
 
 use crate::{
@@ -62,8 +62,15 @@ const SHUTTING_DOWN: Kind = again(
 pub(crate) enum ReadScore {}
 
 impl Problems for ReadScore {
-    const KINDS: &'static [&'static [&'static Kind]] =
-        &[&[&INVALID, &UNKNOWN_PERSON, &UNAVAILABLE, &NOT_THERE_YET, &TOO_MANY_WAITERS, &SHUTTING_DOWN]];
+    const KINDS: &'static [&'static [&'static Kind]] = &[&[
+        &INVALID,
+        &UNKNOWN_PERSON,
+        &UNAVAILABLE,
+        &OVERLOADED,
+        &NOT_THERE_YET,
+        &TOO_MANY_WAITERS,
+        &SHUTTING_DOWN,
+    ]];
 
     fn extensions(kind: &Kind) -> Vec<Field> {
         if kind.code == NOT_THERE_YET.code { behind() } else { Vec::new() }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use clap::{Args, Parser, Subcommand};
 use service::{
     config::{broker::BrokerArgs, database::DatabaseArgs},
+    front::FrontArgs,
     shutdown::ShutdownArgs,
     telemetry::TelemetryArgs,
 };
@@ -70,6 +71,9 @@ pub struct RunArgs {
     /// Where the broker is.
     #[command(flatten)]
     pub broker: BrokerArgs,
+    /// What clients may take.
+    #[command(flatten)]
+    pub front: FrontArgs,
     /// How long to drain.
     #[command(flatten)]
     pub shutdown: ShutdownArgs,

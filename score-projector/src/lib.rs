@@ -26,9 +26,9 @@ use outbox::Waker;
 use poem::Route;
 use service::{
     config::{SettingError, broker::BrokerArgs, database},
+    front::Front,
     health::Health,
     shutdown::Shutdown,
-    telemetry,
 };
 use sqlx::{ConnectOptions, Connection, PgConnection, migrate::Migrator};
 
@@ -61,7 +61,8 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let health = Health::new();
     let [database, broker, consuming, holes, forks] =
         ["database", "broker", "consuming", "holes", "forks"].map(|name| health.part(name));
-    shutdown.serve(args.listen, telemetry::observed(health.add_to(Route::new(), metrics)), drain).await?;
+    let front = Front::new(args.listen, &args.front, 0);
+    shutdown.serve(front, health.add_to(Route::new(), metrics), drain).await?;
 
     // Without its schemas the program would only hold or refuse what it consumes.
     let stop = shutdown.requested().clone();

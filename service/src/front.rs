@@ -1,5 +1,73 @@
-//! What stands in front of every program's routes.
+//! What stands in front of every program's routes: who may come in, how many at a time, and how long they
+//! may keep the program waiting.
 
+mod body;
 mod caller;
+mod clients;
+mod gate;
+mod limits;
+mod observe;
+mod server;
+mod stream;
 
-pub use self::caller::Caller;
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use poem::Route;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use self::server::Server;
+pub use self::{
+    body::{MAX_BODY, read_body},
+    caller::Caller,
+    clients::HungUp,
+    gate::{Gate, GateArgs},
+    limits::{LimitArgs, Room},
+    observe::observed,
+};
+
+/// Settings of what stands in front.
+#[derive(Clone, Debug, clap::Args)]
+pub struct FrontArgs {
+    /// What clients may take.
+    #[command(flatten)]
+    pub limits: LimitArgs,
+}
+
+/// What stands in front of a program's routes, as its settings say.
+#[derive(Debug)]
+pub struct Front {
+    listen: SocketAddr,
+    limits: LimitArgs,
+    room: Room,
+}
+
+impl Front {
+    /// At `listen`. `waiting` clients may have the program wait for something to happen, beside all others.
+    pub fn new(listen: SocketAddr, args: &FrontArgs, waiting: u32) -> Self {
+        let limits = args.limits;
+        Self { listen, limits, room: Room::make(limits.max_connections, waiting) }
+    }
+
+    /// How many clients there is room for.
+    pub fn room(&self) -> Room {
+        self.room
+    }
+
+    /// Where to listen.
+    pub(crate) fn listen(&self) -> SocketAddr {
+        self.listen
+    }
+
+    /// Serves the routes until `stop`; then lets the requests under way end, for at most `grace`.
+    pub(crate) async fn serve(
+        self,
+        listener: TcpListener,
+        routes: Route,
+        stop: CancellationToken,
+        grace: Duration,
+    ) -> io::Result<()> {
+        let (limits, connections) = (self.limits, self.room.all());
+        Server { app: Arc::new(observed(routes)), limits, connections, stop, grace }.run(listener).await
+    }
+}

@@ -11,6 +11,9 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use poem::{IntoResponse, Response, Route, get, handler, http::StatusCode, web::Data};
 use serde_json::json;
 
+/// What operators ask, and what is answered whatever else is refused.
+pub(crate) const PATHS: [&str; 3] = ["/live", "/ready", "/metrics"];
+
 /// What a program waits for, by part: `database`, `broker`, … Ready when no part waits.
 #[derive(Clone, Debug, Default)]
 pub struct Health(Arc<Mutex<BTreeMap<&'static str, Option<Waiting>>>>);

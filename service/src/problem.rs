@@ -11,7 +11,13 @@ use poem::{
 };
 use serde::Serialize;
 
-pub use self::kind::{ANYWHERE, INTERNAL, INVALID_FIELDS, Kind, UNAVAILABLE};
+pub use self::kind::{
+    ANYWHERE, INCOMPLETE_BODY, INTERNAL, INVALID_FIELDS, Kind, OVERLOADED, SLOW_BODY, SLOW_HEAD, TOO_LARGE,
+    TOO_MANY_CONNECTIONS, UNAVAILABLE,
+};
+
+/// What the body of a problem is.
+const MEDIA_TYPE: &str = "application/problem+json";
 
 /// A rule that a field of the request breaks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -126,10 +132,27 @@ impl Problem {
     }
 }
 
+impl Problem {
+    fn body(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default() + "\n"
+    }
+
+    /// As bytes of HTTP/1.1, for where no request is there to be answered; ends the connection.
+    pub(crate) fn raw(&self) -> Vec<u8> {
+        let (status, body) = (self.status, self.body());
+        let length = body.len();
+        format!(
+            "HTTP/1.1 {status}\r\ncontent-type: {MEDIA_TYPE}\r\ncontent-length: {length}\r\n\
+             connection: close\r\n\r\n{body}"
+        )
+        .into_bytes()
+    }
+}
+
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let body = serde_json::to_string(&self).unwrap_or_default() + "\n";
-        let mut response = Response::builder().status(self.status).content_type("application/problem+json");
+        let body = self.body();
+        let mut response = Response::builder().status(self.status).content_type(MEDIA_TYPE);
         if let Some(after) = self.retry_after {
             response = response.header(header::RETRY_AFTER, after.as_secs().max(1));
         }

@@ -1,30 +1,22 @@
 //! Two-phase shutdown and an honest exit code: a signal, stop taking work, drain with a deadline, end.
 //! A task that dies takes the process down with its error; a second signal ends it at once.
 
-mod accept;
-
 use std::{
     future::Future,
-    net::SocketAddr,
     process::ExitCode,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context, anyhow};
-use poem::{Endpoint, EndpointExt, Response, Server, listener::TcpAcceptor};
+use poem::Route;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use self::accept::HungUp;
-use self::accept::{Clients, PatientAcceptor};
-use crate::config::SettingError;
-
-/// A connection on which nothing happens for so long is closed.
-const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
+use crate::{config::SettingError, front::Front};
 
 /// How long draining may take before what is left is given up.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -117,33 +109,28 @@ impl Shutdown {
         });
     }
 
-    /// Serves `app` on `address` as the task `http`, until the end is requested; then lets the requests
-    /// under way end, for at most `drain`. Bound when this returns, so that a taken address is the
-    /// start's own error. Returns the address, for when the port was 0.
+    /// Serves `routes` behind `front` as the task `http`, until the end is requested; then lets the
+    /// requests under way end, for at most `drain`. Bound when this returns, so that a taken address is the
+    /// start's own error. What is returned is cancelled when no request is answered any more.
     pub async fn serve(
         &self,
-        address: SocketAddr,
-        app: impl Endpoint<Output = Response> + 'static,
+        front: Front,
+        routes: Route,
         drain: Duration,
-    ) -> anyhow::Result<SocketAddr> {
+    ) -> anyhow::Result<CancellationToken> {
+        let address = front.listen();
         let listener = TcpListener::bind(address)
             .await
             .with_context(|| format!("LISTEN: cannot listen on {address}"))?;
-        let bound = listener.local_addr()?;
-        let clients = Clients::default();
-        let app = app.data(clients.clone());
-        let acceptor = PatientAcceptor { acceptor: TcpAcceptor::from_tokio(listener)?, clients };
-        let requested = self.requested.clone();
+        let (requested, ended) = (self.requested.clone(), CancellationToken::new());
+        let end = ended.clone().drop_guard();
         // Ends before the process gives up: a client that dawdles is cut off and is no failure of ours.
         let grace = drain.mul_f32(0.9);
         self.spawn("http", async move {
-            Server::new_with_acceptor(acceptor)
-                .idle_timeout(IDLE_TIMEOUT)
-                .run_with_graceful_shutdown(app, async move { requested.cancelled().await }, Some(grace))
-                .await
-                .context("the HTTP server failed")
+            let _end = end;
+            front.serve(listener, routes, requested, grace).await.context("the HTTP server failed")
         });
-        Ok(bound)
+        Ok(ended)
     }
 
     /// Waits for the request, then for the tasks, at most `deadline`. The error of the first task that

@@ -1,15 +1,12 @@
 //! Logs to standard error: for people at a terminal, JSON otherwise. Metrics for Prometheus.
 
-use std::{any::Any, io::IsTerminal, sync::Arc, time::Instant};
+use std::io::IsTerminal;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use poem::{
-    Endpoint, EndpointExt, PathPattern, Request, Response, Route, http::Method, middleware::CatchPanic,
-};
 use tracing::{Level, Metadata};
 use tracing_subscriber::{EnvFilter, filter::filter_fn, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
-use crate::{config::SettingError, front::Caller, problem::Problem};
+use crate::config::SettingError;
 
 /// How a program logs.
 #[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
@@ -82,45 +79,4 @@ pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
         )
         .and_then(PrometheusBuilder::install_recorder)
         .map_err(|e| SettingError::new("metrics", e))
-}
-
-/// A program's routes as the world meets them: every error and panic is answered as a problem, and
-/// every request is counted by method, route pattern and status, and timed. Labels are bounded and hold
-/// no personal data: the pattern stands for the path, and methods nobody knows are one.
-pub fn observed(routes: Route) -> impl Endpoint<Output = Response> + 'static {
-    // The panic's own message went to standard error by the panic hook.
-    let panicked = |_: Box<dyn Any + Send>| Problem::internal();
-    routes.with(CatchPanic::new().with_handler(panicked)).around(observe)
-}
-
-async fn observe(
-    next: Arc<impl Endpoint<Output = Response>>,
-    mut request: Request,
-) -> poem::Result<Response> {
-    let started = Instant::now();
-    // Every handler finds its caller, also where nobody is asked for a key.
-    if request.data::<Caller>().is_none() {
-        request.set_data(Caller::anonymous());
-    }
-    let method = match *request.method() {
-        Method::GET => "GET",
-        Method::HEAD => "HEAD",
-        Method::POST => "POST",
-        Method::PUT => "PUT",
-        Method::PATCH => "PATCH",
-        Method::DELETE => "DELETE",
-        Method::OPTIONS => "OPTIONS",
-        _ => "other",
-    };
-    let pattern = |data: Option<&PathPattern>| data.map_or("none".into(), |PathPattern(p)| p.to_string());
-    let (route, response) = match next.call(request).await {
-        Ok(response) => (pattern(response.data()), response),
-        Err(error) => (pattern(error.data()), Problem::from_error(error)),
-    };
-    let status = response.status().as_str().to_owned();
-    metrics::counter!("http_requests_total", "method" => method, "route" => route.clone(), "status" => status)
-        .increment(1);
-    metrics::histogram!("http_request_duration_seconds", "method" => method, "route" => route)
-        .record(started.elapsed());
-    Ok(response)
 }

@@ -1,23 +1,19 @@
-//! The body of a request: JSON, of a bounded size, in a bounded time.
+//! The body of a request: JSON.
 
-use std::{marker::PhantomData, time::Duration};
+use std::marker::PhantomData;
 
-use poem::{Body as Stream, Request, RequestBody, error::ReadBodyError};
+use poem::{Body as Stream, Request, RequestBody};
 use poem_openapi::{
     ApiExtractor, ApiExtractorType, ExtractParamOptions,
     registry::{MetaMediaType, MetaRequest, Registry},
 };
 use service::{
     documentation::schema::{self, Described},
+    front::read_body,
     problem::Problem,
 };
 
-use crate::problems::{INCOMPLETE_BODY, SLOW_BODY, TOO_LARGE, UNSUPPORTED_MEDIA_TYPE};
-
-/// The largest body that is read.
-const MAX: usize = 64 * 1024;
-/// How long a client may take to send it.
-const TIMEOUT: Duration = Duration::from_secs(10);
+use crate::problems::UNSUPPORTED_MEDIA_TYPE;
 
 /// What may be sent as a body.
 pub(crate) trait Sendable: Described {
@@ -55,16 +51,10 @@ impl<'a, T: Sendable> ApiExtractor<'a> for Body<T> {
     }
 }
 
-/// The limit holds for what is read, whatever the headers say.
 async fn read(request: &Request, body: Stream, media_types: &[&str]) -> Result<Vec<u8>, Problem> {
     let media_type = request.content_type().and_then(|value| value.split(';').next()).unwrap_or_default();
     if !media_types.iter().any(|known| media_type.trim().eq_ignore_ascii_case(known)) {
         return Err(UNSUPPORTED_MEDIA_TYPE.problem());
     }
-    match tokio::time::timeout(TIMEOUT, body.into_bytes_limit(MAX)).await {
-        Ok(Ok(body)) => Ok(body.into()),
-        Ok(Err(ReadBodyError::PayloadTooLarge)) => Err(TOO_LARGE.problem()),
-        Ok(Err(_)) => Err(INCOMPLETE_BODY.problem()),
-        Err(_) => Err(SLOW_BODY.problem()),
-    }
+    read_body(request, body).await.map(Vec::from)
 }

@@ -10,6 +10,7 @@ mod documentation;
 mod erasure;
 mod events;
 mod life;
+mod limits;
 mod outage;
 mod program;
 mod republish;

@@ -13,11 +13,11 @@ use crate::support::{
 
 /// How long a test waits for what should come at once.
 const LIMIT: Duration = Duration::from_secs(20);
-const PERSON: &str = r#"{"cpf": 11111, "name": "abc", "date_of_birth": "2019-06-15"}"#;
-const DEBT: &str = r#"{"value": 1}"#;
+pub(crate) const PERSON: &str = r#"{"cpf": 11111, "name": "abc", "date_of_birth": "2019-06-15"}"#;
+pub(crate) const DEBT: &str = r#"{"value": 1}"#;
 
 /// A lock on the person's row, as a slow transaction of somebody else holds it.
-async fn lock(database: &Database) -> sqlx::Transaction<'static, sqlx::Postgres> {
+pub(crate) async fn lock(database: &Database) -> sqlx::Transaction<'static, sqlx::Postgres> {
     let mut holder = database.admin.begin().await.unwrap();
     sqlx::query("SELECT FROM person.person FOR UPDATE").execute(&mut *holder).await.unwrap();
     holder

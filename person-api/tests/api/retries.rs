@@ -80,8 +80,7 @@ async fn a_key_belongs_to_its_caller() {
     let database = Database::new().await;
     let api = database.api(Duration::from_secs(30), Waker::new());
     let of = |name: &str| -> BoxEndpoint<'static, Response> {
-        service::telemetry::observed(poem::Route::new().nest("/", api.routes().data(Caller::new(name))))
-            .boxed()
+        service::front::observed(poem::Route::new().nest("/", api.routes().data(Caller::new(name)))).boxed()
     };
     let mut answers = Vec::new();
     for (caller, cpf) in [("ana", "11111"), ("zé", "22222"), ("ana", "11111"), ("zé", "22222")] {

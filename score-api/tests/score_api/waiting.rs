@@ -395,7 +395,7 @@ async fn five_thousand_wait_at_the_price_of_one() {
 #[tokio::test]
 async fn fewer_wait_where_the_system_allows_few_files() {
     let database = Database::migrated().await;
-    let few = Program::start_limited("ulimit -n 515", &database.url()).await;
+    let few = Program::start_limited("ulimit -n 1219", &database.url()).await;
     few.until_ready().await;
     let _waiting = [1, 2, 3].map(|life| few.asks(read(life, 1, "10s")));
     few.until_waiting(3).await;

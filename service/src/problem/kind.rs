@@ -66,5 +66,59 @@ pub const INTERNAL: Kind = Kind {
     retry_after: None,
 };
 
+/// 503: as many requests need the database as may. Nothing was done.
+pub const OVERLOADED: Kind = Kind {
+    status: StatusCode::SERVICE_UNAVAILABLE,
+    code: "overloaded",
+    title: "Overloaded",
+    detail: "The service has as much to do as it can take. Nothing was done. Try again later.",
+    retry_after: Some(Duration::from_secs(1)),
+};
+
+/// 503: as many connections are open as may be, and all of them are being worked for.
+pub const TOO_MANY_CONNECTIONS: Kind = Kind {
+    status: StatusCode::SERVICE_UNAVAILABLE,
+    code: "too-many-connections",
+    title: "Too many connections",
+    detail: "The service has as many connections as it can take. Nothing was done. Try again later.",
+    retry_after: Some(Duration::from_secs(1)),
+};
+
+/// 408: a request's head did not arrive in time.
+pub const SLOW_HEAD: Kind = Kind {
+    status: StatusCode::REQUEST_TIMEOUT,
+    code: "slow-head",
+    title: "Request Timeout",
+    detail: "The request did not arrive in time.",
+    retry_after: None,
+};
+
+/// 408: a request's body did not arrive in time.
+pub const SLOW_BODY: Kind = Kind {
+    status: StatusCode::REQUEST_TIMEOUT,
+    code: "slow-body",
+    title: "Request Timeout",
+    detail: "The request's body did not arrive in time.",
+    retry_after: None,
+};
+
+/// 400: less of a body came than was announced.
+pub const INCOMPLETE_BODY: Kind = Kind {
+    status: StatusCode::BAD_REQUEST,
+    code: "incomplete-body",
+    title: "Incomplete body",
+    detail: "The request's body broke off.",
+    retry_after: None,
+};
+
+/// 413: a body beyond [`MAX_BODY`](crate::front::MAX_BODY).
+pub const TOO_LARGE: Kind = Kind {
+    status: StatusCode::PAYLOAD_TOO_LARGE,
+    code: "too-large",
+    title: "Payload Too Large",
+    detail: "The request's body is larger than 64 KiB.",
+    retry_after: None,
+};
+
 /// What any request may meet, whatever it asks for: the part in front of the routes answers it.
-pub const ANYWHERE: &[&Kind] = &[&INTERNAL];
+pub const ANYWHERE: &[&Kind] = &[&INTERNAL, &TOO_MANY_CONNECTIONS];

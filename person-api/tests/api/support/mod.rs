@@ -139,7 +139,7 @@ pub(crate) struct App {
 
 impl App {
     pub(crate) fn new(api: &Api) -> Self {
-        let endpoint = service::telemetry::observed(Health::new().add_to(api.routes(), None)).boxed();
+        let endpoint = service::front::observed(Health::new().add_to(api.routes(), None)).boxed();
         Self { endpoint, document: OnceCell::new() }
     }
 

@@ -38,7 +38,12 @@ pub(crate) async fn finished(command: &mut Command) -> (Option<i32>, String, Str
 impl Program {
     /// Starts it on a free port, which its log tells.
     pub(crate) async fn start(database_url: &str) -> Self {
-        let mut child = command(&["run", "--listen", "127.0.0.1:0"])
+        Self::start_with(database_url, &[]).await
+    }
+
+    /// With more settings.
+    pub(crate) async fn start_with(database_url: &str, settings: &[&str]) -> Self {
+        let mut child = command(&[&["run", "--listen", "127.0.0.1:0"], settings].concat())
             .env("DATABASE_URL", database_url)
             .env("DRAIN_TIMEOUT", "3s")
             .stdin(Stdio::null())

@@ -1,0 +1,231 @@
+//! The clients that are connected, and for how long the program has been waiting for each of them.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use poem::Request;
+use tokio::{
+    sync::Notify,
+    time::{Instant, MissedTickBehavior, interval},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::limits::LimitArgs;
+
+/// How often it is looked whose time is over.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// All clients of one server.
+#[derive(Clone, Default)]
+pub(super) struct Clients(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    left: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    open: usize,
+    /// How many of them were cut off, and are as good as gone.
+    leaving: usize,
+    /// The key of the next wait: whoever has a smaller one has been waited for longer.
+    next: u64,
+    /// Whom the program waits for. Those for whom it works are not here.
+    waits: BTreeMap<u64, Wait>,
+}
+
+struct Wait {
+    until: Instant,
+    over: CancellationToken,
+    cut: Arc<AtomicBool>,
+}
+
+impl State {
+    fn cut(&mut self, wait: &Wait, reason: &'static str) {
+        metrics::counter!("http_connections_cut_total", "reason" => reason).increment(1);
+        // A connection ends with the first wait that is cut short; there is no second one to be counted.
+        if !wait.cut.swap(true, Ordering::Relaxed) {
+            self.leaving += 1;
+        }
+        wait.over.cancel();
+    }
+}
+
+impl Clients {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many are connected; and how many of them are to stay.
+    pub(super) fn open(&self) -> (usize, usize) {
+        let state = self.state();
+        (state.open, state.open - state.leaving)
+    }
+
+    /// One more. `crowded`: nobody made place for it, so it is only told so.
+    pub(super) fn enter(&self, crowded: bool, limits: LimitArgs) -> Arc<Client> {
+        self.state().open += 1;
+        metrics::gauge!("http_connections").increment(1);
+        let client = Client {
+            clients: self.clone(),
+            limits,
+            wait: AtomicU64::new(NONE),
+            sending: AtomicBool::new(false),
+            over: CancellationToken::new(),
+            cut: Arc::default(),
+            gone: CancellationToken::new(),
+            crowded,
+        };
+        client.idle();
+        Arc::new(client)
+    }
+
+    /// Ends the wait for whom it has been longest. False when all of them are being worked for.
+    pub(super) fn cut_longest(&self) -> bool {
+        let mut state = self.state();
+        let Some((_, wait)) = state.waits.pop_first() else { return false };
+        state.cut(&wait, "crowded");
+        true
+    }
+
+    /// Returns when a client has left since it was last asked.
+    pub(super) async fn left(&self) {
+        self.0.left.notified().await;
+    }
+
+    /// Ends waits that have lasted too long, for ever.
+    pub(super) async fn sweep(self) {
+        let mut looks = interval(SWEEP);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let now = looks.tick().await;
+            let mut state = self.state();
+            let late: Vec<_> = state.waits.extract_if(.., |_, wait| wait.until <= now).collect();
+            for (_, wait) in &late {
+                state.cut(wait, "slow");
+            }
+        }
+    }
+}
+
+/// The key of no wait.
+const NONE: u64 = u64::MAX;
+
+/// One of them: a connection.
+pub(super) struct Client {
+    clients: Clients,
+    limits: LimitArgs,
+    /// The key of the wait for this client, if there is one.
+    wait: AtomicU64,
+    /// Whether a part of the next request has come.
+    sending: AtomicBool,
+    over: CancellationToken,
+    cut: Arc<AtomicBool>,
+    gone: CancellationToken,
+    pub(super) crowded: bool,
+}
+
+impl Client {
+    /// Of a request. None behind another server, as in tests without a socket.
+    pub(super) fn of(request: &Request) -> Option<&Arc<Self>> {
+        request.data()
+    }
+
+    /// The program waits for the next request.
+    pub(super) fn idle(&self) {
+        self.sending.store(false, Ordering::Relaxed);
+        self.wait(self.limits.idle_timeout, self.over.clone());
+    }
+
+    /// Something came. When it is the first of a request, the rest has so long to follow.
+    pub(super) fn received(&self) {
+        if self.waited_for() && !self.sending.swap(true, Ordering::Relaxed) {
+            self.wait(self.limits.header_timeout, self.over.clone());
+        }
+    }
+
+    /// Something was taken of an answer.
+    pub(super) fn took(&self) {
+        if self.waited_for() && !self.sending.load(Ordering::Relaxed) {
+            self.wait(self.limits.idle_timeout, self.over.clone());
+        }
+    }
+
+    /// The program waits for a request's body. `over` says when it should not any more.
+    pub(super) fn body(&self, over: CancellationToken) {
+        self.wait(self.limits.body_timeout, over);
+    }
+
+    /// The program works for it, and whatever that takes is not its fault.
+    pub(super) fn works(&self) {
+        let wait = self.wait.swap(NONE, Ordering::Relaxed);
+        if wait != NONE {
+            self.clients.state().waits.remove(&wait);
+        }
+    }
+
+    fn waited_for(&self) -> bool {
+        self.wait.load(Ordering::Relaxed) != NONE
+    }
+
+    fn wait(&self, at_most: Duration, over: CancellationToken) {
+        let mut state = self.clients.state();
+        let key = state.next;
+        state.next += 1;
+        state.waits.remove(&self.wait.swap(key, Ordering::Relaxed));
+        state.waits.insert(key, Wait { until: Instant::now() + at_most, over, cut: Arc::clone(&self.cut) });
+    }
+
+    /// Returns when the connection is to end: its time is over, or others need the place.
+    pub(super) async fn over(&self) {
+        self.over.cancelled().await;
+    }
+
+    /// Whether a part of a request has come, and not all of it.
+    pub(super) fn sending(&self) -> bool {
+        self.sending.load(Ordering::Relaxed)
+    }
+
+    /// It has hung up.
+    pub(super) fn hangs_up(&self) {
+        self.gone.cancel();
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.works();
+        self.gone.cancel();
+        let mut state = self.clients.state();
+        state.open -= 1;
+        state.leaving -= usize::from(self.cut.load(Ordering::Relaxed));
+        drop(state);
+        metrics::gauge!("http_connections").decrement(1);
+        self.clients.0.left.notify_one();
+    }
+}
+
+/// Whether the client of a request has hung up: its connection has ended, or the half on which it sends.
+/// A handler that only waits for something asks this.
+#[derive(Clone, Debug)]
+pub struct HungUp(CancellationToken);
+
+impl HungUp {
+    /// Of a request's client. None behind another server than [`Shutdown::serve`](crate::shutdown::Shutdown::serve).
+    pub fn of(request: &Request) -> Option<Self> {
+        Client::of(request).map(|client| Self(client.gone.clone()))
+    }
+
+    /// Returns when it has.
+    pub async fn happened(&self) {
+        self.0.cancelled().await;
+    }
+}
