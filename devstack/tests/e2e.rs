@@ -14,7 +14,7 @@ use lapin::{
     options::{BasicConsumeOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use support::{Answer, Apis, DEADLINE, eventually, payload, stack};
 use tokio_util::sync::CancellationToken;
@@ -42,6 +42,13 @@ async fn the_samples_become_a_score() {
     let score = apis.until_score(CPF, 5000 + 20 - 50).await;
     eprintln!("the score was there {:?} after the last write", written.elapsed());
     answers.push(format!("GET /{CPF}/score\n{}", score.shown()));
+    let entries = apis.read(&format!("/{CPF}/score/entries")).await;
+    answers.push(format!("GET /{CPF}/score/entries\n{}", entries.shown()));
+    let document = apis.read("/openapi.json").await.json();
+    for (schema, answer) in [("Score", &score), ("Entries", &entries)] {
+        let example = &document["components"]["schemas"][schema]["example"];
+        assert_eq!(plainly(example), plainly(&answer.json()), "the example of {schema}");
+    }
     insta::assert_snapshot!("answers", plain.name(&answers.join("\n")));
 
     let events = "SELECT * FROM outbox.event ORDER BY position";
@@ -73,6 +80,16 @@ async fn the_samples_become_a_score() {
     }
     insta::assert_snapshot!("read_model", model);
     stack.stop(&CancellationToken::new()).await;
+}
+
+/// Without what differs each time: ids and times.
+fn plainly(json: &Value) -> Value {
+    match json {
+        Value::String(text) if text.len() > 20 => json!("id or time"),
+        Value::Array(list) => list.iter().map(plainly).collect(),
+        Value::Object(object) => object.iter().map(|(name, value)| (name.clone(), plainly(value))).collect(),
+        other => other.clone(),
+    }
 }
 
 #[tokio::test]

@@ -4,9 +4,13 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use devstack::stack::Stack;
+use rand::{RngExt as _, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 use support::{Answer, Apis, DEADLINE, payload, stack};
 use tokio::task::JoinSet;
@@ -18,6 +22,8 @@ const WRITERS: u64 = 4;
 const WRITES: usize = 25;
 /// How many read each write.
 const READERS: usize = 2;
+/// How many changes of one person are followed entry by entry.
+const CHANGES: usize = 60;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_read_with_the_token_of_a_write_misses_it() {
@@ -39,6 +45,7 @@ async fn no_read_with_the_token_of_a_write_misses_it() {
         took[took.len() / 2],
         took[took.len() - 1]
     );
+    entries_sum_up(&apis).await;
     says_where_it_stands(&mut stack, &apis).await;
     stack.stop(&CancellationToken::new()).await;
 }
@@ -85,6 +92,77 @@ async fn read(apis: &Apis, cpf: u64, token: &str) -> Answer {
             return answer;
         }
     }
+}
+
+/// Whatever is added, replaced and deleted: the entries that a reader pages through with the token of the last
+/// write are those items, each worth what the contract says, and sum up to the score.
+async fn entries_sum_up(apis: &Apis) {
+    let seed: u64 = rand::random();
+    eprintln!("the writes are those of the seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut person: Value = serde_json::from_str(&payload("person")).unwrap();
+    person["cpf"] = json!(77777);
+    let mut written = apis.post("/person", person.to_string()).await;
+    let mut items: BTreeMap<String, (&str, i64)> = BTreeMap::new();
+    for _ in 0..CHANGES {
+        assert!([200, 201].contains(&written.status), "{}", written.shown());
+        let limit = random.random_range(1..6);
+        let first = format!("/77777/score/entries?limit={limit}&after={}&wait=5s", written.token());
+        let (mut page, mut pages) = (apis.read(&first).await, 0);
+        let (mut found, mut sum) = (BTreeMap::new(), 0);
+        loop {
+            assert_eq!((page.status, page.token()), (200, written.token()), "{}", page.shown());
+            let page_of = page.json();
+            for entry in page_of["entries"].as_array().unwrap() {
+                let score = entry["score"].as_i64().unwrap();
+                sum += score;
+                found.insert(text(&entry["id"]), (text(&entry["type"]), score));
+            }
+            pages += 1;
+            let Some(next) = page_of["next"].as_str() else {
+                assert_eq!(page_of["score"].as_i64(), Some(sum), "{}", page.shown());
+                break;
+            };
+            page = apis.read(next).await;
+        }
+        let expected = items.iter().map(|(id, (kind, score))| (id.clone(), ((*kind).to_owned(), *score)));
+        assert_eq!(found, expected.collect());
+        assert_eq!(pages, items.len().div_ceil(limit).max(1));
+
+        let (units, decimals): (i64, u32) =
+            (random.random_range(0..1_000_000), random.random_range(0..10_000));
+        let kind = ["income", "asset", "debt"][random.random_range(0..3)];
+        let body = |kind| {
+            let type_ = if kind == "debt" { "" } else { r#""type": "of some sort", "# };
+            format!(r#"{{{type_}"value": {units}.{decimals:04}}}"#)
+        };
+        let worth = |kind| match kind {
+            "income" => units / 50,
+            "asset" => units / 20,
+            _ => -(units / 20),
+        };
+        let some = items.keys().nth(random.random_range(0..items.len().max(1))).cloned();
+        written = match (some, random.random_range(0..4)) {
+            (Some(id), 0) => {
+                let (kind, _) = items.remove(&id).unwrap();
+                apis.send("DELETE", &format!("/person/77777/{kind}/{id}"), "none", String::new()).await
+            }
+            (Some(id), 1) => {
+                let kind = items[&id].0;
+                items.insert(id.clone(), (kind, worth(kind)));
+                apis.send("PUT", &format!("/person/77777/{kind}/{id}"), "none", body(kind)).await
+            }
+            _ => {
+                let written = apis.post(&format!("/person/77777/{kind}"), body(kind)).await;
+                items.insert(text(&written.json()["id"]), (kind, worth(kind)));
+                written
+            }
+        };
+    }
+}
+
+fn text(json: &Value) -> String {
+    json.as_str().unwrap().to_owned()
 }
 
 /// Without a projector a read says what it has instead, and it has the write once there is one again.

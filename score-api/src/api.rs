@@ -13,11 +13,11 @@ use sqlx::PgPool;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
-    answer::{self, Score},
+    answer::{self, Entries, Score},
     describe::Tag,
     problems::{ReadScore, UNKNOWN_PERSON},
-    read_model,
-    request::{self, After, Held, PathCpf, Wait},
+    read_model::{self, entries},
+    request::{self, After, AfterEntry, Held, Limit, PathCpf, Wait},
     token::Token,
     waiters::{Missed, Waiters},
 };
@@ -59,6 +59,30 @@ impl Api {
         let _place = self.begin(request, after).await?;
         let score = read_model::newest_life(&self.pool, cpf).await?.ok_or(&UNKNOWN_PERSON)?;
         Ok(answer::score(request, &score)?)
+    }
+
+    /// Read how a score came about, page by page
+    ///
+    /// One entry for each of the person's items, in the order in which they came. The scores of all of them sum
+    /// up to `score`, which is of the same state as the page. `next` leads from page to page; when another one
+    /// has another `version`, the person has changed meanwhile, and whoever sums up begins again.
+    #[oai(path = "/:cpf/score/entries", method = "get")]
+    #[expect(clippy::too_many_arguments, reason = "one for each parameter that is documented")]
+    async fn entries(
+        &self,
+        request: &Request,
+        cpf: Sent<PathCpf>,
+        limit: Sent<Limit>,
+        after_entry: Sent<AfterEntry>,
+        after: Sent<Token>,
+        wait: Sent<Wait>,
+        #[oai(name = "If-None-Match")] _held: Sent<Held>,
+    ) -> Result<Answer<Entries>, Failure<ReadScore>> {
+        let page = (limit, after_entry);
+        let (cpf, page, after) = request::entries(request, cpf, page, (after, wait), self.max_wait)?;
+        let _place = self.begin(request, after).await?;
+        let found = entries::entries(&self.pool, cpf, page).await?.ok_or(&UNKNOWN_PERSON)?;
+        Ok(answer::entries(request, cpf, page, found)?)
     }
 }
 

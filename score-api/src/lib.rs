@@ -113,11 +113,7 @@ pub async fn run(
     metrics: Option<PrometheusHandle>,
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
-    // The role's rights say it too; this holds when somebody runs it under a greater one.
-    let options = config
-        .database
-        .options("score-api", STATEMENT_TIMEOUT)?
-        .options([("default_transaction_read_only", "on")]);
+    let options = read_model::options(config.database.options("score-api", STATEMENT_TIMEOUT)?);
     let pool = database::pool(options.clone(), CONNECTIONS);
 
     let health = Health::new();

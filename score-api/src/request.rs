@@ -10,8 +10,18 @@ use service::{
     problem::{FieldError, Problem},
 };
 
-pub(crate) use self::parameters::{Held, PathCpf, Wait};
-use crate::{problems::INVALID, read_model::Cpf, token::Token};
+pub(crate) use self::parameters::{AfterEntry, Held, Limit, PathCpf, Wait};
+use crate::{
+    problems::INVALID,
+    read_model::{
+        Cpf,
+        entries::{self, Page},
+    },
+    token::Token,
+};
+
+/// How many entries a page has when nobody asks.
+const PAGE: i32 = 100;
 
 /// What the answer has to contain, and how long the reader waits for it.
 pub(crate) struct After {
@@ -31,6 +41,23 @@ pub(crate) fn score(
     let after = contains(after, max_wait, &mut errors);
     only_query(request, &["after", "wait"], &mut errors);
     finish(errors, || Some((cpf?.0, after)))
+}
+
+/// Whose entries, which of them, and what they have to contain.
+pub(crate) fn entries(
+    request: &Request,
+    cpf: Sent<PathCpf>,
+    (limit, after_entry): (Sent<Limit>, Sent<AfterEntry>),
+    after: (Sent<Token>, Sent<Wait>),
+    max_wait: Duration,
+) -> Result<(Cpf, Page, Option<After>), Problem> {
+    let mut errors = Vec::new();
+    let cpf = cpf.read(&mut errors);
+    let limit = limit.read(&mut errors).map_or(PAGE.min(entries::MAX), |limit| limit.0);
+    let page = Page { limit, after: after_entry.read(&mut errors).map(|after| after.0) };
+    let after = contains(after, max_wait, &mut errors);
+    only_query(request, &["limit", "after_entry", "after", "wait"], &mut errors);
+    finish(errors, || Some((cpf?.0, page, after)))
 }
 
 fn contains(

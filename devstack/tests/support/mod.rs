@@ -107,6 +107,11 @@ impl Apis {
         answer(request.header("Content-Type", "application/json").body(body)).await
     }
 
+    /// `curl http://score.localhost:…{path}`
+    pub(crate) async fn read(&self, path: &str) -> Answer {
+        answer(self.client.get(format!("{}{path}", self.score))).await
+    }
+
     /// `curl http://score.localhost:…/{cpf}/score`
     pub(crate) async fn score(&self, cpf: u64) -> Answer {
         answer(self.client.get(format!("{}/{cpf}/score", self.score))).await

@@ -5,10 +5,18 @@ use std::{borrow::Cow, time::Duration};
 use poem_openapi::registry::{MetaParamIn, MetaSchema};
 use service::{
     config,
-    documentation::{Parameter, schema::text},
+    documentation::{
+        Parameter,
+        schema::{formatted, integer, text},
+    },
 };
+use uuid::Uuid;
 
-use crate::{read_model::Cpf, token::Token};
+use super::PAGE;
+use crate::{
+    read_model::{Cpf, entries},
+    token::Token,
+};
 
 /// A cpf, as it stands in a path.
 pub(crate) struct PathCpf(pub(crate) Cpf);
@@ -72,6 +80,41 @@ impl Parameter for Wait {
                  copy is asked once.",
             )
         }
+    }
+}
+
+/// How many at most.
+pub(crate) struct Limit(pub(crate) i32);
+
+impl Parameter for Limit {
+    const IN: MetaParamIn = MetaParamIn::Query;
+
+    fn parse(text: &str) -> Result<Self, Cow<'static, str>> {
+        let limit = text.parse().ok().filter(|limit| (1..=entries::MAX).contains(limit));
+        limit.map(Self).ok_or_else(|| format!("must be an integer from 1 to {}", entries::MAX).into())
+    }
+
+    fn schema() -> MetaSchema {
+        MetaSchema {
+            maximum: Some(entries::MAX.into()),
+            default: Some(PAGE.into()),
+            ..integer(1.0, "How many at most.")
+        }
+    }
+}
+
+/// After which entry. (`after` is the state that is read, here as everywhere.)
+pub(crate) struct AfterEntry(pub(crate) Uuid);
+
+impl Parameter for AfterEntry {
+    const IN: MetaParamIn = MetaParamIn::Query;
+
+    fn parse(text: &str) -> Result<Self, Cow<'static, str>> {
+        text.parse().map(Self).map_err(|_| "must be a UUID".into())
+    }
+
+    fn schema() -> MetaSchema {
+        formatted("uuid", "Only what came after the entry with this id. `next` has it.")
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod answers;
 mod documentation;
+mod entries;
 mod lifecycle;
 mod support;
 mod waiting;
