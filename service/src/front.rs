@@ -7,6 +7,7 @@ mod clients;
 mod gate;
 mod limits;
 mod observe;
+mod request_id;
 mod server;
 mod stream;
 

@@ -71,6 +71,11 @@ pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
             .try_init()
     };
     started.map_err(|e| SettingError::new("LOG", format_args!("logging was started already: {e}")))?;
+    // Where, and never what it says: that may quote what was sent.
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string);
+        tracing::error!(place, "panicked");
+    }));
     // Seconds, from a fast confirm to a very slow one.
     PrometheusBuilder::new()
         .set_buckets_for_metric(

@@ -137,7 +137,8 @@ impl Apis {
 async fn answer(request: reqwest::RequestBuilder) -> Answer {
     let answer = request.send().await.unwrap();
     let mut head = answer.status().to_string();
-    let mut headers: Vec<_> = answer.headers().iter().filter(|(name, _)| *name != "date").collect();
+    let mut headers: Vec<_> =
+        answer.headers().iter().filter(|(name, _)| *name != "date" && *name != "x-request-id").collect();
     headers.sort_by_key(|(name, _)| name.as_str());
     for (name, value) in headers {
         write!(head, "\n{name}: {}", value.to_str().unwrap()).unwrap();

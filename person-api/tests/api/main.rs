@@ -11,6 +11,7 @@ mod erasure;
 mod events;
 mod life;
 mod limits;
+mod log;
 mod outage;
 mod program;
 mod republish;

@@ -125,10 +125,10 @@ async fn a_defect_shows_nothing_of_the_inside() {
     > GET /11111/score
     500
     connection: close
-    content-length: 150
+    content-length: 202
     content-type: application/problem+json
 
-    {"type":"/problems/internal","title":"Internal error","status":500,"detail":"The request could not be completed because of a defect in the service."}
+    {"type":"/problems/internal","title":"Internal error","status":500,"detail":"The request could not be completed because of a defect in the service.","request_id":"[request id]"}
     "#);
 }
 

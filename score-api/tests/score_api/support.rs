@@ -344,13 +344,14 @@ impl Answer {
     fn parse(request: &str, answer: &str) -> Self {
         let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
         let mut lines: Vec<_> = head.split("\r\n").collect();
-        let dates = lines.len();
-        lines.retain(|line| !line.starts_with("date: "));
-        assert_eq!(lines.len(), dates - 1, "one date");
+        let all = lines.len();
+        let id = lines.iter().find_map(|line| line.strip_prefix("x-request-id: ")).unwrap_or_default();
+        lines.retain(|line| !line.starts_with("date: ") && !line.starts_with("x-request-id: "));
+        assert_eq!(lines.len(), all - 2, "one date, one id");
         let status = lines[0].split(' ').nth(1).unwrap().parse().unwrap();
         lines.remove(0);
         lines.sort_unstable();
-        let (mut lines, mut body_shown) = (lines.join("\n"), body.to_owned());
+        let (mut lines, mut body_shown) = (lines.join("\n"), body.replace(id, "[request id]"));
         // Times, and with them the length, differ each time.
         if let Ok(json) = serde_json::from_str::<serde_json::Value>(body) {
             for name in ["waited_ms", "last_applied_ms_ago"] {

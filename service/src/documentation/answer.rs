@@ -10,7 +10,7 @@ use poem_openapi::{
 use serde_json::json;
 
 use super::schema::{self, Described, Field, inline};
-use crate::problem::{ANYWHERE, INVALID_FIELDS, Kind, Problem};
+use crate::problem::{ANYWHERE, INTERNAL, INVALID_FIELDS, Kind, Problem};
 
 /// An answer that is described: its status, headers and body.
 pub trait Answers {
@@ -112,9 +112,20 @@ impl<P: Problems> ApiResponse for Failure<P> {
     fn register(registry: &mut Registry) {
         schema::register::<Problem>(registry);
         for kind in kinds::<P>() {
-            registry.create_schema::<Kind, _>(name(kind), |_| described(kind, P::extensions(kind)));
+            registry.create_schema::<Kind, _>(name(kind), |_| described(kind, extensions::<P>(kind)));
         }
     }
+}
+
+/// What problems of a type say besides, here and anywhere.
+fn extensions<P: Problems>(kind: &Kind) -> Vec<Field> {
+    let mut extensions = P::extensions(kind);
+    if kind.code == INTERNAL.code {
+        let id = schema::text("The request's id, as `X-Request-Id` and the log of the service have it.");
+        let example = Some("0198c0de-0000-7000-8000-000000000001".into());
+        extensions.push(("request_id", true, MetaSchema { example, ..id }));
+    }
+    extensions
 }
 
 /// What can go wrong, here and anywhere.

@@ -1,14 +1,15 @@
-//! Every answer as the world meets it: a problem where something is wrong, counted and timed.
+//! Every request as the world and the log see it.
 
 use std::{any::Any, sync::Arc, time::Instant};
 
 use poem::{
-    Endpoint, EndpointExt, PathPattern, Request, Response, Route,
+    Endpoint, EndpointExt, IntoResponse, PathPattern, Request, Response, Route,
     http::{HeaderValue, Method, StatusCode, header},
     middleware::CatchPanic,
 };
+use tracing::Instrument;
 
-use super::{Caller, clients::Client};
+use super::{Caller, clients::Client, request_id};
 use crate::{
     health,
     problem::{Problem, TOO_MANY_CONNECTIONS},
@@ -17,11 +18,16 @@ use crate::{
 /// Ends the connection after the answer.
 const CLOSE: HeaderValue = HeaderValue::from_static("close");
 
-/// A program's routes as the world meets them: every error and panic is answered as a problem, and
-/// every request is counted by method, route pattern and status, and timed. Labels are bounded and hold
-/// no personal data: the pattern stands for the path, and methods nobody knows are one.
+/// The status of a request whose client went before there was an answer.
+const HUNG_UP: u16 = 499;
+
+/// The route of a request that came to none.
+const NO_ROUTE: &str = "none";
+
+/// A program's routes as the world meets them: every error and panic is answered as a problem, and every
+/// request has an id, a line in the log, and is counted and timed by method, route pattern and status.
 pub fn observed(routes: Route) -> impl Endpoint<Output = Response> + 'static {
-    // The panic's own message went to standard error by the panic hook.
+    // Where it panicked is in the log by the panic hook.
     let panicked = |_: Box<dyn Any + Send>| Problem::internal();
     routes.around(admit).with(CatchPanic::new().with_handler(panicked)).around(observe)
 }
@@ -31,11 +37,46 @@ async fn observe(
     mut request: Request,
 ) -> poem::Result<Response> {
     let started = Instant::now();
+    let id = request_id::of(request.headers());
     // Every handler finds its caller, also where nobody is asked for a key.
-    if request.data::<Caller>().is_none() {
-        request.set_data(Caller::anonymous());
+    let caller = Caller::of(&request);
+    request.set_data(caller.clone());
+    let mut told = Told {
+        started,
+        method: method(request.method()),
+        probe: health::PATHS.contains(&request.uri().path()),
+        route: NO_ROUTE.to_owned(),
+        // When nobody is told anything.
+        status: HUNG_UP,
+        id: id.to_str().unwrap_or_default().to_owned(),
+        trace: request_id::trace(request.headers()),
+        caller,
+    };
+    // What is logged meanwhile says of which request.
+    let span = tracing::info_span!("request", request_id = told.id, trace_id = told.trace);
+    let pattern = |data: Option<&PathPattern>| data.map_or(NO_ROUTE.into(), |PathPattern(p)| p.to_string());
+    let (route, mut response) = match next.call(request).instrument(span).await {
+        Ok(response) => (pattern(response.data()), response),
+        Err(error) => (pattern(error.data()), Problem::from_error(error)),
+    };
+    let status = response.status();
+    if status == StatusCode::INTERNAL_SERVER_ERROR {
+        // By its id the cause is found in the log, and nowhere else.
+        let extensions = [("request_id", told.id.clone().into())].into();
+        response = Problem { extensions, ..Problem::internal() }.into_response();
     }
-    let method = match *request.method() {
+    if [StatusCode::REQUEST_TIMEOUT, StatusCode::PAYLOAD_TOO_LARGE].contains(&status) {
+        // What is still to come of the body would be taken for the next request.
+        response.headers_mut().insert(header::CONNECTION, CLOSE);
+    }
+    response.headers_mut().insert(request_id::X_REQUEST_ID, id);
+    (told.route, told.status) = (route, status.as_u16());
+    Ok(response)
+}
+
+/// Methods by name, as far as they are known: whoever invents others makes no new labels.
+fn method(method: &Method) -> &'static str {
+    match *method {
         Method::GET => "GET",
         Method::HEAD => "HEAD",
         Method::POST => "POST",
@@ -44,22 +85,53 @@ async fn observe(
         Method::DELETE => "DELETE",
         Method::OPTIONS => "OPTIONS",
         _ => "other",
-    };
-    let pattern = |data: Option<&PathPattern>| data.map_or("none".into(), |PathPattern(p)| p.to_string());
-    let (route, mut response) = match next.call(request).await {
-        Ok(response) => (pattern(response.data()), response),
-        Err(error) => (pattern(error.data()), Problem::from_error(error)),
-    };
-    if [StatusCode::REQUEST_TIMEOUT, StatusCode::PAYLOAD_TOO_LARGE].contains(&response.status()) {
-        // What is still to come of the body would be taken for the next request.
-        response.headers_mut().insert(header::CONNECTION, CLOSE);
     }
-    let status = response.status().as_str().to_owned();
-    metrics::counter!("http_requests_total", "method" => method, "route" => route.clone(), "status" => status)
-        .increment(1);
-    metrics::histogram!("http_request_duration_seconds", "method" => method, "route" => route)
-        .record(started.elapsed());
-    Ok(response)
+}
+
+/// What is told of a request, once, when it ends, however it ends: a line of the log, a count and a time.
+/// The pattern stands for the path, which has a cpf in it.
+struct Told {
+    started: Instant,
+    method: &'static str,
+    route: String,
+    status: u16,
+    id: String,
+    trace: Option<String>,
+    caller: Caller,
+    probe: bool,
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        let took = self.started.elapsed();
+        let Self { method, route, status, .. } = self;
+        macro_rules! line {
+            ($level:ident) => {
+                tracing::$level!(
+                    method,
+                    route = route.as_str(),
+                    status = *status,
+                    duration_ms = f64::from(u32::try_from(took.as_micros()).unwrap_or(u32::MAX)) / 1000.0,
+                    request_id = self.id,
+                    trace_id = self.trace,
+                    caller = self.caller.name(),
+                    "request"
+                )
+            };
+        }
+        match *status {
+            500 => line!(error),
+            // They come every few seconds, and say what the log has said already.
+            _ if self.probe => line!(debug),
+            501.. => line!(warn),
+            _ => line!(info),
+        }
+        let labels = [("method", (*method).to_owned()), ("route", std::mem::take(route))];
+        metrics::histogram!("http_request_duration_seconds", &labels).record(took);
+        let [method, route] = labels;
+        metrics::counter!("http_requests_total", &[method, route, ("status", status.to_string())])
+            .increment(1);
+    }
 }
 
 /// Lets a request through to its route. One that came when nobody could make place for it is told so, but

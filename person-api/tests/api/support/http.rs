@@ -67,8 +67,11 @@ async fn answer(mut response: Response) -> String {
         .map(|(name, value)| format!("{name}: {}\n", value.to_str().unwrap()))
         .collect();
     headers.sort();
+    // The request's id is a new one each time.
+    let id = response.headers()["x-request-id"].to_str().unwrap().to_owned();
+    headers.retain(|header| !header.starts_with("x-request-id: "));
     text.extend(headers);
     let body = response.take_body().into_string().await.unwrap();
     assert!(body.is_empty() || body.ends_with('\n'), "a terminal wants a whole line");
-    text + "\n" + &body
+    text + "\n" + &body.replace(&id, "[request id]")
 }

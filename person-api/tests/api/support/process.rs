@@ -57,6 +57,7 @@ impl Program {
             let line = timeout(LIMIT, lines.next_line()).await.expect("the program starts").unwrap();
             let line = line.unwrap_or_else(|| panic!("the program ended: {log}"));
             log += &line;
+            log.push('\n');
             if let Some((_, rest)) = line.split_once("socket://") {
                 break rest.split('"').next().unwrap().parse().unwrap();
             }
@@ -64,6 +65,7 @@ impl Program {
         let log = tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
                 log += &line;
+                log.push('\n');
             }
             log
         });
@@ -108,12 +110,12 @@ pub(crate) fn post_request(path: &str, body: &str) -> String {
     )
 }
 
-/// Reads to the end; the date changes, so it is left out.
+/// Reads to the end; the date and the request's id change, so they are left out.
 pub(crate) async fn answer(mut stream: TcpStream) -> String {
     let mut text = String::new();
     timeout(LIMIT, stream.read_to_string(&mut text)).await.expect("the program answers").unwrap();
     text.split_inclusive('\n')
-        .filter(|line| !line.starts_with("date: "))
+        .filter(|line| !line.starts_with("date: ") && !line.starts_with("x-request-id: "))
         .collect::<String>()
         .replace('\r', "")
 }
