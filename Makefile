@@ -1,6 +1,6 @@
 # Everything that a developer calls; `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: up demo env test test-faults bench help
+.PHONY: up demo env test test-faults bench chaos help
 
 # `run -- COMMAND` puts private servers around a command and leaves nothing of them. The binary and not
 # `cargo run -p devstack`: for one package alone cargo builds the dependencies again, with fewer features.
@@ -34,6 +34,11 @@ bench: ## Measure the system next to its ceilings, about 25 minutes; BENCH_ARGS=
 	@devstack/install
 	cargo build --release --workspace
 	exec $(or $(CARGO_TARGET_DIR),target)/release/devstack bench $(BENCH_ARGS)
+
+chaos: ## Let everything go wrong at once and judge, 5 minutes; CHAOS_ARGS="--seed N --minutes N --json FILE"
+	@devstack/install tests
+	cargo build --workspace
+	exec $(DEVSTACK) chaos $(CHAOS_ARGS)
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\): ## \(.*\)/\1\t\2/p' Makefile | expand -t 14

@@ -1,6 +1,7 @@
 //! The commands of `devstack`.
 
 pub mod bench;
+pub mod chaos;
 pub mod demo;
 pub mod env;
 pub mod run;

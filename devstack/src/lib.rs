@@ -8,6 +8,7 @@
 //! Linux only: it reads `/proc`, and `setpriv` (util-linux) arranges for the parent's death.
 
 pub mod bench;
+pub mod chaos;
 pub mod command;
 pub mod ending;
 pub mod folder;

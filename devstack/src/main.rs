@@ -32,6 +32,9 @@ enum Command {
     /// Measure the system next to what PostgreSQL and RabbitMQ do by themselves, on private durable servers,
     /// and hold both against the goals; exit code 1 when one is missed. A release build is asked for.
     Bench(command::bench::BenchArgs),
+    /// Let everything go wrong at once on private servers, to a seeded plan, while clients write; then hold
+    /// what was answered, stored and delivered against each other. Exit code 1 when a promise was broken.
+    Chaos(command::chaos::ChaosArgs),
     /// Wait for standard input to end, then clean up after a stack. Started by the other commands.
     #[command(hide = true)]
     Guard {
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Run { command } => wait_for(command::run::run(&command)),
         Command::Demo => wait_for(command::demo::run()).map(|()| 0),
         Command::Bench(args) => wait_for(command::bench::run(&args)),
+        Command::Chaos(args) => wait_for(command::chaos::run(&args)),
     };
     match outcome {
         Ok(code) => code.into(),

@@ -237,7 +237,12 @@ impl Postgres {
 
     /// The URL of `role`, without a database.
     pub(crate) fn url_of(&self, role: &str) -> String {
-        format!("postgres://{role}:{}@127.0.0.1:{}", self.password, self.port)
+        self.url_through(role, self.port)
+    }
+
+    /// The URL of `role` by way of another port, where something in between listens.
+    pub(crate) fn url_through(&self, role: &str, port: u16) -> String {
+        format!("postgres://{role}:{}@127.0.0.1:{port}", self.password)
     }
 
     /// Encrypts connections that ask for it, from the next start on.

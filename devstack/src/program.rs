@@ -109,15 +109,17 @@ impl Program {
 
     /// Why it is not ready; `None` when it is.
     pub async fn not_ready(&self) -> Option<String> {
-        let ask = async {
-            let answer = client()?.get(format!("{}/ready", self.url())).send().await?;
-            let ready = answer.status().is_success();
-            anyhow::Ok((!ready).then_some(answer.text().await?))
-        };
-        match ask.await {
-            Ok(reason) => reason.map(|reason| reasons(&reason).unwrap_or(reason)),
-            Err(_) => Some("it does not answer".to_owned()),
+        match client() {
+            Ok(client) => not_ready(&client, &self.url()).await,
+            Err(error) => Some(error.to_string()),
         }
+    }
+
+    /// Its last words when it has ended by itself. It may be started again then.
+    pub fn ended(&mut self) -> Option<String> {
+        let ended = self.process.as_mut()?.check().err()?;
+        self.process = None;
+        Some(ended.to_string())
     }
 
     /// Asks it to end and lets it drain. After 15 s, or at once when `hurry` is cancelled, kills it;
@@ -144,6 +146,19 @@ impl Program {
     /// Undoes [`pause`](Self::pause).
     pub fn resume(&self) {
         self.process.iter().for_each(Process::resume);
+    }
+}
+
+/// Why the program at `url` is not ready; `None` when it is.
+pub(crate) async fn not_ready(client: &reqwest::Client, url: &str) -> Option<String> {
+    let ask = async {
+        let answer = client.get(format!("{url}/ready")).send().await?;
+        let ready = answer.status().is_success();
+        anyhow::Ok((!ready).then_some(answer.text().await?))
+    };
+    match ask.await {
+        Ok(reason) => reason.map(|reason| reasons(&reason).unwrap_or(reason)),
+        Err(_) => Some("it does not answer".to_owned()),
     }
 }
 

@@ -143,7 +143,13 @@ impl RabbitMq {
         ensure!(self.process.is_none(), "RabbitMQ runs already");
         self.start_epmd().await?;
         let launch = self.launch("RabbitMQ", &self.server, self.log.clone());
-        let process = self.process.insert(launch.spawn().await?);
+        self.process = Some(launch.spawn().await?);
+        self.ready().await
+    }
+
+    /// Waits until it answers.
+    pub async fn ready(&mut self) -> anyhow::Result<()> {
+        let process = self.process.as_mut().context("RabbitMQ was not started")?;
         let end = tokio::time::Instant::now() + Duration::from_mins(3);
         loop {
             process.check()?;
@@ -200,7 +206,17 @@ impl RabbitMq {
 
     /// The administrator's AMQP URL, without a virtual host.
     pub fn url(&self) -> String {
-        format!("amqp://{USER}:{}@127.0.0.1:{}", self.password, self.ports.amqp)
+        self.url_through(self.ports.amqp)
+    }
+
+    /// The same by way of another port, where something in between listens.
+    pub(crate) fn url_through(&self, port: u16) -> String {
+        format!("amqp://{USER}:{}@127.0.0.1:{port}", self.password)
+    }
+
+    /// The port that it listens at.
+    pub fn port(&self) -> u16 {
+        self.ports.amqp
     }
 
     /// The management API's URL, with the administrator's name and password.

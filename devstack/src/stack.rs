@@ -128,6 +128,11 @@ impl Stack {
         programs(&self.folder, &self.servers, Setup::QUIET, databases, vhost)
     }
 
+    /// Its servers and its folder alone, for programs of somebody else's making. The folder goes last.
+    pub(crate) fn into_servers(self) -> (Servers, Folder) {
+        (self.servers, self.folder)
+    }
+
     /// Where its data is.
     pub fn folder(&self) -> &Folder {
         &self.folder
