@@ -1,25 +1,58 @@
--- The two roles around an outbox, with what they need and no more: a writer appends events, a relay
--- publishes them. In the database whose outbox is installed, as a superuser; again does no harm:
+-- The programs' roles, each with what its program needs and no more. In each database, when its schemas are
+-- there, as a superuser; again does no harm:
 --
---   psql "$DATABASE_URL" -v writer=person_api -v relay=outbox_relay -f deploy/permissions/roles.sql
+--   psql "$DATABASE_URL" -f deploy/permissions/roles.sql
 --
--- A new role has no password yet. `\password person_api` in psql sets one that no log and no history sees.
-SELECT set_config('roles.writer', :'writer', false), set_config('roles.relay', :'relay', false);
-
+-- A role is made where the schema is that its program is about, which is the first below. It owns nothing and
+-- may create nothing. What its rights are is said by the schemas themselves, in their `grant_` functions:
+-- migrations that give a role more or less give it to those who are granted already.
+--
+-- A new role has no password. `\password person_api` in psql sets one that no log and no history sees.
+-- Roles belong to the whole server; where one name is not enough, or is taken, a setting gives another:
+--
+--   PGOPTIONS='-c roles.outbox_relay=relay_of_orders' psql ...
+--
+-- A service of your own that appends to an outbox has a role of your naming: `-c roles.writer=orders`.
 DO $$
 DECLARE
-    writer text := current_setting('roles.writer');
-    relay  text := current_setting('roles.relay');
-    role   text;
+    wanted record;
 BEGIN
-    FOREACH role IN ARRAY ARRAY[writer, relay] LOOP
-        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role) THEN
-            EXECUTE format('CREATE ROLE %I LOGIN', role);
+    FOR wanted IN
+        SELECT coalesce(nullif(current_setting('roles.' || r.program, true), ''), nullif(r.program, 'writer')) AS role,
+               r.about, r.function
+        FROM (VALUES (1, 'person_api',      'person', 'person.grant_api'),
+                     (2, 'person_api',      'person', 'outbox.grant_writer'),
+                     (3, 'score_projector', 'score',  'score.grant_projector'),
+                     (4, 'score_projector', 'score',  'inbox.grant_consumer'),
+                     (5, 'score_projector', 'score',  'outbox.grant_writer'),
+                     (6, 'score_api',       'score',  'score.grant_api'),
+                     (7, 'score_api',       'score',  'inbox.grant_reader'),
+                     (8, 'outbox_relay',    'outbox', 'outbox.grant_relay'),
+                     (9, 'writer',          'outbox', 'outbox.grant_writer')) AS r (n, program, about, function)
+        ORDER BY r.n
+    LOOP
+        CONTINUE WHEN wanted.role IS NULL OR to_regnamespace(wanted.about) IS NULL;
+        IF to_regrole(quote_ident(wanted.role)) IS NULL THEN
+            EXECUTE format('CREATE ROLE %I LOGIN', wanted.role);
+        END IF;
+        EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), wanted.role);
+        IF to_regprocedure(wanted.function || '(regrole)') IS NULL THEN
+            RAISE NOTICE '% is not there yet: migrate, and run this again', wanted.function;
+            CONTINUE;
+        END IF;
+        EXECUTE format('SELECT %s(%L::regrole)', wanted.function, quote_ident(wanted.role));
+        -- To see who sleeps in a transaction: otherwise every idle one that has appended counts as a possible
+        -- writer of whatever is missing.
+        IF wanted.function = 'outbox.grant_relay' AND NOT pg_has_role(wanted.role, 'pg_read_all_stats', 'MEMBER') THEN
+            EXECUTE format('GRANT pg_read_all_stats TO %I', wanted.role);
         END IF;
     END LOOP;
-    PERFORM outbox.grant_writer(quote_ident(writer)::regrole), outbox.grant_relay(quote_ident(relay)::regrole);
-    -- To see who sleeps in a transaction: otherwise every idle one that has appended counts as a
-    -- possible writer of whatever is missing.
-    EXECUTE format('GRANT pg_read_all_stats TO %I', relay);
+
+    -- The databases of persons and of scores are for nobody else. (Another service's may well be.)
+    IF to_regnamespace('person') IS NOT NULL OR to_regnamespace('score') IS NOT NULL THEN
+        EXECUTE format('REVOKE CONNECT, TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
+    END IF;
+    -- As everywhere from PostgreSQL 15 on.
+    REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 END
 $$;

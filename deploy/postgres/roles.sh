@@ -1,6 +1,7 @@
 #!/bin/sh
 # Creates the programs' login roles, once, when the volume is empty. What each may do is granted by the
-# migrations; here they only get in. LOGIN_ROLES lists them; the password of `score_api` is in
+# migrations (`migrate --grant-…`), which is what deploy/permissions/roles.sql grants where there are schemas
+# already; here they only get in. LOGIN_ROLES lists them; the password of `score_api` is in
 # SCORE_API_PASSWORD, and so on.
 set -e
 for role in $LOGIN_ROLES; do

@@ -19,6 +19,7 @@ mod proc;
 pub mod process;
 pub mod program;
 pub mod rabbitmq;
+pub mod roles;
 pub mod servers;
 pub mod stack;
 pub mod testing;

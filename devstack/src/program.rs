@@ -179,7 +179,7 @@ pub(crate) fn client() -> anyhow::Result<reqwest::Client> {
 
 /// The project's program `name`: next to the running one, or above its folder `deps`, where cargo puts
 /// test binaries.
-pub(crate) fn find(name: &str) -> anyhow::Result<PathBuf> {
+pub fn find(name: &str) -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe().context("cannot find the running program")?;
     let folder = own.parent().unwrap_or(Path::new("."));
     let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };

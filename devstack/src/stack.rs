@@ -10,11 +10,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     folder::{Folder, write_private},
     program::Program,
+    roles,
     servers::{Servers, Setup},
 };
-
-/// The roles that the programs log in as, and no other rights than their migrations grant.
-const ROLES: [&str; 4] = ["person_api", "outbox_relay", "score_projector", "score_api"];
 
 /// How long a program may take until it is ready.
 const READY: Duration = Duration::from_mins(1);
@@ -138,24 +136,10 @@ impl Stack {
         &self.folder
     }
 
-    /// Roles, databases and schemas, each unless it is there.
+    /// Databases, schemas and roles, each unless it is there.
     async fn migrate(&self) -> anyhow::Result<()> {
         let server = self.servers.postgres.url();
         let mut conn = PgConnection::connect(&format!("{server}/postgres")).await?;
-        for role in ROLES {
-            let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)")
-                .bind(role)
-                .fetch_one(&mut conn)
-                .await?;
-            if !exists {
-                // DDL takes no parameters. The password is ours: hexadecimal digits.
-                let password = &self.folder.secrets().postgres;
-                let sql = format!("CREATE ROLE {role} LOGIN PASSWORD '{password}'");
-                sqlx::query(AssertSqlSafe(sql)).execute(&mut conn).await?;
-            }
-        }
-        // So that a relay sees who sleeps in a transaction.
-        sqlx::query("GRANT pg_read_all_stats TO outbox_relay").execute(&mut conn).await?;
         for database in ["person", "score"] {
             let exists: bool =
                 sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)")
@@ -171,24 +155,22 @@ impl Stack {
 
         let person = format!("{server}/person");
         let score = format!("{server}/score");
-        let outbox = |source, writer| {
-            ["migrate", "--source", source, "--grant-writer", writer, "--grant-relay", "outbox_relay"]
-        };
         let commands: [(&Program, &[&str], &str); 4] = [
-            (&self.person_api, &["migrate", "--grant-to", "person_api"], &person),
-            (&self.person_relay, &outbox("person", "person_api"), &person),
-            (
-                &self.score_projector,
-                &["migrate", "--grant-to", "score_projector", "--grant-api", "score_api"],
-                &score,
-            ),
-            (&self.score_relay, &outbox("score", "score_projector"), &score),
+            (&self.person_api, &["migrate"], &person),
+            (&self.person_relay, &["migrate", "--source", "person"], &person),
+            (&self.score_projector, &["migrate"], &score),
+            (&self.score_relay, &["migrate", "--source", "score"], &score),
         ];
         for (program, args, url) in commands {
             program
                 .command(args, &[("DATABASE_URL", url)])
                 .await
                 .with_context(|| format!("the schemas of {} are not current", program.name()))?;
+        }
+        for database in [person, score] {
+            let mut conn = PgConnection::connect(&database).await?;
+            roles::make(&mut conn, &[], &self.folder.secrets().postgres).await?;
+            conn.close().await?;
         }
         (self.report)("the schemas are current");
         Ok(())

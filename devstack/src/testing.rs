@@ -82,6 +82,45 @@ impl Place {
     }
 }
 
+/// The roles of a test's database, of their own names.
+#[derive(Clone, Debug)]
+pub struct Roles {
+    /// The superuser's URL.
+    admin: String,
+}
+
+impl Roles {
+    /// Their password.
+    pub const PASSWORD: &str = "test";
+
+    /// Makes the roles of this database, whose schemas are there; again grants what is new.
+    pub async fn make(admin_url: &str) -> Self {
+        let roles = Self::of(admin_url);
+        let names = crate::roles::PROGRAMS.map(|program| (program, roles.name(program)));
+        let names = names.each_ref().map(|(program, role)| (*program, role.as_str()));
+        let mut conn = PgConnection::connect(admin_url).await.expect("the database answers");
+        crate::roles::make(&mut conn, &names, Self::PASSWORD).await.expect("a superuser may make roles");
+        roles
+    }
+
+    /// What they are called, whether or not they are there.
+    pub fn of(admin_url: &str) -> Self {
+        Self { admin: admin_url.to_owned() }
+    }
+
+    /// The role of a program: its name and the database's number.
+    pub fn name(&self, program: &str) -> String {
+        let number = self.admin.rsplit(['_', '/']).next().unwrap_or_default();
+        format!("{program}_{number}")
+    }
+
+    /// The database's URL as a program connects.
+    pub fn url(&self, program: &str) -> String {
+        let (_, place) = self.admin.rsplit_once('@').expect("the URL has a host");
+        format!("postgres://{}:{}@{place}", self.name(program), Self::PASSWORD)
+    }
+}
+
 /// An empty database on the servers around the tests.
 pub async fn database(name: &str) -> String {
     Place::around().database(name).await

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devstack::{folder::Folder, ports, postgres::Postgres};
+use devstack::{folder::Folder, ports, postgres::Postgres, testing::Roles};
 use outbox_relay::{
     leader::{Begin, Candidate, Leader, LeaderError},
     reader::{Budget, Event, READ},
@@ -39,12 +39,9 @@ async fn connect(url: &str) -> PgConnection {
 async fn prepare(admin: String) -> Server {
     let mut conn = connect(&admin).await;
     outbox::install(&mut conn, "test").await.unwrap();
-    let role = format!("relay_{}", Uuid::new_v4().simple());
+    let relay: PgConnectOptions = Roles::make(&admin).await.url("outbox_relay").parse().unwrap();
     conn.execute(AssertSqlSafe(format!(
-        "CREATE ROLE {role} LOGIN PASSWORD 'relay';
-         GRANT pg_read_all_stats TO {role};
-         SELECT outbox.grant_relay('{role}');
-         CREATE TABLE aggregate (id int PRIMARY KEY, version bigint NOT NULL DEFAULT 0);
+        "CREATE TABLE aggregate (id int PRIMARY KEY, version bigint NOT NULL DEFAULT 0);
          INSERT INTO aggregate SELECT generate_series(1, {AGGREGATES});
 
          -- Takes the aggregate's next version under its row lock, then appends.
@@ -63,8 +60,7 @@ async fn prepare(admin: String) -> Server {
     )))
     .await
     .unwrap();
-    let relay: PgConnectOptions = admin.parse().unwrap();
-    Server { relay: relay.username(&role).password("relay").disable_statement_logging(), admin }
+    Server { relay: relay.disable_statement_logging(), admin }
 }
 
 /// One transaction of a writer's. An error means that the server was killed meanwhile.

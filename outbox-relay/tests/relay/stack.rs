@@ -17,7 +17,7 @@ use lapin::{
     types::FieldTable,
 };
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, Executor, PgPool};
+use sqlx::PgPool;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -110,15 +110,8 @@ impl Stack {
         let admin = PgPool::connect(&url).await.unwrap();
         outbox::install(&mut admin.acquire().await.unwrap(), "person").await.unwrap();
         let (writer, relay) = (format!("{database}_writer"), format!("{database}_relay"));
-        // The script that an operator runs, without psql.
-        let roles = include_str!("../../../deploy/permissions/roles.sql")
-            .replace(":'writer'", &format!("'{writer}'"))
-            .replace(":'relay'", &format!("'{relay}'"));
-        let passwords = format!(
-            "ALTER ROLE {writer} PASSWORD '{DATABASE_PASSWORD}'; ALTER ROLE {relay} PASSWORD '{DATABASE_PASSWORD}'"
-        );
-        let roles = format!("{roles}; {passwords}");
-        admin.execute(AssertSqlSafe(roles)).await.unwrap();
+        let names = [("writer", &*writer), ("outbox_relay", &*relay)];
+        devstack::roles::make(&mut admin.acquire().await.unwrap(), &names, DATABASE_PASSWORD).await.unwrap();
 
         let amqp = place.virtual_host(name).await;
         let (_, address) = amqp.rsplit_once('@').unwrap();

@@ -59,23 +59,22 @@ async fn wrong_settings_are_named_and_never_shown() {
 #[tokio::test]
 async fn migrate_creates_grants_and_can_be_repeated() {
     let (url, mut conn) = empty_database().await;
-    // Creates the role, which is the whole server's.
-    Database::new().await;
+    let role = devstack::testing::Roles::of(&url).name("person_api");
+    sqlx::query(AssertSqlSafe(format!("CREATE ROLE {role}"))).execute(&mut conn).await.unwrap();
     let mut shown = String::new();
-    for args in [
-        &["migrate"][..],
-        &["migrate", "--grant-to", "person_api_test"],
-        &["migrate", "--grant-to", "nobody_there"],
-    ] {
+    for args in
+        [&["migrate"][..], &["migrate", "--grant-to", &role], &["migrate", "--grant-to", "nobody_there"]]
+    {
         let (code, out, error) = finished(command(args).env("DATABASE_URL", &url)).await;
         shown += &format!("$ person-api {}\n{out}{error}\nexit {code:?}\n\n", args.join(" "));
     }
-    insta::assert_snapshot!(shown);
+    insta::assert_snapshot!(shown.replace(&role, "person_api"));
     let granted: Vec<String> = sqlx::query_scalar(
         "SELECT table_name || ' ' || string_agg(privilege_type, ' ' ORDER BY privilege_type)
          FROM information_schema.role_table_grants
-         WHERE grantee = 'person_api_test' AND table_schema = 'person' GROUP BY table_name ORDER BY 1",
+         WHERE grantee = $1 AND table_schema = 'person' GROUP BY table_name ORDER BY 1",
     )
+    .bind(&role)
     .fetch_all(&mut conn)
     .await
     .unwrap();

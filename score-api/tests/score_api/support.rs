@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, process::Stdio, sync::LazyLock, time::Duration};
 
-use devstack::testing::Document;
+use devstack::testing::{Document, Roles};
 use reqwest::{
     Method, StatusCode,
     header::{HeaderMap, HeaderName, HeaderValue},
@@ -20,6 +20,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
 /// A database with the schemas `score` and `inbox`, and a role that has what the API is granted and no more.
 pub(crate) struct Database {
     pub(crate) admin: PgConnection,
+    url: String,
     pub(crate) role: String,
     pub(crate) options: PgConnectOptions,
 }
@@ -30,12 +31,12 @@ impl Database {
         let url = devstack::testing::database("score_api").await;
         let mut admin = PgConnection::connect(&url).await.unwrap();
         let options: PgConnectOptions = url.parse().unwrap();
-        let role = options.get_database().unwrap().to_owned();
+        let role = Roles::of(&url).name("score_api");
         sqlx::query(AssertSqlSafe(format!("CREATE ROLE {role} LOGIN PASSWORD 'test'")))
             .execute(&mut admin)
             .await
             .unwrap();
-        Self { admin, role, options }
+        Self { admin, url, role, options }
     }
 
     pub(crate) async fn migrated() -> Self {
@@ -51,11 +52,8 @@ impl Database {
         }
     }
 
-    /// As `score-projector migrate --grant-api` does.
     pub(crate) async fn grant(&mut self) {
-        for grant in ["SELECT score.grant_api($1::regrole)", "SELECT inbox.grant_reader($1::regrole)"] {
-            sqlx::query(grant).bind(&self.role).execute(&mut self.admin).await.unwrap();
-        }
+        Roles::make(&self.url).await;
     }
 
     /// For the role of the API.

@@ -281,11 +281,8 @@ async fn a_shadow_has_the_tables_of_the_live_model() {
     let live = shape("score").await;
     start(&stack);
     assert_eq!(shape("score_shadow").await, live);
-    let role: String = sqlx::query_scalar("SELECT grantee::regrole::text FROM pg_class, aclexplode(relacl) WHERE oid = 'score.chain'::regclass AND grantee <> relowner LIMIT 1")
-        .fetch_one(&stack.pool)
-        .await
-        .unwrap();
-    insta::assert_snapshot!(live.join("\n").replace(&role, "ROLE"));
+    let number = devstack::testing::Roles::of(&stack.admin).name("");
+    insta::assert_snapshot!(live.join("\n").replace(&number, ""));
     // A migration in the middle of a rebuild.
     sqlx::raw_sql("ALTER TABLE score.person ADD COLUMN later text").execute(&stack.pool).await.unwrap();
     let (code, said) = stack.owner(&["rebuild", "swap"]);

@@ -7,14 +7,14 @@ use std::{
     time::Duration,
 };
 
-use devstack::testing::Place;
+use devstack::testing::{Place, Roles};
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties,
     options::{BasicPublishOptions, ConfirmSelectOptions},
     types::{AMQPValue, FieldTable},
 };
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, PgPool, postgres::PgConnectOptions};
+use sqlx::{PgPool, postgres::PgConnectOptions};
 use uuid::Uuid;
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_score-projector");
@@ -66,27 +66,15 @@ impl Stack {
         let admin = place.database(name).await;
         let options: PgConnectOptions = admin.parse().unwrap();
         let pool = PgPool::connect_with(options.clone()).await.unwrap();
-        // Roles belong to the whole server, so each test has its own.
-        let role = format!("score_projector_{}", Uuid::new_v4().simple());
-        sqlx::raw_sql(AssertSqlSafe(format!("CREATE ROLE {role} LOGIN PASSWORD 'test'")))
-            .execute(&pool)
-            .await
-            .unwrap();
-        let migrated = command(&["migrate", "--grant-to", &role], &admin);
+        let migrated = command(&["migrate"], &admin);
         assert!(migrated.status.success(), "{}", String::from_utf8_lossy(&migrated.stderr));
         outbox::install(&mut pool.acquire().await.unwrap(), "score").await.unwrap();
-        sqlx::query("SELECT outbox.grant_writer($1::text::regrole)")
-            .bind(&role)
-            .execute(&pool)
-            .await
-            .unwrap();
+        let database = Roles::make(&admin).await.url("score_projector");
 
         let amqp = place.virtual_host(name).await;
         let connection = Connection::connect(&amqp, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        let (_, server) = admin.split_once('@').unwrap();
-        let database = format!("postgres://{role}:test@{server}");
         Self { amqp, pool, admin, database, channel, connection, log: Mutex::default() }
     }
 

@@ -7,7 +7,7 @@ mod redact;
 
 use std::time::Duration;
 
-use devstack::testing::Document;
+use devstack::testing::{Document, Roles};
 use outbox::Waker;
 use person_api::{api::Api, schema, store::Store};
 use poem::{Endpoint, EndpointExt, Request, Response};
@@ -20,15 +20,12 @@ pub(crate) use process::{Program, answer, command, finished, post_request};
 pub(crate) use proxy::Proxy;
 pub(crate) use redact::Redactions;
 
-/// A role of this name gets what the API needs and no more. Roles belong to the whole server, so all
-/// tests share it.
-const ROLE: &str = "person_api_test";
-
-/// A database with both schemas and the role's grants.
+/// A database with both schemas and the programs' roles.
 pub(crate) struct Database {
     /// As a superuser.
     pub(crate) admin: PgPool,
     pub(crate) admin_url: String,
+    pub(crate) roles: Roles,
 }
 
 impl Database {
@@ -38,24 +35,18 @@ impl Database {
         let mut conn = admin.acquire().await.unwrap();
         schema::migrator().run(&mut *conn).await.unwrap();
         outbox::install(&mut conn, "person").await.unwrap();
-        create_role(&mut conn).await;
-        sqlx::query("SELECT person.grant_api($1::text::regrole), outbox.grant_writer($1::text::regrole)")
-            .bind(ROLE)
-            .execute(&mut *conn)
-            .await
-            .unwrap();
-        Self { admin, admin_url }
+        drop(conn);
+        let roles = Roles::make(&admin_url).await;
+        Self { admin, admin_url, roles }
     }
 
     /// The URL of the role that the API runs as, on another port if a proxy is between.
     pub(crate) fn url(&self, port: Option<u16>) -> String {
-        let (_, place) = self.admin_url.rsplit_once('@').unwrap();
-        let (server, name) = place.split_once('/').unwrap();
-        let server = match port {
-            Some(port) => format!("127.0.0.1:{port}"),
-            None => server.to_owned(),
-        };
-        format!("postgres://{ROLE}:test@{server}/{name}")
+        let url = self.roles.url("person_api");
+        match port {
+            Some(port) => url.replace(&self.server(), &format!("127.0.0.1:{port}")),
+            None => url,
+        }
     }
 
     /// Where the server listens.
@@ -113,15 +104,6 @@ impl Database {
         })
         .await;
     }
-}
-
-async fn create_role(conn: &mut PgConnection) {
-    // Tests of other processes do the same at the same time; whoever is first wins.
-    let sql = format!(
-        "DO $$ BEGIN CREATE ROLE {ROLE} LOGIN PASSWORD 'test';
-         EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$"
-    );
-    sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.unwrap();
 }
 
 /// An empty database, as a superuser.
