@@ -58,6 +58,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     ("stop_grace_period: 15s", "stop_grace_period: 5s", "score-api: is killed while it drains"),
     ("mem_limit: 1g", "cpus: 1", "rabbitmq: may use all of the memory"),
     ("LISTEN: 0.0.0.0:8001", "LISTEN: 0.0.0.0:8000", "Traefik asks score-api at 8001, where it does not listen"),
+    ("LISTEN: 0.0.0.0:8001\n      ALLOW_ANONYMOUS: \"true\"", "LISTEN: 0.0.0.0:8001", "score-api: `score-api run` does not take its settings: score-api: LISTEN"),
     ("LISTEN: 0.0.0.0:8001", "LISTEN: 127.0.0.1:8001", "score-api: listens where no other container reaches it"),
     ("\n  score-db:\n  rabbitmq:", "\n  score-db:", "rabbitmq: uses the volume rabbitmq, which is not declared"),
 ];
@@ -264,7 +265,7 @@ fn takes(program: &str, arguments: &[&str], service: &Value, problems: &mut Prob
     let mut started = Command::new(binary(program));
     started.args(arguments).env_clear().envs(&environment).env_remove("DATABASE_URL");
     if environment.contains_key("LISTEN") {
-        started.env("LISTEN", "127.0.0.1:0");
+        started.env("LISTEN", "0.0.0.0:0");
     }
     let output = run(started);
     let error = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -152,6 +152,7 @@ pub struct RunArgs {
 impl RunArgs {
     /// What `settings` come to, for people; an error where `run` would not start.
     pub fn check(&self, settings: &[Setting]) -> Result<String, SettingError> {
+        self.front.check(self.listen.listen)?;
         let database = database::address(&self.database.options("outbox-relay", STATEMENT_TIMEOUT)?);
         let nodes = self.broker.nodes()?.into_iter().map(|node| format!("{node:?}"));
         let mut text = String::new();

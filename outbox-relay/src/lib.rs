@@ -39,6 +39,7 @@ pub use migrate::migrate;
 
 /// Relays until `shutdown`.
 pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -> anyhow::Result<()> {
+    let front = Front::new(args.listen.listen, &args.front, 0)?;
     let database = args.database.options("outbox-relay", STATEMENT_TIMEOUT)?;
     let identity = identity();
     let nodes = broker::Nodes {
@@ -82,7 +83,6 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     };
     let told = health.clone();
     let routes = health.add_to(Route::new(), Some(metrics));
-    let front = Front::new(args.listen.listen, &args.front, 0);
     shutdown.serve(front, routes, args.shutdown.drain_timeout).await?;
     let stop = shutdown.requested().clone();
     shutdown.spawn("relay", relay.run(stop.clone()));

@@ -41,6 +41,7 @@ const POOL_SIZE: u32 = 16;
 /// Serves the API until `shutdown` is requested and what is under way has ended.
 pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shutdown) -> anyhow::Result<()> {
     let drain = args.shutdown.drain_timeout;
+    let front = Front::new(args.listen, &args.front, 0)?;
     let options = args.database.options("person-api", STATEMENT_TIMEOUT)?;
     let health = Health::new();
     // Readiness and notices have connections of their own: they must not wait behind requests.
@@ -48,7 +49,6 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let waker = Waker::new();
     let store = Store::new(database::pool(options, POOL_SIZE)).behind(args.gate.gate());
     let api = Api::new(store, waker.clone()).checking(args.cpf_check);
-    let front = Front::new(args.listen, &args.front, 0);
     let answered = shutdown.serve(front, health.add_to(api.routes(), metrics), drain).await?;
 
     shutdown.spawn(

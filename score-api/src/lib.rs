@@ -113,6 +113,7 @@ pub async fn run(
     metrics: Option<PrometheusHandle>,
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
+    let front = Front::new(config.listen.listen, &config.front, config.wait.max_waiters)?;
     let options = read_model::options(config.database.options("score-api", STATEMENT_TIMEOUT)?);
     let pool = database::pool(options.clone(), CONNECTIONS);
 
@@ -120,7 +121,6 @@ pub async fn run(
     let readiness = watch(pool.clone(), health.part("database"), shutdown.requested().clone());
     shutdown.spawn("readiness", readiness);
 
-    let front = Front::new(config.listen.listen, &config.front, config.wait.max_waiters);
     let waiters = Waiters::new(front.room().waiting as usize, shutdown.requested().clone());
     let (listen, look) = (waiters.clone().listen(options), waiters.clone().look(pool.clone()));
     shutdown.spawn("listening", async move {

@@ -54,6 +54,7 @@ const BATCH: u16 = 100;
 /// Consumes until `shutdown` is requested and what is under way has been acknowledged.
 pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shutdown) -> anyhow::Result<()> {
     let drain = args.shutdown.drain_timeout;
+    let front = Front::new(args.listen, &args.front, 0)?;
     let options = args.database.options("score-projector", STATEMENT_TIMEOUT)?;
     let pool = database::pool(Role::Live.options(options.clone()), POOL_SIZE);
     consumers::topology(&args.queue)?;
@@ -61,7 +62,6 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let health = Health::new();
     let [database, broker, consuming, holes, forks] =
         ["database", "broker", "consuming", "holes", "forks"].map(|name| health.part(name));
-    let front = Front::new(args.listen, &args.front, 0);
     shutdown.serve(front, health.add_to(Route::new(), metrics), drain).await?;
 
     // Without its schemas the program would only hold or refuse what it consumes.

@@ -36,7 +36,7 @@ const PAGE_POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style
 pub fn routes(api: impl OpenApi + Clone, title: &str, description: &str) -> Route {
     let service = OpenApiService::new(api.clone(), title, env!("CARGO_PKG_VERSION")).description(description);
     let described = service.spec();
-    let document = schema::closed(&described);
+    let document = secured(&schema::closed(&described));
     let page = service
         .swagger_ui_html()
         .replacen("<html", "<!DOCTYPE html>\n<html lang=\"en\"", 1)
@@ -45,6 +45,24 @@ pub fn routes(api: impl OpenApi + Clone, title: &str, description: &str) -> Rout
     operations(api)
         .at("/openapi.json", answer_with("application/json", document + "\n"))
         .at("/docs", answer_with("text/html; charset=utf-8", page))
+}
+
+/// The document, with the keys that a program may ask for. poem-openapi knows a scheme only together with a
+/// handler's argument that checks it, and here they are checked in front of all handlers.
+fn secured(document: &str) -> String {
+    const SCHEME: &str = r#""securitySchemes": {
+      "key": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A key that the operator has given out. Where none are asked for, none has to be sent."
+      }
+    },
+    "schemas": {"#;
+    document.replacen("\"schemas\": {", SCHEME, 1).replacen(
+        "\"components\": {",
+        "\"security\": [{ \"key\": [] }, {}],\n  \"components\": {",
+        1,
+    )
 }
 
 /// Always the same answer. The page has more than a megabyte: all answers share one copy.

@@ -5,6 +5,7 @@ mod body;
 mod caller;
 mod clients;
 mod gate;
+mod keys;
 mod limits;
 mod observe;
 mod request_id;
@@ -23,9 +24,11 @@ pub use self::{
     caller::Caller,
     clients::HungUp,
     gate::{Gate, GateArgs},
+    keys::{KeyArgs, Keys},
     limits::{LimitArgs, Room},
-    observe::observed,
+    observe::guarded,
 };
+use crate::config::SettingError;
 
 /// Settings of what stands in front.
 #[derive(Clone, Debug, clap::Args)]
@@ -33,6 +36,16 @@ pub struct FrontArgs {
     /// What clients may take.
     #[command(flatten)]
     pub limits: LimitArgs,
+    /// Who may come in.
+    #[command(flatten)]
+    pub keys: KeyArgs,
+}
+
+impl FrontArgs {
+    /// Whether a program could begin to listen with these settings.
+    pub fn check(&self, listen: SocketAddr) -> Result<(), SettingError> {
+        Keys::new(&self.keys, listen).map(drop)
+    }
 }
 
 /// What stands in front of a program's routes, as its settings say.
@@ -41,18 +54,25 @@ pub struct Front {
     listen: SocketAddr,
     limits: LimitArgs,
     room: Room,
+    keys: Keys,
 }
 
 impl Front {
     /// At `listen`. `waiting` clients may have the program wait for something to happen, beside all others.
-    pub fn new(listen: SocketAddr, args: &FrontArgs, waiting: u32) -> Self {
-        let limits = args.limits;
-        Self { listen, limits, room: Room::make(limits.max_connections, waiting) }
+    /// An error where the keys are wrong, or missing where they have to be.
+    pub fn new(listen: SocketAddr, args: &FrontArgs, waiting: u32) -> Result<Self, SettingError> {
+        let (limits, keys) = (args.limits, Keys::new(&args.keys, listen)?);
+        Ok(Self { listen, limits, room: Room::make(limits.max_connections, waiting), keys })
     }
 
     /// How many clients there is room for.
     pub fn room(&self) -> Room {
         self.room
+    }
+
+    /// The keys.
+    pub(crate) fn keys(&self) -> Keys {
+        self.keys.clone()
     }
 
     /// Where to listen.
@@ -69,6 +89,8 @@ impl Front {
         grace: Duration,
     ) -> io::Result<()> {
         let (limits, connections) = (self.limits, self.room.all());
-        Server { app: Arc::new(observed(routes)), limits, connections, stop, grace }.run(listener).await
+        Server { app: Arc::new(guarded(routes, self.keys)), limits, connections, stop, grace }
+            .run(listener)
+            .await
     }
 }

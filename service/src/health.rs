@@ -12,7 +12,10 @@ use poem::{IntoResponse, Response, Route, get, handler, http::StatusCode, web::D
 use serde_json::json;
 
 /// What operators ask, and what is answered whatever else is refused.
-pub(crate) const PATHS: [&str; 3] = ["/live", "/ready", "/metrics"];
+pub(crate) const PATHS: [&str; 3] = [LIVE, READY, METRICS];
+pub(crate) const LIVE: &str = "/live";
+pub(crate) const READY: &str = "/ready";
+const METRICS: &str = "/metrics";
 
 /// What a program waits for, by part: `database`, `broker`, … Ready when no part waits.
 #[derive(Clone, Debug, Default)]
@@ -64,9 +67,9 @@ impl Health {
     pub fn add_to(&self, routes: Route, metrics: Option<PrometheusHandle>) -> Route {
         use poem::EndpointExt;
         routes
-            .at("/live", get(answer_live))
-            .at("/ready", get(answer_ready).data(self.clone()))
-            .at("/metrics", get(answer_metrics).data(metrics))
+            .at(LIVE, get(answer_live))
+            .at(READY, get(answer_ready).data(self.clone()))
+            .at(METRICS, get(answer_metrics).data(metrics))
     }
 }
 

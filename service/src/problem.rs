@@ -13,7 +13,7 @@ use serde::Serialize;
 
 pub use self::kind::{
     ANYWHERE, INCOMPLETE_BODY, INTERNAL, INVALID_FIELDS, Kind, OVERLOADED, SLOW_BODY, SLOW_HEAD, TOO_LARGE,
-    TOO_MANY_CONNECTIONS, UNAVAILABLE,
+    TOO_MANY_CONNECTIONS, UNAUTHORIZED, UNAVAILABLE,
 };
 
 /// What the body of a problem is.
@@ -153,6 +153,9 @@ impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let body = self.body();
         let mut response = Response::builder().status(self.status).content_type(MEDIA_TYPE);
+        if self.status == StatusCode::UNAUTHORIZED {
+            response = response.header(header::WWW_AUTHENTICATE, "Bearer");
+        }
         if let Some(after) = self.retry_after {
             response = response.header(header::RETRY_AFTER, after.as_secs().max(1));
         }

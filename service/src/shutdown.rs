@@ -126,6 +126,11 @@ impl Shutdown {
         let end = ended.clone().drop_guard();
         // Ends before the process gives up: a client that dawdles is cut off and is no failure of ours.
         let grace = drain.mul_f32(0.9);
+        let (keys, stop) = (front.keys(), self.requested.clone());
+        self.spawn("keys", async move {
+            keys.watch(stop).await;
+            Ok(())
+        });
         self.spawn("http", async move {
             let _end = end;
             front.serve(listener, routes, requested, grace).await.context("the HTTP server failed")

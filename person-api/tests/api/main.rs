@@ -9,6 +9,7 @@ mod concurrency;
 mod documentation;
 mod erasure;
 mod events;
+mod keys;
 mod life;
 mod limits;
 mod log;

@@ -76,12 +76,12 @@ async fn a_retry_does_not_fail_for_what_came_later() {
 #[tokio::test]
 async fn a_key_belongs_to_its_caller() {
     use poem::{EndpointExt, endpoint::BoxEndpoint};
-    use service::front::Caller;
+    use service::front::{Caller, Keys, guarded};
 
     let database = Database::new().await;
     let api = database.api(Duration::from_secs(30), Waker::new());
     let of = |name: &str| -> BoxEndpoint<'static, Response> {
-        service::front::observed(poem::Route::new().nest("/", api.routes().data(Caller::new(name)))).boxed()
+        guarded(poem::Route::new().nest("/", api.routes().data(Caller::new(name))), Keys::default()).boxed()
     };
     let mut answers = Vec::new();
     for (caller, cpf) in [("ana", "11111"), ("zé", "22222"), ("ana", "11111"), ("zé", "22222")] {

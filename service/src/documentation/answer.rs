@@ -178,10 +178,14 @@ fn response(status: u16, kinds: &[&Kind]) -> MetaResponse {
         status: Some(status),
         status_range: None,
         content: vec![MetaMediaType { content_type: "application/problem+json", schema }],
-        headers: again
-            .then(|| text_header("Retry-After", "After so many seconds another try makes sense."))
-            .into_iter()
-            .collect(),
+        headers: [
+            (again, "Retry-After", "After so many seconds another try makes sense."),
+            (status == 401, "WWW-Authenticate", "`Bearer`: how to say who asks."),
+        ]
+        .into_iter()
+        .filter(|(given, ..)| *given)
+        .map(|(_, name, description)| text_header(name, description))
+        .collect(),
     }
 }
 

@@ -9,7 +9,7 @@ use poem::{
 };
 use tracing::Instrument;
 
-use super::{Caller, clients::Client, request_id};
+use super::{Caller, Keys, clients::Client, request_id};
 use crate::{
     health,
     problem::{Problem, TOO_MANY_CONNECTIONS},
@@ -25,22 +25,28 @@ const HUNG_UP: u16 = 499;
 const NO_ROUTE: &str = "none";
 
 /// A program's routes as the world meets them: every error and panic is answered as a problem, and every
-/// request has an id, a line in the log, and is counted and timed by method, route pattern and status.
-pub fn observed(routes: Route) -> impl Endpoint<Output = Response> + 'static {
+/// request has an id, a line in the log, and is counted and timed by method, route pattern and status. Where
+/// there are keys, only who has one comes in.
+pub fn guarded(routes: Route, keys: Keys) -> impl Endpoint<Output = Response> + 'static {
     // Where it panicked is in the log by the panic hook.
     let panicked = |_: Box<dyn Any + Send>| Problem::internal();
-    routes.around(admit).with(CatchPanic::new().with_handler(panicked)).around(observe)
+    routes
+        .around(admit)
+        .with(CatchPanic::new().with_handler(panicked))
+        .around(move |next, request| observe(next, request, keys.clone()))
 }
 
 async fn observe(
     next: Arc<impl Endpoint<Output = Response>>,
     mut request: Request,
+    keys: Keys,
 ) -> poem::Result<Response> {
     let started = Instant::now();
     let id = request_id::of(request.headers());
     // Every handler finds its caller, also where nobody is asked for a key.
-    let caller = Caller::of(&request);
-    request.set_data(caller.clone());
+    let caller = keys.caller(&request);
+    let known = caller.as_ref().map_or_else(|_| Caller::anonymous(), Caller::clone);
+    request.set_data(known.clone());
     let mut told = Told {
         started,
         method: method(request.method()),
@@ -50,12 +56,16 @@ async fn observe(
         status: HUNG_UP,
         id: id.to_str().unwrap_or_default().to_owned(),
         trace: request_id::trace(request.headers()),
-        caller,
+        caller: known,
     };
     // What is logged meanwhile says of which request.
     let span = tracing::info_span!("request", request_id = told.id, trace_id = told.trace);
     let pattern = |data: Option<&PathPattern>| data.map_or(NO_ROUTE.into(), |PathPattern(p)| p.to_string());
-    let (route, mut response) = match next.call(request).instrument(span).await {
+    let answer = async {
+        caller?;
+        next.call(request).await
+    };
+    let (route, mut response) = match answer.instrument(span).await {
         Ok(response) => (pattern(response.data()), response),
         Err(error) => (pattern(error.data()), Problem::from_error(error)),
     };
@@ -150,4 +160,25 @@ async fn admit(next: Arc<impl Endpoint<Output = Response>>, request: Request) ->
         }
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use poem::{get, handler};
+
+    use super::*;
+
+    #[handler]
+    fn defect() {
+        panic!("52998224725")
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_500_by_which_its_log_is_found() {
+        let app = guarded(Route::new().at("/defect/:cpf", get(defect)), Keys::default());
+        let request = Request::builder().uri("/defect/52998224725".parse().unwrap());
+        let answer = app.call(request.header("x-request-id", "mine").finish()).await.unwrap();
+        assert_eq!((answer.status().as_u16(), answer.header("x-request-id")), (500, Some("mine")));
+        insta::assert_snapshot!(answer.into_body().into_string().await.unwrap(), @r#"{"type":"/problems/internal","title":"Internal error","status":500,"detail":"The request could not be completed because of a defect in the service.","request_id":"mine"}"#);
+    }
 }

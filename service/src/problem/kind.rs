@@ -66,6 +66,15 @@ pub const INTERNAL: Kind = Kind {
     retry_after: None,
 };
 
+/// 401: nobody knows who asks. The same whatever is wrong with the key.
+pub const UNAUTHORIZED: Kind = Kind {
+    status: StatusCode::UNAUTHORIZED,
+    code: "unauthorized",
+    title: "Unauthorized",
+    detail: "Send a key that is known here: `Authorization: Bearer <key>`.",
+    retry_after: None,
+};
+
 /// 503: as many requests need the database as may. Nothing was done.
 pub const OVERLOADED: Kind = Kind {
     status: StatusCode::SERVICE_UNAVAILABLE,
@@ -121,4 +130,4 @@ pub const TOO_LARGE: Kind = Kind {
 };
 
 /// What any request may meet, whatever it asks for: the part in front of the routes answers it.
-pub const ANYWHERE: &[&Kind] = &[&INTERNAL, &TOO_MANY_CONNECTIONS];
+pub const ANYWHERE: &[&Kind] = &[&UNAUTHORIZED, &INTERNAL, &TOO_MANY_CONNECTIONS];

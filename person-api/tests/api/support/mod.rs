@@ -11,7 +11,7 @@ use devstack::testing::{Document, Roles};
 use outbox::Waker;
 use person_api::{api::Api, schema, store::Store};
 use poem::{Endpoint, EndpointExt, Request, Response};
-use service::{config::database, health::Health};
+use service::{config::database, front::Keys, health::Health};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgConnectOptions};
 use tokio::{sync::OnceCell, time::Instant};
 
@@ -121,7 +121,8 @@ pub(crate) struct App {
 
 impl App {
     pub(crate) fn new(api: &Api) -> Self {
-        let endpoint = service::front::observed(Health::new().add_to(api.routes(), None)).boxed();
+        let endpoint =
+            service::front::guarded(Health::new().add_to(api.routes(), None), Keys::default()).boxed();
         Self { endpoint, document: OnceCell::new() }
     }
 
