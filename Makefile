@@ -1,6 +1,6 @@
 # Everything that a developer calls; `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: up demo env test test-faults bench chaos help
+.PHONY: up demo env test test-faults schemathesis bench chaos help
 
 # `run -- COMMAND` puts private servers around a command and leaves nothing of them. The binary and not
 # `cargo run -p devstack`: for one package alone cargo builds the dependencies again, with fewer features.
@@ -29,6 +29,11 @@ test-faults: ## Run the fault suite: servers stopped and programs killed under l
 	@devstack/install tests
 	cargo build --workspace
 	cargo test --workspace --test faults -- --ignored --nocapture
+
+schemathesis: ## Hold the APIs against their documents, thousands of requests; SCHEMATHESIS_ARGS="--max-examples 1000"
+	@devstack/install tests
+	cargo build --workspace
+	exec $(DEVSTACK) schemathesis -- $(SCHEMATHESIS_ARGS)
 
 bench: ## Measure the system next to its ceilings, about 25 minutes; BENCH_ARGS="--quick --json FILE"
 	@devstack/install

@@ -5,6 +5,7 @@ pub mod chaos;
 pub mod demo;
 pub mod env;
 pub mod run;
+pub mod schemathesis;
 pub mod up;
 
 use std::path::{Path, PathBuf};

@@ -35,6 +35,9 @@ enum Command {
     /// Let everything go wrong at once on private servers, to a seeded plan, while clients write; then hold
     /// what was answered, stored and delivered against each other. Exit code 1 when a promise was broken.
     Chaos(command::chaos::ChaosArgs),
+    /// Hold the two APIs against the documents that they serve: schemathesis makes requests from those, right and
+    /// wrong ones, for a stack of its own.
+    Schemathesis(command::schemathesis::SchemathesisArgs),
     /// Wait for standard input to end, then clean up after a stack. Started by the other commands.
     #[command(hide = true)]
     Guard {
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Command::Demo => wait_for(command::demo::run()).map(|()| 0),
         Command::Bench(args) => wait_for(command::bench::run(&args)),
         Command::Chaos(args) => wait_for(command::chaos::run(&args)),
+        Command::Schemathesis(args) => wait_for(command::schemathesis::run(&args)),
     };
     match outcome {
         Ok(code) => code.into(),

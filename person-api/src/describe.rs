@@ -32,9 +32,14 @@ fn cpf() -> MetaSchema {
     MetaSchema { maximum: Some(99_999_999_999.0), ..integer(1.0, "Taxpayer's number.") }
 }
 
-/// A cpf in a path, or in a body.
+/// A cpf as digits.
+pub(crate) fn cpf_digits(text: MetaSchema) -> MetaSchema {
+    MetaSchema { pattern: Some("^0*[1-9][0-9]*$".to_owned()), max_length: Some(11), ..text }
+}
+
+/// A cpf in a body.
 pub(crate) fn sent_cpf() -> MetaSchema {
-    let digits = MetaSchema { pattern: Some("^[0-9]{1,11}$".to_owned()), ..MetaSchema::new("string") };
+    let digits = cpf_digits(MetaSchema::new("string"));
     MetaSchema {
         any_of: vec![schema::inline(cpf()), schema::inline(digits)],
         description: Some(
@@ -44,9 +49,11 @@ pub(crate) fn sent_cpf() -> MetaSchema {
     }
 }
 
-/// A line of text. That it may not be blank or have control characters is said in words.
+/// A line of text with something to see in it.
 fn line(max: usize, description: &'static str) -> MetaSchema {
-    MetaSchema { min_length: Some(1), max_length: Some(max), ..text(description) }
+    const CONTROL: &str = r"\u0000-\u001f\u007f-\u009f";
+    let pattern = format!(r"^[^{CONTROL}]*[^\s{CONTROL}][^{CONTROL}]*$");
+    MetaSchema { pattern: Some(pattern), min_length: Some(1), max_length: Some(max), ..text(description) }
 }
 
 fn nullable(schema: MetaSchema) -> MetaSchema {
@@ -80,9 +87,16 @@ fn type_() -> MetaSchema {
     line(100, "What sort: not blank, at most 100 characters, no control characters.")
 }
 
-/// A date or an instant: OpenAPI's formats know each, and not both.
+/// A date or an instant.
 fn sent_date_of_birth() -> MetaSchema {
-    text("A date (`2019-06-15`, its midnight UTC) or a date-time (`2019-06-15T19:23:55-03:00`) of RFC 3339.")
+    MetaSchema {
+        any_of: vec![
+            schema::inline(formatted("date", "Its midnight UTC: `2019-06-15`.")),
+            schema::inline(formatted("date-time", "An instant: `2019-06-15T19:23:55-03:00`.")),
+        ],
+        description: Some("A date or a date-time of RFC 3339, within the years 1 to 9999 UTC."),
+        ..MetaSchema::ANY
+    }
 }
 
 fn status() -> MetaSchema {

@@ -41,7 +41,8 @@ pub async fn run() -> anyhow::Result<()> {
     }
 }
 
-async fn play(addresses: &Addresses, payloads: &Path) -> anyhow::Result<()> {
+/// Plays the samples, until the score is right.
+pub(super) async fn play(addresses: &Addresses, payloads: &Path) -> anyhow::Result<()> {
     let sample = |name: &str| {
         let path = payloads.join(format!("new_{name}.json"));
         std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))

@@ -41,8 +41,9 @@ impl Parameter for IdempotencyKey {
     }
 
     fn schema() -> MetaSchema {
+        const VISIBLE: &str = r"[!#-\[\]-~]{1,255}";
         MetaSchema {
-            max_length: Some(MAX + 2),
+            pattern: Some(format!(r#"^("{VISIBLE}"|{VISIBLE})$"#)),
             example: Some("\"8e03978e-40d5-43dd-bc93-6894a57f9324\"".into()),
             ..text(
                 "Makes it safe to send the request again: with the same key and the same body, byte for byte, the \

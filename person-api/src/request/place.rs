@@ -11,7 +11,7 @@ use service::documentation::{
 use uuid::Uuid;
 
 use super::PAGE;
-use crate::store::ITEMS_MAX;
+use crate::{describe::cpf_digits, store::ITEMS_MAX};
 
 /// A cpf, as it stands in a path.
 #[derive(Clone, Copy, Debug)]
@@ -25,11 +25,8 @@ impl Parameter for PathCpf {
     }
 
     fn schema() -> MetaSchema {
-        MetaSchema {
-            pattern: Some("^[0-9]{1,11}$".to_owned()),
-            example: Some("11111".into()),
-            ..text("A positive integer of at most 11 digits.")
-        }
+        let digits = cpf_digits(text("A positive integer of at most 11 digits."));
+        MetaSchema { example: Some("11111".into()), ..digits }
     }
 }
 

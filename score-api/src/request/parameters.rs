@@ -49,6 +49,7 @@ impl Parameter for Token {
         let id = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}";
         MetaSchema {
             pattern: Some(format!(r"^{id}\.[1-9][0-9]{{0,17}}$")),
+            example: Some("019928b5-6a3c-7d41-9c35-2f6c1d1e8a07.4".into()),
             ..text(
                 "The `ETag` of a write at the person service, without its quotation marks (or with them, \
                  percent-encoded): a person's id, a dot, and a version. The answer contains that write, or it is a \
