@@ -1,28 +1,19 @@
 //! What clients may take, of time and of places, and what becomes of those who take more.
 
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
+use outbox::Waker;
+use person_api::{api::Api, store::Store};
+use poem::http::Method;
+use service::{config::database::pool, front::Gate};
+use tokio::io::AsyncWriteExt;
 
 use crate::{
     outage::{DEBT, PERSON, lock},
-    support::{Database, Program, Redactions, answer, post_request, until},
+    support::{App, Database, Program, answer, exchange, plain, post, post_request},
 };
 
 /// A request without a body, on a connection that stays open.
 fn get(path: &str) -> String {
     format!("GET {path} HTTP/1.1\r\nhost: person\r\n\r\n")
-}
-
-/// Reads until an answer has begun, and says its status; none when the connection ended without one.
-async fn status(stream: &mut TcpStream) -> Option<u16> {
-    let mut text = [0; 12];
-    let read = async {
-        stream.read_exact(&mut text).await.ok()?;
-        std::str::from_utf8(&text).unwrap().strip_prefix("HTTP/1.1 ")?.parse().ok()
-    };
-    tokio::time::timeout(std::time::Duration::from_secs(30), read).await.expect("an answer or an end")
 }
 
 #[tokio::test]
@@ -66,67 +57,24 @@ async fn what_is_too_large_is_refused_and_the_answer_arrives() {
 }
 
 #[tokio::test]
-async fn at_the_bound_who_is_waited_for_makes_place_and_nobody_else() {
-    let database = Database::new().await;
-    let program =
-        Program::start_with(&database.url(None), &["--max-connections", "2", "--header-timeout", "5m"]).await;
-    program.post("/person", PERSON).await;
-    let mut asked = program.send(&get("/live")).await;
-    assert_eq!(status(&mut asked).await, Some(200));
-    let mut half = program.send("GET /liv").await;
-
-    let holder = lock(&database).await;
-    let first = program.send(&post_request("/person/11111/debt", DEBT)).await;
-    database.until_blocked(1).await;
-    let mut rest = Vec::new();
-    asked.read_to_end(&mut rest).await.expect("the one that was waited for longest has made place");
-    half.write_all(b"e HTTP/1.1\r\nhost: person\r\n\r\n").await.unwrap();
-    assert_eq!(status(&mut half).await, Some(200), "the other one is still there");
-    let second = program.send(&post_request("/person/11111/debt", DEBT)).await;
-    database.until_blocked(2).await;
-    half.read_to_end(&mut rest).await.expect("now it has made place");
-
-    // Nobody is waited for any more.
-    insta::assert_snapshot!(program.get("/person/11111").await);
-    for path in ["/live", "/ready", "/metrics"] {
-        let answer = program.get(path).await;
-        assert!(answer.starts_with("HTTP/1.1 200 OK\n"), "{path}: {answer}");
-        assert!(answer.contains("connection: close"), "{answer}");
-    }
-    holder.rollback().await.unwrap();
-    for working in [first, second] {
-        let answer = answer(working).await;
-        assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
-    }
-    until("there is room again", async || program.get("/person/11111").await.contains(" 200 OK")).await;
-}
-
-#[tokio::test]
 async fn more_requests_than_the_database_can_take_are_told_to_come_again() {
     let database = Database::new().await;
-    let program = Program::start_with(&database.url(None), &["--max-in-flight", "2"]).await;
-    program.post("/person", PERSON).await;
+    let store = Store::new(pool(database.url(None).parse().unwrap(), 4)).behind(Gate::new(2));
+    let app = App::new(&Api::new(store, Waker::new()));
+    app.create("/person", PERSON).await;
     let holder = lock(&database).await;
-    let mut working = Vec::new();
-    for blocked in 1..=2 {
-        working.push(program.send(&post_request("/person/11111/debt", DEBT)).await);
-        database.until_blocked(blocked).await;
-    }
+    let working = async || app.create("/person/11111/debt", DEBT).await;
     let mut shown = String::new();
-    shown += &program.get("/person/11111").await;
-    shown += &program.post("/person/11111/debt", DEBT).await;
+    let refused = async {
+        database.until_blocked(2).await;
+        shown += &exchange(&app, "a read", plain(Method::GET, "/person/11111")).await;
+        shown += &exchange(&app, "a write", post("/person/11111/debt", DEBT)).await;
+        // What is refused for itself needs no database.
+        assert_eq!(app.call(post("/person/11111/debt", "{}")).await.status().as_u16(), 422);
+        assert_eq!(app.call(plain(Method::GET, "/live")).await.status().as_u16(), 200);
+        holder.rollback().await.unwrap();
+    };
+    tokio::join!(working(), working(), refused);
     insta::assert_snapshot!(shown);
-    for path in ["/live", "/ready", "/metrics", "/openapi.json"] {
-        let answer = program.get(path).await;
-        assert!(answer.starts_with("HTTP/1.1 200 OK\n"), "{path}: {answer}");
-    }
-    // What is refused for itself needs no database.
-    assert!(program.post("/person/11111/debt", "{}").await.starts_with("HTTP/1.1 422"));
-    holder.rollback().await.unwrap();
-    for working in working {
-        let answer = Redactions::default().apply(&answer(working).await);
-        assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
-    }
-    assert!(program.get("/person/11111").await.starts_with("HTTP/1.1 200"));
-    assert!(program.get("/metrics").await.contains("http_overloaded_total 2\n"));
+    assert_eq!(app.call(plain(Method::GET, "/person/11111")).await.status().as_u16(), 200);
 }

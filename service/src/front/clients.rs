@@ -21,6 +21,20 @@ use super::limits::LimitArgs;
 /// How often it is looked whose time is over.
 const SWEEP: Duration = Duration::from_secs(1);
 
+/// How long nobody is cut off for others: a client needs a moment to say what it wants, and a flood of those who
+/// want nothing must not sweep it away.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+/// What came of looking for a client to cut off.
+pub(super) enum Cut {
+    /// One was.
+    Done,
+    /// The one that has been waited for longest may be, then.
+    NotBefore(Instant),
+    /// All of them are being worked for.
+    Nobody,
+}
+
 /// All clients of one server.
 #[derive(Clone, Default)]
 pub(super) struct Clients(Arc<Shared>);
@@ -43,6 +57,7 @@ struct State {
 }
 
 struct Wait {
+    since: Instant,
     until: Instant,
     over: CancellationToken,
     cut: Arc<AtomicBool>,
@@ -88,12 +103,17 @@ impl Clients {
         Arc::new(client)
     }
 
-    /// Ends the wait for whom it has been longest. False when all of them are being worked for.
-    pub(super) fn cut_longest(&self) -> bool {
+    /// Ends the longest wait.
+    pub(super) fn cut_longest(&self) -> Cut {
         let mut state = self.state();
-        let Some((_, wait)) = state.waits.pop_first() else { return false };
+        let Some(longest) = state.waits.first_entry() else { return Cut::Nobody };
+        let earliest = longest.get().since + PATIENCE;
+        if earliest > Instant::now() {
+            return Cut::NotBefore(earliest);
+        }
+        let wait = longest.remove();
         state.cut(&wait, "crowded");
-        true
+        Cut::Done
     }
 
     /// Returns when a client has left since it was last asked.
@@ -181,7 +201,8 @@ impl Client {
         let key = state.next;
         state.next += 1;
         state.waits.remove(&self.wait.swap(key, Ordering::Relaxed));
-        state.waits.insert(key, Wait { until: Instant::now() + at_most, over, cut: Arc::clone(&self.cut) });
+        let since = Instant::now();
+        state.waits.insert(key, Wait { since, until: since + at_most, over, cut: Arc::clone(&self.cut) });
     }
 
     /// Returns when the connection is to end: its time is over, or others need the place.

@@ -14,12 +14,12 @@ use poem::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    time::{sleep, timeout},
+    time::{sleep, timeout, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    clients::{Client, Clients},
+    clients::{Client, Clients, Cut},
     limits::LimitArgs,
     stream::Stream,
 };
@@ -67,15 +67,23 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
         Ok(())
     }
 
-    /// A place for one more. At the bound it is that of the client that has been waited for longest.
+    /// A place for one more. At the bound it is that of the client that has been waited for longest. Until
+    /// there is one, what comes waits in the system's queue.
     async fn place(&self, clients: &Clients) -> Arc<Client> {
         loop {
             let (open, staying) = clients.open();
-            let made = staying < self.connections || clients.cut_longest();
+            let full = staying >= self.connections;
+            let crowded = match if full { clients.cut_longest() } else { Cut::Done } {
+                Cut::Done => false,
+                Cut::Nobody => true,
+                Cut::NotBefore(moment) => {
+                    let _ = timeout_at(moment, clients.left()).await;
+                    continue;
+                }
+            };
             if open < self.connections + RESERVE {
-                return clients.enter(!made, self.limits);
+                return clients.enter(crowded, self.limits);
             }
-            // Until then what comes waits in the system's queue.
             clients.left().await;
         }
     }
@@ -137,5 +145,97 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
                 sleep(Duration::from_millis(100)).await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use poem::{EndpointExt, Route, get, handler, web::Data};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        sync::Semaphore,
+    };
+
+    use super::*;
+    use crate::{
+        front::{Keys, guarded},
+        health::Health,
+    };
+
+    /// Says that it has come, and works until it may go.
+    #[handler]
+    async fn work(Data(doors): Data<&Arc<[Semaphore; 2]>>) {
+        doors[0].add_permits(1);
+        doors[1].acquire().await.unwrap().forget();
+    }
+
+    async fn send(address: SocketAddr, text: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(text.as_bytes()).await.unwrap();
+        stream
+    }
+
+    fn request(path: &str) -> String {
+        format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    }
+
+    /// Reads until an answer has begun, and says its status.
+    async fn status(stream: &mut TcpStream) -> u16 {
+        let mut text = [0; 12];
+        stream.read_exact(&mut text).await.unwrap();
+        std::str::from_utf8(&text).unwrap()["HTTP/1.1 ".len()..].parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn at_the_bound_who_is_waited_for_makes_place_and_nobody_else() {
+        let doors = Arc::new([Semaphore::new(0), Semaphore::new(0)]);
+        let routes = Route::new().at("/work", get(work).data(Arc::clone(&doors)));
+        let long = Duration::from_hours(1);
+        let limits =
+            LimitArgs { max_connections: 2, header_timeout: long, body_timeout: long, idle_timeout: long };
+        let app = Arc::new(guarded(Health::new().add_to(routes, None), Keys::default()));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, stop) = (listener.local_addr().unwrap(), CancellationToken::new());
+        let server = Server { app, limits, connections: 2, stop: stop.clone(), grace: long };
+        let server = tokio::spawn(server.run(listener));
+
+        let mut asked = send(address, &request("/live")).await;
+        assert_eq!(status(&mut asked).await, 200);
+        let mut half = send(address, "GET /liv").await;
+        let mut first = send(address, &request("/work")).await;
+        doors[0].acquire().await.unwrap().forget();
+        asked.read_to_end(&mut Vec::new()).await.expect("the one that was waited for longest makes place");
+        half.write_all(b"e HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+        assert_eq!(status(&mut half).await, 200, "the other one is still there");
+        let mut second = send(address, &request("/work")).await;
+        doors[0].acquire().await.unwrap().forget();
+        half.read_to_end(&mut Vec::new()).await.expect("now it makes place");
+
+        // Nobody is waited for any more.
+        let mut answer = String::new();
+        send(address, &request("/work")).await.read_to_string(&mut answer).await.unwrap();
+        let answer: Vec<_> = answer
+            .lines()
+            .filter(|line| !line.starts_with("date: ") && !line.starts_with("x-request-id: "))
+            .collect();
+        insta::assert_snapshot!(answer.join("\n"), @r#"
+        HTTP/1.1 503 Service Unavailable
+        content-type: application/problem+json
+        retry-after: 1
+        connection: close
+        content-length: 184
+
+        {"type":"/problems/too-many-connections","title":"Too many connections","status":503,"detail":"The service has as many connections as it can take. Nothing was done. Try again later."}
+        "#);
+        let mut live = String::new();
+        send(address, &request("/live")).await.read_to_string(&mut live).await.unwrap();
+        assert!(live.starts_with("HTTP/1.1 200 ") && live.contains("connection: close"), "{live}");
+
+        doors[1].add_permits(2);
+        for stream in [&mut first, &mut second] {
+            assert_eq!(status(stream).await, 200);
+        }
+        stop.cancel();
+        server.await.unwrap().unwrap();
     }
 }
