@@ -18,6 +18,7 @@ mod model;
 mod notes;
 mod oracle;
 mod quiet;
+pub mod sabotage;
 mod subscriber;
 mod wire;
 
@@ -30,8 +31,10 @@ use tokio_util::sync::CancellationToken;
 use self::{
     field::Field,
     load::Load,
+    notes::Pen,
     oracle::Evidence,
     report::{Numbers, Report},
+    sabotage::Sabotage,
     schedule::Fault,
     subscriber::Subscriber,
     verdict::Findings,
@@ -39,13 +42,17 @@ use self::{
 
 /// Clients that write.
 const CLIENTS: u64 = 16;
-/// Writers of notes, and their longest pause in milliseconds.
-const WRITERS: u64 = 4;
-const PACE: u64 = 150;
+/// How notes are written: seldom enough that one of them under way at a time is enough.
+const PEN: Pen = Pen { writers: 4, notes: 4, pause: 700, hold: 300 };
 /// How long the programs may take to be ready at first.
 const READY: Duration = Duration::from_mins(1);
 /// How long the clients may take, once all faults are over, to learn what became of their writes.
 const FINISH: Duration = Duration::from_mins(2);
+
+/// What nobody listened to is tried again within a minute: when nothing has moved for longer, nothing will.
+const STILL: Duration = Duration::from_secs(75);
+/// The same, where it is known that something will never come.
+const STILL_SABOTAGED: Duration = Duration::from_secs(20);
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -54,19 +61,33 @@ pub struct Settings {
     pub seed: u64,
     /// For how long there are faults.
     pub length: Duration,
+    /// A guard that is switched off, and whose faults are the plan then.
+    pub sabotage: Option<Sabotage>,
 }
 
 impl Settings {
+    /// The command that runs it.
+    pub fn command(&self) -> String {
+        let what = match self.sabotage {
+            Some(sabotage) => format!("--sabotage {}", sabotage.name()),
+            None => format!("--seconds {}", self.length.as_secs()),
+        };
+        format!("make chaos CHAOS_ARGS=\"--seed {} {what}\"", self.seed)
+    }
+
     /// Its faults.
     pub fn plan(&self) -> Vec<Fault> {
-        schedule::plan(self.seed, self.length)
+        match self.sabotage {
+            Some(sabotage) => sabotage.plan(self.seed),
+            None => schedule::plan(self.seed, self.length),
+        }
     }
 }
 
 /// Runs it. What the programs and servers have said goes to the folder `logs`.
 pub async fn run(settings: &Settings, logs: &Path, say: fn(&str)) -> anyhow::Result<Report> {
     let began = Instant::now();
-    let field = Arc::new(Field::start(&[]).await?);
+    let field = Arc::new(Field::start(settings.sabotage.map(Sabotage::variable)).await?);
     let ran = Box::pin(on(&field, settings, say)).await;
     let kept = keep_logs(&field.logs(), logs);
     match Arc::into_inner(field) {
@@ -90,10 +111,11 @@ async fn on(field: &Arc<Field>, settings: &Settings, say: fn(&str)) -> anyhow::R
     let begin = Instant::now();
     let [stop, give_up, no_more_notes] = std::array::from_fn(|_| CancellationToken::new());
     let _ending = [stop.clone(), give_up.clone(), no_more_notes.clone()].map(CancellationToken::drop_guard);
+    let (clients, pen) = settings.sabotage.map_or((CLIENTS, PEN), Sabotage::load);
     let mut notes = JoinSet::new();
-    for number in 0..WRITERS {
+    for number in 0..pen.writers {
         let (addresses, stop) = (Arc::clone(&field.addresses), no_more_notes.clone());
-        notes.spawn(notes::writer(addresses, settings.seed.wrapping_add(number), PACE, stop));
+        notes.spawn(pen.write(addresses, settings.seed.wrapping_add(number), stop));
     }
     let mut watching = JoinSet::new();
     watching.spawn({
@@ -108,7 +130,7 @@ async fn on(field: &Arc<Field>, settings: &Settings, say: fn(&str)) -> anyhow::R
         }
     });
 
-    let load = Load { clients: CLIENTS, seed: settings.seed, end: begin + settings.length };
+    let load = Load { clients, seed: settings.seed, end: begin + settings.length };
     let plan = settings.plan();
     let faults = async {
         let done = faults::carry_out(field, &plan, begin, say).await?;
@@ -126,11 +148,11 @@ async fn on(field: &Arc<Field>, settings: &Settings, say: fn(&str)) -> anyhow::R
     }
     say("quiet: until everything has arrived");
     let quiet = Instant::now();
-    quiet::ready(field, say).await;
-    quiet::arrived(field, &subscriber, quiet::STILL, say).await?;
+    let still = if settings.sabotage.is_some() { STILL_SABOTAGED } else { STILL };
+    quiet::ready(field, still, say).await;
+    quiet::arrived(field, &subscriber, still, say).await?;
     let quiet = quiet.elapsed();
-    // Once more, by those who watch.
-    quiet::ready(field, say).await;
+    quiet::ready(field, still, say).await;
     stop.cancel();
     while let Some(watch) = watching.join_next().await {
         watch??;

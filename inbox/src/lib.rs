@@ -26,6 +26,7 @@ mod plan;
 mod queues;
 mod redrive;
 pub mod rejected;
+pub mod sabotage;
 mod save;
 mod schema;
 mod sequencer;

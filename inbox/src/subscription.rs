@@ -12,7 +12,10 @@ use lapin::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{Envelope, Handler, Interrupted, Sequencer};
+use crate::{
+    Envelope, Handler, Interrupted, Sequencer,
+    sabotage::{self, Guard},
+};
 
 /// How long the broker may take for one answer.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -139,12 +142,20 @@ impl Subscription {
         batch: Vec<Delivery>,
     ) -> Result<(), Trouble> {
         let tags: Vec<u64> = batch.iter().map(|delivery| delivery.delivery_tag).collect();
+        if sabotage::is_off(Guard::Commit)
+            && let Some(last) = tags.last()
+        {
+            answer(self.channel.basic_ack(*last, BasicAckOptions { multiple: true })).await?;
+        }
         let suspect = self.dead || batch.first().is_some_and(is_suspect);
         let messages: Vec<Envelope> = batch.into_iter().map(Envelope::from).collect();
         let applied = match messages.as_slice() {
             [message] if suspect => sequencer.attempt(message).await,
             messages => sequencer.apply(messages).await,
         };
+        if sabotage::is_off(Guard::Commit) {
+            return applied.map(drop).map_err(|interrupted| Trouble::Database(interrupted.reason));
+        }
         let settled = applied.as_ref().map_or_else(|interrupted| interrupted.settled, |_| tags.len());
         if let Some(last) = settled.checked_sub(1).and_then(|last| tags.get(last)) {
             answer(self.channel.basic_ack(*last, BasicAckOptions { multiple: true })).await?;

@@ -13,6 +13,7 @@ use crate::{
     parked::{self, Due, Parking},
     position::Positions,
     reader::{self, Batch, Budget, Reader},
+    sabotage,
 };
 
 /// No answer of the database takes longer, or the connection counts as lost.
@@ -259,6 +260,7 @@ impl Candidate {
         }
 
         let open: Vec<(i64, i64)> = from.into_iter().zip(to).collect();
+        let (high, open) = sabotage::kept().unwrap_or((high, open));
         tracing::info!(relay = self.name, source, epoch, low_water, high, open = open.len(), "leading");
         let mut leader = Leader {
             conn: self.conn,
@@ -292,7 +294,9 @@ impl Leader {
         let sent = lease::now();
         let batch = answer(self.reader.read(&mut self.conn, budget)).await?;
         if !batch.events.is_empty() {
+            sabotage::has_read(&batch.events);
             answer(reader::ensure_flushed(&mut self.conn)).await?;
+            sabotage::has_read(&[]);
         }
         self.lease.renew(sent);
         Ok(batch)

@@ -20,6 +20,7 @@ pub mod publish;
 pub mod queue;
 pub mod reader;
 pub mod relay;
+mod sabotage;
 mod systemd;
 pub mod unroutable;
 mod wake;
@@ -39,6 +40,7 @@ pub use migrate::migrate;
 
 /// Relays until `shutdown`.
 pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -> anyhow::Result<()> {
+    sabotage::check()?;
     let front = Front::new(args.listen.listen, &args.front, 0)?;
     let database = args.database.options("outbox-relay", STATEMENT_TIMEOUT)?;
     let identity = identity();

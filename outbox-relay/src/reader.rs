@@ -7,7 +7,10 @@ use futures_util::TryStreamExt;
 use sqlx::{PgConnection, types::Json};
 use uuid::Uuid;
 
-use crate::position::{Holder, Positions, Sample, Vxid};
+use crate::{
+    position::{Holder, Positions, Sample, Vxid},
+    sabotage,
+};
 
 /// Stretches of missing positions beyond which the relay stops reading on until some are resolved.
 const MAX_GAPS: usize = 10_000;
@@ -162,8 +165,9 @@ impl Reader {
             self.positions.look(&holders(conn).await?);
         }
 
-        let (from, to) = self.positions.missing(now);
+        let (mut from, mut to) = self.positions.missing(now);
         let high = self.positions.high();
+        sabotage::look_first(conn, (&mut from, &mut to), high).await?;
         let most = budget.events.min(self.rows);
         let limit = i64::try_from(most).unwrap_or(i64::MAX);
         let above = if self.is_stalled() { 0 } else { limit };

@@ -28,6 +28,7 @@ use crate::{
     publish::Fate,
     queue::{Held, Item, Outcome, Queue},
     reader::Budget,
+    sabotage,
     unroutable::{Action, Policy},
 };
 
@@ -147,7 +148,9 @@ impl Relay {
         self.events_health.ready();
         pause.reset();
         let mut lead = Lead::new(self, leader, stop);
-        lead.work().await?;
+        let worked = lead.work().await;
+        sabotage::keep(lead.leader.positions());
+        worked?;
         lead.end().await
     }
 }

@@ -53,6 +53,7 @@ const BATCH: u16 = 100;
 
 /// Consumes until `shutdown` is requested and what is under way has been acknowledged.
 pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shutdown) -> anyhow::Result<()> {
+    inbox::sabotage::check().map_err(|problem| SettingError::new(inbox::sabotage::VARIABLE, problem))?;
     let drain = args.shutdown.drain_timeout;
     let front = Front::new(args.listen, &args.front, 0)?;
     let options = args.database.options("score-projector", STATEMENT_TIMEOUT)?;

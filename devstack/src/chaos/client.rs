@@ -276,15 +276,19 @@ impl Client {
         let Ok(answer) = builder.send().await else { return Answer::Unsure };
         let (status, version) = (answer.status().as_u16(), version(&answer));
         let Ok(body) = answer.json::<Value>().await else { return Answer::Unsure };
-        match (status, body["code"].as_str(), version, body["id"].as_str()) {
+        let problem = body["type"].as_str().map(|type_| type_.trim_start_matches("/problems/"));
+        match (status, problem, version, body["id"].as_str()) {
             (200 | 201, _, Some(version), Some(id)) => match id.parse() {
                 Ok(id) => Answer::Done { id, version },
                 Err(_) => Answer::Wrong("answered with an id that is none".to_owned()),
             },
-            (408 | 503, code, ..) if code != Some("outcome-unknown") => Answer::NotNow,
-            (503, ..) => Answer::Unsure,
+            // But for this one, nothing was stored.
+            (503, Some("outcome-unknown"), ..) => Answer::Unsure,
+            (408 | 503, Some(_), ..) => Answer::NotNow,
             (404 | 409 | 412, ..) => Answer::Refused(status),
-            (status, code, ..) => Answer::Wrong(format!("answered with {status} {}", code.unwrap_or("?"))),
+            (status, problem, ..) => {
+                Answer::Wrong(format!("answered with {status} {}", problem.unwrap_or("?")))
+            }
         }
     }
 

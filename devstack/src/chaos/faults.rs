@@ -8,20 +8,23 @@ use lapin::{
     options::QueueBindOptions,
     types::{AMQPValue, FieldTable},
 };
+use rustix::process::{Pid, Signal};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use tokio::time::Instant;
+
+use crate::proc;
 
 use super::{
     field::Field,
     notes,
     oracle::Stretch,
-    schedule::{Fault, Member, Open, What},
+    schedule::{Fault, Member, Open, Place, What},
     subscriber::{connect, follow_notes},
     wire::Weather,
 };
 
 /// For how long it is tried to begin a fault, or to undo it, while another one is in the way.
-const PATIENCE: Duration = Duration::from_mins(2);
+const PATIENCE: Duration = Duration::from_mins(15);
 /// The pause before another try.
 const PAUSE: Duration = Duration::from_millis(100);
 /// What the broker takes before its memory alarm, in its own words.
@@ -61,7 +64,7 @@ async fn one(field: &Field, fault: Fault, number: usize) -> anyhow::Result<Optio
     match fault.what {
         What::ScoreUnbound => {
             let stretch = unbound(field, fault, bind_score).await?;
-            until_done(async || repair(field, stretch).await).await.map(|()| None)
+            repair(field, stretch).await.map(|()| None)
         }
         What::NotesUnbound => unbound(field, fault, bind_notes).await.map(Some),
         _ => plain(field, fault, number).await.map(|()| None),
@@ -87,15 +90,24 @@ async fn unbound(
     Ok(Stretch { above, to })
 }
 
-/// What a removed binding has kept from the projector's queue, an operator publishes again.
+/// What a removed binding has kept from the projector's queue, an operator publishes again, to that queue alone.
+/// By type, since notes have no place there; the inbox brings it into order.
 async fn repair(field: &Field, Stretch { above, to }: Stretch) -> anyhow::Result<()> {
-    let settled = position(field, "SELECT coalesce(min(low_water), 0) FROM outbox.relay").await?;
-    ensure!(settled >= to, "a replay goes no further than the relay has settled, which is {settled} of {to}");
+    until_done(async || {
+        let settled = position(field, "SELECT coalesce(min(low_water), 0) FROM outbox.relay").await?;
+        ensure!(settled >= to, "a replay goes no further than the relay has settled: {settled} of {to}");
+        Ok(())
+    })
+    .await?;
     let (from, to, database) = ((above + 1).to_string(), to.to_string(), field.addresses.url("person"));
-    // To everybody: who has them already deduplicates, and no queue gets what it is not bound to.
-    let args = ["replay", "--from", &from, "--to", &to, "--rate", "5000"];
     let env = [("DATABASE_URL", database.as_str()), ("AMQP_URL", &field.addresses.broker)];
-    field.operator.command(&args, &env).await
+    for types in ["person.*", "income.*", "asset.*", "debt.*"] {
+        let range = ["replay", "--from", &from, "--to", &to, "--type", types];
+        let args = [&range[..], &["--to-queue", "score", "--rate", "20000"]].concat();
+        // Other faults interrupt it.
+        until_done(async || field.operator.command(&args, &env).await).await?;
+    }
+    Ok(())
 }
 
 async fn position(field: &Field, sql: &'static str) -> anyhow::Result<i64> {
@@ -108,112 +120,113 @@ async fn position(field: &Field, sql: &'static str) -> anyhow::Result<i64> {
 async fn plain(field: &Field, fault: Fault, number: usize) -> anyhow::Result<()> {
     let lasts = Duration::from_millis(fault.lasts);
     let crew = &field.crew;
-    let all = Member::ALL;
-    let brokers: Vec<Member> = all.into_iter().filter(|member| member.has_broker()).collect();
     match fault.what {
         What::Killed(member) => crew.kill(member, lasts).await,
         What::Stopped(member) => crew.stop_and_go_on(member, lasts).await,
-        What::BrokerKilled => {
-            let mut rabbitmq = field.rabbitmq.lock().await;
-            crew.disturb(&brokers);
-            rabbitmq.kill().await;
-            tokio::time::sleep(lasts).await;
-            rabbitmq.start().await?;
-            crew.calm(&brokers);
+        What::DatabaseCrashed | What::CommitsLost | What::SessionsEnded => {
+            let disturbed = Member::ALL;
+            database(field, fault.what, &disturbed, lasts).await?;
+            crew.calm(&disturbed);
             Ok(())
         }
-        What::BrokerApp => {
-            let mut rabbitmq = field.rabbitmq.lock().await;
-            crew.disturb(&brokers);
-            rabbitmq.control(&["stop_app"]).await?;
-            tokio::time::sleep(lasts).await;
-            rabbitmq.control(&["start_app"]).await?;
-            rabbitmq.ready().await?;
-            crew.calm(&brokers);
-            Ok(())
+        What::Transaction(open, commits) => transaction(field, open, commits, lasts, number).await,
+        What::Slow(place, delay) => {
+            weather(field, place, Weather::Slow(Duration::from_millis(delay)), lasts).await
         }
-        What::BrokerStopped => {
-            let rabbitmq = field.rabbitmq.lock().await;
-            crew.disturb(&brokers);
-            rabbitmq.pause();
-            tokio::time::sleep(lasts).await;
-            rabbitmq.resume();
-            crew.calm(&brokers);
-            Ok(())
-        }
-        What::BrokerBlocked => {
-            let rabbitmq = field.rabbitmq.lock().await;
-            crew.disturb(&brokers);
-            rabbitmq.control(&["set_vm_memory_high_watermark", "absolute", "1"]).await?;
-            tokio::time::sleep(lasts).await;
-            rabbitmq.control(&["set_vm_memory_high_watermark", "absolute", MEMORY]).await?;
-            crew.calm(&brokers);
-            Ok(())
-        }
-        What::ConnectionsClosed => {
-            let rabbitmq = field.rabbitmq.lock().await;
-            crew.disturb(&brokers);
-            rabbitmq.control(&["close_all_connections", "an operator"]).await?;
-            crew.calm(&brokers);
-            Ok(())
-        }
-        What::ChannelsClosed => {
-            let rabbitmq = field.rabbitmq.lock().await;
-            crew.disturb(&brokers);
-            let end = "[exit(Channel, kill) || Channel <- rabbit_channel:list_local()], ok.";
-            rabbitmq.control(&["eval", end]).await?;
-            crew.calm(&brokers);
+        What::Cut(place) => weather(field, place, Weather::Cut, lasts).await,
+        What::Silent(place, direction) => weather(field, place, Weather::Silent(direction), lasts).await,
+        What::BrokerKilled
+        | What::BrokerApp
+        | What::BrokerStopped
+        | What::BrokerBlocked
+        | What::ConnectionsClosed
+        | What::ChannelsClosed => {
+            let disturbed: Vec<Member> =
+                Member::ALL.into_iter().filter(|member| member.has_broker()).collect();
+            crew.disturb(&disturbed);
+            broker(field, fault.what, lasts).await?;
+            crew.calm(&disturbed);
             Ok(())
         }
         // See `one`.
         What::ScoreUnbound | What::NotesUnbound => Ok(()),
-        What::DatabaseCrashed => {
-            let mut postgres = field.postgres.lock().await;
-            crew.disturb(&all);
-            postgres.abort().await;
+    }
+}
+
+async fn broker(field: &Field, what: What, lasts: Duration) -> anyhow::Result<()> {
+    let mut rabbitmq = field.rabbitmq.lock().await;
+    match what {
+        What::BrokerKilled => {
+            rabbitmq.kill().await;
             tokio::time::sleep(lasts).await;
-            postgres.start().await?;
-            crew.calm(&all);
+            rabbitmq.start().await
+        }
+        What::BrokerApp => {
+            rabbitmq.control(&["stop_app"]).await?;
+            tokio::time::sleep(lasts).await;
+            rabbitmq.control(&["start_app"]).await?;
+            rabbitmq.ready().await
+        }
+        What::BrokerBlocked => {
+            rabbitmq.control(&["set_vm_memory_high_watermark", "absolute", "1"]).await?;
+            tokio::time::sleep(lasts).await;
+            rabbitmq.control(&["set_vm_memory_high_watermark", "absolute", MEMORY]).await
+        }
+        What::ConnectionsClosed => rabbitmq.control(&["close_all_connections", "an operator"]).await,
+        What::ChannelsClosed => {
+            let end = "[exit(Channel, kill) || Channel <- rabbit_channel:list_local()], ok.";
+            rabbitmq.control(&["eval", end]).await
+        }
+        _ => {
+            rabbitmq.pause();
+            tokio::time::sleep(lasts).await;
+            rabbitmq.resume();
             Ok(())
         }
-        What::SessionsEnded => {
+    }
+}
+
+async fn database(field: &Field, what: What, disturbed: &[Member], lasts: Duration) -> anyhow::Result<()> {
+    let mut postgres = field.postgres.lock().await;
+    match what {
+        What::DatabaseCrashed => {
+            field.crew.disturb(disturbed);
+            postgres.abort().await;
+            tokio::time::sleep(lasts).await;
+            postgres.start().await
+        }
+        What::CommitsLost => {
             let mut conn = field.addresses.connect("postgres").await?;
-            crew.disturb(&all);
+            let writer: i32 =
+                sqlx::query_scalar("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'")
+                    .fetch_one(&mut conn)
+                    .await?;
+            proc::signal(&Pid::from_raw(writer).into_iter().collect::<Vec<_>>(), Signal::STOP);
+            tokio::time::sleep(lasts).await;
+            field.crew.disturb(disturbed);
+            postgres.kill().await;
+            postgres.start().await
+        }
+        _ => {
+            let mut conn = field.addresses.connect("postgres").await?;
+            field.crew.disturb(disturbed);
             conn.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                  WHERE usename IN ('person_api', 'outbox_relay', 'score_projector', 'score_api')",
             )
             .await?;
-            crew.calm(&all);
             Ok(conn.close().await?)
-        }
-        What::Transaction(open, commits) => transaction(field, open, commits, lasts, number).await,
-        What::Slow(place, delay) => {
-            weather(field, fault, Weather::Slow(Duration::from_millis(delay)), place.member(), lasts).await
-        }
-        What::Cut(place) => weather(field, fault, Weather::Cut, place.member(), lasts).await,
-        What::Silent(place, direction) => {
-            weather(field, fault, Weather::Silent(direction), place.member(), lasts).await
         }
     }
 }
 
-async fn weather(
-    field: &Field,
-    fault: Fault,
-    weather: Weather,
-    member: Option<Member>,
-    lasts: Duration,
-) -> anyhow::Result<()> {
-    let (What::Slow(place, _) | What::Cut(place) | What::Silent(place, _)) = fault.what else {
-        return Ok(());
-    };
-    let member: Vec<Member> = member.into_iter().collect();
-    field.crew.disturb(&member);
+async fn weather(field: &Field, place: Place, weather: Weather, lasts: Duration) -> anyhow::Result<()> {
+    let disturbed: Vec<Member> = place.member().into_iter().collect();
+    field.crew.disturb(&disturbed);
     field.turn(place, weather);
     tokio::time::sleep(lasts).await;
     field.turn(place, Weather::Clear);
-    field.crew.calm(&member);
+    field.crew.calm(&disturbed);
     Ok(())
 }
 

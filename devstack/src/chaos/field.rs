@@ -72,8 +72,8 @@ impl Addresses {
 }
 
 impl Field {
-    /// Starts the servers. `env` is set for every program.
-    pub(crate) async fn start(env: &[(&str, &str)]) -> anyhow::Result<Self> {
+    /// Starts the servers. The variable is set for every program.
+    pub(crate) async fn start(variable: Option<(&str, &str)>) -> anyhow::Result<Self> {
         let (servers, folder) = Stack::prepare(Folder::temporary()?, SETUP).await?.into_servers();
         let (postgres, rabbitmq) = (servers.postgres, servers.rabbitmq);
         let mut wires = BTreeMap::new();
@@ -106,7 +106,7 @@ impl Field {
             if file == "outbox-relay" {
                 program = program.args(["--declare-exchange"]);
             }
-            program = env.iter().fold(program, |program, (name, value)| program.env(name, value));
+            program = variable.iter().fold(program, |program, (name, value)| program.env(name, value));
             programs.insert(member, program);
         }
         let url_of = |member| programs.get(&member).map(Program::url).unwrap_or_default();

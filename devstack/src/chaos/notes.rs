@@ -12,8 +12,6 @@ use super::field::Addresses;
 
 /// The aggregate type, and what the types of its events begin with.
 pub(crate) const NOTE: &str = "note";
-/// How many notes are written to at a time.
-const NOTES: u32 = 3;
 /// After so many versions, a note is left and another begun.
 const VERSIONS: i64 = 200;
 
@@ -40,41 +38,61 @@ pub(crate) async fn write(conn: &mut PgConnection, id: &str) -> sqlx::Result<i64
     .await
 }
 
-/// Writes until `stop`, `pace` milliseconds between two commits at most, and through whatever happens.
-pub(crate) async fn writer(addresses: Arc<Addresses>, seed: u64, pace: u64, stop: CancellationToken) {
-    let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
-    while !stop.is_cancelled() {
-        // Crashes end a session's life; the next one begins with what stayed.
-        let _crashed = session(&addresses, &mut random, pace, &stop).await;
-        stop.run_until_cancelled(tokio::time::sleep(Duration::from_millis(100))).await;
-    }
+/// How notes are written.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pen {
+    /// How many writers there are.
+    pub(crate) writers: u64,
+    /// How many notes they write to at a time.
+    pub(crate) notes: u32,
+    /// The longest pause between two transactions of a writer, in milliseconds.
+    pub(crate) pause: u64,
+    /// The longest time that a transaction stays open with its position taken, in milliseconds. Half of them are
+    /// short.
+    pub(crate) hold: u64,
 }
 
-async fn session(
-    addresses: &Addresses,
-    random: &mut Xoshiro256PlusPlus,
-    pace: u64,
-    stop: &CancellationToken,
-) -> anyhow::Result<()> {
-    let mut conn = addresses.connect("person").await?;
-    conn.execute("SET synchronous_commit = off; SET statement_timeout = '10s'").await?;
-    let mut life = 0;
-    while !stop.is_cancelled() {
-        let note = format!("{}-{life}", random.random_range(0..NOTES));
-        let mut tx = conn.begin().await?;
-        let version = write(&mut tx, &note).await?;
-        // The position is taken: meanwhile it is a gap.
-        tokio::time::sleep(Duration::from_millis(random.random_range(0..20))).await;
-        if random.random_ratio(1, 8) {
-            tx.rollback().await?;
-        } else {
-            tx.commit().await?;
+/// The others are short.
+const SHORT: u64 = 20;
+
+impl Pen {
+    /// Writes until `stop`, through whatever happens.
+    pub(crate) async fn write(self, addresses: Arc<Addresses>, seed: u64, stop: CancellationToken) {
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
+        while !stop.is_cancelled() {
+            // Crashes end a session's life; the next one begins with what stayed.
+            let _crashed = self.session(&addresses, &mut random, &stop).await;
+            stop.run_until_cancelled(tokio::time::sleep(Duration::from_millis(100))).await;
         }
-        if version >= VERSIONS {
-            life += 1;
-        }
-        tokio::time::sleep(Duration::from_millis(random.random_range(0..pace))).await;
     }
-    conn.close().await?;
-    Ok(())
+
+    async fn session(
+        self,
+        addresses: &Addresses,
+        random: &mut Xoshiro256PlusPlus,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<()> {
+        let mut conn = addresses.connect("person").await?;
+        conn.execute("SET synchronous_commit = off; SET statement_timeout = '10s'").await?;
+        let mut life = 0;
+        while !stop.is_cancelled() {
+            let note = format!("{}-{life}", random.random_range(0..self.notes));
+            let mut tx = conn.begin().await?;
+            let version = write(&mut tx, &note).await?;
+            // The position is taken: meanwhile it is a gap.
+            let hold = if random.random() { self.hold } else { SHORT.min(self.hold) };
+            tokio::time::sleep(Duration::from_millis(random.random_range(0..hold))).await;
+            if random.random_ratio(1, 8) {
+                tx.rollback().await?;
+            } else {
+                tx.commit().await?;
+            }
+            if version >= VERSIONS {
+                life += 1;
+            }
+            tokio::time::sleep(Duration::from_millis(random.random_range(0..self.pause))).await;
+        }
+        conn.close().await?;
+        Ok(())
+    }
 }

@@ -7,17 +7,13 @@ use tokio::time::Instant;
 
 use super::{field::Field, subscriber::Subscriber};
 
-/// How long the programs may take to be ready once nothing is wrong any more.
-const READY: Duration = Duration::from_mins(2);
 /// How often it is looked, and said what is waited for.
 const LOOK: Duration = Duration::from_millis(500);
 const SAY: Duration = Duration::from_secs(10);
-/// What nobody listened to is tried again within a minute: when nothing has moved for longer, nothing will.
-pub(crate) const STILL: Duration = Duration::from_secs(75);
 
 /// Waits until all programs are ready. Who is not is found by the oracle.
-pub(crate) async fn ready(field: &Field, say: fn(&str)) {
-    if let Err(error) = field.crew.ready(READY).await {
+pub(crate) async fn ready(field: &Field, patience: Duration, say: fn(&str)) {
+    if let Err(error) = field.crew.ready(patience).await {
         say(&error.to_string());
     }
 }

@@ -17,6 +17,8 @@ use super::{
 /// Everything that was found.
 #[derive(Debug, Serialize)]
 pub struct Report {
+    /// The command that runs it again.
+    pub command: String,
     /// Which run it was.
     pub seed: u64,
     /// For how long there were faults, in seconds.
@@ -109,7 +111,8 @@ impl Report {
             Charge::ALL.into_iter().map(|charge| (charge, Found::default())).collect();
         verdicts.extend(found);
         let programs = crew.iter().map(|(member, log)| ProgramReport::new(*member, log)).collect();
-        Self { seed: settings.seed, length: settings.length.as_secs(), faults, verdicts, programs, numbers }
+        let (command, length) = (settings.command(), settings.length.as_secs());
+        Self { command, seed: settings.seed, length, faults, verdicts, programs, numbers }
     }
 
     /// Whether nothing was found.
@@ -125,7 +128,7 @@ impl Report {
 
     /// The whole of it, in Markdown.
     pub fn page(&self) -> String {
-        let mut text = format!("Seed {}, {} s of faults.\n\n", self.seed, self.length);
+        let mut text = format!("Made by `{}`.\n\n", self.command);
         let mut row = |cells: &[String]| {
             let _never = writeln!(text, "| {} |", cells.join(" | "));
         };
@@ -192,13 +195,8 @@ impl Report {
             }
             let _never = writeln!(text, "    look at {}", charge.look_at());
         }
-        let _never = writeln!(
-            text,
-            "The logs are in {}. The same faults again: make chaos CHAOS_ARGS=\"--seed {} --seconds {}\"",
-            logs.display(),
-            self.seed,
-            self.length
-        );
+        let _never =
+            writeln!(text, "The logs are in {}. The same faults again: {}", logs.display(), self.command);
         text
     }
 

@@ -148,6 +148,9 @@ pub enum What {
     NotesUnbound,
     /// PostgreSQL is stopped in its `immediate` mode and started again: a crash.
     DatabaseCrashed,
+    /// PostgreSQL is killed while its WAL writer stalls: what was committed asynchronously is lost. Not in
+    /// random plans.
+    CommitsLost,
     /// Every session of the programs is ended (`pg_terminate_backend`).
     SessionsEnded,
     /// Somebody leaves a transaction open; at the end it is committed, or not.
@@ -175,6 +178,7 @@ impl What {
             Self::ScoreUnbound => "the projector's binding removed",
             Self::NotesUnbound => "a type's only binding removed",
             Self::DatabaseCrashed => "PostgreSQL stopped (immediate)",
+            Self::CommitsLost => "PostgreSQL killed, with commits lost",
             Self::SessionsEnded => "all sessions ended",
             Self::Transaction(Open::Reading | Open::ReadingElsewhere, _) => "a long transaction",
             Self::Transaction(Open::Appending, _) => "an idle transaction that has appended",
@@ -194,7 +198,7 @@ impl What {
             Self::ConnectionsClosed | Self::ChannelsClosed => ("broker".to_owned(), 1_000),
             Self::ScoreUnbound => ("score".to_owned(), 1_000),
             Self::NotesUnbound => ("notes".to_owned(), 1_000),
-            Self::DatabaseCrashed | Self::SessionsEnded => ("database".to_owned(), 3_000),
+            Self::DatabaseCrashed | Self::CommitsLost | Self::SessionsEnded => ("database".to_owned(), 3_000),
             Self::Transaction(..) => return None,
             Self::Slow(place, _) | Self::Cut(place) | Self::Silent(place, _) => (place.to_string(), 1_000),
         };
@@ -236,10 +240,15 @@ impl fmt::Display for Fault {
     }
 }
 
-/// The faults of a run of this length, in the order of their beginnings. They come from a deck that has each
-/// kind, the frequent ones several times: it is shuffled, dealt and shuffled again, so that a run of one and
-/// a half minutes has seen about everything.
+/// The faults of a run of this length, in the order of their beginnings. A run of one and a half minutes has seen
+/// about every kind.
 pub fn plan(seed: u64, length: Duration) -> Vec<Fault> {
+    deal(&DECK, PAUSE, seed, length)
+}
+
+/// Faults from a deck that has each kind, the frequent ones several times: it is shuffled, dealt and shuffled
+/// again. `pause`: milliseconds between two of them.
+pub(crate) fn deal(cards: &[Card], pause: std::ops::Range<u64>, seed: u64, length: Duration) -> Vec<Fault> {
     let length = u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
     // A named algorithm: the list of a seed stays the same when the library's default changes.
     let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
@@ -249,7 +258,7 @@ pub fn plan(seed: u64, length: Duration) -> Vec<Fault> {
     let mut now = BEGIN;
     while now < length {
         if deck.is_empty() {
-            deck = DECK.to_vec();
+            deck = cards.to_vec();
             deck.shuffle(&mut random);
         }
         let Some(card) = deck.pop() else { break };
@@ -263,7 +272,7 @@ pub fn plan(seed: u64, length: Duration) -> Vec<Fault> {
         if at + lasts < length {
             faults.push(Fault { at, lasts, what });
         }
-        now += random.random_range(PAUSE);
+        now += random.random_range(pause.clone());
     }
     faults.sort_unstable();
     faults
@@ -271,7 +280,7 @@ pub fn plan(seed: u64, length: Duration) -> Vec<Fault> {
 
 /// A kind of fault, without its particulars.
 #[derive(Clone, Copy, Debug)]
-enum Card {
+pub(crate) enum Card {
     Kill,
     Stop,
     Plain(What, u64, u64),

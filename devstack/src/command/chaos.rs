@@ -3,9 +3,10 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
+use clap::ValueEnum;
 
 use crate::{
-    chaos::{self, Settings},
+    chaos::{self, Settings, report::Report, sabotage::Sabotage},
     ending::Ending,
     say, show,
 };
@@ -25,41 +26,110 @@ pub struct ChaosArgs {
     /// Also write everything that was found to this file.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Switch a guard off in a program, under the faults that it is for, and see whether the oracle finds it;
+    /// exit code 1 when it does not. `all`: one after the other. Debug builds only.
+    #[arg(long, value_name = "GUARD", value_parser = guards, conflicts_with_all = ["minutes", "seconds"])]
+    pub sabotage: Option<Guards>,
     /// Only show which faults there would be.
     #[arg(long)]
     pub plan: bool,
 }
 
-/// Runs it. Exit code 1: a promise was broken.
+/// Guards to switch off, one at a time.
+#[derive(Clone, Debug)]
+pub struct Guards(Vec<Sabotage>);
+
+fn guards(name: &str) -> Result<Guards, String> {
+    if name == "all" {
+        return Ok(Guards(Sabotage::ALL.to_vec()));
+    }
+    match Sabotage::from_str(name, false) {
+        Ok(one) => Ok(Guards(vec![one])),
+        Err(_) => {
+            Err("it should be all, confirms, low-water, snapshot, memory, commit or duplicates".to_owned())
+        }
+    }
+}
+
+/// Runs it. Exit code 1: a promise was broken; or, with a guard switched off, none was seen to be.
 pub async fn run(args: &ChaosArgs) -> anyhow::Result<u8> {
-    let seconds = args.seconds.unwrap_or(args.minutes * 60);
-    let settings = Settings {
-        // A short one, for people to repeat.
-        seed: args.seed.unwrap_or_else(|| rand::random_range(0..1_000_000)),
-        length: Duration::from_secs(seconds),
-    };
+    // A short one, for people to repeat.
+    let seed = args.seed.unwrap_or_else(|| rand::random_range(0..1_000_000));
+    let length = Duration::from_secs(args.seconds.unwrap_or(args.minutes * 60));
+    let mut runs = vec![Settings { seed, length, sabotage: None }];
+    if let Some(Guards(guards)) = &args.sabotage {
+        if !cfg!(debug_assertions) {
+            bail!("this is a release build, which has no guard to switch off: run make chaos");
+        }
+        let run = |one: &Sabotage| Settings { seed, length: one.length(), sabotage: Some(*one) };
+        runs = guards.iter().map(run).collect();
+    }
     if args.plan {
-        let lines: Vec<String> = settings.plan().iter().map(ToString::to_string).collect();
-        show(&(lines.join("\n") + "\n"));
+        let lines = runs.iter().flat_map(Settings::plan).map(|fault| fault.to_string() + "\n");
+        show(&lines.collect::<String>());
         return Ok(0);
     }
-    let logs = super::data()?.join(format!("chaos-{}", settings.seed));
     let ending = Ending::watch()?;
-    say(&format!("chaos with the seed {} for {seconds} s", settings.seed));
-    let running = Box::pin(chaos::run(&settings, &logs, say));
+    let mut code = 0;
+    let mut reports = Vec::new();
+    for settings in &runs {
+        let (report, well) = one(settings, &ending).await.with_context(|| format!("the seed was {seed}"))?;
+        code |= u8::from(!well);
+        reports.push(report);
+    }
+    if let Some(path) = &args.json {
+        let json = match reports.as_slice() {
+            [report] => report.json()?,
+            reports => serde_json::to_string_pretty(reports)? + "\n",
+        };
+        std::fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(code)
+}
+
+/// One run, and whether it ended as it should.
+async fn one(settings: &Settings, ending: &Ending) -> anyhow::Result<(Report, bool)> {
+    let Settings { seed, length, sabotage } = settings;
+    let name = sabotage.map_or_else(|| seed.to_string(), |sabotage| format!("{seed}-{}", sabotage.name()));
+    let logs = super::data()?.join(format!("chaos-{name}"));
+    let switched_off = sabotage.map(|sabotage| format!(", and a guard switched off: {}", sabotage.words()));
+    say(&format!(
+        "chaos with the seed {seed} for {} s{}",
+        length.as_secs(),
+        switched_off.as_deref().unwrap_or_default()
+    ));
+    let running = Box::pin(chaos::run(settings, &logs, say));
     let Some(report) = ending.asked.run_until_cancelled(running).await else {
         bail!("the chaos was ended");
     };
-    let report = report.with_context(|| format!("the seed was {}", settings.seed))?;
+    let report = report?;
     show(&format!("\n{}\n", report.page()));
-    if let Some(path) = &args.json {
-        std::fs::write(path, report.json()?).with_context(|| format!("cannot write {}", path.display()))?;
+    if !report.is_green() {
+        show(&report.complaint(&logs));
     }
-    if report.is_green() {
-        say(&format!("green: every promise was kept, {} s in all", report.numbers.seconds));
-        return Ok(0);
-    }
-    show(&report.complaint(&logs));
-    say(&format!("red: a promise was broken, with the seed {}", settings.seed));
-    Ok(1)
+    let seconds = report.numbers.seconds;
+    let well = match sabotage {
+        None if report.is_green() => {
+            say(&format!("green: every promise was kept, {seconds} s in all"));
+            true
+        }
+        None => {
+            say(&format!("red: a promise was broken, with the seed {seed}"));
+            false
+        }
+        Some(sabotage) => {
+            let found: Vec<_> =
+                report.charges().into_iter().filter(|c| sabotage.seen_as().contains(c)).collect();
+            match found.as_slice() {
+                [] => say(&format!("the oracle did not see it: {}", sabotage.words())),
+                [first, ..] => say(&format!(
+                    "red, as it should be, after {seconds} s: {} ({})",
+                    first.words(),
+                    sabotage.words()
+                )),
+            }
+            !found.is_empty()
+        }
+    };
+    Ok((report, well))
 }
