@@ -14,6 +14,7 @@ mod latency;
 mod memory;
 mod pgbench;
 mod plot;
+mod processor;
 mod project;
 mod read;
 mod relay;

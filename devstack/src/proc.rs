@@ -23,6 +23,19 @@ pub(crate) fn descendants(pid: Pid) -> Vec<Pid> {
     found
 }
 
+/// `pid`'s children, without theirs.
+pub(crate) fn children(pid: Pid) -> Vec<Pid> {
+    alive().filter(|child| parent(*child) == Some(pid.as_raw_nonzero().get())).collect()
+}
+
+/// Processor time that a process, and its children that have ended, have taken, in the kernel's ticks.
+pub(crate) fn processor(pid: Pid) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Behind the name: its own in the program and in the kernel, and its children's.
+    let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields).split(' ');
+    fields.skip(11).take(4).filter_map(|ticks| ticks.parse::<u64>().ok()).sum()
+}
+
 /// The processes that carry `mark`.
 pub(crate) fn marked(mark: &str) -> Vec<Pid> {
     let carries = |pid: &Pid| {

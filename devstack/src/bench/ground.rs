@@ -29,12 +29,16 @@ pub struct Ground {
     pub(crate) stack: Stack,
     /// How much is done.
     pub(crate) size: Size,
+    /// How busy the machine was before the run.
+    pub(crate) load: String,
 }
 
 impl Ground {
     /// Starts the servers.
     pub async fn start(size: Size) -> anyhow::Result<Self> {
-        Ok(Self { stack: Stack::prepare(Folder::temporary()?, SETUP).await?, size })
+        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let load = load.split(' ').take(3).collect::<Vec<_>>().join(", ") + " (1, 5 and 15 minutes)";
+        Ok(Self { load, stack: Stack::prepare(Folder::temporary()?, SETUP).await?, size })
     }
 
     /// Stops them, at once: the data goes away.

@@ -9,7 +9,7 @@ use super::{
     figure::{Figure, Goal, Row, Spread, float, number},
     ground::Ground,
 };
-use crate::program::Program;
+use crate::{proc, program::Program};
 
 const PERSON: &str = "bench_idle_person";
 const SCORE: &str = "bench_idle_score";
@@ -119,11 +119,7 @@ impl Idle {
 /// Processor time that a program has taken, in hundredths of a second.
 fn processor(program: &mut Program) -> anyhow::Result<f64> {
     let pid = program.process().context("it runs")?.pid();
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name in parentheses may contain anything; after it the 12th and 13th field are what was spent
-    // in the program and in the kernel for it.
-    let fields: Vec<&str> = stat.rsplit_once(") ").context("no stat")?.1.split(' ').collect();
-    let ticks: i64 = fields[11].parse::<i64>()? + fields[12].parse::<i64>()?;
+    let ticks = i64::try_from(proc::processor(pid))?;
     let hertz = i64::try_from(rustix::param::clock_ticks_per_second())?;
     Ok(float(ticks) * 100.0 / float(hertz))
 }

@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use rustix::process::Signal;
 use sqlx::PgConnection;
 
@@ -53,19 +53,25 @@ pub(crate) async fn run(
     tps.and_then(|tps| tps.parse().ok()).with_context(|| format!("pgbench says no tps: {text}"))
 }
 
-/// A statement with its `$1`, `$2`, … named: pgbench numbers what it finds itself.
-pub(crate) fn named(statement: &str, names: &[&str]) -> String {
+/// A statement with its `$1`, `$2`, … named, all of them: pgbench numbers what it finds itself.
+pub(crate) fn named(statement: &str, names: &[&str]) -> anyhow::Result<String> {
     let parameters = names.iter().enumerate().rev();
-    parameters.fold(statement.to_owned(), |text, (n, name)| text.replace(&format!("${}", n + 1), name))
+    let sql =
+        parameters.fold(statement.to_owned(), |text, (n, name)| text.replace(&format!("${}", n + 1), name));
+    ensure!(
+        !sql.contains('$'),
+        "{} parameters are not all that this statement has: {statement}",
+        names.len()
+    );
+    Ok(sql)
 }
 
 #[cfg(test)]
 mod tests {
     #[test]
     fn parameters_have_names() {
-        assert_eq!(
-            super::named("VALUES ($2, $1, $2)", &[":a", ":b::text"]),
-            "VALUES (:b::text, :a, :b::text)"
-        );
+        let named = |statement| super::named(statement, &[":a", ":b::text"]);
+        assert_eq!(named("VALUES ($2, $1, $2)").unwrap(), "VALUES (:b::text, :a, :b::text)");
+        named("VALUES ($1, $3)").unwrap_err();
     }
 }

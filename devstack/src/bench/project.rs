@@ -9,6 +9,7 @@ use super::{
     events::{EACH, Message, Stream},
     figure::{Figure, Goal, Row, rate},
     ground::Ground,
+    processor::{Sample, Spent},
 };
 use crate::program::Program;
 
@@ -28,6 +29,7 @@ pub struct Project {
     bare: String,
     projector: Program,
     batch: i64,
+    spent: [Spent; 2],
 }
 
 impl Figure for Project {
@@ -47,7 +49,7 @@ impl Figure for Project {
         projector.start().await?;
         projector.ready(super::READY).await?;
         projector.stop(&CancellationToken::new()).await;
-        Ok(Self { conn, amqp, bare, projector, batch: 0 })
+        Ok(Self { conn, amqp, bare, projector, batch: 0, spent: Default::default() })
     }
 
     async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
@@ -56,7 +58,7 @@ impl Figure for Project {
         bare::publish(&self.amqp, messages, 2).await?;
         ground.settle().await?;
         let goal = self.batch * count;
-        let begin = Instant::now();
+        let (sample, begin) = (Sample::take(), Instant::now());
         self.projector.start().await?;
         let link = Link::open(&self.amqp).await?;
         super::until("the projector has taken the last message", async || {
@@ -71,6 +73,7 @@ impl Figure for Project {
         })
         .await?;
         let took = begin.elapsed();
+        self.spent[0].add(&sample, count);
         self.projector.stop(&CancellationToken::new()).await;
         link.close().await?;
         Ok(vec![rate(count, took)])
@@ -83,7 +86,9 @@ impl Figure for Project {
         link.fresh_queue(QUEUE).await?;
         bare::publish(&self.bare, messages, 2).await?;
         ground.settle().await?;
+        let sample = Sample::take();
         let took = bare::consume(&self.bare, QUEUE, count).await?;
+        self.spent[1].add(&sample, count);
         link.delete_queue(QUEUE).await?;
         link.close().await?;
         Ok(vec![rate(count, took)])
@@ -96,7 +101,11 @@ impl Figure for Project {
             ground.drop_virtual_host(vhost).await?;
         }
         ground.drop_database(DATABASE).await?;
-        Ok(vec![format!("project: {EACH} events of each person, none next to each other")])
+        let [system, ceiling] = self.spent.each_ref().map(Spent::told);
+        Ok(vec![
+            format!("project: {EACH} events of each person, none next to each other"),
+            format!("project: µs of processor time a message, the system: {system}; its ceiling: {ceiling}"),
+        ])
     }
 }
 

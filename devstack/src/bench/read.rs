@@ -8,6 +8,7 @@ use super::{
     figure::{Figure, Goal, Row},
     ground::Ground,
     http, pgbench,
+    processor::{Sample, Spent},
     write::CLIENTS,
 };
 use crate::program::Program;
@@ -22,6 +23,7 @@ pub struct Read {
     address: SocketAddr,
     persons: i64,
     script: String,
+    spent: [Spent; 2],
 }
 
 impl Figure for Read {
@@ -48,29 +50,36 @@ impl Figure for Read {
         api.start().await?;
         api.ready(super::READY).await?;
         let address = http::address(&api.url())?;
-        let mut read = Self { conn, api, address, persons, script: String::new() };
+        let mut read = Self { conn, api, address, persons, script: String::new(), spent: Default::default() };
         // Warm, and with the statement to be seen.
         read.load(Duration::from_secs(1)).await?;
         let statement = pgbench::statement(&mut read.conn, "score-api", "FROM score.person").await?;
-        let statement = pgbench::named(&statement, &[":cpf"]);
+        let statement = pgbench::named(&statement, &[":cpf"])?;
         read.script = format!("\\set cpf random(1, {persons})\n{statement};\n");
         Ok(read)
     }
 
     async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        Ok(vec![self.load(ground.size.load).await?])
+        let sample = Sample::take();
+        let rate = self.load(ground.size.load).await?;
+        self.spent[0].add_rate(&sample, rate, ground.size.load);
+        Ok(vec![rate])
     }
 
     async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
         let account = ["score_api", DATABASE];
-        Ok(vec![pgbench::run(ground, account, &self.script, CLIENTS, ground.size.load).await?])
+        let sample = Sample::take();
+        let rate = pgbench::run(ground, account, &self.script, CLIENTS, ground.size.load).await?;
+        self.spent[1].add_rate(&sample, rate, ground.size.load);
+        Ok(vec![rate])
     }
 
     async fn finish(mut self, ground: &Ground) -> anyhow::Result<Vec<String>> {
         self.api.kill().await;
         self.conn.close().await?;
         ground.drop_database(DATABASE).await?;
-        Ok(Vec::new())
+        let [system, ceiling] = self.spent.each_ref().map(Spent::told);
+        Ok(vec![format!("read: µs of processor time each, the system: {system}; its ceiling: {ceiling}")])
     }
 }
 

@@ -9,6 +9,7 @@ use super::{
     events::{self, Message, Stream},
     figure::{Figure, Goal, Row, Spread, number, rate},
     ground::Ground,
+    processor::{Sample, Spent},
 };
 use crate::program::Program;
 
@@ -24,6 +25,7 @@ pub struct Relay {
     drain: Drain,
     /// What the bare publisher came to, by lanes.
     bare: [Vec<f64>; LANES.len()],
+    spent_bare: Spent,
     mean_body: f64,
 }
 
@@ -38,7 +40,7 @@ impl Figure for Relay {
 
     async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
         let drain = Drain::prepare(ground, DATABASE, VHOST).await?;
-        Ok(Self { drain, bare: Default::default(), mean_body: 0.0 })
+        Ok(Self { drain, bare: Default::default(), spent_bare: Spent::default(), mean_body: 0.0 })
     }
 
     async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
@@ -53,8 +55,10 @@ impl Figure for Relay {
         for (lanes, rates) in LANES.into_iter().zip(&mut self.bare) {
             link.fresh_queue(QUEUE).await?;
             ground.settle().await?;
-            let rate =
-                rate(ground.size.events, bare::publish(&self.drain.amqp, messages.clone(), lanes).await?);
+            let messages = messages.clone();
+            let begin = Sample::take();
+            let rate = rate(ground.size.events, bare::publish(&self.drain.amqp, messages, lanes).await?);
+            self.spent_bare.add(&begin, ground.size.events);
             rates.push(rate);
             best = best.max(rate);
         }
@@ -66,11 +70,18 @@ impl Figure for Relay {
     async fn finish(self, ground: &Ground) -> anyhow::Result<Vec<String>> {
         let by_lanes = LANES.iter().zip(&self.bare);
         let by_lanes = by_lanes.map(|(n, rates)| format!("{} with {n}", number(Spread::of(rates).median)));
-        let notes = vec![format!(
-            "relay: the bare publisher's medians are {} connections; a body has {} bytes on average",
-            by_lanes.collect::<Vec<_>>().join(", "),
-            number(self.mean_body),
-        )];
+        let notes = vec![
+            format!(
+                "relay: the bare publisher's medians are {} connections; a body has {} bytes on average",
+                by_lanes.collect::<Vec<_>>().join(", "),
+                number(self.mean_body),
+            ),
+            format!(
+                "relay: µs of processor time an event, the system: {}; its ceiling: {}",
+                self.drain.spent.told(),
+                self.spent_bare.told()
+            ),
+        ];
         self.drain.end(ground, VHOST).await?;
         Ok(notes)
     }
@@ -84,6 +95,7 @@ pub(crate) struct Drain {
     pub(crate) amqp: String,
     pub(crate) relay: Program,
     batch: i64,
+    spent: Spent,
 }
 
 impl Drain {
@@ -96,7 +108,7 @@ impl Drain {
         let conn = ground.database("person", database).await?;
         let amqp = ground.virtual_host(vhost).await?;
         let [_, relay, ..] = ground.programs(database, "score", vhost)?;
-        Ok(Self { database, conn, amqp, relay, batch: 0 })
+        Ok(Self { database, conn, amqp, relay, batch: 0, spent: Spent::default() })
     }
 
     /// Goes on with persons that no batch was about so far.
@@ -120,11 +132,12 @@ impl Drain {
             sqlx::query_scalar("SELECT last_value FROM outbox.position").fetch_one(&mut *tx).await?;
         // What was inserted is on disk, so the commit is only a commit.
         ground.settle().await?;
-        let begin = Instant::now();
+        let (sample, begin) = (Sample::take(), Instant::now());
         tx.commit().await?;
         self.conn.execute("SELECT pg_notify('outbox_event', '')").await?;
         until_settled(&mut self.conn, last).await?;
         let took = begin.elapsed();
+        self.spent.add(&sample, count);
         let arrived = link.waiting(QUEUE).await?;
         ensure!(arrived >= count, "{arrived} of {count} events are in the queue");
         link.delete_queue(QUEUE).await?;

@@ -110,10 +110,45 @@ impl Report {
         Ok(())
     }
 
+    /// Puts the table where a page has the two marks for it.
+    pub fn write_into(&self, page: &Path) -> anyhow::Result<()> {
+        let text = fs::read_to_string(page).with_context(|| format!("cannot read {}", page.display()))?;
+        let text = between(&text, &format!("{}\n{}\n", self.table(), self.measured_on()));
+        let text = text.with_context(|| format!("{} has not the lines {BEGIN} and {END}", page.display()))?;
+        fs::write(page, text).with_context(|| format!("cannot write {}", page.display()))
+    }
+
+    /// In a sentence.
+    fn measured_on(&self) -> String {
+        let of = |name: &str| {
+            let found = self.machine.iter().find(|(field, _)| *field == name);
+            found.map_or("?", |(_, value)| value.split(';').next().unwrap_or_default())
+        };
+        format!(
+            "Medians of {} rounds, made by `{}` on {} cores, with PostgreSQL {} and RabbitMQ {}, both durable.",
+            self.size.rounds,
+            self.command,
+            of("cores"),
+            of("PostgreSQL"),
+            of("RabbitMQ"),
+        )
+    }
+
     /// For programs: every round of everything.
     pub fn json(&self) -> anyhow::Result<String> {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }
+}
+
+/// The lines of a page between which the table is.
+const BEGIN: &str = "<!-- make bench -->";
+const END: &str = "<!-- /make bench -->";
+
+/// A page with something new between its marks.
+fn between(page: &str, new: &str) -> Option<String> {
+    let (before, rest) = page.split_once(BEGIN)?;
+    let (_, after) = rest.split_once(END)?;
+    Some(format!("{before}{BEGIN}\n{new}{END}{after}"))
 }
 
 /// A goal in words.
@@ -158,6 +193,18 @@ pub async fn machine(ground: &Ground) -> anyhow::Result<Vec<(&'static str, Strin
         ("PostgreSQL", format!("{postgres}; {}", settings.join(", "))),
         ("RabbitMQ", format!("{} on Erlang {}; one node", of("rabbitmq_version"), of("erlang_version"))),
         ("messages", "persistent, mandatory, confirmed, into a quorum queue".to_owned()),
+        ("load before", ground.load.clone()),
         ("programs", format!("{}, release build, settings as they are built in", env!("CARGO_PKG_VERSION"))),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn what_is_between_the_marks_is_replaced() {
+        let page = "a\n<!-- make bench -->\nold\n<!-- /make bench -->\nz\n";
+        let new = super::between(page, "new\n").unwrap();
+        assert_eq!(new, "a\n<!-- make bench -->\nnew\n<!-- /make bench -->\nz\n");
+        assert_eq!(super::between("no marks", "new"), None);
+    }
 }

@@ -8,12 +8,26 @@ use super::{
     figure::{Figure, Goal, Row},
     ground::Ground,
     http, pgbench,
+    processor::{Sample, Spent},
 };
 use crate::program::Program;
 
 const DATABASE: &str = "bench_write";
 /// Clients, each with one request under way.
 pub(crate) const CLIENTS: u32 = 16;
+
+/// What person-api sends with the statement, without an `Idempotency-Key`.
+const PARAMETERS: [&str; 9] = [
+    ":cpf",
+    ":value::numeric",
+    "NULL::text",
+    "NULL::text",
+    "NULL::text",
+    "NULL::bytea",
+    "'/person/11111/income/{id}'::text",
+    "'created'::text",
+    "'renting'::text",
+];
 
 /// See [`Row`].
 #[derive(Debug)]
@@ -23,6 +37,7 @@ pub struct Write {
     address: SocketAddr,
     persons: i64,
     script: String,
+    spent: [Spent; 2],
 }
 
 impl Figure for Write {
@@ -51,12 +66,13 @@ impl Figure for Write {
         api.start().await?;
         api.ready(super::READY).await?;
         let address = http::address(&api.url())?;
-        let mut write = Self { conn, api, address, persons, script: String::new() };
+        let mut write =
+            Self { conn, api, address, persons, script: String::new(), spent: Default::default() };
         // Warm, and with the statement to be seen.
         write.load(std::time::Duration::from_secs(1)).await?;
         let statement =
             pgbench::statement(&mut write.conn, "person-api", "INSERT INTO person.income").await?;
-        let statement = pgbench::named(&statement, &[":cpf", ":value::numeric", "'renting'::text"]);
+        let statement = pgbench::named(&statement, &PARAMETERS)?;
         write.script =
             format!("\\set cpf random(1, {persons})\n\\set value random(1, 10000)\n{statement};\n");
         Ok(write)
@@ -64,20 +80,27 @@ impl Figure for Write {
 
     async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
         ground.settle().await?;
-        Ok(vec![self.load(ground.size.load).await?])
+        let sample = Sample::take();
+        let rate = self.load(ground.size.load).await?;
+        self.spent[0].add_rate(&sample, rate, ground.size.load);
+        Ok(vec![rate])
     }
 
     async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
         ground.settle().await?;
         let account = ["person_api", DATABASE];
-        Ok(vec![pgbench::run(ground, account, &self.script, CLIENTS, ground.size.load).await?])
+        let sample = Sample::take();
+        let rate = pgbench::run(ground, account, &self.script, CLIENTS, ground.size.load).await?;
+        self.spent[1].add_rate(&sample, rate, ground.size.load);
+        Ok(vec![rate])
     }
 
     async fn finish(mut self, ground: &Ground) -> anyhow::Result<Vec<String>> {
         self.api.kill().await;
         self.conn.close().await?;
         ground.drop_database(DATABASE).await?;
-        Ok(Vec::new())
+        let [system, ceiling] = self.spent.each_ref().map(Spent::told);
+        Ok(vec![format!("write: µs of processor time each, the system: {system}; its ceiling: {ceiling}")])
     }
 }
 

@@ -18,15 +18,19 @@ use crate::{
 /// What `bench` is told.
 #[derive(Clone, Debug, clap::Args)]
 pub struct BenchArgs {
-    /// Fewer and shorter rounds, for trying it out: the numbers mean little, and docs/bench stays as it is.
+    /// Fewer and shorter rounds, for trying it out: the numbers mean little, and docs/bench and README.md stay
+    /// as they are.
     #[arg(long)]
     pub quick: bool,
     /// Also write every round of everything to this file.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Only these figures; docs/bench stays as it is.
+    /// Only these figures; docs/bench and README.md stay as they are.
     #[arg(long, value_name = "FIGURE", value_enum, value_delimiter = ',')]
     pub only: Vec<Name>,
+    /// Write the report with its plots to this folder, whatever the run, instead of to docs/bench.
+    #[arg(long, value_name = "FOLDER")]
+    pub docs: Option<PathBuf>,
 }
 
 /// A figure's name.
@@ -47,7 +51,7 @@ pub async fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     if cfg!(debug_assertions) {
         bail!("this is a debug build, which is many times slower: run make bench");
     }
-    let folder = super::checkout()?.join("docs/bench");
+    let checkout = super::checkout()?;
     let ending = Ending::watch()?;
     let size = if args.quick { Size::QUICK } else { Size::FULL };
     let begin = std::time::Instant::now();
@@ -66,9 +70,14 @@ pub async fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     if let Some(path) = &args.json {
         std::fs::write(path, report.json()?).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    if !args.quick && args.only.is_empty() {
-        report.write(&folder)?;
-        say(&format!("the table and the plots are in {}", folder.display()));
+    match &args.docs {
+        Some(folder) => report.write(folder)?,
+        None if !args.quick && args.only.is_empty() => {
+            report.write(&checkout.join("docs/bench"))?;
+            report.write_into(&checkout.join("README.md"))?;
+            say("docs/bench and the table in README.md are new");
+        }
+        None => {}
     }
     match report.missed().as_slice() {
         [] => Ok(0),
