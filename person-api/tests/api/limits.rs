@@ -1,5 +1,7 @@
 //! What clients may take, of time and of places, and what becomes of those who take more.
 
+use std::time::Duration;
+
 use outbox::Waker;
 use person_api::{api::Api, store::Store};
 use poem::http::Method;
@@ -36,9 +38,12 @@ async fn a_client_that_is_slow_is_cut_off() {
     shown += &format!("## nothing more\n{kept}\n");
     // One who drips is no better than one who stops.
     let mut slow = program.send("GET /li").await;
-    while slow.write_all(b"v").await.is_ok() {
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
+    let cut_off = async {
+        while slow.write_all(b"v").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), cut_off).await.expect("who drips is cut off");
     insta::assert_snapshot!(shown);
 }
 
