@@ -12,6 +12,7 @@ const VARIABLE: &str = "OUTBOX_RELAY_SABOTAGE";
 
 /// What can be switched off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(debug_assertions), expect(dead_code, reason = "the others are named in debug builds alone"))]
 pub(crate) enum Guard {
     /// What was published counts once it is confirmed.
     Confirms,
