@@ -175,6 +175,14 @@ mod tests {
     }
 
     #[test]
+    fn texts_are_as_long_as_they_have_characters() {
+        let of = |count| format!("\"{}\"", "é".repeat(count));
+        let text_of = |json: &str| text(serde_json::from_str(json).unwrap(), 100);
+        assert_eq!(text_of(&of(100)).unwrap(), "é".repeat(100));
+        assert_eq!(text_of(&of(101)).unwrap_err(), "must not be longer than 100 characters");
+    }
+
+    #[test]
     fn dates_are_instants_that_rfc_3339_can_write() {
         let cases = [
             "2019-06-15T19:23:55-03:00",

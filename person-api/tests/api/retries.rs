@@ -92,6 +92,26 @@ async fn a_key_belongs_to_its_caller() {
     assert_eq!(answers[..2], answers[2..]);
 }
 
+/// A retry's answer is there already, so it waits for no writer.
+#[tokio::test]
+async fn a_retry_does_not_wait_for_writers() {
+    let database = Database::new().await;
+    let app = database.app();
+    let requests = [("/person", PERSON), ("/person/11111/debt", DEBT)];
+    let ask = async || {
+        let mut answers = Vec::new();
+        for (path, body) in requests {
+            answers.push(whole(app.call(keyed(path, body, "k")).await).await);
+        }
+        answers
+    };
+    let first = ask().await;
+    let mut holder = database.admin.begin().await.unwrap();
+    sqlx::query("LOCK TABLE person.person IN EXCLUSIVE MODE").execute(&mut *holder).await.unwrap();
+    assert_eq!(ask().await, first);
+    holder.rollback().await.unwrap();
+}
+
 /// Whoever hung up before the answer finds out by asking again what became of it: here, all of it.
 #[tokio::test]
 async fn a_retry_finds_what_became_of_a_request_that_was_given_up() {
