@@ -8,7 +8,10 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use devstack::{folder::Folder, program::Program, servers::Setup, stack::Stack};
 use sqlx::{Connection, PgConnection};
@@ -125,21 +128,34 @@ async fn relay(stack: &mut Stack, meter: &mut Meter) -> String {
     let saves = work.take(&["SET low_water = $3"]);
     let most = i64::try_from(elapsed.as_millis() / SAVE_INTERVAL.as_millis()).unwrap() + 3;
     within("progress stored", saves.calls, most);
-    // Where the sequence stands, at each poll; whether there are partitions; what makes durable what was
-    // read before its writer's WAL was on disk.
-    work.take(&["statement_timestamp()", "outbox.partition", "event_default", "pg_logical_emit_message"]);
+    // What makes durable what was read before its writer's WAL was on disk: once for each read of something.
+    let durable = work.take(&["pg_logical_emit_message"]).calls;
+    // Where the sequence stands, at each poll; whether there are partitions.
+    work.take(&["statement_timestamp()", "outbox.partition", "event_default"]);
     assert_eq!(work.wal_bytes(), 0, "WAL of relaying, but for the progress: {}", work.shown());
-    format!("relay: {EVENTS} events\n{}", work.shown())
+    format!("relay: {EVENTS} events\n  {durable} times made sure that they are durable\n{}", work.shown())
 }
 
 /// All of them are in the queue when the projector starts.
 async fn project(stack: &mut Stack, meter: &mut Meter) -> String {
+    let mut visited = HashMap::new();
+    for table in ["inbox.aggregate", "score.person", "score.chain", "score.entry"] {
+        visited.insert(table, meter.visited(stack, table).await);
+    }
     meter.reset().await;
     let begin = Instant::now();
     run(&mut stack.score_projector).await;
     until_applied(stack, i64::try_from(PERSONS).unwrap() + EVENTS).await;
     let mut work = meter.work("score", "score_projector").await;
     stop(&mut stack.score_projector).await;
+    // Without statistics of the tables, and with plans that were made when there was next to nothing in them: a
+    // join might read all that there is, batch by batch. A row is visited where it is made or found, where it is
+    // locked, where it is written, and a person where an entry refers to them.
+    for (table, most) in [("inbox.aggregate", 3), ("score.person", 3), ("score.chain", 2), ("score.entry", 1)]
+    {
+        let visited = meter.visited(stack, table).await - visited[table];
+        within(&format!("rows of {table} visited"), visited, most * EVENTS);
+    }
 
     // The start, and what is asked now and then: whether the database is there, which models there are, what
     // is held and rejected.
@@ -300,6 +316,20 @@ impl Meter {
         .await
         .unwrap();
         Work(statements)
+    }
+
+    /// How many rows of a table of the score's database have been visited, ever. Sessions tell when they end.
+    /// Of `inbox.aggregate` by an index: all of it is read here again and again, to know when all is applied.
+    async fn visited(&self, stack: &Stack, table: &str) -> i64 {
+        let mut conn = connect(stack, "score").await;
+        sqlx::query_scalar(
+            "SELECT CASE relname WHEN 'aggregate' THEN 0 ELSE seq_tup_read END + coalesce(idx_tup_fetch, 0)
+             FROM pg_stat_user_tables WHERE relid = $1::text::regclass",
+        )
+        .bind(table)
+        .fetch_one(&mut conn)
+        .await
+        .unwrap()
     }
 }
 

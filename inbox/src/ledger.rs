@@ -35,7 +35,11 @@ pub(crate) fn columns<'k>(keys: impl Iterator<Item = &'k Key>) -> Columns<'k> {
 
 impl<'a> Ledger<'a> {
     /// Locks the chains of `keys`, new ones included. Two statements, both in the order of the key: one
-    /// alone would miss a row that another transaction has just committed.
+    /// alone would miss a row that another transaction has just committed, and to lock first and make what is
+    /// missing then would be out of order.
+    ///
+    /// Each is found by the primary key. A join could be made by reading all that the consumer has, and is, for as
+    /// long as the server knows nothing of a table that is filling.
     pub(crate) async fn lock(
         tx: &mut Transaction<'_, Postgres>,
         consumer: &'a str,
@@ -59,13 +63,15 @@ impl<'a> Ledger<'a> {
         .execute(&mut **tx)
         .await?;
         let locked: Vec<(String, String, String, i64, Option<Uuid>)> = sqlx::query_as(
-            "SELECT a.source, a.aggregate_type, a.aggregate_id, a.version, a.last_event_id
-             FROM inbox.aggregate a
-             JOIN unnest($2::text[], $3::text[], $4::text[]) AS k (source, aggregate_type, aggregate_id)
-               USING (source, aggregate_type, aggregate_id)
-             WHERE a.consumer = $1
-             ORDER BY a.source, a.aggregate_type, a.aggregate_id
-             FOR UPDATE OF a",
+            "SELECT k.source, k.aggregate_type, k.aggregate_id, a.version, a.last_event_id
+             FROM (SELECT * FROM unnest($2::text[], $3::text[], $4::text[])
+                                 AS k (source, aggregate_type, aggregate_id)
+                   ORDER BY source, aggregate_type, aggregate_id) k
+             CROSS JOIN LATERAL (
+                 SELECT version, last_event_id FROM inbox.aggregate
+                 WHERE (consumer, source, aggregate_type, aggregate_id)
+                     = ($1, k.source, k.aggregate_type, k.aggregate_id)
+                 FOR UPDATE) a",
         )
         .bind(consumer)
         .bind(&sources)
@@ -83,7 +89,8 @@ impl<'a> Ledger<'a> {
     }
 
     /// Reads what is held: of each chain the lowest versions, and those of `events`. Only under the
-    /// locks. LATERAL with a limit stops at the first of perhaps very many.
+    /// locks. LATERAL with a limit stops at the first of perhaps very many; with `OFFSET 0` it cannot become a
+    /// join that reads all that is held.
     pub(crate) async fn read_held(
         &mut self,
         tx: &mut Transaction<'_, Postgres>,
@@ -107,11 +114,12 @@ impl<'a> Ledger<'a> {
                                = ($1, k.source, k.aggregate_type, k.aggregate_id) AND version > k.version
                            ORDER BY version LIMIT $6) AS h
              UNION ALL
-             SELECT source, aggregate_type, aggregate_id, version, h.event_id, h.reason, h.attempts, false
+             SELECT k.source, k.aggregate_type, k.aggregate_id, k.version, h.event_id, h.reason, h.attempts, false
              FROM unnest($7::text[], $8::text[], $9::text[], $10::bigint[])
-                  AS k (source, aggregate_type, aggregate_id, version)
-             JOIN inbox.held h USING (source, aggregate_type, aggregate_id, version)
-             WHERE h.consumer = $1",
+                  AS k (source, aggregate_type, aggregate_id, version),
+                  LATERAL (SELECT event_id, reason, attempts FROM inbox.held
+                           WHERE (consumer, source, aggregate_type, aggregate_id, version)
+                               = ($1, k.source, k.aggregate_type, k.aggregate_id, k.version) OFFSET 0) AS h",
         )
         .bind(self.consumer)
         .bind(sources)
@@ -163,12 +171,13 @@ impl<'a> Ledger<'a> {
         let (sources, types, ids) = columns(wanted.iter().map(|(key, _)| *key));
         let versions: Vec<i64> = wanted.iter().map(|(_, version)| *version).collect();
         let rows: Vec<HeldRow> = sqlx::query_as(
-            "SELECT source, aggregate_type, aggregate_id, version, h.event_id, h.type, h.occurred_at,
+            "SELECT k.source, k.aggregate_type, k.aggregate_id, k.version, h.event_id, h.type, h.occurred_at,
                     h.headers, h.payload
              FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[])
-                  AS k (source, aggregate_type, aggregate_id, version)
-             JOIN inbox.held h USING (source, aggregate_type, aggregate_id, version)
-             WHERE h.consumer = $1",
+                  AS k (source, aggregate_type, aggregate_id, version),
+                  LATERAL (SELECT event_id, type, occurred_at, headers, payload FROM inbox.held
+                           WHERE (consumer, source, aggregate_type, aggregate_id, version)
+                               = ($1, k.source, k.aggregate_type, k.aggregate_id, k.version) OFFSET 0) AS h",
         )
         .bind(self.consumer)
         .bind(sources)

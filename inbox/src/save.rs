@@ -72,13 +72,15 @@ impl Ledger<'_> {
         let (sources, types, ids) = columns(moved().map(|(key, _)| key));
         let versions: Vec<i64> = moved().map(|(_, chain)| chain.version).collect();
         let last: Vec<Option<Uuid>> = moved().map(|(_, chain)| chain.last_event_id).collect();
+        // Every one of them is there and locked, so each is an update, found by the primary key. A joined UPDATE
+        // would be planned by what the server believes to be in the table.
         sqlx::query(
-            "UPDATE inbox.aggregate a
-             SET version = k.version, last_event_id = k.last_event_id, updated_at = now()
+            "INSERT INTO inbox.aggregate (consumer, source, aggregate_type, aggregate_id, version, last_event_id)
+             SELECT $1, k.source, k.aggregate_type, k.aggregate_id, k.version, k.last_event_id
              FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::uuid[])
                   AS k (source, aggregate_type, aggregate_id, version, last_event_id)
-             WHERE (a.consumer, a.source, a.aggregate_type, a.aggregate_id)
-                 = ($1, k.source, k.aggregate_type, k.aggregate_id)",
+             ON CONFLICT (consumer, source, aggregate_type, aggregate_id) DO UPDATE
+             SET version = excluded.version, last_event_id = excluded.last_event_id, updated_at = now()",
         )
         .bind(self.consumer)
         .bind(sources)
@@ -99,11 +101,14 @@ impl Ledger<'_> {
         let (sources, types, ids) = columns(freed().map(|(key, _)| key));
         let versions: Vec<i64> = freed().map(|(_, chain)| chain.version).collect();
         sqlx::query(
-            "DELETE FROM inbox.held h
-             USING unnest($2::text[], $3::text[], $4::text[], $5::bigint[])
-                   AS k (source, aggregate_type, aggregate_id, version)
-             WHERE (h.consumer, h.source, h.aggregate_type, h.aggregate_id)
-                 = ($1, k.source, k.aggregate_type, k.aggregate_id) AND h.version <= k.version",
+            "DELETE FROM inbox.held WHERE ctid = ANY (ARRAY(
+                 SELECT h.ctid
+                 FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[])
+                      AS k (source, aggregate_type, aggregate_id, version),
+                      LATERAL (SELECT ctid FROM inbox.held
+                               WHERE (consumer, source, aggregate_type, aggregate_id)
+                                   = ($1, k.source, k.aggregate_type, k.aggregate_id) AND version <= k.version
+                               OFFSET 0) AS h))",
         )
         .bind(self.consumer)
         .bind(sources)
@@ -178,10 +183,12 @@ impl Ledger<'_> {
         sqlx::query(
             "UPDATE inbox.held h SET reason = k.reason
              FROM unnest($2::text[], $3::text[], $4::text[], $5::text[])
-                  AS k (source, aggregate_type, aggregate_id, reason)
-             WHERE (h.consumer, h.source, h.aggregate_type, h.aggregate_id)
-                 = ($1, k.source, k.aggregate_type, k.aggregate_id)
-               AND h.reason IN ('gap', 'behind') AND h.reason <> k.reason",
+                  AS k (source, aggregate_type, aggregate_id, reason),
+                  LATERAL (SELECT ctid FROM inbox.held
+                           WHERE (consumer, source, aggregate_type, aggregate_id)
+                               = ($1, k.source, k.aggregate_type, k.aggregate_id)
+                             AND reason IN ('gap', 'behind') AND reason <> k.reason OFFSET 0) AS other
+             WHERE h.ctid = other.ctid",
         )
         .bind(self.consumer)
         .bind(sources)

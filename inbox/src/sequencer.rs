@@ -101,7 +101,7 @@ impl<H: Handler> Sequencer<H> {
         let mut settled = 0;
         let mut parts = vec![messages.as_slice()];
         while let Some(part) = parts.pop().filter(|part| !part.is_empty()) {
-            match self.settle(part).await {
+            match self.settle(part, messages.len() > 1).await {
                 Ok(one) => {
                     outcome += one;
                     settled += part.len();
@@ -151,9 +151,17 @@ impl<H: Handler> Sequencer<H> {
         Ok(outcome)
     }
 
-    /// One transaction for the messages, then as many as it takes for what they freed.
-    async fn settle(&self, messages: &[Message<'_>]) -> Result<Outcome, Stop> {
-        let (mut outcome, unfinished) = self.transaction(Work::messages(messages)).await?;
+    /// One transaction for the messages, then as many as it takes for what they freed. What is left of `several`
+    /// that failed goes into a savepoint at once, which most messages that come alone need not pay for.
+    async fn settle(&self, messages: &[Message<'_>], several: bool) -> Result<Outcome, Stop> {
+        let settled = match messages {
+            [message] if several => self.transaction(Work::alone(message)).await,
+            _ => match (self.transaction(Work::messages(messages)).await, messages) {
+                (Err(Stop::Failed(_)), [message]) => self.transaction(Work::alone(message)).await,
+                (settled, _) => settled,
+            },
+        };
+        let (mut outcome, unfinished) = settled?;
         outcome += self.drain(unfinished).await?;
         Ok(outcome)
     }

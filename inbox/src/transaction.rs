@@ -23,7 +23,7 @@ const LIMIT: Duration = Duration::from_mins(1);
 /// How a transaction treats its events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// Many, without savepoints: fast, and failed as a whole when one of them fails.
+    /// Without savepoints: fast, and failed as a whole when one of them fails.
     Together,
     /// One, in a savepoint, so that its failure is known to be its own.
     Alone,
@@ -57,10 +57,12 @@ pub(crate) struct Work<'a> {
 impl<'a> Work<'a> {
     /// Messages, and what they free.
     pub(crate) fn messages(messages: &'a [Message<'a>]) -> Self {
-        match messages {
-            [_] => Self { messages, resume: &[], mode: Mode::Alone, budget: 0 },
-            _ => Self { messages, resume: &[], mode: Mode::Together, budget: NEAR },
-        }
+        Self { messages, resume: &[], mode: Mode::Together, budget: NEAR }
+    }
+
+    /// A message of which one has to know whether it is at fault, and nothing of what it frees.
+    pub(crate) fn alone(message: &'a Message<'a>) -> Self {
+        Self { messages: slice::from_ref(message), resume: &[], mode: Mode::Alone, budget: 0 }
     }
 
     /// A message whose handler may end the process.

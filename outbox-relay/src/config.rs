@@ -120,7 +120,7 @@ pub struct RunArgs {
     #[arg(long, env = "LEASE", default_value = "2s", value_parser = lease, value_name = "DURATION")]
     pub lease: Duration,
     /// Connections that publish in parallel, each for its own aggregates (1 to 32).
-    #[arg(long, env = "LANES", default_value = "2", value_parser = lanes)]
+    #[arg(long, env = "LANES", default_value = "4", value_parser = lanes)]
     pub lanes: usize,
     /// Events in memory at most.
     #[arg(long, env = "MAX_EVENTS", default_value = "4000", value_parser = at_least_one)]

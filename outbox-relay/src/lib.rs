@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use poem::Route;
-use service::{front::Front, health::Health, shutdown::Shutdown};
+use service::{config::database, front::Front, health::Health, shutdown::Shutdown};
 use tokio::sync::Notify;
 
 use config::{RunArgs, STATEMENT_TIMEOUT};
@@ -42,7 +42,7 @@ pub use migrate::migrate;
 pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -> anyhow::Result<()> {
     sabotage::check()?;
     let front = Front::new(args.listen.listen, &args.front, 0)?;
-    let database = args.database.options("outbox-relay", STATEMENT_TIMEOUT)?;
+    let database = database::by_index(args.database.options("outbox-relay", STATEMENT_TIMEOUT)?);
     let identity = identity();
     let nodes = broker::Nodes {
         nodes: args.broker.nodes()?,

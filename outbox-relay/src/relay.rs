@@ -255,10 +255,11 @@ impl<'a> Lead<'a> {
                 self.look_aside().await?;
             }
             if room && poll_at <= Instant::now() {
-                let more = self.read().await?;
-                if more {
+                let (found, more) = self.read().await?;
+                if found {
                     idle.reset();
-                } else {
+                }
+                if !more {
                     poll_at = Instant::now() + idle.step();
                 }
                 continue;
@@ -302,8 +303,8 @@ impl<'a> Lead<'a> {
         Ok(())
     }
 
-    /// Reads once. True when there is more to read right away.
-    async fn read(&mut self) -> Result<bool, LeaderError> {
+    /// Reads once. Says whether there was anything, and whether there is more right away.
+    async fn read(&mut self) -> Result<(bool, bool), LeaderError> {
         let batch = self.leader.read(BUDGET).await?;
         if self.leader.is_stalled() {
             self.relay.database_health.waiting(
@@ -322,8 +323,8 @@ impl<'a> Lead<'a> {
                  it is published now, out of order; was the outbox written around outbox.next_position()?"
             );
         }
-        let more = batch.more || !batch.events.is_empty();
-        if !batch.events.is_empty() {
+        let (found, more) = (!batch.events.is_empty(), batch.more);
+        if found {
             failpoint::hit("read");
         }
         for event in batch.events {
@@ -333,7 +334,7 @@ impl<'a> Lead<'a> {
         metrics::gauge!("outbox_relay_open_gaps").set(count(positions.gaps()));
         metrics::gauge!("outbox_relay_low_water").set(position(positions.low_water()));
         metrics::gauge!("outbox_relay_high").set(position(positions.high()));
-        Ok(more)
+        Ok((found, more))
     }
 
     /// Gives each lane that can publish as much as it takes.

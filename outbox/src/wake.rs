@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 pub const CHANNEL: &str = "outbox_event";
 
 /// One notice at most in this time; those in between are folded into the next.
-const DEBOUNCE: Duration = Duration::from_millis(5);
+const DEBOUNCE: Duration = Duration::from_millis(1);
 /// A notice that takes longer is given up: polling finds the events without it.
 const TIMEOUT: Duration = Duration::from_secs(2);
 

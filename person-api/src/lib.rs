@@ -42,7 +42,7 @@ const POOL_SIZE: u32 = 16;
 pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shutdown) -> anyhow::Result<()> {
     let drain = args.shutdown.drain_timeout;
     let front = Front::new(args.listen, &args.front, 0)?;
-    let options = args.database.options("person-api", STATEMENT_TIMEOUT)?;
+    let options = database::by_index(args.database.options("person-api", STATEMENT_TIMEOUT)?);
     let health = Health::new();
     // Readiness and notices have connections of their own: they must not wait behind requests.
     let aside = database::pool(options.clone(), 2);

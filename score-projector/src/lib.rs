@@ -56,7 +56,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     inbox::sabotage::check().map_err(|problem| SettingError::new(inbox::sabotage::VARIABLE, problem))?;
     let drain = args.shutdown.drain_timeout;
     let front = Front::new(args.listen, &args.front, 0)?;
-    let options = args.database.options("score-projector", STATEMENT_TIMEOUT)?;
+    let options = database::by_index(args.database.options("score-projector", STATEMENT_TIMEOUT)?);
     let pool = database::pool(Role::Live.options(options.clone()), POOL_SIZE);
     consumers::topology(&args.queue)?;
     let nodes = nodes(&args.broker)?;

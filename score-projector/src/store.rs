@@ -72,8 +72,9 @@ pub(crate) async fn load_entries(tx: Tx<'_, '_>, needs: &Needs, slice: &mut Slic
         return Ok(());
     }
     let rows = sqlx::query(
-        "SELECT id, person_id, type, value, score, created_at FROM entry
-         WHERE id = ANY ($1) OR person_id = ANY ($2)",
+        "SELECT id, person_id, type, value, score, created_at FROM entry WHERE id = ANY ($1)
+         UNION ALL
+         SELECT id, person_id, type, value, score, created_at FROM entry WHERE person_id = ANY ($2)",
     )
     .bind(ids(&needs.entries))
     .bind(ids(&needs.whole))
@@ -89,9 +90,7 @@ pub(crate) async fn load_entries(tx: Tx<'_, '_>, needs: &Needs, slice: &mut Slic
 pub(crate) async fn save(tx: Tx<'_, '_>, slice: &Slice) -> Result<(), Failure> {
     delete(tx, "DELETE FROM person WHERE id = ANY ($1)", slice.persons_gone()).await?;
     delete(tx, "DELETE FROM entry WHERE id = ANY ($1)", slice.entries_gone()).await?;
-    insert_persons(tx, &slice.persons_new()).await?;
-    update_persons(tx, &slice.persons_changed()).await?;
-    put_entries(tx, &slice.entries_written()).await
+    write(tx, &slice.persons_written(), &slice.entries_written()).await
 }
 
 async fn delete(tx: Tx<'_, '_>, sql: &'static str, ids: Vec<Uuid>) -> sqlx::Result<()> {
@@ -101,56 +100,33 @@ async fn delete(tx: Tx<'_, '_>, sql: &'static str, ids: Vec<Uuid>) -> sqlx::Resu
     Ok(())
 }
 
-async fn insert_persons(tx: Tx<'_, '_>, persons: &[&Person]) -> sqlx::Result<()> {
-    if persons.is_empty() {
+/// New or changed persons and entries, each found by its id: a joined UPDATE would be planned by what the server
+/// believes to be in the table, and while that fills it would be to read all of it. An entry keeps its person: an
+/// id that another one has just taken is left as it is, and only then fewer rows are written.
+async fn write(tx: Tx<'_, '_>, persons: &[&Person], entries: &[(Uuid, &Entry)]) -> Result<(), Failure> {
+    if persons.is_empty() && entries.is_empty() {
         return Ok(());
     }
-    sqlx::query(
-        "INSERT INTO person (id, cpf, created_at, version, total)
-         SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::timestamptz[], $4::bigint[], $5::numeric[])",
+    let written = sqlx::query(
+        "WITH persons AS (
+             INSERT INTO person (id, cpf, created_at, version, total)
+             SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::timestamptz[], $4::bigint[], $5::numeric[])
+             ON CONFLICT (id) DO UPDATE
+             SET cpf = excluded.cpf, version = excluded.version, total = excluded.total, updated_at = now()
+         )
+         INSERT INTO entry AS e (id, person_id, type, value, score, created_at)
+         SELECT * FROM unnest($6::uuid[], $7::uuid[], $8::text[], $9::numeric[], $10::bigint[],
+                              $11::timestamptz[])
+         ON CONFLICT (id) DO UPDATE
+         SET type = excluded.type, value = excluded.value, score = excluded.score,
+             created_at = excluded.created_at
+         WHERE e.person_id = excluded.person_id",
     )
     .bind(column(persons, |p| p.id))
     .bind(column(persons, |p| p.cpf.get()))
     .bind(column(persons, |p| p.created_at))
     .bind(column(persons, |p| p.version))
     .bind(column(persons, |p| p.total))
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
-}
-
-async fn update_persons(tx: Tx<'_, '_>, persons: &[&Person]) -> sqlx::Result<()> {
-    if persons.is_empty() {
-        return Ok(());
-    }
-    sqlx::query(
-        "UPDATE person p SET cpf = new.cpf, version = new.version, total = new.total, updated_at = now()
-         FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::numeric[]) AS new (id, cpf, version, total)
-         WHERE p.id = new.id",
-    )
-    .bind(column(persons, |p| p.id))
-    .bind(column(persons, |p| p.cpf.get()))
-    .bind(column(persons, |p| p.version))
-    .bind(column(persons, |p| p.total))
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
-}
-
-/// New or changed entries. An entry keeps its person: an id that another one has just taken is left as
-/// it is, and only then fewer rows are written.
-async fn put_entries(tx: Tx<'_, '_>, entries: &[(Uuid, &Entry)]) -> Result<(), Failure> {
-    if entries.is_empty() {
-        return Ok(());
-    }
-    let written = sqlx::query(
-        "INSERT INTO entry AS e (id, person_id, type, value, score, created_at)
-         SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::numeric[], $5::bigint[], $6::timestamptz[])
-         ON CONFLICT (id) DO UPDATE
-         SET type = excluded.type, value = excluded.value, score = excluded.score,
-             created_at = excluded.created_at
-         WHERE e.person_id = excluded.person_id",
-    )
     .bind(column(entries, |(_, e)| e.id))
     .bind(column(entries, |(person, _)| *person))
     .bind(column(entries, |(_, e)| e.kind.as_str()))

@@ -86,12 +86,10 @@ impl Slice {
         self.written.persons_gone.iter().copied().collect()
     }
 
-    pub(crate) fn persons_new(&self) -> Vec<&Person> {
-        self.written.persons_new.iter().filter_map(|id| self.persons.get(id)).collect()
-    }
-
-    pub(crate) fn persons_changed(&self) -> Vec<&Person> {
-        self.written.persons_changed.iter().filter_map(|id| self.persons.get(id)).collect()
+    /// New and changed persons.
+    pub(crate) fn persons_written(&self) -> Vec<&Person> {
+        let written = self.written.persons_new.union(&self.written.persons_changed);
+        written.filter_map(|id| self.persons.get(id)).collect()
     }
 
     pub(crate) fn entries_gone(&self) -> Vec<Uuid> {
