@@ -16,7 +16,7 @@ use crate::{
     answer::{self, Entries, Score},
     describe::Tag,
     problems::{ReadScore, UNKNOWN_PERSON},
-    read_model::{self, entries},
+    read_model::{entries, scores::Scores},
     request::{self, After, AfterEntry, Held, Limit, PathCpf, Wait},
     token::Token,
     waiters::{Missed, Waiters},
@@ -28,6 +28,7 @@ const ABOUT: &str = include_str!("api/about.md");
 /// What answering takes.
 #[derive(Clone)]
 pub(crate) struct Api {
+    pub(crate) scores: Scores,
     pub(crate) pool: PgPool,
     /// For reads that do not wait for a write: those that do are as many as there are places for them.
     pub(crate) gate: Gate,
@@ -57,7 +58,7 @@ impl Api {
     ) -> Result<Answer<Score>, Failure<ReadScore>> {
         let (cpf, after) = request::score(request, cpf, (after, wait), self.max_wait)?;
         let _place = self.begin(request, after).await?;
-        let score = read_model::newest_life(&self.pool, cpf).await?.ok_or(&UNKNOWN_PERSON)?;
+        let score = self.scores.newest_life(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
         Ok(answer::score(request, &score)?)
     }
 

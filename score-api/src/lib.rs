@@ -26,7 +26,7 @@ use service::{
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
-use crate::{api::Api, waiters::Waiters};
+use crate::{api::Api, read_model::scores::Scores, waiters::Waiters};
 
 /// How long a statement may take before the server ends it. Every read is one row by an index.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -132,7 +132,8 @@ pub async fn run(
         Ok(())
     });
 
-    let api = Api { pool, gate: config.gate.gate(), waiters, max_wait: config.wait.max_wait };
+    let (scores, gate, max_wait) = (Scores::new(pool.clone()), config.gate.gate(), config.wait.max_wait);
+    let api = Api { scores, pool, gate, waiters, max_wait };
     let routes = health.add_to(api::routes(api), metrics);
     let drain = config.shutdown.drain_timeout;
     shutdown.serve(front, routes, drain).await?;

@@ -1,23 +1,19 @@
-//! All of the SQL: one row of the read model by its cpf, the entries that it came about by, and how far the
-//! model is with some persons.
+//! All of the SQL: the scores of some cpfs, the entries that a score came about by, and how far the model is
+//! with some persons.
 
 pub(crate) mod entries;
+pub(crate) mod scores;
 
-use std::{str::FromStr, time::Duration};
+use std::{str::FromStr, sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
 use rust_decimal::Decimal;
-use service::config::database::Schema;
+use service::config::database::{Schema, by_index};
 use sqlx::{PgPool, postgres::PgConnectOptions};
 use uuid::Uuid;
 
 /// How long a read may take, waiting for a connection included. The pool alone would wait longer.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
-
-/// Between two lives of a cpf there is no order on the way here, so the older one may still be there
-/// when the newer one is; the newest answers.
-const NEWEST_LIFE: &str = "SELECT id, version, total, updated_at FROM score.person
-WHERE cpf = $1 ORDER BY created_at DESC, id DESC LIMIT 1";
 
 /// The version of each person that the live read model contains, 0 where nothing has been applied yet
 /// and null where nothing was heard. A source that was restored publishes under a new name and counts
@@ -33,7 +29,7 @@ FROM unnest($1::uuid[]) AS asked (id)";
 
 /// How the read model is read.
 pub(crate) fn options(options: PgConnectOptions) -> PgConnectOptions {
-    options.options([
+    by_index(options).options([
         // The role's rights say it too; this holds when somebody runs it under a greater one.
         ("default_transaction_read_only", "on"),
         // A page is read from an index in its order, and ends when it is full. While most persons have few
@@ -92,17 +88,12 @@ pub(crate) struct Score {
 }
 
 /// Why there is no score, from the caller's point of view.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum ReadError {
     /// The database does not answer in time; another try makes sense.
     Unavailable,
     /// A defect.
-    Defect(sqlx::Error),
-}
-
-/// The score of the newest life of `cpf`, if one is known.
-pub(crate) async fn newest_life(pool: &PgPool, cpf: Cpf) -> Result<Option<Score>, ReadError> {
-    in_time(sqlx::query_as(NEWEST_LIFE).bind(cpf.0).fetch_optional(pool)).await
+    Defect(Arc<sqlx::Error>),
 }
 
 /// How far the live read model is with each of `persons`. None: nothing of them has been applied.
@@ -123,7 +114,7 @@ async fn in_time<T>(read: impl Future<Output = sqlx::Result<T>>) -> Result<T, Re
             tracing::debug!(reason = reason(&error), "a read failed");
             Err(ReadError::Unavailable)
         }
-        Ok(Err(error)) => Err(ReadError::Defect(error)),
+        Ok(Err(error)) => Err(ReadError::Defect(error.into())),
         Err(_) => Err(ReadError::Unavailable),
     }
 }
@@ -167,29 +158,6 @@ mod tests {
         PgConnection::connect_with(&options).await.unwrap()
     }
 
-    /// However many persons there are, an answer reads one entry of the index and one row.
-    #[tokio::test]
-    async fn the_newest_life_is_found_by_the_index_alone() {
-        let url = devstack::testing::database("score_api_plan").await;
-        let mut conn = connect(&url).await;
-        for schema in schemas() {
-            schema.migrator.run(&mut conn).await.unwrap();
-        }
-        let fill = "INSERT INTO score.person (id, cpf, created_at, version)
-                    SELECT gen_random_uuid(), i % 20000 + 1, now() + i * interval '1 s', 1
-                    FROM generate_series(1, 50000) i";
-        sqlx::query(fill).execute(&mut conn).await.unwrap();
-        sqlx::query("ANALYZE score.person").execute(&mut conn).await.unwrap();
-        let explain = sqlx::AssertSqlSafe(format!("EXPLAIN (COSTS OFF) {NEWEST_LIFE}"));
-        let plan: Vec<String> =
-            sqlx::query_scalar(explain).bind(11111_i64).fetch_all(&mut conn).await.unwrap();
-        insta::assert_snapshot!(plan.join("\n"), @r"
-        Limit
-          ->  Index Scan using person_cpf on person
-                Index Cond: (cpf = '11111'::bigint)
-        ");
-    }
-
     /// However many persons there are, asking for some probes the index once for each; also while the
     /// server knows nothing of the table yet.
     #[tokio::test]
@@ -230,8 +198,8 @@ mod tests {
       SubPlan 2
         ->  Limit
               InitPlan 1 (returns $0)
-                ->  Seq Scan on model
-                      Filter: (role = 'live'::text)
+                ->  Index Scan using model_pkey on model
+                      Index Cond: (role = 'live'::text)
               ->  Sort
                     Sort Key: (length(a.source)) DESC, a.source DESC
                     ->  Subquery Scan on a

@@ -13,7 +13,7 @@ const POLL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_se
 
 /// Between two looks: as long as the last one took, within these. So looking takes half of one
 /// connection at most, and those who come together are looked for together.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(50));
+const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
 
 impl Waiters {
     /// Looks until the process is to end: for whom somebody has just come, at once; for everybody, when

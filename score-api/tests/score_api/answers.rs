@@ -1,6 +1,6 @@
 //! What the API answers, byte for byte.
 
-use std::fmt::Write;
+use std::{fmt::Write, time::Duration};
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
@@ -57,6 +57,39 @@ async fn the_newest_life_of_a_cpf_answers() {
     assert!(program.get("/11111/score").await.body.contains("\"score\":30,"));
     sqlx::query("DELETE FROM score.person").execute(&mut database.admin).await.unwrap();
     assert_eq!(program.get("/11111/score").await.status, 404);
+}
+
+/// However many readers wait for the database, one query is under way, and each reader gets their own score.
+#[tokio::test]
+async fn readers_who_come_together_get_each_their_own() {
+    let mut database = Database::migrated().await;
+    for cpf in 1..=50 {
+        database.person(cpf, u32::try_from(cpf).unwrap(), 1, cpf, "1").await;
+    }
+    let program = Program::ready(&database.url()).await;
+    let mut lock = database.admin.begin().await.unwrap();
+    sqlx::query("LOCK TABLE score.person").execute(&mut *lock).await.unwrap();
+    // Each twice, and twenty that nobody knows.
+    let cpfs: Vec<i64> = (1..=70).chain(1..=50).collect();
+    let asked: Vec<_> = cpfs.iter().map(|cpf| program.asks(format!("/{cpf}/score"))).collect();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let waiting: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND wait_event_type = 'Lock'",
+    )
+    .bind(&database.role)
+    .fetch_one(&mut *lock)
+    .await
+    .unwrap();
+    lock.rollback().await.unwrap();
+    for (cpf, answer) in cpfs.into_iter().zip(asked) {
+        let answer = answer.await.unwrap();
+        if cpf > 50 {
+            assert_eq!(answer.status, 404, "{answer}");
+        } else {
+            assert!(answer.body.contains(&format!("\"version\":{cpf},")), "{answer}");
+        }
+    }
+    assert_eq!(waiting, 1);
 }
 
 #[tokio::test]

@@ -1,0 +1,130 @@
+//! The scores of readers who come together: while a query is under way those who come gather, and the next
+//! one is for all of them. So the busier it gets, the less a reader costs.
+
+use sqlx::{FromRow, PgPool, Postgres, Row, pool::PoolConnection};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+
+use super::{Cpf, DEADLINE, ReadError, Score, in_time};
+
+/// How many readers a query is for at most.
+const BATCH: usize = 64;
+
+/// Between two lives of a cpf there is no order on the way here, so the older one may still be there
+/// when the newer one is; the newest answers. One entry of the index and one row for each that is asked.
+pub(super) const NEWEST_LIVES: &str = "SELECT asked.number, person.*
+FROM unnest($1::bigint[]) WITH ORDINALITY AS asked (cpf, number)
+CROSS JOIN LATERAL (SELECT id, version, total, updated_at FROM score.person
+                    WHERE cpf = asked.cpf ORDER BY created_at DESC, id DESC LIMIT 1) person";
+
+/// Reads scores.
+#[derive(Clone)]
+pub(crate) struct Scores(mpsc::Sender<Ask>);
+
+/// A reader who waits for an answer.
+struct Ask {
+    cpf: Cpf,
+    answer: oneshot::Sender<Result<Option<Score>, ReadError>>,
+}
+
+impl Scores {
+    /// Reads until nobody is left who could ask.
+    pub(crate) fn new(pool: PgPool) -> Self {
+        let (asks, asked) = mpsc::channel(BATCH);
+        tokio::spawn(read(pool, asked));
+        Self(asks)
+    }
+
+    /// The score of the newest life of `cpf`, if one is known: as of a moment after the call.
+    pub(crate) async fn newest_life(&self, cpf: Cpf) -> Result<Option<Score>, ReadError> {
+        let (answer, answered) = oneshot::channel();
+        let read = async {
+            self.0.send(Ask { cpf, answer }).await.ok()?;
+            answered.await.ok()
+        };
+        // No answer comes from a query that panicked, which is in the log.
+        timeout(DEADLINE, read).await.ok().flatten().unwrap_or(Err(ReadError::Unavailable))
+    }
+}
+
+/// One query after the other, each for whoever has come until it begins.
+async fn read(pool: PgPool, mut asked: mpsc::Receiver<Ask>) {
+    let mut kept = None;
+    let mut asks = Vec::new();
+    while asked.recv_many(&mut asks, BATCH).await > 0 {
+        // Who went meanwhile needs no answer.
+        asks.retain(|ask| !ask.answer.is_closed());
+        let cpfs: Vec<i64> = asks.iter().map(|ask| ask.cpf.get()).collect();
+        let found = in_time(async {
+            let mut conn = match kept.take() {
+                Some(conn) => conn,
+                None => pool.acquire().await?,
+            };
+            let found = newest_lives(&mut conn, cpfs).await?;
+            // Giving it back and taking it again costs a round trip, so not while somebody waits.
+            kept = Some(conn).filter(|_| !asked.is_empty());
+            Ok(found)
+        })
+        .await;
+        match found {
+            Ok(found) => {
+                for (ask, score) in asks.drain(..).zip(found) {
+                    let _ = ask.answer.send(Ok(score));
+                }
+            }
+            Err(error) => {
+                for ask in asks.drain(..) {
+                    let _ = ask.answer.send(Err(error.clone()));
+                }
+            }
+        }
+    }
+}
+
+/// The scores of `cpfs`, each at its place.
+async fn newest_lives(
+    conn: &mut PoolConnection<Postgres>,
+    cpfs: Vec<i64>,
+) -> sqlx::Result<Vec<Option<Score>>> {
+    let mut found: Vec<Option<Score>> = cpfs.iter().map(|_| None).collect();
+    for row in sqlx::query(NEWEST_LIVES).bind(cpfs).fetch_all(&mut **conn).await? {
+        let number = usize::try_from(row.try_get::<i64, _>("number")?).unwrap_or_default();
+        if let Some(place) = number.checked_sub(1).and_then(|index| found.get_mut(index)) {
+            *place = Some(Score::from_row(&row)?);
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::read_model::{schemas, tests::connect};
+
+    /// However many persons there are, an answer reads one entry of the index and one row.
+    #[tokio::test]
+    async fn the_newest_life_is_found_by_the_index_alone() {
+        let url = devstack::testing::database("score_api_plan").await;
+        let mut conn = connect(&url).await;
+        for schema in schemas() {
+            schema.migrator.run(&mut conn).await.unwrap();
+        }
+        let fill = "INSERT INTO score.person (id, cpf, created_at, version)
+                    SELECT gen_random_uuid(), i % 20000 + 1, now() + i * interval '1 s', 1
+                    FROM generate_series(1, 50000) i";
+        sqlx::query(fill).execute(&mut conn).await.unwrap();
+        sqlx::query("ANALYZE score.person").execute(&mut conn).await.unwrap();
+        let explain = sqlx::AssertSqlSafe(format!("EXPLAIN (COSTS OFF) {NEWEST_LIVES}"));
+        let plan: Vec<String> =
+            sqlx::query_scalar(explain).bind([11111_i64, 1, 11111]).fetch_all(&mut conn).await.unwrap();
+        insta::assert_snapshot!(plan.join("\n"), @r"
+        Nested Loop
+          ->  Function Scan on unnest asked
+          ->  Limit
+                ->  Index Scan using person_cpf on person
+                      Index Cond: (cpf = asked.cpf)
+        ");
+    }
+}
