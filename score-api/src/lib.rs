@@ -132,7 +132,8 @@ pub async fn run(
         Ok(())
     });
 
-    let (scores, gate, max_wait) = (Scores::new(pool.clone()), config.gate.gate(), config.wait.max_wait);
+    let scores = Scores::new(pool.clone(), &shutdown);
+    let (gate, max_wait) = (config.gate.gate(), config.wait.max_wait);
     let api = Api { scores, pool, gate, waiters, max_wait };
     let routes = health.add_to(api::routes(api), metrics);
     let drain = config.shutdown.drain_timeout;

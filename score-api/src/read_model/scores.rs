@@ -1,6 +1,7 @@
 //! The scores of readers who come together: while a query is under way those who come gather, and the next
 //! one is for all of them. So the busier it gets, the less a reader costs.
 
+use service::shutdown::Shutdown;
 use sqlx::{FromRow, PgPool, Postgres, Row, pool::PoolConnection};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -30,10 +31,14 @@ struct Ask {
 }
 
 impl Scores {
-    /// Reads until nobody is left who could ask.
-    pub(crate) fn new(pool: PgPool) -> Self {
+    /// Reads until nobody is left who could ask. All depend on the one task, so the process ends with it
+    /// should it ever end before.
+    pub(crate) fn new(pool: PgPool, shutdown: &Shutdown) -> Self {
         let (asks, asked) = mpsc::channel(BATCH);
-        tokio::spawn(read(pool, asked));
+        shutdown.spawn("scores", async move {
+            read(pool, asked).await;
+            Ok(())
+        });
         Self(asks)
     }
 
@@ -44,7 +49,7 @@ impl Scores {
             self.0.send(Ask { cpf, answer }).await.ok()?;
             answered.await.ok()
         };
-        // No answer comes from a query that panicked, which is in the log.
+        // Nobody answers when the task is gone, and the process ends.
         timeout(DEADLINE, read).await.ok().flatten().unwrap_or(Err(ReadError::Unavailable))
     }
 }
@@ -100,8 +105,22 @@ async fn newest_lives(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use service::config::database::pool;
+
     use super::*;
     use crate::read_model::{schemas, tests::connect};
+
+    /// Without its task no score would ever be read again, while the database, and so readiness, is fine.
+    #[tokio::test]
+    async fn the_process_ends_with_the_task_that_reads() {
+        let (shutdown, options) = (Shutdown::new(), "postgres://nowhere.invalid".parse().unwrap());
+        drop(Scores::new(pool(options, 1), &shutdown));
+        let end = timeout(Duration::from_secs(10), shutdown.finish(Duration::from_secs(1)));
+        let error = end.await.expect("the process lives on").unwrap_err();
+        assert_eq!(format!("{error:#}"), "the task scores failed: it ended although nobody asked it to");
+    }
 
     /// However many persons there are, an answer reads one entry of the index and one row.
     #[tokio::test]
