@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 const SETUP: Setup = Setup {
     settings: &[
         "shared_preload_libraries=pg_stat_statements",
+        "pg_stat_statements.track_planning=on",
         // So that what is dead stays to be counted.
         "autovacuum=off",
     ],
@@ -31,6 +32,8 @@ const SETUP: Setup = Setup {
 const PERSONS: u64 = 200;
 /// What is written: an income and an asset of each.
 const EVENTS: i64 = 400;
+/// Connections that a program has at most, each of which plans for itself.
+const SESSIONS: i64 = 10;
 /// The relay stores its progress at most four times a second (`SAVE_INTERVAL`).
 const SAVE_INTERVAL: Duration = Duration::from_millis(250);
 
@@ -302,10 +305,11 @@ impl Meter {
         sqlx::raw_sql("SELECT pg_stat_statements_reset()").execute(&mut self.0).await.unwrap();
     }
 
-    /// What a role has asked a database since the last reset.
+    /// What a role has asked a database since the last reset. None of it was compiled, and all of it was planned
+    /// once in a session.
     async fn work(&mut self, database: &str, role: &str) -> Work {
-        let statements = sqlx::query_as(
-            "SELECT query, calls, rows, wal_bytes::bigint AS wal_bytes
+        let statements: Vec<Statement> = sqlx::query_as(
+            "SELECT query, calls, rows, wal_bytes::bigint AS wal_bytes, plans, jit_functions AS compiled
              FROM pg_stat_statements s
              JOIN pg_database d ON d.oid = dbid JOIN pg_roles r ON r.oid = userid
              WHERE datname = $1 AND rolname = $2 ORDER BY query",
@@ -315,6 +319,10 @@ impl Meter {
         .fetch_all(&mut self.0)
         .await
         .unwrap();
+        for Statement { query, plans, compiled, .. } in &statements {
+            within(&format!("functions compiled for {query}"), *compiled, 0);
+            within(&format!("times planned, {query}"), *plans, SESSIONS);
+        }
         Work(statements)
     }
 
@@ -339,6 +347,8 @@ struct Statement {
     calls: i64,
     rows: i64,
     wal_bytes: i64,
+    plans: i64,
+    compiled: i64,
 }
 
 struct Work(Vec<Statement>);
@@ -356,10 +366,10 @@ impl Work {
     fn take(&mut self, texts: &[&str]) -> Statement {
         let is_one = |statement: &mut Statement| texts.iter().any(|text| statement.query.contains(text));
         self.0.extract_if(.., is_one).fold(Statement::default(), |sum, one| Statement {
-            query: sum.query,
             calls: sum.calls + one.calls,
             rows: sum.rows + one.rows,
             wal_bytes: sum.wal_bytes + one.wal_bytes,
+            ..sum
         })
     }
 
