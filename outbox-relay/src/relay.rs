@@ -588,7 +588,7 @@ impl<'a> Lead<'a> {
     /// With nothing to store, the leader's row is written this often: it keeps the lease, and tells that
     /// the database and the leadership are still there.
     fn heartbeat(&self) -> Duration {
-        self.relay.lease / 4
+        self.relay.lease / 3
     }
 }
 

@@ -36,7 +36,7 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(1);
 const CONNECTIONS: u32 = 10;
 
 /// How often readiness asks the database.
-const PROBE_EVERY: Duration = Duration::from_secs(1);
+const PROBE_EVERY: Duration = Duration::from_secs(2);
 
 /// Serves each person's score over HTTP.
 #[derive(Debug, clap::Parser)]

@@ -62,12 +62,14 @@ impl Consumers {
         let changed = Arc::new(Notify::new());
         let mut running: [(Role, Option<Running>); 2] = [(Role::Live, None), (Role::Shadow, None)];
         while !stop.is_cancelled() {
-            for (role, consumer) in &mut running {
-                match self.wanted(*role).await {
-                    Ok(wanted) => self.follow(*role, consumer, wanted, &changed).await?,
-                    // Whoever consumes says so itself, and goes on with what it had.
-                    Err(error) => tracing::debug!(%error, "which read models there are could not be read"),
+            match self.wanted().await {
+                Ok(wanted) => {
+                    for ((role, consumer), wanted) in running.iter_mut().zip(wanted) {
+                        self.follow(*role, consumer, wanted, &changed).await?;
+                    }
                 }
+                // Whoever consumes says so itself, and goes on with what it had.
+                Err(error) => tracing::debug!(%error, "which read models there are could not be read"),
             }
             let pause = tokio::time::timeout(LOOK, changed.notified());
             stop.run_until_cancelled(pause).await;
@@ -80,8 +82,8 @@ impl Consumers {
         Ok(())
     }
 
-    async fn wanted(&self, role: Role) -> sqlx::Result<Option<Stored>> {
-        model::stored(&mut *self.pool.acquire().await?, role.as_str()).await
+    async fn wanted(&self) -> sqlx::Result<[Option<Stored>; 2]> {
+        model::consumed(&mut *self.pool.acquire().await?).await
     }
 
     /// Has the right consumer running. One that has to go drains first.

@@ -1,11 +1,14 @@
 //! Which read model is in use: the rows of `score.model`.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use chrono::{DateTime, Utc};
 use inbox::Failure;
 use outbox::Waker;
-use sqlx::{PgConnection, Postgres, Transaction, postgres::PgConnectOptions};
+use sqlx::{FromRow, PgConnection, Postgres, Row, Transaction, postgres::PgConnectOptions};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
@@ -54,6 +57,19 @@ pub async fn stored(conn: &mut PgConnection, role: &str) -> sqlx::Result<Option<
         .bind(role)
         .fetch_optional(conn)
         .await
+}
+
+/// The models that are consumed for: the live one and the shadow, as far as they are there.
+pub(crate) async fn consumed(conn: &mut PgConnection) -> sqlx::Result<[Option<Stored>; 2]> {
+    let mut stored: HashMap<String, Stored> = sqlx::query(
+        "SELECT role, consumer, queue, since FROM score.model WHERE role IN ('live', 'shadow')",
+    )
+    .fetch_all(conn)
+    .await?
+    .iter()
+    .map(|row| Ok((row.try_get("role")?, Stored::from_row(row)?)))
+    .collect::<sqlx::Result<_>>()?;
+    Ok([Role::Live, Role::Shadow].map(|role| stored.remove(role.as_str())))
 }
 
 /// The live model. There is always one.
