@@ -38,6 +38,8 @@ const BUDGET: Budget = Budget { events: 1_000, bytes: 4 * 1024 * 1024 };
 const WINDOW: usize = 250;
 /// Progress is stored at most this often: a hot row bloats under somebody's old snapshot.
 const SAVE_INTERVAL: Duration = Duration::from_millis(250);
+/// But for the end of a burst of at least so many events: a restart would publish all of them again.
+const BURST: u64 = 1_000;
 /// Without notices, new events are found after at most this long.
 const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// How often a relay that does not lead asks whether it may.
@@ -174,6 +176,8 @@ struct Lead<'a> {
     /// Why each lane cannot publish; none when it can.
     states: Vec<Option<String>>,
     saved: Instant,
+    /// How many events the broker had confirmed by then.
+    saved_confirmed: u64,
     /// What the last save told the database.
     told: String,
     /// Why each event in memory that was not taken was not.
@@ -218,6 +222,7 @@ impl<'a> Lead<'a> {
             reports,
             states: vec![Some("connecting".to_owned()); relay.limits.lanes],
             saved: Instant::now(),
+            saved_confirmed: 0,
             told: "[]".to_owned(),
             why: HashMap::new(),
             confirmed: 0,
@@ -566,7 +571,8 @@ impl<'a> Lead<'a> {
 
     async fn save_if_due(&mut self) -> Result<(), LeaderError> {
         let interval = if self.leader.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
-        if self.saved.elapsed() >= interval.min(self.heartbeat()) {
+        let end_of_burst = self.queue.events() == 0 && self.confirmed - self.saved_confirmed >= BURST;
+        if end_of_burst || self.saved.elapsed() >= interval.min(self.heartbeat()) {
             let waiting: Vec<_> = self
                 .relay
                 .health
@@ -577,7 +583,7 @@ impl<'a> Lead<'a> {
             self.told = json!(waiting).to_string();
             let progress = self.leader.has_progress();
             self.leader.save(&self.told).await?;
-            self.saved = Instant::now();
+            (self.saved, self.saved_confirmed) = (Instant::now(), self.confirmed);
             if progress {
                 failpoint::hit("save");
             }

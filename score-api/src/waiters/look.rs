@@ -11,9 +11,10 @@ use crate::read_model;
 /// Without a notice, what somebody waits for is found after so long: at first, and at most.
 const POLL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// Between two looks: as long as the last one took, within these. So looking takes half of one
-/// connection at most, and those who come together are looked for together.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
+/// Between two looks, when the last one took so long: as long as it took, within these. So looking that takes a
+/// while takes half of one connection at most. Who comes during a look is looked for by the next in any case,
+/// together with all the others.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
 
 impl Waiters {
     /// Looks until the process is to end: for whom somebody has just come, at once; for everybody, when
@@ -49,8 +50,10 @@ impl Waiters {
                 let Some(found) = self.0.ending.run_until_cancelled(read).await else { return };
                 self.persons().end(&look, found);
             }
-            let pause = sleep(began.elapsed().clamp(PAUSE.0, PAUSE.1));
-            self.0.ending.run_until_cancelled(pause).await;
+            let took = began.elapsed();
+            if took >= PAUSE.0 {
+                self.0.ending.run_until_cancelled(sleep(took.min(PAUSE.1))).await;
+            }
         }
     }
 }
