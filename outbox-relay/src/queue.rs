@@ -14,7 +14,7 @@ use std::{
 use crate::{pause::Pause, reader::Event};
 
 /// Windows of a lane that are under way or ready to be: the lane does not idle while the relay reads.
-const DEPTH: usize = 2;
+pub const DEPTH: usize = 3;
 
 /// An event in memory.
 #[derive(Clone, Debug)]

@@ -26,14 +26,14 @@ use crate::{
     parked::{Due, Kind, Parking, Reason},
     pause::Pause,
     publish::Fate,
-    queue::{Held, Item, Outcome, Queue},
+    queue::{DEPTH, Held, Item, Outcome, Queue},
     reader::Budget,
     sabotage,
     unroutable::{Action, Policy},
 };
 
 /// One read brings at most this into memory, and one event more.
-const BUDGET: Budget = Budget { events: 1_000, bytes: 4 * 1024 * 1024 };
+const BUDGET: Budget = Budget { events: 2_000, bytes: 4 * 1024 * 1024 };
 /// Events that a lane has on their way to the broker together.
 const WINDOW: usize = 250;
 /// Progress is stored at most this often: a hot row bloats under somebody's old snapshot.
@@ -198,7 +198,7 @@ impl<'a> Lead<'a> {
         let mut tasks = JoinSet::new();
         let lanes = (0..relay.limits.lanes)
             .map(|number| {
-                let (send, windows) = mpsc::channel(1);
+                let (send, windows) = mpsc::channel(DEPTH - 1);
                 let lane = Lane {
                     number,
                     nodes: relay.nodes.clone(),

@@ -61,14 +61,13 @@ pub async fn stored(conn: &mut PgConnection, role: &str) -> sqlx::Result<Option<
 
 /// The models that are consumed for: the live one and the shadow, as far as they are there.
 pub(crate) async fn consumed(conn: &mut PgConnection) -> sqlx::Result<[Option<Stored>; 2]> {
-    let mut stored: HashMap<String, Stored> = sqlx::query(
-        "SELECT role, consumer, queue, since FROM score.model WHERE role IN ('live', 'shadow')",
-    )
-    .fetch_all(conn)
-    .await?
-    .iter()
-    .map(|row| Ok((row.try_get("role")?, Stored::from_row(row)?)))
-    .collect::<sqlx::Result<_>>()?;
+    let mut stored: HashMap<String, Stored> =
+        sqlx::query("SELECT role, consumer, queue, since FROM score.model WHERE role IN ('live', 'shadow')")
+            .fetch_all(conn)
+            .await?
+            .iter()
+            .map(|row| Ok((row.try_get("role")?, Stored::from_row(row)?)))
+            .collect::<sqlx::Result<_>>()?;
     Ok([Role::Live, Role::Shadow].map(|role| stored.remove(role.as_str())))
 }
 
