@@ -51,72 +51,42 @@ impl<'a> Alarms<'a> {
     }
 
     pub(crate) async fn look(&mut self) -> sqlx::Result<Found> {
-        self.count(
-            "inbox_held_events",
-            &["gap", "behind", "trying", "poison"],
-            "SELECT count(*) FROM (SELECT FROM inbox.held WHERE consumer = $1 AND reason = $2 LIMIT $3) AS counted",
-        )
-        .await?;
-        let rejected = [Rejection::Malformed.as_str(), Rejection::Fork.as_str()];
-        let [_, forks] = self
-            .count(
-                "inbox_rejected_messages",
-                &rejected,
-                "SELECT count(*) FROM (SELECT FROM inbox.rejected
-                                       WHERE consumer = $1 AND reason = $2 LIMIT $3) AS counted",
-            )
-            .await?;
-        Ok(Found { holes: self.holes().await?, forks: self.forks(forks).await? })
+        let (gaps, forks) = self.count().await?;
+        Ok(Found { holes: self.holes(gaps).await?, forks: self.forks(forks).await? })
     }
 
-    /// Sets a gauge by reason.
-    async fn count<const N: usize>(
-        &self,
-        gauge: &'static str,
-        reasons: &[&'static str; N],
-        sql: &'static str,
-    ) -> sqlx::Result<[i64; N]> {
-        let mut counts = [0; N];
-        for (count, reason) in counts.iter_mut().zip(reasons) {
-            *count = sqlx::query_scalar(sql)
-                .bind(self.consumer)
-                .bind(reason)
-                .bind(COUNTED + 1)
-                .fetch_one(self.pool)
-                .await?;
-            #[expect(clippy::cast_precision_loss, reason = "at most ten thousand")]
-            metrics::gauge!(gauge, "consumer" => self.consumer.to_owned(), "reason" => *reason)
-                .set(*count as f64);
-        }
-        Ok(counts)
-    }
-
-    async fn holes(&mut self) -> sqlx::Result<Option<String>> {
-        // The oldest first, by the index; then one look at each aggregate.
-        let holes: Vec<Hole> = sqlx::query_as(
-            "SELECT source, aggregate_type, aggregate_id, a.version + 1 AS first, held.version - 1 AS last,
-                    count(*) OVER () AS holes
-             FROM (SELECT source, aggregate_type, aggregate_id, min(first_at) AS since
-                   FROM (SELECT source, aggregate_type, aggregate_id, first_at FROM inbox.held
-                         WHERE consumer = $1 AND reason = 'gap'
-                           AND first_at < now() - make_interval(secs => $2)
-                         ORDER BY first_at LIMIT $3) AS waiting
-                   GROUP BY 1, 2, 3) AS aggregate
-             JOIN inbox.aggregate a USING (source, aggregate_type, aggregate_id),
-                  LATERAL (SELECT version FROM inbox.held h
-                           WHERE (h.consumer, h.source, h.aggregate_type, h.aggregate_id)
-                               = (a.consumer, a.source, a.aggregate_type, a.aggregate_id)
-                             AND h.version > a.version
-                           ORDER BY h.version LIMIT 1) AS held
-             WHERE a.consumer = $1 AND held.version > a.version + 1
-             ORDER BY since, aggregate_id LIMIT $4",
+    /// Counts what is held and rejected, by reason. Says how many wait for a gap, and how many forks there are.
+    async fn count(&self) -> sqlx::Result<(i64, i64)> {
+        let (malformed, fork) = (Rejection::Malformed.as_str(), Rejection::Fork.as_str());
+        let held = ["gap", "behind", "trying", "poison"].map(|reason| ("inbox_held_events", reason));
+        let rejected = [malformed, fork].map(|reason| ("inbox_rejected_messages", reason));
+        let counts: Vec<(String, i64)> = sqlx::query_as(
+            "SELECT reason, (SELECT count(*) FROM (SELECT FROM inbox.held
+                                                   WHERE consumer = $1 AND reason = r.reason LIMIT $2) AS counted)
+             FROM unnest($3::text[]) AS r (reason)
+             UNION ALL
+             SELECT reason, (SELECT count(*) FROM (SELECT FROM inbox.rejected
+                                                   WHERE consumer = $1 AND reason = r.reason LIMIT $2) AS counted)
+             FROM unnest($4::text[]) AS r (reason)",
         )
         .bind(self.consumer)
-        .bind(self.after.as_secs_f64())
-        .bind(COUNTED)
-        .bind(LOGGED)
+        .bind(COUNTED + 1)
+        .bind(held.map(|(_, reason)| reason))
+        .bind(rejected.map(|(_, reason)| reason))
         .fetch_all(self.pool)
         .await?;
+        // The reasons of the two have no name in common.
+        let count = |of: &str| counts.iter().find(|(reason, _)| reason == of).map_or(0, |(_, count)| *count);
+        for (gauge, reason) in held.into_iter().chain(rejected) {
+            #[expect(clippy::cast_precision_loss, reason = "at most ten thousand")]
+            metrics::gauge!(gauge, "consumer" => self.consumer.to_owned(), "reason" => reason)
+                .set(count(reason) as f64);
+        }
+        Ok((count("gap"), count(fork)))
+    }
+
+    async fn holes(&mut self, gaps: i64) -> sqlx::Result<Option<String>> {
+        let holes = if gaps == 0 { Vec::new() } else { self.open_holes().await? };
         let count = holes.first().map_or(0, |hole| hole.holes);
         #[expect(clippy::cast_precision_loss, reason = "at most ten thousand")]
         metrics::gauge!("inbox_holes", "consumer" => self.consumer.to_owned()).set(count as f64);
@@ -144,6 +114,34 @@ impl<'a> Alarms<'a> {
             first.aggregate_id,
             self.queue,
         )))
+    }
+
+    /// The oldest first, by the index; then one look at each aggregate.
+    async fn open_holes(&self) -> sqlx::Result<Vec<Hole>> {
+        sqlx::query_as(
+            "SELECT source, aggregate_type, aggregate_id, a.version + 1 AS first, held.version - 1 AS last,
+                    count(*) OVER () AS holes
+             FROM (SELECT source, aggregate_type, aggregate_id, min(first_at) AS since
+                   FROM (SELECT source, aggregate_type, aggregate_id, first_at FROM inbox.held
+                         WHERE consumer = $1 AND reason = 'gap'
+                           AND first_at < now() - make_interval(secs => $2)
+                         ORDER BY first_at LIMIT $3) AS waiting
+                   GROUP BY 1, 2, 3) AS aggregate
+             JOIN inbox.aggregate a USING (source, aggregate_type, aggregate_id),
+                  LATERAL (SELECT version FROM inbox.held h
+                           WHERE (h.consumer, h.source, h.aggregate_type, h.aggregate_id)
+                               = (a.consumer, a.source, a.aggregate_type, a.aggregate_id)
+                             AND h.version > a.version
+                           ORDER BY h.version LIMIT 1) AS held
+             WHERE a.consumer = $1 AND held.version > a.version + 1
+             ORDER BY since, aggregate_id LIMIT $4",
+        )
+        .bind(self.consumer)
+        .bind(self.after.as_secs_f64())
+        .bind(COUNTED)
+        .bind(LOGGED)
+        .fetch_all(self.pool)
+        .await
     }
 
     async fn forks(&self, count: i64) -> sqlx::Result<Option<String>> {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use service::{
-    config::database::{SchemaError, wait_until_current},
+    config::database::{SchemaError, check, wait_until_current},
     health::Part,
 };
 use sqlx::PgPool;
@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{schema, store};
 
-/// How often to look. Two reads of tables that have a handful of rows.
+/// How often to look. One read of two tables that have a handful of rows.
 const INTERVAL: Duration = Duration::from_secs(2);
 /// How long one look may take.
 const TIMEOUT: Duration = Duration::from_secs(4);
@@ -26,13 +26,7 @@ pub(crate) async fn watch(pool: PgPool, part: Part, stop: CancellationToken) -> 
     }
     part.ready();
     while stop.run_until_cancelled(tokio::time::sleep(INTERVAL)).await.is_some() {
-        let look = async {
-            let mut conn = pool.acquire().await?;
-            for schema in &schemas {
-                schema.check(&mut conn).await?;
-            }
-            Ok(())
-        };
+        let look = async { check(&mut *pool.acquire().await?, &schemas).await };
         match tokio::time::timeout(TIMEOUT, look).await {
             Ok(Ok(())) => part.ready(),
             Ok(Err(SchemaError::Database(error))) => part.waiting(reason(&error)),

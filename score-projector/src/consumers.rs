@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// How often is asked which models there are. A write to one that was replaced makes it sooner.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_secs(2);
 /// Connections of a shadow's consumer: its queue and its dead letters, each with a second one for an
 /// attempt, and the check that the database is there.
 const SHADOW_POOL_SIZE: u32 = 5;

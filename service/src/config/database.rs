@@ -162,27 +162,55 @@ impl Schema {
     /// migrations only add, and during a rollout the database goes first.
     pub async fn check(&self, conn: &mut PgConnection) -> Result<(), SchemaError> {
         let (schema, command) = (self.name, self.command);
-        let sql = format!("SELECT version, checksum FROM {schema}.migration WHERE success");
-        let applied: Vec<(i64, Vec<u8>)> =
-            sqlx::query_as(AssertSqlSafe(sql)).fetch_all(conn).await.map_err(|error| {
-                match error.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref() {
-                    // undefined_table, invalid_schema_name
-                    Some("42P01" | "3F000") => SchemaError::NotCurrent { schema, state: "missing", command },
-                    // insufficient_privilege
-                    Some("42501") => SchemaError::Forbidden { schema, command },
-                    _ => SchemaError::Database(error),
-                }
-            })?;
+        let applied = sqlx::query_as(AssertSqlSafe(self.applied())).fetch_all(conn).await;
+        let applied: Vec<Applied> = applied.map_err(|error| {
+            match error.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref() {
+                // undefined_table, invalid_schema_name
+                Some("42P01" | "3F000") => SchemaError::NotCurrent { schema, state: "missing", command },
+                // insufficient_privilege
+                Some("42501") => SchemaError::Forbidden { schema, command },
+                _ => SchemaError::Database(error),
+            }
+        })?;
+        self.compare(&applied)
+    }
+
+    /// A query for the migrations that were applied, as [`Applied`].
+    fn applied(&self) -> String {
+        format!("SELECT '{0}', version, checksum FROM {0}.migration WHERE success", self.name)
+    }
+
+    fn compare(&self, applied: &[Applied]) -> Result<(), SchemaError> {
+        let (schema, command) = (self.name, self.command);
         for migration in self.migrator.iter() {
-            match applied.iter().find(|(version, _)| *version == migration.version) {
+            match applied.iter().find(|(of, version, _)| of == schema && *version == migration.version) {
                 None => return Err(SchemaError::NotCurrent { schema, state: "not current", command }),
-                Some((version, checksum)) if checksum != migration.checksum.as_ref() => {
+                Some((_, version, checksum)) if checksum != migration.checksum.as_ref() => {
                     return Err(SchemaError::Different { schema, version: *version });
                 }
                 Some(_) => {}
             }
         }
         Ok(())
+    }
+}
+
+/// Of which schema, which version, and its checksum.
+type Applied = (String, i64, Vec<u8>);
+
+/// Checks several schemas, in one statement when they are there.
+pub async fn check(conn: &mut PgConnection, schemas: &[Schema]) -> Result<(), SchemaError> {
+    let each: Vec<String> = schemas.iter().map(Schema::applied).collect();
+    match sqlx::query_as(AssertSqlSafe(each.join(" UNION ALL "))).fetch_all(&mut *conn).await {
+        Ok(applied) => schemas.iter().try_for_each(|schema| schema.compare(&applied)),
+        // Alone, each says which one it is.
+        Err(sqlx::Error::Database(_)) => {
+            for schema in schemas {
+                schema.check(conn).await?;
+            }
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -197,13 +225,7 @@ pub async fn wait_until_current(
 ) -> Result<bool, SchemaError> {
     let mut pause = Duration::from_millis(100);
     loop {
-        let attempt = async {
-            let mut conn = pool.acquire().await?;
-            for schema in schemas {
-                schema.check(&mut conn).await?;
-            }
-            Ok(())
-        };
+        let attempt = async { check(&mut *pool.acquire().await?, schemas).await };
         // The attempt too: while the database is away it lasts as long as the pool waits for a connection.
         match stop.run_until_cancelled(attempt).await {
             None => return Ok(false),
