@@ -20,9 +20,10 @@ mod read;
 mod relay;
 mod write;
 
-use std::time::Duration;
+use std::{process::Stdio, time::Duration};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
+use tokio::{process::Command, time::timeout};
 
 pub use growth::Growth;
 pub use idle::Idle;
@@ -33,12 +34,38 @@ pub use read::Read;
 pub use relay::Relay;
 pub use write::Write;
 
+use crate::{chaos::sabotage::Sabotage, program::find};
+
 /// How long a program may take until it is ready.
 const READY: Duration = Duration::from_mins(1);
 /// What a round waits for takes no longer.
 const PATIENCE: Duration = Duration::from_mins(10);
 /// How often it is looked for. A look costs a round next to nothing.
 const LOOK: Duration = Duration::from_millis(10);
+
+/// Checks that the programs are as they are installed, with no guard that could be switched off: each refuses it.
+pub async fn refuses_sabotage() -> anyhow::Result<()> {
+    for guard in Sabotage::ALL {
+        let (program, variable, value) = guard.setting();
+        let run = Command::new(find(program)?)
+            .arg("run")
+            .env_clear()
+            .env(variable, value)
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output();
+        let output =
+            timeout(READY, run).await.with_context(|| format!("{program} runs with {variable}"))??;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.code() == Some(2)
+                && said.contains(variable)
+                && said.contains("is for debug builds"),
+            "{program} takes {variable}={value}, so it is no release build; run: make bench"
+        );
+    }
+    Ok(())
+}
 
 /// Looks again and again until there is an answer.
 async fn until<T>(what: &str, mut look: impl AsyncFnMut() -> anyhow::Result<Option<T>>) -> anyhow::Result<T> {

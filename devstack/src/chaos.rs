@@ -87,7 +87,11 @@ impl Settings {
 /// Runs it. What the programs and servers have said goes to the folder `logs`.
 pub async fn run(settings: &Settings, logs: &Path, say: fn(&str)) -> anyhow::Result<Report> {
     let began = Instant::now();
-    let field = Arc::new(Field::start(settings.sabotage.map(Sabotage::variable)).await?);
+    let variable = settings.sabotage.map(|guard| {
+        let (_, name, value) = guard.setting();
+        (name, value)
+    });
+    let field = Arc::new(Field::start(variable).await?);
     let ran = Box::pin(on(&field, settings, say)).await;
     let kept = keep_logs(&field.logs(), logs);
     match Arc::into_inner(field) {

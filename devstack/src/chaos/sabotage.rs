@@ -49,15 +49,17 @@ impl Sabotage {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// The variable that switches it off, and its value.
-    pub(crate) fn variable(self) -> (&'static str, &'static str) {
+    /// The program whose guard it is, the variable that switches it off, and its value.
+    pub fn setting(self) -> (&'static str, &'static str, &'static str) {
+        let relay = |value| ("outbox-relay", "OUTBOX_RELAY_SABOTAGE", value);
+        let projector = |value| ("score-projector", "INBOX_SABOTAGE", value);
         match self {
-            Self::Confirms => ("OUTBOX_RELAY_SABOTAGE", "confirms"),
-            Self::LowWater => ("OUTBOX_RELAY_SABOTAGE", "low-water"),
-            Self::Snapshot => ("OUTBOX_RELAY_SABOTAGE", "snapshot"),
-            Self::Memory => ("OUTBOX_RELAY_SABOTAGE", "memory"),
-            Self::Commit => ("INBOX_SABOTAGE", "commit"),
-            Self::Duplicates => ("INBOX_SABOTAGE", "duplicates"),
+            Self::Confirms => relay("confirms"),
+            Self::LowWater => relay("low-water"),
+            Self::Snapshot => relay("snapshot"),
+            Self::Memory => relay("memory"),
+            Self::Commit => projector("commit"),
+            Self::Duplicates => projector("duplicates"),
         }
     }
 

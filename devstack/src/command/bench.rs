@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 
 use crate::{
     bench::{
-        Growth, Idle, Latency, Memory, Project, Read, Relay, Write,
+        self, Growth, Idle, Latency, Memory, Project, Read, Relay, Write,
         figure::{self, Figure, Measured, Size},
         ground::Ground,
         report::{Report, machine},
@@ -51,6 +51,7 @@ pub async fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     if cfg!(debug_assertions) {
         bail!("this is a debug build, which is many times slower: run make bench");
     }
+    bench::refuses_sabotage().await?;
     let checkout = super::checkout()?;
     let ending = Ending::watch()?;
     let size = if args.quick { Size::QUICK } else { Size::FULL };
