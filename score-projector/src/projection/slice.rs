@@ -44,10 +44,10 @@ pub(crate) struct Slice {
 /// may come back in the same batch.
 #[derive(Debug, Default)]
 struct Written {
-    /// In the database, and gone; their entries go with them.
+    /// Gone, and their entries go with them. The database may never have heard of who came in the same batch.
     persons_gone: BTreeSet<Uuid>,
-    persons_new: BTreeSet<Uuid>,
-    persons_changed: BTreeSet<Uuid>,
+    /// New or changed.
+    persons: BTreeSet<Uuid>,
     entries_gone: BTreeSet<Uuid>,
     /// New or changed.
     entries: BTreeSet<Uuid>,
@@ -88,8 +88,7 @@ impl Slice {
 
     /// New and changed persons.
     pub(crate) fn persons_written(&self) -> Vec<&Person> {
-        let written = self.written.persons_new.union(&self.written.persons_changed);
-        written.filter_map(|id| self.persons.get(id)).collect()
+        self.written.persons.iter().filter_map(|id| self.persons.get(id)).collect()
     }
 
     pub(crate) fn entries_gone(&self) -> Vec<Uuid> {
@@ -152,7 +151,7 @@ impl Slice {
     fn insert(&mut self, person: &events::Person, version: i64) {
         let (id, cpf, created_at) = (person.id, person.cpf, person.created_at);
         self.persons.insert(id, Person { id, cpf, created_at, version, total: Decimal::ZERO });
-        self.written.persons_new.insert(id);
+        self.written.persons.insert(id);
     }
 
     /// A person ends with all entries. One of whom no score was published ends in silence.
@@ -166,10 +165,8 @@ impl Slice {
             self.owners.remove(&entry);
             self.written.entries.remove(&entry);
         }
-        self.written.persons_changed.remove(&id);
-        if !self.written.persons_new.remove(&id) {
-            self.written.persons_gone.insert(id);
-        }
+        self.written.persons.remove(&id);
+        self.written.persons_gone.insert(id);
         if self.published.contains(&id) {
             self.events.push(ScoreEvent::deleted(id, cause.trace.as_deref())?);
         }
@@ -232,9 +229,7 @@ impl Slice {
     fn raise(&mut self, id: Uuid, version: i64) {
         let Some(person) = self.persons.get_mut(&id) else { return };
         person.version = version;
-        if !self.written.persons_new.contains(&id) {
-            self.written.persons_changed.insert(id);
-        }
+        self.written.persons.insert(id);
     }
 
     /// Versions without holes begin with the person, so they can be unknown only after their end.

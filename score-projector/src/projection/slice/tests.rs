@@ -59,6 +59,7 @@ fn nobody_is_revived_and_an_item_keeps_its_person() {
     assert_eq!(late, Err(Refused::PersonUnknown));
     // Their items are gone with them, and were never written.
     apply(&mut slice, "asset.new", 2, 2, &item(10, 2, 100)).unwrap();
-    assert!(slice.persons_gone().is_empty());
+    assert_eq!(slice.persons_gone(), [id(1)]);
+    assert_eq!(slice.persons_written().iter().map(|person| person.id).collect::<Vec<_>>(), [id(2)]);
     assert_eq!(slice.entries_written().iter().map(|(owner, _)| *owner).collect::<Vec<_>>(), [id(2)]);
 }
