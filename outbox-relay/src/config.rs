@@ -123,7 +123,7 @@ pub struct RunArgs {
     #[arg(long, env = "LANES", default_value = "4", value_parser = lanes)]
     pub lanes: usize,
     /// Events in memory at most.
-    #[arg(long, env = "MAX_EVENTS", default_value = "4000", value_parser = at_least_one)]
+    #[arg(long, env = "MAX_EVENTS", default_value = "8000", value_parser = at_least_one)]
     pub max_events: usize,
     /// Bytes of events in memory at most, but for one event that is larger by itself.
     #[arg(long, env = "MAX_BYTES", default_value = "16777216", value_parser = at_least_one)]

@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// One read brings at most this into memory, and one event more.
-const BUDGET: Budget = Budget { events: 1_000, bytes: 4 * 1024 * 1024 };
+const BUDGET: Budget = Budget { events: 2_000, bytes: 4 * 1024 * 1024 };
 /// Events that a lane has on their way to the broker together.
 const WINDOW: usize = 250;
 /// Progress is stored at most this often: a hot row bloats under somebody's old snapshot.
