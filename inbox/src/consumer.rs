@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use broker::Wire;
 use lapin::{Connection, ConnectionProperties, tcp::OwnedTLSConfig, uri::AMQPUri};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -203,7 +204,7 @@ impl<H: Handler> Consumer<H> {
         let prepare = async {
             self.ask_database().await?;
             self.ask_held().await?;
-            let connection = self.connect(node).await?;
+            let (connection, wire) = self.connect(node).await?;
             let channel = answer(connection.create_channel()).await?;
             answer(self.config.topology.declare(&channel)).await?;
             answer(channel.close(200, "bye".into())).await?;
@@ -211,11 +212,11 @@ impl<H: Handler> Consumer<H> {
             let topology = &self.config.topology;
             let main = Subscription::open(&connection, topology.queue(), self.config.batch, false).await?;
             let dead = Subscription::open(&connection, topology.dead(), self.config.batch, true).await?;
-            Ok::<_, Trouble>((connection, main, dead))
+            Ok::<_, Trouble>((connection, wire, main, dead))
         };
         // Only waiting so far, so it may be cut off.
         let Some(prepared) = stop.run_until_cancelled(prepare).await else { return Ok(()) };
-        let (connection, main, dead) = prepared?;
+        let (connection, _wire, main, dead) = prepared?;
         self.set(|status| &mut status.consuming, Ok(()));
 
         // Whichever ends ends the others, each after the work it has begun.
@@ -233,7 +234,7 @@ impl<H: Handler> Consumer<H> {
     }
 
     /// Tries the nodes in turn, beginning with `node`, and leaves there the one that answered.
-    async fn connect(&self, node: &mut usize) -> Result<Connection, Trouble> {
+    async fn connect(&self, node: &mut usize) -> Result<(Connection, Wire), Trouble> {
         let mut trouble = Trouble::Broker("no node of the broker is configured".to_owned());
         for attempt in 0..self.config.nodes.len() {
             let n = (*node + attempt) % self.config.nodes.len();
@@ -241,12 +242,10 @@ impl<H: Handler> Consumer<H> {
             // lapin's own recovery stays off: it is this loop that begins anew.
             let properties = ConnectionProperties::default()
                 .with_connection_name(self.config.connection_name.as_str().into());
-            let runtime = lapin::runtime::default_runtime()?;
-            let connect = Connection::connect_uri_with_config(uri, properties, tls, runtime);
-            match tokio::time::timeout(CONNECT, connect).await {
-                Ok(Ok(connection)) => {
+            match tokio::time::timeout(CONNECT, broker::connect(uri, tls, properties)).await {
+                Ok(Ok(connected)) => {
                     *node = n;
-                    return Ok(connection);
+                    return Ok(connected);
                 }
                 Ok(Err(error)) => trouble = error.into(),
                 Err(_) => trouble = Trouble::Broker(format!("no connection within {CONNECT:?}")),

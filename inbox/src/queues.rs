@@ -1,6 +1,6 @@
 //! A subscriber's queues without its consumer: declared before it lives, deleted after its end.
 
-use lapin::{Channel, Connection, ConnectionProperties};
+use lapin::{Channel, ConnectionProperties};
 
 use crate::{
     Config,
@@ -28,9 +28,7 @@ async fn at_some_node(
             let properties =
                 ConnectionProperties::default().with_connection_name(config.connection_name.as_str().into());
             let (uri, tls) = node.clone().into_parts();
-            let runtime = lapin::runtime::default_runtime()?;
-            let connect = Connection::connect_uri_with_config(uri, properties, tls, runtime);
-            let connection = answer(connect).await?;
+            let (connection, _wire) = answer(broker::connect(uri, tls, properties)).await?;
             let channel = answer(connection.create_channel()).await?;
             work(&channel).await?;
             answer(channel.close(200, "bye".into())).await?;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use broker::Wire;
 use futures_util::StreamExt;
 use lapin::{
     Channel, Connection, ConnectionProperties, ErrorKind, Event as ConnectionEvent, ExchangeKind,
@@ -74,6 +75,8 @@ pub struct Link {
     /// In confirm mode.
     pub channel: Channel,
     blocked: watch::Receiver<Option<String>>,
+    /// Ends the connection with the link.
+    _wire: Wire,
 }
 
 impl Nodes {
@@ -101,9 +104,7 @@ impl Nodes {
         let away = |e: lapin::Error| BrokerError::Away(e.to_string());
         uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
         let properties = ConnectionProperties::default().with_connection_name(self.name.as_str().into());
-        let runtime = lapin::runtime::default_runtime().map_err(away)?;
-        let connect = Connection::connect_uri_with_config(uri, properties, tls, runtime);
-        let connection = connect.await.map_err(away)?;
+        let (connection, wire) = broker::connect(uri, tls, properties).await.map_err(away)?;
         let blocked = watch_blocked(&connection);
 
         let options = ExchangeDeclareOptions { passive: !self.declare, durable: true, ..Default::default() };
@@ -130,7 +131,7 @@ impl Nodes {
         }
         // Without this a publish would count as done once it is written to the socket.
         channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(away)?;
-        Ok(Link { connection, channel, blocked })
+        Ok(Link { connection, channel, blocked, _wire: wire })
     }
 }
 

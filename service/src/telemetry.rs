@@ -49,7 +49,8 @@ fn may_be_logged(metadata: &Metadata<'_>) -> bool {
 
 /// Starts logging and metrics for the whole process; call once. The handle renders the metrics.
 pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
-    let filter = EnvFilter::try_new(&args.log).map_err(|e| {
+    // lapin calls each connection that ends an error, several times; whoever held it says what that means.
+    let filter = EnvFilter::try_new(format!("lapin=off,{}", args.log)).map_err(|e| {
         SettingError::new("LOG", format_args!("{e}; it should look like info, or info,outbox_relay=debug"))
     })?;
     let json = match args.log_format {

@@ -9,10 +9,9 @@ use crate::chaos::{
     verdict::{Charge, Findings},
 };
 
-/// What a program may have at most, in MiB. A relay of a debug build has up to 67 with its four
-/// connections to the broker, of 8 each, and has them twice while old ones are half-open and new ones
-/// work.
-const MEMORY: u64 = 112;
+/// What a program may have at most, in MiB. A relay of a debug build has up to 67, of which its four
+/// connections to the broker take 8 each.
+const MEMORY: u64 = 96;
 
 pub(crate) fn judge(stored: &Stored, crew: &BTreeMap<Member, Log>, findings: &Findings) {
     for example in stored.person.parked.iter().chain(&stored.score.parked).chain(&stored.aside) {
