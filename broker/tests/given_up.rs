@@ -1,5 +1,7 @@
 //! A connection that is given up ends, at whatever point. lapin's threads are counted, so this is one test.
 
+#![expect(clippy::unwrap_used, reason = "a panic in a test is the report")]
+
 use std::{io, time::Duration};
 
 use lapin::ConnectionProperties;
