@@ -35,7 +35,7 @@ schemathesis: ## Hold the APIs against their documents, thousands of requests; S
 	cargo build --workspace
 	exec $(DEVSTACK) schemathesis -- $(SCHEMATHESIS_ARGS)
 
-bench: ## Measure the system next to its ceilings, 25 minutes; writes docs/bench; BENCH_ARGS="--quick --json FILE"
+bench: ## Measure the system next to its ceilings, 15 minutes; writes docs/bench; BENCH_ARGS="--quick --json FILE"
 	@devstack/install
 	cargo build --release --workspace
 	exec $(or $(CARGO_TARGET_DIR),target)/release/devstack bench $(BENCH_ARGS)

@@ -4,7 +4,13 @@ use std::io::IsTerminal;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing::{Level, Metadata};
-use tracing_subscriber::{EnvFilter, filter::filter_fn, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter,
+    filter::{ParseError, filter_fn},
+    fmt,
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
 
 use crate::config::SettingError;
 
@@ -47,10 +53,15 @@ fn may_be_logged(metadata: &Metadata<'_>) -> bool {
     }
 }
 
+/// What `LOG` says, without lapin unless it is named: it calls each connection that ends an error, several
+/// times, and whoever held that one says what it means.
+fn filter(log: &str) -> Result<EnvFilter, ParseError> {
+    EnvFilter::try_new(format!("lapin=off,{log}"))
+}
+
 /// Starts logging and metrics for the whole process; call once. The handle renders the metrics.
 pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
-    // lapin calls each connection that ends an error, several times; whoever held it says what that means.
-    let filter = EnvFilter::try_new(format!("lapin=off,{}", args.log)).map_err(|e| {
+    let filter = filter(&args.log).map_err(|e| {
         SettingError::new("LOG", format_args!("{e}; it should look like info, or info,outbox_relay=debug"))
     })?;
     let json = match args.log_format {
@@ -85,4 +96,21 @@ pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
         )
         .and_then(PrometheusBuilder::install_recorder)
         .map_err(|e| SettingError::new("metrics", e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is logged when `LOG` says this, the most specific first.
+    fn directives(log: &str) -> String {
+        filter(log).unwrap().to_string()
+    }
+
+    #[test]
+    fn lapin_is_silent_unless_it_is_named() {
+        assert_eq!(directives("info"), "lapin=off,info");
+        assert_eq!(directives("info,lapin=info"), "lapin=info,info");
+        assert!(filter("info,lapin=loud").is_err() && filter("info,outbox=loud").is_err());
+    }
 }
