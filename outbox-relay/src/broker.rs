@@ -15,6 +15,8 @@ use tokio::sync::watch;
 
 /// Connecting and declaring take no longer, or the node counts as away.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// The broker's reason comes right after the failures that it causes.
+const REASON_TIMEOUT: Duration = Duration::from_millis(100);
 /// Closing is a courtesy.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The broker and the relay tell each other that they are there, so that a half-open connection ends.
@@ -55,6 +57,19 @@ pub enum BrokerError {
     NoLease,
 }
 
+impl BrokerError {
+    /// What ended publishing: the broker closed the channel over what was published, or anything else.
+    pub fn while_publishing(error: &lapin::Error) -> Self {
+        if let ErrorKind::ProtocolError(amqp) = error.kind()
+            && let AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED | AMQPSoftError::ACCESSREFUSED) =
+                amqp.kind()
+        {
+            return Self::Refused(amqp.get_message().to_string());
+        }
+        Self::Publish(error.to_string())
+    }
+}
+
 /// The nodes of a cluster, and what to find there.
 #[derive(Clone, Debug)]
 pub struct Nodes {
@@ -68,13 +83,17 @@ pub struct Nodes {
     pub name: String,
 }
 
+/// Whether the broker takes anything: why not at the moment (memory or disk alarm), or why the connection
+/// has ended.
+pub type Condition = Result<Option<String>, BrokerError>;
+
 /// An open connection with its publishing channel.
 #[derive(Debug)]
 pub struct Link {
     connection: Connection,
     /// In confirm mode.
     pub channel: Channel,
-    blocked: watch::Receiver<Option<String>>,
+    condition: watch::Receiver<Condition>,
     /// Ends the connection with the link.
     _wire: Wire,
 }
@@ -105,7 +124,7 @@ impl Nodes {
         uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
         let properties = ConnectionProperties::default().with_connection_name(self.name.as_str().into());
         let (connection, wire) = broker::connect(uri, tls, properties).await.map_err(away)?;
-        let blocked = watch_blocked(&connection);
+        let condition = follow(&connection);
 
         let options = ExchangeDeclareOptions { passive: !self.declare, durable: true, ..Default::default() };
         let channel = connection.create_channel().await.map_err(away)?;
@@ -131,19 +150,27 @@ impl Nodes {
         }
         // Without this a publish would count as done once it is written to the socket.
         channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(away)?;
-        Ok(Link { connection, channel, blocked, _wire: wire })
+        Ok(Link { connection, channel, condition, _wire: wire })
     }
 }
 
 impl Link {
-    /// Why the broker takes nothing at the moment (memory or disk alarm), if so.
-    pub fn blocked(&self) -> Option<String> {
-        self.blocked.borrow().clone()
+    /// How it is now.
+    pub fn condition(&self) -> Condition {
+        self.condition.borrow().clone()
     }
 
-    /// Follows [`blocked`](Self::blocked); closed when the connection has ended.
-    pub fn blocks(&self) -> watch::Receiver<Option<String>> {
-        self.blocked.clone()
+    /// Follows [`condition`](Self::condition).
+    pub fn changes(&self) -> watch::Receiver<Condition> {
+        self.condition.clone()
+    }
+
+    /// What the broker said when it ended the connection, if it did; or else `error`, which is what was
+    /// noticed of that.
+    pub async fn reason(&self, error: BrokerError) -> BrokerError {
+        let mut condition = self.condition.clone();
+        let _ = tokio::time::timeout(REASON_TIMEOUT, condition.wait_for(Result::is_err)).await;
+        self.condition().err().unwrap_or(error)
     }
 
     /// Closes in good order, so that no confirm is left dangling on a live connection.
@@ -152,23 +179,30 @@ impl Link {
     }
 }
 
-/// Follows `connection.blocked` and `connection.unblocked`. While blocked, publishing hangs without a
-/// word, so the reason has to be known from elsewhere.
-fn watch_blocked(connection: &Connection) -> watch::Receiver<Option<String>> {
-    let (blocked, state) = watch::channel(None);
+/// Follows what the broker says of the connection. While it blocks, publishing hangs without a word, so the
+/// reason has to be known from elsewhere.
+fn follow(connection: &Connection) -> watch::Receiver<Condition> {
+    let (said, condition) = watch::channel(Ok(None));
     let mut events = connection.events_listener();
     tokio::spawn(async move {
-        while let Some(event) = tokio::select! {
-            event = events.next() => event,
-            () = blocked.closed() => None,
-        } {
-            match event {
-                ConnectionEvent::ConnectionBlocked(reason) => blocked.send_replace(Some(reason)),
-                ConnectionEvent::ConnectionUnblocked => blocked.send_replace(None),
-                ConnectionEvent::Error(_) => return,
-                _ => continue,
+        loop {
+            let event = tokio::select! {
+                event = events.next() => event,
+                () = said.closed() => return,
             };
+            let now = match event {
+                Some(ConnectionEvent::ConnectionBlocked(reason)) => Ok(Some(reason)),
+                Some(ConnectionEvent::ConnectionUnblocked) => Ok(None),
+                Some(ConnectionEvent::Error(error)) => Err(BrokerError::while_publishing(&error)),
+                Some(_) => continue,
+                None => Err(BrokerError::Publish("the connection ended".to_owned())),
+            };
+            let ended = now.is_err();
+            // Nobody listens any more when the link is gone.
+            if said.send(now).is_err() || ended {
+                return;
+            }
         }
     });
-    state
+    condition
 }

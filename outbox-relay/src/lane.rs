@@ -7,7 +7,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    broker::{BrokerError, Link, Nodes},
+    broker::{BrokerError, Condition, Link, Nodes},
     lease::Lease,
     pause::Pause,
     publish::{Fate, publish},
@@ -107,13 +107,13 @@ impl Lane {
         pause: &mut Pause,
         patience: &mut Patience,
     ) -> Result<(), BrokerError> {
-        let mut blocks = link.blocks();
+        let mut changes = link.changes();
         self.report(Report::State(state(link)));
         loop {
             let window = tokio::select! {
                 window = self.windows.recv() => window,
-                changed = blocks.changed() => {
-                    changed.map_err(|_| BrokerError::Publish("the connection broke".to_owned()))?;
+                _ = changes.changed() => {
+                    link.condition()?;
                     self.report(Report::State(state(link)));
                     continue;
                 }
@@ -129,7 +129,7 @@ impl Lane {
                 tokio::time::sleep(LEASE_LOOK).await;
             }
             let began = Instant::now();
-            let fates = self.publish(link, &mut blocks, &window.items).await;
+            let fates = self.publish(link, &mut changes, &window.items).await;
             let nacked = fates.as_ref().is_ok_and(|fates| fates.contains(&Fate::Nacked));
             let error = fates.as_ref().err().cloned();
             self.report(Report::Done(window, fates, began.elapsed()));
@@ -148,7 +148,7 @@ impl Lane {
     async fn publish(
         &self,
         link: &Link,
-        blocks: &mut watch::Receiver<Option<String>>,
+        changes: &mut watch::Receiver<Condition>,
         window: &[Item],
     ) -> Result<Vec<Fate>, BrokerError> {
         let events: Vec<_> = window.iter().map(|item| &*item.event).collect();
@@ -163,9 +163,12 @@ impl Lane {
                     if told && fates.is_ok() {
                         self.report(Report::State(state(link)));
                     }
-                    return fates;
+                    return match fates {
+                        Err(error @ BrokerError::Publish(_)) => Err(link.reason(error).await),
+                        fates => fates,
+                    };
                 }
-                Ok(()) = blocks.changed() => self.report(Report::State(state(link))),
+                Ok(()) = changes.changed() => self.report(Report::State(state(link))),
                 () = &mut slow, if !told => {
                     told = true;
                     let slow = format!("the broker has not confirmed what was published {SLOW:?} ago");
@@ -225,9 +228,10 @@ impl Default for Patience {
 }
 
 fn state(link: &Link) -> Result<(), String> {
-    match link.blocked() {
-        None => Ok(()),
-        Some(reason) => Err(format!("the broker blocks publishers: {reason}")),
+    match link.condition() {
+        Ok(None) => Ok(()),
+        Ok(Some(reason)) => Err(format!("the broker blocks publishers: {reason}")),
+        Err(ended) => Err(ended.to_string()),
     }
 }
 

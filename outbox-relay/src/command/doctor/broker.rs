@@ -32,7 +32,7 @@ pub(super) async fn checks(nodes: Option<Vec<Node>>, exchange: &ShortString) -> 
     let nodes = Nodes { nodes, exchange: exchange.clone(), declare: false, name };
     match nodes.connect(0).await {
         Ok(link) => {
-            let blocked = link.blocked();
+            let blocked = link.condition().ok().flatten();
             link.close().await;
             vec![reached(), Check::ok(EXCHANGE, format!("{exchange} exists")), block(blocked)]
         }
