@@ -14,6 +14,7 @@ use super::{
     figure::{Figure, Goal, Row, Spread, number, quantile},
     ground::Ground,
     http::{self, Client},
+    processor::{Sample, Spent},
     write,
 };
 use crate::program::Program;
@@ -41,6 +42,7 @@ pub struct Latency {
     /// Commit, confirm and delivery, round by round.
     floors: [Vec<f64>; 3],
     all: Vec<f64>,
+    spent: Spent,
 }
 
 /// A client's connections to both services.
@@ -86,7 +88,14 @@ impl Figure for Latency {
         for _ in 0..CONNECTIONS {
             clients.push(Arc::new(Mutex::new(Pair::connect(person, score).await?)));
         }
-        let latency = Self { programs, amqp, clients, floors: Default::default(), all: Vec::new() };
+        let latency = Self {
+            programs,
+            amqp,
+            clients,
+            floors: Default::default(),
+            all: Vec::new(),
+            spent: Spent::default(),
+        };
         latency.create().await?;
         // Warm.
         latency.writes(Duration::from_secs(1)).await?;
@@ -95,7 +104,9 @@ impl Figure for Latency {
 
     async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
         ground.settle().await?;
+        let sample = Sample::take();
         let times = self.writes(ground.size.load).await?;
+        self.spent.add(&sample, i64::try_from(times.len())?);
         let values = vec![quantile(&times, 500), quantile(&times, 990)];
         self.all.extend(times);
         Ok(values)
@@ -131,6 +142,7 @@ impl Figure for Latency {
                 "latency: of {} writes, {p50} ms at the median, {p90} ms at 90 %, {p99} ms at 99 %, {p999} ms at 99.9 %, {most} ms at most",
                 self.all.len()
             ),
+            format!("latency: µs of processor time a write: {}", self.spent.told()),
         ])
     }
 }
