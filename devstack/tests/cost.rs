@@ -24,6 +24,8 @@ const SETUP: Setup = Setup {
         "pg_stat_statements.track_planning=on",
         // So that what is dead stays to be counted.
         "autovacuum=off",
+        // The log says which processes are started.
+        "log_min_messages=debug1",
     ],
     ..Setup::QUIET
 };
@@ -63,6 +65,7 @@ async fn an_event_costs_what_it_did() {
     ];
     insta::assert_snapshot!(counted.join("\n"));
     dead_rows(&stack).await;
+    no_workers(&stack);
     stack.stop(&CancellationToken::new()).await;
 }
 
@@ -293,6 +296,15 @@ async fn until_applied(stack: &Stack, events: i64) {
         if applied == events { Ok(()) } else { Err(format!("{applied} are applied")) }
     })
     .await;
+}
+
+/// No statement was shared out to workers: to start one takes longer than any of them.
+fn no_workers(stack: &Stack) {
+    let log = std::fs::read_to_string(stack.folder().path().join("log/postgres.log")).unwrap();
+    let started: Vec<&str> = log.lines().filter(|line| line.contains("starting background worker")).collect();
+    assert!(!started.is_empty(), "the log says nothing of processes");
+    let workers = started.iter().filter(|line| line.contains("parallel worker")).count();
+    within("workers", i64::try_from(workers).unwrap(), 0);
 }
 
 /// What the server counts of each statement, database and role.

@@ -1,5 +1,6 @@
 use std::{collections::BTreeSet, ops::AddAssign, slice, sync::Mutex};
 
+use session::Session;
 use sqlx::PgPool;
 
 use crate::{
@@ -30,6 +31,8 @@ use crate::{
 pub struct Sequencer<H> {
     pub(crate) consumer: String,
     pub(crate) pool: PgPool,
+    /// Of the pool, for one transaction after the other.
+    pub(crate) session: Session,
     pub(crate) handler: H,
     /// Attempts that were interrupted, which could not be written: this process lives, so they do not count.
     pub(crate) survived: Mutex<BTreeSet<(Key, i64)>>,
@@ -84,6 +87,7 @@ impl<H: Handler> Sequencer<H> {
     pub fn new(consumer: impl Into<String>, pool: PgPool, handler: H) -> Self {
         Self {
             consumer: consumer.into(),
+            session: Session::of(pool.clone()),
             pool,
             handler,
             survived: Mutex::default(),

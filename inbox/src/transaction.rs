@@ -126,7 +126,9 @@ impl<H: Handler> Sequencer<H> {
         attempt: &mut Option<Attempt>,
     ) -> Result<(Outcome, Vec<Key>), Stop> {
         // Whatever keeps it from beginning (no connection, no login) is no message's fault.
-        let mut tx = self.pool.begin().await.map_err(|error| Stop::Transient(describe(&error)))?;
+        let begun = |error: sqlx::Error| Stop::Transient(describe(&error));
+        let mut conn = self.session.take().await.map_err(begun)?;
+        let mut tx = conn.begin().await.map_err(begun)?;
         self.handler.begin(&mut tx).await?;
         let received: Vec<&Event> = work.messages.iter().filter_map(|m| m.event.as_ref().ok()).collect();
         let keys: BTreeSet<Key> =
@@ -169,6 +171,7 @@ impl<H: Handler> Sequencer<H> {
         plan.ledger.reject(&mut tx, &plan.rejected).await?;
         plan.outcome.applied = plan.due.len() as u64;
         tx.commit().await?;
+        self.session.keep(conn);
         failpoint::hit("commit", &events);
         self.committed(&plan, &events);
         Ok((plan.outcome, plan.unfinished))

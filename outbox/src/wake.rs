@@ -1,5 +1,6 @@
 use std::{sync::Arc, time::Duration};
 
+use session::Session;
 use sqlx::PgPool;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -20,13 +21,13 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 /// never an event.
 #[derive(Clone, Debug)]
 pub struct Waker {
-    channel: &'static str,
+    channels: &'static [&'static str],
     woken: Arc<Notify>,
 }
 
 impl Default for Waker {
     fn default() -> Self {
-        Self::on(CHANNEL)
+        Self::on(&[CHANNEL])
     }
 }
 
@@ -36,9 +37,9 @@ impl Waker {
         Self::default()
     }
 
-    /// The same for somebody else who waits for commits and polls behind it.
-    pub fn on(channel: &'static str) -> Self {
-        Self { channel, woken: Arc::default() }
+    /// The same for others who wait for the same commits and poll behind it.
+    pub fn on(channels: &'static [&'static str]) -> Self {
+        Self { channels, woken: Arc::default() }
     }
 
     /// Call after the commit. Never waits and never fails.
@@ -48,12 +49,20 @@ impl Waker {
 
     /// Sends the notices until `stop`.
     pub async fn run(self, pool: PgPool, stop: CancellationToken) {
+        let channels = self.channels;
+        let session = Session::of(pool);
         while stop.run_until_cancelled(self.woken.notified()).await.is_some() {
-            let notice = sqlx::query("SELECT pg_notify($1, '')").bind(self.channel).execute(&pool);
+            let notice = async {
+                let mut conn = session.take().await?;
+                let notify = "SELECT pg_notify(channel, '') FROM unnest($1::text[]) AS channel";
+                sqlx::query(notify).bind(channels).execute(&mut *conn).await?;
+                session.keep(conn);
+                Ok::<_, sqlx::Error>(())
+            };
             match tokio::time::timeout(TIMEOUT, notice).await {
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => tracing::debug!(self.channel, %error, "nobody was woken; they will poll"),
-                Err(_) => tracing::debug!(self.channel, "nobody was woken in time; they will poll"),
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(?channels, %error, "nobody was woken; they will poll"),
+                Err(_) => tracing::debug!(?channels, "nobody was woken in time; they will poll"),
             }
             stop.run_until_cancelled(tokio::time::sleep(DEBOUNCE)).await;
         }

@@ -9,7 +9,8 @@ use std::{str::FromStr, sync::Arc, time::Duration};
 use chrono::{DateTime, Utc};
 use rust_decimal::Decimal;
 use service::config::database::{Schema, by_index};
-use sqlx::{PgPool, postgres::PgConnectOptions};
+use session::Session;
+use sqlx::postgres::PgConnectOptions;
 use uuid::Uuid;
 
 /// How long a read may take, waiting for a connection included. The pool alone would wait longer.
@@ -97,9 +98,17 @@ pub(crate) enum ReadError {
 }
 
 /// How far the live read model is with each of `persons`. None: nothing of them has been applied.
-pub(crate) async fn versions(pool: &PgPool, persons: &[Uuid]) -> Result<Vec<(Uuid, Option<i64>)>, ReadError> {
-    let mut versions: Vec<(Uuid, Option<i64>)> =
-        in_time(sqlx::query_as(VERSIONS).bind(persons).fetch_all(pool)).await?;
+pub(crate) async fn versions(
+    session: &Session,
+    persons: &[Uuid],
+) -> Result<Vec<(Uuid, Option<i64>)>, ReadError> {
+    let mut versions: Vec<(Uuid, Option<i64>)> = in_time(async {
+        let mut conn = session.take().await?;
+        let versions = sqlx::query_as(VERSIONS).bind(persons).fetch_all(&mut *conn).await?;
+        session.keep(conn);
+        Ok(versions)
+    })
+    .await?;
     for (_, version) in &mut versions {
         version.take_if(|version| *version == 0);
     }

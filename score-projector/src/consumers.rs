@@ -40,8 +40,8 @@ pub(crate) struct Consumers {
     pub(crate) batch: u16,
     pub(crate) max_refused: u32,
     pub(crate) max_held: u32,
-    /// Who is told of the live model's commits.
-    pub(crate) wakers: Vec<Waker>,
+    /// Tells of the live model's commits.
+    pub(crate) waker: Waker,
     /// What the live model's consumer waits for.
     pub(crate) health: [Part; 3],
     /// What somebody should look at in its inbox.
@@ -118,10 +118,10 @@ impl Consumers {
 
     fn start(&self, role: Role, model: Stored, changed: Arc<Notify>) -> Result<Running, SettingError> {
         let name = model.consumer;
-        let (pool, wakers, queue) = match role {
+        let (pool, waker, queue) = match role {
             // A live model's own queue is what is left of the time when it was a shadow.
-            Role::Live => (self.pool.clone(), self.wakers.clone(), self.queue.clone()),
-            Role::Shadow => (self.shadow_pool(), Vec::new(), model.queue.unwrap_or_default()),
+            Role::Live => (self.pool.clone(), Some(self.waker.clone()), self.queue.clone()),
+            Role::Shadow => (self.shadow_pool(), None, model.queue.unwrap_or_default()),
         };
         let config = inbox::Config {
             batch: self.batch,
@@ -129,7 +129,7 @@ impl Consumers {
             max_held: self.max_held,
             ..inbox::Config::new(topology(&queue)?, self.nodes.clone(), format!("score-projector {name}"))
         };
-        let model = Model::new(role, name.clone(), wakers).on_replaced(changed);
+        let model = Model::new(role, name.clone(), waker).on_replaced(changed);
         let sequencer = Sequencer::new(&*name, pool.clone(), Projection::new(model));
         let consumer = Consumer::new(config, sequencer);
         let stop = CancellationToken::new();

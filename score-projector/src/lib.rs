@@ -81,7 +81,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
         }
     }
 
-    let (relay, readers) = (Waker::new(), Waker::on(CHANNEL));
+    let waker = Waker::on(&[outbox::CHANNEL, CHANNEL]);
     let consumers = Consumers {
         pool: pool.clone(),
         options,
@@ -90,17 +90,15 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
         batch: BATCH,
         max_refused: args.max_refused,
         max_held: args.max_held,
-        wakers: vec![relay.clone(), readers.clone()],
+        waker: waker.clone(),
         health: [database, broker, consuming],
         attention: [holes, forks],
     };
-    for (name, waker) in [("relay's waker", relay), ("readers' waker", readers)] {
-        let (pool, until) = (pool.clone(), stop.clone());
-        shutdown.spawn(name, async move {
-            waker.run(pool, until).await;
-            Ok(())
-        });
-    }
+    let until = stop.clone();
+    shutdown.spawn("waker", async move {
+        waker.run(pool, until).await;
+        Ok(())
+    });
     shutdown.spawn("consumers", consumers.run(stop));
     shutdown.finish(drain).await
 }

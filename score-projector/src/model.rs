@@ -96,14 +96,14 @@ pub(crate) async fn erase_old(
 pub struct Model {
     role: Role,
     consumer: String,
-    wakers: Vec<Waker>,
+    waker: Option<Waker>,
     replaced: Arc<Notify>,
 }
 
 impl Model {
-    /// The model of `consumer` in this role. `wakers` tell those who wait for its commits.
-    pub fn new(role: Role, consumer: String, wakers: Vec<Waker>) -> Self {
-        Self { role, consumer, wakers, replaced: Arc::default() }
+    /// The model of `consumer` in this role. `waker` tells those who wait for its commits.
+    pub fn new(role: Role, consumer: String, waker: Option<Waker>) -> Self {
+        Self { role, consumer, waker, replaced: Arc::default() }
     }
 
     /// What it is there for.
@@ -138,6 +138,6 @@ impl Model {
     }
 
     pub(crate) fn committed(&self) {
-        self.wakers.iter().for_each(Waker::wake);
+        self.waker.iter().for_each(Waker::wake);
     }
 }

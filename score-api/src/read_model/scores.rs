@@ -2,7 +2,8 @@
 //! one is for all of them. So the busier it gets, the less a reader costs.
 
 use service::shutdown::Shutdown;
-use sqlx::{FromRow, PgPool, Postgres, Row, pool::PoolConnection};
+use session::Session;
+use sqlx::{FromRow, PgConnection, PgPool, Row};
 use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
@@ -56,20 +57,16 @@ impl Scores {
 
 /// One query after the other, each for whoever has come until it begins.
 async fn read(pool: PgPool, mut asked: mpsc::Receiver<Ask>) {
-    let mut kept = None;
+    let session = Session::of(pool);
     let mut asks = Vec::new();
     while asked.recv_many(&mut asks, BATCH).await > 0 {
         // Who went meanwhile needs no answer.
         asks.retain(|ask| !ask.answer.is_closed());
         let cpfs: Vec<i64> = asks.iter().map(|ask| ask.cpf.get()).collect();
         let found = in_time(async {
-            let mut conn = match kept.take() {
-                Some(conn) => conn,
-                None => pool.acquire().await?,
-            };
+            let mut conn = session.take().await?;
             let found = newest_lives(&mut conn, cpfs).await?;
-            // Giving it back and taking it again costs a round trip, so not while somebody waits.
-            kept = Some(conn).filter(|_| !asked.is_empty());
+            session.keep(conn);
             Ok(found)
         })
         .await;
@@ -89,12 +86,9 @@ async fn read(pool: PgPool, mut asked: mpsc::Receiver<Ask>) {
 }
 
 /// The scores of `cpfs`, each at its place.
-async fn newest_lives(
-    conn: &mut PoolConnection<Postgres>,
-    cpfs: Vec<i64>,
-) -> sqlx::Result<Vec<Option<Score>>> {
+async fn newest_lives(conn: &mut PgConnection, cpfs: Vec<i64>) -> sqlx::Result<Vec<Option<Score>>> {
     let mut found: Vec<Option<Score>> = cpfs.iter().map(|_| None).collect();
-    for row in sqlx::query(NEWEST_LIVES).bind(cpfs).fetch_all(&mut **conn).await? {
+    for row in sqlx::query(NEWEST_LIVES).bind(cpfs).fetch_all(conn).await? {
         let number = usize::try_from(row.try_get::<i64, _>("number")?).unwrap_or_default();
         if let Some(place) = number.checked_sub(1).and_then(|index| found.get_mut(index)) {
             *place = Some(Score::from_row(&row)?);

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use session::Session;
 use sqlx::PgPool;
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -20,6 +21,7 @@ impl Waiters {
     /// Looks until the process is to end: for whom somebody has just come, at once; for everybody, when
     /// something may have been applied, and now and then in any case. Sleeps while nobody waits.
     pub(crate) async fn look(self, pool: PgPool) {
+        let session = Session::of(pool);
         let mut pace = POLL.0;
         let mut due = Instant::now();
         loop {
@@ -46,7 +48,7 @@ impl Waiters {
             let look = self.persons().begin(all);
             if !look.persons.is_empty() {
                 metrics::counter!("score_api_looks_total").increment(1);
-                let read = read_model::versions(&pool, &look.persons);
+                let read = read_model::versions(&session, &look.persons);
                 let Some(found) = self.0.ending.run_until_cancelled(read).await else { return };
                 self.persons().end(&look, found);
             }

@@ -175,7 +175,7 @@ fn sequencer(args: &HeldArgs, consumer: String) -> anyhow::Result<Sequencer<Proj
     let options = args.common.database.options("score-projector held", STATEMENT_TIMEOUT)?;
     let role = args.which.role();
     let pool = database::pool(role.options(options), 2);
-    let model = Model::new(role, consumer, Vec::new());
+    let model = Model::new(role, consumer, None);
     Ok(Sequencer::new(model.consumer().to_owned(), pool, Projection::new(model)))
 }
 

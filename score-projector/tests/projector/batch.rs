@@ -91,7 +91,7 @@ fn everything(from: u128, to: u128) -> [Vec<Event>; 2] {
 }
 
 async fn apply(stack: &Stack, events: &[Event]) {
-    let projection = Projection::new(Model::new(Role::Live, "score".to_owned(), vec![]));
+    let projection = Projection::new(Model::new(Role::Live, "score".to_owned(), None));
     let pool: PgPool = PgPoolOptions::new()
         .max_connections(1)
         .connect_with(Role::Live.options(stack.database.parse().unwrap()))
