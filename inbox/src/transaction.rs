@@ -19,6 +19,8 @@ use crate::{
 
 /// A transaction that takes longer is given up; whether it was committed shows at redelivery.
 const LIMIT: Duration = Duration::from_mins(1);
+/// So long it may take to begin; short enough that the limit of all is never what ends it.
+const BEGIN: Duration = Duration::from_secs(10);
 
 /// How a transaction treats its events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,9 +128,14 @@ impl<H: Handler> Sequencer<H> {
         attempt: &mut Option<Attempt>,
     ) -> Result<(Outcome, Vec<Key>), Stop> {
         // Whatever keeps it from beginning (no connection, no login) is no message's fault.
-        let begun = |error: sqlx::Error| Stop::Transient(describe(&error));
-        let mut conn = self.session.take().await.map_err(begun)?;
-        let mut tx = conn.begin().await.map_err(begun)?;
+        let away = |error: sqlx::Error| Stop::Transient(describe(&error));
+        let mut conn = self.session.take().await.map_err(away)?;
+        let Ok(begun) = tokio::time::timeout(BEGIN, conn.begin()).await else {
+            // It may begin yet, and nothing would roll it back: whoever had the connection next would be in it.
+            conn.close_on_drop();
+            return Err(Stop::Transient(format!("no transaction began within {BEGIN:?}")));
+        };
+        let mut tx = begun.map_err(away)?;
         self.handler.begin(&mut tx).await?;
         let received: Vec<&Event> = work.messages.iter().filter_map(|m| m.event.as_ref().ok()).collect();
         let keys: BTreeSet<Key> =

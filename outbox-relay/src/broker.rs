@@ -57,19 +57,6 @@ pub enum BrokerError {
     NoLease,
 }
 
-impl BrokerError {
-    /// What ended publishing: the broker closed the channel over what was published, or anything else.
-    pub fn while_publishing(error: &lapin::Error) -> Self {
-        if let ErrorKind::ProtocolError(amqp) = error.kind()
-            && let AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED | AMQPSoftError::ACCESSREFUSED) =
-                amqp.kind()
-        {
-            return Self::Refused(amqp.get_message().to_string());
-        }
-        Self::Publish(error.to_string())
-    }
-}
-
 /// The nodes of a cluster, and what to find there.
 #[derive(Clone, Debug)]
 pub struct Nodes {
@@ -193,7 +180,7 @@ fn follow(connection: &Connection) -> watch::Receiver<Condition> {
             let now = match event {
                 Some(ConnectionEvent::ConnectionBlocked(reason)) => Ok(Some(reason)),
                 Some(ConnectionEvent::ConnectionUnblocked) => Ok(None),
-                Some(ConnectionEvent::Error(error)) => Err(BrokerError::while_publishing(&error)),
+                Some(ConnectionEvent::Error(error)) => Err(BrokerError::Publish(error.to_string())),
                 Some(_) => continue,
                 None => Err(BrokerError::Publish("the connection ended".to_owned())),
             };

@@ -121,7 +121,8 @@ impl Lane {
                     if link.channel.status().connected() {
                         continue;
                     }
-                    return Err(BrokerError::Publish("the channel was closed".to_owned()));
+                    let closed = BrokerError::Publish("the channel was closed".to_owned());
+                    return Err(link.reason(closed).await);
                 }
             };
             let Some(window) = window else { return Ok(()) };

@@ -3,9 +3,10 @@
 use std::{collections::HashSet, time::Duration};
 
 use lapin::{
-    BasicProperties, Confirmation,
+    BasicProperties, Confirmation, ErrorKind,
     message::BasicReturnMessage,
     options::BasicPublishOptions,
+    protocol::{AMQPErrorKind, AMQPSoftError},
     types::{AMQPValue, FieldTable, ShortString},
 };
 use serde_json::Value;
@@ -76,7 +77,7 @@ pub async fn publish(
                 event.payload.as_bytes(),
                 properties,
             );
-            confirms.push(Ok(publish.await.map_err(|e| BrokerError::while_publishing(&e))?));
+            confirms.push(Ok(publish.await.map_err(|e| failed(&e))?));
         }
         failpoint::hit("publish");
         if sabotage::is_off(Guard::Confirms) {
@@ -87,7 +88,7 @@ pub async fn publish(
         for confirm in confirms {
             fates.push(match confirm {
                 Err(why) => Fate::Refused { why: format!("AMQP cannot carry it: {why}"), certain: true },
-                Ok(confirm) => match confirm.await.map_err(|e| BrokerError::while_publishing(&e))? {
+                Ok(confirm) => match confirm.await.map_err(|e| failed(&e))? {
                     Confirmation::Ack(message) => {
                         returned.extend(message);
                         Fate::Confirmed
@@ -104,12 +105,22 @@ pub async fn publish(
         }
         // A return can hang on the wrong confirm when the broker acks several at once; what it says by
         // its message id is certain. It always comes before the ack of its own message.
-        returned
-            .extend(link.channel.wait_for_confirms().await.map_err(|e| BrokerError::while_publishing(&e))?);
+        returned.extend(link.channel.wait_for_confirms().await.map_err(|e| failed(&e))?);
         mark_returned(&mut fates, window, &returned)?;
         Ok(fates)
     };
     tokio::time::timeout(TIMEOUT, work).await.map_err(|_| timeout())?
+}
+
+/// A channel that the broker closed over what was published, or anything else that went wrong.
+fn failed(error: &lapin::Error) -> BrokerError {
+    if let ErrorKind::ProtocolError(amqp) = error.kind()
+        && let AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED | AMQPSoftError::ACCESSREFUSED) =
+            amqp.kind()
+    {
+        return BrokerError::Refused(amqp.get_message().to_string());
+    }
+    BrokerError::Publish(error.to_string())
 }
 
 fn mark_returned(

@@ -45,9 +45,9 @@ const MIGRATION_TIMEOUT: Duration = Duration::from_hours(1);
 /// The channel on which score-api listens for "the read model has changed".
 const CHANNEL: &str = "score_model";
 /// Connections: the queue and its dead letters, each with a second one for an attempt that is committed
-/// before its transaction; the check that the database is there; the look which models there are; and one
-/// for notices.
-const POOL_SIZE: u32 = 7;
+/// before its transaction; the check that the database is there; the looks at what needs attention and at which
+/// models there are; and one for notices.
+const POOL_SIZE: u32 = 8;
 /// How many events one transaction takes at most.
 const BATCH: u16 = 100;
 

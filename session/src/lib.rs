@@ -12,9 +12,12 @@ use std::{
 use sqlx::{PgPool, Postgres, pool::PoolConnection};
 use tokio::time::timeout;
 
-/// How long a connection is kept without a use. It is there still, but for the rarest of cases, and is not
+/// How long a connection is kept without a use, or nearly. It is there still, but for the rarest of cases, and is not
 /// asked.
 const FRESH: Duration = Duration::from_secs(1);
+
+/// After so long it is given back in any case: pools end connections that are old.
+const LONGEST: Duration = Duration::from_mins(5);
 
 /// A connection of a pool, kept between uses for as long as others who need one get theirs.
 #[derive(Debug)]
@@ -28,6 +31,8 @@ pub struct Session {
 struct Shelf {
     /// Since when.
     kept: Option<(PoolConnection<Postgres>, Instant)>,
+    /// When one was last taken from the pool.
+    taken: Option<Instant>,
     /// Somebody sees to it that it is given back.
     watched: bool,
 }
@@ -44,13 +49,16 @@ impl Session {
         let kept = lock(&self.shelf).kept.take();
         match kept.filter(|(_, since)| since.elapsed() < FRESH) {
             Some((conn, _)) => Ok(conn),
-            // Boxed: a future of many kilobytes, and seldom needed.
-            None => Box::pin(self.pool.acquire()).await,
+            None => {
+                lock(&self.shelf).taken = Some(Instant::now());
+                // Boxed: a future of many kilobytes, and seldom needed.
+                Box::pin(self.pool.acquire()).await
+            }
         }
     }
 
-    /// Keeps a connection for the next use, for a second, until the pool is closed. Not when the pool has no
-    /// other one left to give.
+    /// Keeps a connection for the next use, for a second or two, until the pool is closed. Not when the pool
+    /// has no other one left to give.
     pub fn keep(&self, conn: PoolConnection<Postgres>) {
         let pool = &self.pool;
         let spare = pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections();
@@ -58,6 +66,9 @@ impl Session {
             return;
         }
         let mut place = lock(&self.shelf);
+        if place.taken.is_none_or(|taken| taken.elapsed() >= LONGEST) {
+            return;
+        }
         place.kept = Some((conn, Instant::now()));
         if !std::mem::replace(&mut place.watched, true) {
             tokio::spawn(give_back(pool.clone(), Arc::clone(&self.shelf)));
@@ -72,7 +83,7 @@ async fn give_back(pool: PgPool, shelf: Arc<Mutex<Shelf>>) {
         let closed = timeout(FRESH, pool.close_event()).await.is_ok();
         let mut shelf = lock(&shelf);
         if closed || shelf.kept.as_ref().is_none_or(|(_, since)| since.elapsed() >= FRESH) {
-            *shelf = Shelf::default();
+            (shelf.kept, shelf.watched) = (None, false);
             return;
         }
     }
