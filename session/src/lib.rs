@@ -47,14 +47,12 @@ impl Session {
     /// asked is answered and no transaction is open; otherwise drop it, and the pool sees to it.
     pub async fn take(&self) -> sqlx::Result<PoolConnection<Postgres>> {
         let kept = lock(&self.shelf).kept.take();
-        match kept.filter(|(_, since)| since.elapsed() < FRESH) {
-            Some((conn, _)) => Ok(conn),
-            None => {
-                lock(&self.shelf).taken = Some(Instant::now());
-                // Boxed: a future of many kilobytes, and seldom needed.
-                Box::pin(self.pool.acquire()).await
-            }
+        if let Some((conn, _)) = kept.filter(|(_, since)| since.elapsed() < FRESH) {
+            return Ok(conn);
         }
+        lock(&self.shelf).taken = Some(Instant::now());
+        // Boxed: a future of many kilobytes, and seldom needed.
+        Box::pin(self.pool.acquire()).await
     }
 
     /// Keeps a connection for the next use, for a second or two, until the pool is closed. Not when the pool
