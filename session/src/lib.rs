@@ -12,8 +12,8 @@ use std::{
 use sqlx::{PgPool, Postgres, pool::PoolConnection};
 use tokio::time::timeout;
 
-/// How long a connection is kept without a use, or nearly. It is there still, but for the rarest of cases, and is not
-/// asked.
+/// About how long a connection is kept without a use. It is there still, but for the rarest of cases, and is
+/// not asked.
 const FRESH: Duration = Duration::from_secs(1);
 
 /// After so long it is given back in any case: pools end connections that are old.

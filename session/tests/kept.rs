@@ -30,6 +30,16 @@ async fn used(session: &Session) -> i32 {
     backend
 }
 
+/// Waits until it is so.
+async fn until(so: impl Fn() -> bool) {
+    let wait = async {
+        while !so() {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(LIMIT, wait).await.expect("it is given back");
+}
+
 #[tokio::test]
 async fn one_backend_serves_one_task() {
     let pool = pool(5).await;
@@ -75,13 +85,7 @@ async fn what_is_not_used_any_more_is_given_back() {
     let session = Session::of(pool.clone());
     used(&session).await;
     assert_eq!(pool.num_idle(), 0);
-    timeout(LIMIT, async {
-        while pool.num_idle() == 0 {
-            sleep(Duration::from_millis(20)).await;
-        }
-    })
-    .await
-    .expect("it is given back");
+    until(|| pool.num_idle() == 1).await;
 }
 
 #[tokio::test]
@@ -90,6 +94,7 @@ async fn one_that_has_ended_meanwhile_is_replaced() {
     let session = Session::of(pool.clone());
     let first = used(&session).await;
     sqlx::query("SELECT pg_terminate_backend($1)").bind(first).execute(&pool).await.unwrap();
-    sleep(Duration::from_millis(1_100)).await;
+    // Given back unused, where the pool finds that it has ended.
+    until(|| pool.size() == 1).await;
     assert_ne!(used(&session).await, first);
 }
