@@ -37,7 +37,7 @@ async fn until(so: impl Fn() -> bool) {
             sleep(Duration::from_millis(20)).await;
         }
     };
-    timeout(LIMIT, wait).await.expect("it is given back");
+    timeout(LIMIT, wait).await.unwrap();
 }
 
 #[tokio::test]
