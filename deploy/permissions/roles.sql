@@ -35,6 +35,10 @@ BEGIN
         IF to_regrole(quote_ident(wanted.role)) IS NULL THEN
             EXECUTE format('CREATE ROLE %I LOGIN', wanted.role);
         END IF;
+        -- What is given to a statement is personal, and must not get into the server's log, whatever else an operator
+        -- has it log: it would outlive the person's erasure.
+        EXECUTE format('ALTER ROLE %I SET log_parameter_max_length = 0', wanted.role);
+        EXECUTE format('ALTER ROLE %I SET log_parameter_max_length_on_error = 0', wanted.role);
         EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), wanted.role);
         IF to_regprocedure(wanted.function || '(regrole)') IS NULL THEN
             RAISE NOTICE '% is not there yet: migrate, and run this again', wanted.function;
@@ -51,6 +55,8 @@ BEGIN
     -- The databases of persons and of scores are for nobody else. (Another service's may well be.)
     IF to_regnamespace('person') IS NOT NULL OR to_regnamespace('score') IS NOT NULL THEN
         EXECUTE format('REVOKE CONNECT, TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
+        -- Large objects belong to no table, so whoever may make one may store what it likes.
+        REVOKE EXECUTE ON FUNCTION lo_creat(integer), lo_create(oid), lo_from_bytea(oid, bytea) FROM PUBLIC;
     END IF;
     -- As everywhere from PostgreSQL 15 on.
     REVOKE CREATE ON SCHEMA public FROM PUBLIC;

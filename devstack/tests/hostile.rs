@@ -9,7 +9,7 @@ use devstack::{folder::Folder, ports, program::Program};
 use sqlx::{Connection, PgConnection};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
     task::{JoinHandle, JoinSet},
     time::{sleep, timeout},
 };
@@ -21,6 +21,8 @@ const DEADLINE: Duration = Duration::from_mins(2);
 const IDLE: usize = 10_000;
 /// Of each other kind of bad client.
 const EACH: usize = 20;
+/// Of those who ask for much and take nothing: what the program kept for all of them would be too much.
+const RELUCTANT: usize = 150;
 /// What the well-behaved client asks for at least while the others are at it.
 const REQUESTS: usize = 50;
 /// The most memory that a program may ever have had, in KiB; a debug build's.
@@ -34,6 +36,8 @@ struct Victim {
     path: &'static str,
     /// Where it takes bodies, or would.
     post: &'static str,
+    /// Where its largest answer is.
+    large: &'static str,
     _folder: Folder,
 }
 
@@ -44,10 +48,21 @@ impl Victim {
         let migrate = ["migrate", "--source", "person"];
         relay.command(&migrate, &[("DATABASE_URL", &url)]).await.unwrap();
         let mut this = Self::start("person-api", folder, &url, &["migrate"]).await;
-        (this.path, this.post) = ("/person/11111", "/person");
+        (this.path, this.post, this.large) = ("/person/11111", "/person", "/person/22222");
         let body = r#"{"cpf": 11111, "name": "abc", "date_of_birth": "2019-06-15"}"#;
         let request = post("/person", "connection: close\r\n", body);
         assert_eq!(ask(this.address, &request).await, [201]);
+        let mut conn = PgConnection::connect(&url).await.unwrap();
+        for sql in [
+            "INSERT INTO person.person (id, cpf, name, date_of_birth) VALUES (outbox.uuid7(), 22222, 'n', now())",
+            "INSERT INTO person.income (id, person_id, type, value)
+             SELECT outbox.uuid7(), id, repeat('é', 100), 1 FROM person.person, generate_series(1, 1000)
+             WHERE cpf = 22222",
+            "INSERT INTO person.asset (id, person_id, type, value)
+             SELECT outbox.uuid7(), person_id, type, value FROM person.income",
+        ] {
+            sqlx::query(sql).execute(&mut conn).await.unwrap();
+        }
         this
     }
 
@@ -60,7 +75,11 @@ impl Victim {
                       VALUES (gen_random_uuid(), 11111, now(), 1, 0)";
         sqlx::query(person).execute(&mut conn).await.unwrap();
         let mut this = Self::start("score-api", folder, &url, &[]).await;
+        let entries = "INSERT INTO score.entry (id, person_id, type, value, score, created_at)
+                       SELECT gen_random_uuid(), id, 'asset', 20, 1, now() FROM score.person, generate_series(1, 1000)";
+        sqlx::query(entries).execute(&mut conn).await.unwrap();
         (this.path, this.post) = ("/11111/score", "/11111/score");
+        this.large = "/11111/score/entries?limit=1000";
         this
     }
 
@@ -83,7 +102,7 @@ impl Victim {
         program.start().await.unwrap();
         program.ready(DEADLINE).await.unwrap();
         let address = SocketAddr::from(([127, 0, 0, 1], port));
-        Self { program, address, path: "", post: "", _folder: folder }
+        Self { program, address, path: "", post: "", large: "", _folder: folder }
     }
 
     /// The most memory that it has had, in KiB.
@@ -322,6 +341,18 @@ fn besiege(victim: &Victim, stop: &CancellationToken, all: CancellationToken) ->
             let mut stream = TcpStream::connect(address).await?;
             stream.write_all(get("/docs", "").repeat(20).as_bytes()).await?;
             sleep(Duration::from_secs(5)).await;
+            Ok(())
+        });
+    }
+    for _ in 0..RELUCTANT {
+        let large = victim.large;
+        // Asks for the largest answer over and over, and takes nothing.
+        forever(&mut crowd, stop, move || async move {
+            let socket = TcpSocket::new_v4()?;
+            socket.set_recv_buffer_size(4096)?;
+            let mut stream = socket.connect(address).await?;
+            stream.write_all(get(large, "").repeat(8).as_bytes()).await?;
+            sleep(Duration::from_secs(15)).await;
             Ok(())
         });
     }

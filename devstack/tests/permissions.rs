@@ -148,7 +148,7 @@ async fn the_options_of_migrate_grant_the_same() {
 }
 
 /// What no role may do, in either database.
-const ANYBODY: [&str; 7] = [
+const ANYBODY: [&str; 10] = [
     "CREATE SCHEMA mine",
     "CREATE TABLE outbox.mine ()",
     "CREATE TABLE public.mine ()",
@@ -156,6 +156,9 @@ const ANYBODY: [&str; 7] = [
     "CREATE FUNCTION outbox.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
     "SELECT setval('outbox.position', 1000)",
     "ALTER TABLE outbox.event DISABLE TRIGGER ALL",
+    "SELECT lo_creat(-1)",
+    "SELECT lo_create(0)",
+    "SELECT lo_from_bytea(0, 'anything')",
 ];
 /// What a role may not do: database, program, statements.
 const REFUSED: [(&str, &str, &[&str]); 5] = [

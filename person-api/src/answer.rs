@@ -4,11 +4,14 @@ use std::marker::PhantomData;
 
 use events::Cpf;
 use poem::{
-    Response, ResponseBuilder,
+    Request, Response, ResponseBuilder,
     http::{StatusCode, header},
 };
 use serde_json::json;
-use service::documentation::{Answer, Answers};
+use service::{
+    documentation::{Answer, Answers, CACHED},
+    problem::Problem,
+};
 use uuid::Uuid;
 
 use crate::{
@@ -26,13 +29,19 @@ type Headers = &'static [(&'static str, &'static str)];
 /// What every answer's `ETag` says.
 const ETAG: (&str, &str) = (
     "ETag",
-    "Names the person's state: the id, a dot, and the version. Send it as `If-Match` to change this state and no \
-     other. A reader of the score may wait for it (`GET /{cpf}/score?after=<ETag>&wait=2s`).",
+    "Names the person's state: the id, a dot, and the version, in quotation marks. Send it as `If-Match` to change \
+     this state and no other. Without its quotation marks, a reader of the score may wait for it, at the score \
+     service: `GET /{cpf}/score?after=<id>.<version>&wait=2s`.",
 );
+/// What every answer to a read says.
+const READ: Headers = &[ETAG, CACHED];
+/// When a read has no body.
+const NOT_MODIFIED: Option<&str> = Some("`If-None-Match` names the state that would be answered.");
 
 /// Declares answers: body, status, when, headers.
 macro_rules! answers {
-    ($($(#[$doc:meta])* $name:ident$(<$k:ident>)?: $body:ty, $status:literal, $when:literal, $headers:expr;)*) => {
+    ($($(#[$doc:meta])* $name:ident$(<$k:ident>)?: $body:ty, $status:literal, $when:literal, $headers:expr
+       $(, $not_modified:expr)?;)*) => {
         $(
             $(#[$doc])*
             #[derive(Debug)]
@@ -42,6 +51,7 @@ macro_rules! answers {
                 const STATUS: u16 = $status;
                 const DESCRIPTION: &'static str = $when;
                 const HEADERS: Headers = $headers;
+                $(const NOT_MODIFIED: Option<&'static str> = $not_modified;)?
             }
         )*
     };
@@ -55,11 +65,11 @@ answers! {
     /// A record is gone.
     Deleted: DeletedBody, 200, "Gone, and its event is stored.", &[ETAG];
     /// A person with their items.
-    Person: PersonBody, 200, "The person with their items, as one state.", &[ETAG];
+    Person: PersonBody, 200, "The person with their items, as one state.", READ, NOT_MODIFIED;
     /// An item.
-    Item<K>: ItemBody<K>, 200, "The item.", &[ETAG];
+    Item<K>: ItemBody<K>, 200, "The item.", READ, NOT_MODIFIED;
     /// A page of items.
-    List<K>: ListBody<K>, 200, "A page of the person's items.", &[ETAG];
+    List<K>: ListBody<K>, 200, "A page of the person's items.", READ, NOT_MODIFIED;
 }
 
 /// Names a state of a person: which life of the cpf, and which version.
@@ -113,25 +123,29 @@ pub(crate) fn deleted(written: &Written) -> Answer<Deleted> {
     said("deleted", written).into()
 }
 
-fn found<A>(found: Found) -> Answer<A> {
-    json(&token(found.id, found.version)).body(found.body + "\n").into()
+fn found<A>(request: &Request, id: Uuid, version: i64, body: String) -> Result<Answer<A>, Problem> {
+    Answer::of_state(request, &token(id, version), || Ok(body))
 }
 
 /// 200: a person.
-pub(crate) fn person(person: Found) -> Answer<Person> {
-    found(person)
+pub(crate) fn person(request: &Request, person: Found) -> Result<Answer<Person>, Problem> {
+    found(request, person.id, person.version, person.body)
 }
 
 /// 200: an item.
-pub(crate) fn item<K>(item: Found) -> Answer<Item<K>> {
-    found(item)
+pub(crate) fn item<K>(request: &Request, item: Found) -> Result<Answer<Item<K>>, Problem> {
+    found(request, item.id, item.version, item.body)
 }
 
 /// 200: a page of items, and where the next one is.
-pub(crate) fn list<K: ItemKind>(cpf: Cpf, page: Page, listed: &Listed) -> Answer<List<K>> {
+pub(crate) fn list<K: ItemKind>(
+    request: &Request,
+    cpf: Cpf,
+    page: Page,
+    listed: &Listed,
+) -> Result<Answer<List<K>>, Problem> {
     let next = listed.last.as_ref().filter(|_| listed.more);
     let next = next.map(|last| format!("{}/{}?limit={}&after={last}", location(cpf), K::KIND, page.limit));
-    json(&token(listed.id, listed.version))
-        .body(format!("{{\"items\":{},\"next\":{}}}\n", listed.body, json!(next)))
-        .into()
+    let body = format!("{{\"items\":{},\"next\":{}}}", listed.body, json!(next));
+    found(request, listed.id, listed.version, body)
 }

@@ -7,6 +7,7 @@ use outbox::Waker;
 use poem::Route;
 use service::{documentation, problem::Problem};
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 use self::{items::Items, persons::Persons};
 use crate::{
@@ -62,6 +63,8 @@ impl Api {
         write: impl Future<Output = Result<T, StoreError>> + Send + 'static,
     ) -> Result<Result<T, StoreError>, Problem> {
         let waker = self.waker.clone();
+        // What it logs says of which request.
+        let write = write.in_current_span();
         let write = self.writes.spawn(async move {
             let written = write.await;
             // Also when nothing was written: that is rare, and costs a look.

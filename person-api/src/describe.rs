@@ -8,7 +8,11 @@ use service::documentation::schema::{
     self, Described, Field, about, closed_object, formatted, integer, list, object, one_of, text,
 };
 
-use crate::{kind::ItemKind, request::Sendable, store::ITEMS_MAX};
+use crate::{
+    kind::ItemKind,
+    request::{INVISIBLE, LINE_ENDS, Sendable},
+    store::ITEMS_MAX,
+};
 
 /// The operations, grouped.
 #[derive(Debug, Tags)]
@@ -51,9 +55,15 @@ pub(crate) fn sent_cpf() -> MetaSchema {
 
 /// A line of text with something to see in it.
 fn line(max: usize, description: &'static str) -> MetaSchema {
-    const CONTROL: &str = r"\u0000-\u001f\u007f-\u009f";
-    let pattern = format!(r"^[^{CONTROL}]*[^\s{CONTROL}][^{CONTROL}]*$");
+    let escaped = |chars: &[char]| chars.iter().fold(String::new(), |all, c| all + &escape(*c));
+    let breaks = format!(r"\u0000-\u001f\u007f-\u009f{}", escaped(&LINE_ENDS));
+    let pattern = format!(r"^[^{breaks}]*[^\s{breaks}{}][^{breaks}]*$", escaped(&INVISIBLE));
     MetaSchema { pattern: Some(pattern), min_length: Some(1), max_length: Some(max), ..text(description) }
+}
+
+/// A character as a pattern writes it.
+fn escape(c: char) -> String {
+    format!(r"\u{:04x}", u32::from(c))
 }
 
 fn nullable(schema: MetaSchema) -> MetaSchema {
@@ -66,25 +76,29 @@ fn value() -> MetaSchema {
         maximum: Some(1e15),
         exclusive_maximum: Some(true),
         ..about(
-            "An exact decimal: at most 15 digits before the point and 4 after it, not negative.",
+            "An exact decimal: at most 15 digits before the point and 4 after it, not negative. `1000`, `1000.00` and \
+             `1e3` are the same.",
             MetaSchema::new("number"),
         )
     }
 }
 
 fn name() -> MetaSchema {
-    line(200, "Full name: not blank, at most 200 characters, no control characters.")
+    line(
+        200,
+        "Full name: not blank, at most 200 characters (code points), no control characters or line breaks.",
+    )
 }
 
 fn address() -> MetaSchema {
     nullable(line(
         500,
-        "Postal address, null when unknown: not blank, at most 500 characters, no control characters.",
+        "Postal address, null when unknown: not blank, at most 500 characters, no control characters or line breaks.",
     ))
 }
 
 fn type_() -> MetaSchema {
-    line(100, "What sort: not blank, at most 100 characters, no control characters.")
+    line(100, "What sort: not blank, at most 100 characters, no control characters or line breaks.")
 }
 
 /// A date or an instant.
@@ -94,7 +108,9 @@ fn sent_date_of_birth() -> MetaSchema {
             schema::inline(formatted("date", "Its midnight UTC: `2019-06-15`.")),
             schema::inline(formatted("date-time", "An instant: `2019-06-15T19:23:55-03:00`.")),
         ],
-        description: Some("A date or a date-time of RFC 3339, within the years 1 to 9999 UTC."),
+        description: Some(
+            "A date or a date-time of RFC 3339, within the years 1 to 9999 UTC. Kept to the microsecond.",
+        ),
         ..MetaSchema::ANY
     }
 }
@@ -109,6 +125,9 @@ fn status() -> MetaSchema {
 fn created_at() -> MetaSchema {
     formatted("date-time", "When it was stored.")
 }
+
+/// The person of all examples.
+const PERSON_ID: &str = "019928b5-6a3c-7d41-9c35-2f6c1d1e8a07";
 
 fn example(schema: MetaSchema, payload: &str) -> MetaSchema {
     MetaSchema { example: serde_json::from_str(payload).ok(), ..schema }
@@ -180,7 +199,15 @@ impl<K: ItemKind> Described for ItemBody<K> {
             .into_iter()
             .chain(type_)
             .chain([("value", true, value()), ("created_at", true, created_at())]);
-        object(fields)
+        example(object(fields), &Self::example())
+    }
+}
+
+impl<K: ItemKind> ItemBody<K> {
+    /// As the payload that creates it comes out.
+    fn example() -> String {
+        let (sent, id) = (K::EXAMPLE.trim().trim_start_matches('{'), K::EXAMPLE_ID);
+        format!(r#"{{"id": "{id}", "created_at": "2026-02-01T11:59:57.250631+00:00", {sent}"#)
     }
 }
 
@@ -192,20 +219,26 @@ impl<K: ItemKind> Described for ListBody<K> {
 
     fn schema() -> MetaSchema {
         let items = list(schema::inline(ItemBody::<K>::schema()));
-        object([
+        let place = K::PATH.replace("{cpf}", "11111");
+        let next = format!("{place}?limit=1&after={}", K::EXAMPLE_ID);
+        let page = format!(r#"{{"items": [{}], "next": "{next}"}}"#, ItemBody::<K>::example());
+        let schema = object([
             ("items", true, about("In the order in which they came.", items)),
             ("next", true, nullable(text("Where the next page is; null on the last one."))),
-        ])
+        ]);
+        example(schema, &page)
     }
 }
 
 /// What a write says of itself.
 fn written(messages: &[&'static str]) -> MetaSchema {
-    object([
+    let schema = object([
         ("message", true, one_of(messages, "What was done.")),
-        ("id", true, formatted("uuid", "The record's id.")),
+        ("id", true, formatted("uuid", "The record's id: the person's, or the item's.")),
         ("version", true, integer(1.0, VERSION)),
-    ])
+    ]);
+    let said = messages.first().copied().unwrap_or_default();
+    example(schema, &format!(r#"{{"message": "{said}", "id": "{PERSON_ID}", "version": 4}}"#))
 }
 
 /// What was created.
@@ -258,7 +291,14 @@ impl Described for PersonBody {
             "Lists that are longer than what is shown here.",
             list(schema::inline(one_of(&["incomes", "assets", "debts"], "A list's name."))),
         );
-        object([
+        let person = include_str!("../../payloads/new_person.json").trim().trim_start_matches('{');
+        let (income, asset, debt) =
+            (ItemBody::<Income>::example(), ItemBody::<Asset>::example(), ItemBody::<Debt>::example());
+        let whole = format!(
+            r#"{{"id": "{PERSON_ID}", "created_at": "2026-02-01T11:59:56.104200+00:00", "status": "active",
+                "version": 4, "incomes": [{income}], "assets": [{asset}], "debts": [{debt}], "truncated": [], {person}"#
+        );
+        let schema = object([
             (
                 "id",
                 true,
@@ -278,6 +318,7 @@ impl Described for PersonBody {
             items::<Asset>("assets"),
             items::<Debt>("debts"),
             ("truncated", true, truncated),
-        ])
+        ]);
+        example(schema, &whole)
     }
 }

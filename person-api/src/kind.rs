@@ -24,6 +24,8 @@ pub(crate) trait ItemKind: Send + Sync + 'static {
     const LIST_NAME: &'static str;
     /// A body when it is new.
     const EXAMPLE: &'static str;
+    /// The id that it gets.
+    const EXAMPLE_ID: &'static str;
     /// Where its operations stand in the documentation.
     const TAG: Tag;
     /// Its statements.
@@ -47,6 +49,7 @@ impl ItemKind for Income {
     const NEW_NAME: &'static str = "NewIncome";
     const LIST_NAME: &'static str = "Incomes";
     const EXAMPLE: &'static str = include_str!("../../payloads/new_income.json");
+    const EXAMPLE_ID: &'static str = "019928b5-6d10-7f2a-8b1c-5e0a9d3c4f11";
     const TAG: Tag = Tag::Incomes;
     const SQL: &'static ItemSql = &store::INCOME;
 }
@@ -58,6 +61,7 @@ impl ItemKind for Asset {
     const NEW_NAME: &'static str = "NewAsset";
     const LIST_NAME: &'static str = "Assets";
     const EXAMPLE: &'static str = include_str!("../../payloads/new_asset.json");
+    const EXAMPLE_ID: &'static str = "019928b5-70e4-7a05-9d77-1b2f6c8e0a93";
     const TAG: Tag = Tag::Assets;
     const SQL: &'static ItemSql = &store::ASSET;
 }
@@ -70,6 +74,7 @@ impl ItemKind for Debt {
     const LIST_NAME: &'static str = "Debts";
     const HAS_TYPE: bool = false;
     const EXAMPLE: &'static str = include_str!("../../payloads/new_debt.json");
+    const EXAMPLE_ID: &'static str = "019928b5-74c8-7c1e-a3f0-8d4b5e6f7a02";
     const TAG: Tag = Tag::Debts;
     const SQL: &'static ItemSql = &store::DEBT;
 }

@@ -44,6 +44,8 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let front = Front::new(args.listen, &args.front, 0)?;
     let options = database::by_index(args.database.options("person-api", STATEMENT_TIMEOUT)?);
     let health = Health::new();
+    // Before anybody can ask: what is not named yet is not waited for.
+    let database_health = health.part("database");
     // Readiness and notices have connections of their own: they must not wait behind requests.
     let aside = database::pool(options.clone(), 2);
     let waker = Waker::new();
@@ -51,10 +53,8 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let api = Api::new(store, waker.clone()).checking(args.cpf_check);
     let answered = shutdown.serve(front, health.add_to(api.routes(), metrics), drain).await?;
 
-    shutdown.spawn(
-        "database",
-        readiness::watch(aside.clone(), health.part("database"), shutdown.requested().clone()),
-    );
+    shutdown
+        .spawn("database", readiness::watch(aside.clone(), database_health, shutdown.requested().clone()));
     let (kept, stop) = (aside.clone(), shutdown.requested().clone());
     shutdown.spawn("kept answers", async move {
         idempotency::clean(kept, stop).await;

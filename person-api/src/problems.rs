@@ -25,7 +25,7 @@ const UNKNOWN_PERSON: Kind = kind(
     StatusCode::NOT_FOUND,
     "unknown-person",
     "Unknown person",
-    "There is no person with this cpf. Create it first with POST /person.",
+    "Nobody has this cpf: there never was such a person, or they were deleted.",
 );
 
 /// 409: somebody has this cpf already.
@@ -76,8 +76,8 @@ const OUTCOME_UNKNOWN: Kind = Kind {
         StatusCode::SERVICE_UNAVAILABLE,
         "outcome-unknown",
         "Outcome unknown",
-        "The database stopped answering during the request. Look whether a write was stored before you send it \
-         again; with an `Idempotency-Key`, just send it again.",
+        "The database stopped answering during the request: it was stored, or it was not. Look before you send it \
+         again. A `POST` that had an `Idempotency-Key` can just be sent again.",
     )
 };
 
@@ -95,10 +95,24 @@ pub(crate) const UNSUPPORTED_MEDIA_TYPE: Kind = kind(
     "Unsupported Media Type",
     "Send the body as `Content-Type: application/json`.",
 );
+/// 415: a body that would have to be unpacked first.
+pub(crate) const UNSUPPORTED_CODING: Kind = kind(
+    StatusCode::UNSUPPORTED_MEDIA_TYPE,
+    "unsupported-coding",
+    "Unsupported Content-Encoding",
+    "Send the body as it is, without a `Content-Encoding`.",
+);
 
 /// Of every request with a body.
-const BODY: &[&Kind] =
-    &[&MALFORMED_JSON, &INCOMPLETE_BODY, &SLOW_BODY, &TOO_LARGE, &UNSUPPORTED_MEDIA_TYPE, &INVALID_FIELDS];
+const BODY: &[&Kind] = &[
+    &MALFORMED_JSON,
+    &INCOMPLETE_BODY,
+    &SLOW_BODY,
+    &TOO_LARGE,
+    &UNSUPPORTED_MEDIA_TYPE,
+    &UNSUPPORTED_CODING,
+    &INVALID_FIELDS,
+];
 /// Of every write.
 const WRITE: &[&Kind] = &[&UNAVAILABLE, &OVERLOADED, &OUTCOME_UNKNOWN];
 /// Of every read.
@@ -128,7 +142,7 @@ operations! {
     /// `GET /person/{cpf}`, and the lists of items
     ReadPerson: [READ, &[&UNKNOWN_PERSON]];
     /// `POST` of an item
-    AddItem: [BODY, WRITE, &[&UNKNOWN_PERSON, &PERSON_INACTIVE, &KEY_REUSED]];
+    AddItem: [BODY, WRITE, &[&UNKNOWN_PERSON, &PERSON_INACTIVE, &OTHER_STATE, &KEY_REUSED]];
     /// `PUT` of an item
     ChangeItem: [BODY, WRITE, &[&UNKNOWN_PERSON, &UNKNOWN_ITEM, &OTHER_STATE]];
     /// `DELETE` of an item

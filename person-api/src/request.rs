@@ -13,10 +13,7 @@ use chrono::{DateTime, Utc};
 use events::{Cpf, Kind};
 use poem::Request;
 use rust_decimal::Decimal;
-use service::{
-    documentation::{Sent, only_query},
-    problem::Problem,
-};
+use service::{documentation::Sent, problem::Problem};
 use uuid::Uuid;
 
 pub use self::cpf::CpfCheck;
@@ -26,6 +23,7 @@ pub(crate) use self::{
     condition::IfMatch,
     key::IdempotencyKey,
     place::{After, ItemId, Limit, PathCpf},
+    rules::{INVISIBLE, LINE_ENDS},
 };
 use crate::store::{ITEMS_MAX, PersonPatch, States};
 
@@ -48,11 +46,13 @@ pub struct NewPerson {
 impl NewPerson {
     /// Parses the request of `POST /person`.
     pub(crate) fn parse(
+        request: &Request,
         check: CpfCheck,
         key: Sent<IdempotencyKey>,
         body: &[u8],
     ) -> Result<(Self, Option<IdempotencyKey>), Problem> {
         let mut fields = Fields::read(body)?;
+        fields.query(request, &[]);
         let key = fields.parameter(key);
         let cpf = fields.required("cpf", |raw| check.check(rules::cpf(raw)?));
         let name = fields.required("name", |raw| rules::text(raw, 200));
@@ -64,11 +64,13 @@ impl NewPerson {
 
 /// Parses the request of `PATCH /person/{cpf}`: a merge patch (RFC 7396), in which null clears.
 pub(crate) fn patch(
+    request: &Request,
     cpf: Sent<PathCpf>,
     if_match: Sent<IfMatch>,
     body: &[u8],
 ) -> Result<(Cpf, States, PersonPatch), Problem> {
     let mut fields = Fields::read(body)?;
+    fields.query(request, &[]);
     let cpf = fields.parameter(cpf);
     let states = fields.parameter(if_match);
     let patch = PersonPatch {
@@ -79,6 +81,9 @@ pub(crate) fn patch(
     };
     fields.finish(|| Some((cpf?.0, IfMatch::states(states), patch)))
 }
+
+/// Whom a change is about, and in which states.
+pub(crate) type Whose = (Cpf, States);
 
 /// An income, an asset or a debt as a client sends it.
 #[derive(Clone, Debug)]
@@ -106,26 +111,31 @@ impl Item {
 
     /// Parses the request of `POST /person/{cpf}/<kind>`.
     pub(crate) fn parse_new(
+        request: &Request,
         kind: Kind,
         cpf: Sent<PathCpf>,
-        key: Sent<IdempotencyKey>,
+        (if_match, key): (Sent<IfMatch>, Sent<IdempotencyKey>),
         body: &[u8],
-    ) -> Result<(Cpf, Self, Option<IdempotencyKey>), Problem> {
+    ) -> Result<(Whose, Self, Option<IdempotencyKey>), Problem> {
         let mut fields = Fields::read(body)?;
+        fields.query(request, &[]);
         let cpf = fields.parameter(cpf);
+        let states = fields.parameter(if_match);
         let key = fields.parameter(key);
         let item = Self::read(kind, &mut fields);
-        fields.finish(|| Some((cpf?.0, item?, key)))
+        fields.finish(|| Some(((cpf?.0, IfMatch::states(states)), item?, key)))
     }
 
     /// Parses the request of `PUT /person/{cpf}/<kind>/{id}`.
     pub(crate) fn parse(
+        request: &Request,
         kind: Kind,
         place: (Sent<PathCpf>, Sent<ItemId>),
         if_match: Sent<IfMatch>,
         body: &[u8],
     ) -> Result<((Cpf, Uuid), States, Self), Problem> {
         let mut fields = Fields::read(body)?;
+        fields.query(request, &[]);
         let (cpf, id) = (fields.parameter(place.0), fields.parameter(place.1));
         let states = fields.parameter(if_match);
         let item = Self::read(kind, &mut fields);
@@ -134,8 +144,13 @@ impl Item {
 }
 
 /// Whose, without a body.
-pub(crate) fn person(cpf: Sent<PathCpf>, if_match: Option<Sent<IfMatch>>) -> Result<(Cpf, States), Problem> {
+pub(crate) fn person(
+    request: &Request,
+    cpf: Sent<PathCpf>,
+    if_match: Option<Sent<IfMatch>>,
+) -> Result<(Cpf, States), Problem> {
     let mut fields = Fields::none();
+    fields.query(request, &[]);
     let cpf = fields.parameter(cpf);
     let states = if_match.and_then(|if_match| fields.parameter(if_match));
     fields.finish(|| Some((cpf?.0, IfMatch::states(states))))
@@ -143,11 +158,13 @@ pub(crate) fn person(cpf: Sent<PathCpf>, if_match: Option<Sent<IfMatch>>) -> Res
 
 /// Whose and which, without a body.
 pub(crate) fn item(
+    request: &Request,
     cpf: Sent<PathCpf>,
     id: Sent<ItemId>,
     if_match: Option<Sent<IfMatch>>,
 ) -> Result<((Cpf, Uuid), States), Problem> {
     let mut fields = Fields::none();
+    fields.query(request, &[]);
     let (cpf, id) = (fields.parameter(cpf), fields.parameter(id));
     let states = if_match.and_then(|if_match| fields.parameter(if_match));
     fields.finish(|| Some(((cpf?.0, id?.0), IfMatch::states(states))))
@@ -174,7 +191,7 @@ impl Page {
         let cpf = fields.parameter(cpf);
         let limit = fields.parameter(limit).map_or(PAGE.min(ITEMS_MAX), |limit| limit.0);
         let after = fields.parameter(after).map(|after| after.0);
-        fields.query(|errors| only_query(request, &["limit", "after"], errors));
+        fields.query(request, &["limit", "after"]);
         fields.finish(|| Some((cpf?.0, Self { limit, after })))
     }
 }

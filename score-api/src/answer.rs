@@ -1,15 +1,11 @@
 //! What a reader gets when all is well.
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use poem::{
-    Request, Response,
-    http::{HeaderValue, StatusCode, header},
-    web::headers::{ETag, HeaderMapExt, IfNoneMatch},
-};
+use poem::Request;
 use rust_decimal::Decimal;
 use serde::{Serialize, Serializer};
 use service::{
-    documentation::{Answer, Answers},
+    documentation::{Answer, Answers, CACHED},
     problem::Problem,
 };
 use uuid::Uuid;
@@ -32,7 +28,7 @@ const HEADERS: Headers = &[
         "Names the state that this is: the person's id, a dot, and the version. The same kind of token as the person \
          service gives with a write. Send it back as `If-None-Match`.",
     ),
-    ("Cache-Control", "`private, no-cache`: for the caller's own cache, which has to ask again each time."),
+    CACHED,
 ];
 
 /// When there is a 304.
@@ -143,19 +139,10 @@ fn found<A>(
 ) -> Result<Answer<A>, Problem> {
     // Which life of the cpf, and how far its events are contained.
     let token = Token { person: score.person_id, version: score.version }.to_string();
-    // Personal data, so for the caller's own cache, which has to ask again each time.
-    let response = Response::builder()
-        .header(header::ETAG, &token)
-        .header(header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache"));
-    let held = request.headers().typed_get::<IfNoneMatch>();
-    if let (Some(held), Ok(tag)) = (held, token.parse::<ETag>())
-        && !held.precondition_passes(&tag)
-    {
-        return Ok(response.status(StatusCode::NOT_MODIFIED).finish().into());
-    }
-    let body = serde_json::to_string(body).map_err(|error| {
-        tracing::error!(%error, "an answer could not be written");
-        Problem::internal()
-    })?;
-    Ok(response.content_type("application/json").body(body + "\n").into())
+    Answer::of_state(request, &token, || {
+        serde_json::to_string(body).map_err(|error| {
+            tracing::error!(%error, "an answer could not be written");
+            Problem::internal()
+        })
+    })
 }

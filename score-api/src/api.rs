@@ -5,7 +5,7 @@ use std::time::Duration;
 use poem::{Request, Route};
 use poem_openapi::OpenApi;
 use service::{
-    documentation::{self, Answer, Failure, Sent},
+    documentation::{self, Answer, Failure, Held, Sent},
     front::{Gate, HungUp},
     problem::OVERLOADED,
 };
@@ -17,7 +17,7 @@ use crate::{
     describe::Tag,
     problems::{ReadScore, UNKNOWN_PERSON},
     read_model::{entries, scores::Scores},
-    request::{self, After, AfterEntry, Held, Limit, PathCpf, Wait},
+    request::{self, After, AfterEntry, Limit, PathCpf, Wait},
     token::Token,
     waiters::{Missed, Waiters},
 };
@@ -46,7 +46,7 @@ pub(crate) fn routes(api: Api) -> Route {
 impl Api {
     /// Read a person's score
     ///
-    /// Of the newest life of the cpf. Answers HEAD, too.
+    /// Of the newest life of the cpf.
     #[oai(path = "/:cpf/score", method = "get")]
     async fn score(
         &self,

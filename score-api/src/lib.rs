@@ -51,7 +51,7 @@ pub struct Cli {
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// Serve `GET /{cpf}/score` until SIGTERM.
-    Run(Config),
+    Run(Box<Config>),
     /// Ask the running program whether it is ready; for a container's health check.
     Health {
         /// Where it listens.

@@ -17,7 +17,7 @@ async fn main() -> ExitCode {
 
 async fn start() -> anyhow::Result<()> {
     match file::parse::<Cli>()?.cli.command {
-        Command::Run(config) => run(config).await,
+        Command::Run(config) => run(*config).await,
         Command::Health { listen } => health::probe(listen.listen).await,
     }
 }

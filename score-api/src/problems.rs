@@ -26,10 +26,6 @@ pub(crate) const UNKNOWN_PERSON: Kind = Kind {
     retry_after: None,
 };
 
-/// 422 with everything that is wrong. Nothing is ever stored here.
-pub(crate) const INVALID: Kind =
-    Kind { detail: "Correct what `errors` names and send the request again.", ..INVALID_FIELDS };
-
 /// 503, worth another try soon.
 const fn again(code: &'static str, title: &'static str, detail: &'static str) -> Kind {
     let retry_after = Some(Duration::from_secs(1));
@@ -40,7 +36,8 @@ const fn again(code: &'static str, title: &'static str, detail: &'static str) ->
 const NOT_THERE_YET: Kind = again(
     "not-there-yet",
     "Not there yet",
-    "The read model does not contain the asked version yet. Ask again, with a longer `wait`.",
+    "The copy does not contain the version that `after` names, yet. Ask again; the copy follows within moments \
+     when all is well, and the version may be one that does not exist.",
 );
 
 /// There was no place among those who wait.
@@ -63,7 +60,7 @@ pub(crate) enum ReadScore {}
 
 impl Problems for ReadScore {
     const KINDS: &'static [&'static [&'static Kind]] = &[&[
-        &INVALID,
+        &INVALID_FIELDS,
         &UNKNOWN_PERSON,
         &UNAVAILABLE,
         &OVERLOADED,

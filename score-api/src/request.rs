@@ -10,9 +10,8 @@ use service::{
     problem::{FieldError, Problem},
 };
 
-pub(crate) use self::parameters::{AfterEntry, Held, Limit, PathCpf, Wait};
+pub(crate) use self::parameters::{AfterEntry, Limit, PathCpf, Wait};
 use crate::{
-    problems::INVALID,
     read_model::{
         Cpf,
         entries::{self, Page},
@@ -90,5 +89,5 @@ fn finish<T>(errors: Vec<FieldError>, asked: impl FnOnce() -> Option<T>) -> Resu
     {
         return Ok(asked);
     }
-    Err(Problem { errors, ..INVALID.problem() })
+    Err(Problem::invalid(errors))
 }

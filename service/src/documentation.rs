@@ -18,13 +18,17 @@ use poem::{
     error::MethodNotAllowedError,
     http::{HeaderValue, Method, header},
 };
-use poem_openapi::{OpenApi, OpenApiService};
+use poem_openapi::{
+    OpenApi, OpenApiService,
+    registry::{MetaApi, MetaHeader, Registry},
+};
 
+use self::answer::text_header;
 pub use self::{
-    answer::{Answer, Answers, Failure, Problems},
+    answer::{Answer, Answers, CACHED, Failure, Held, Problems},
     parameter::{Parameter, Sent, only_query},
 };
-use crate::problem::Problem;
+use crate::{front::Shared, problem::Problem};
 
 /// Everything that the page needs is in it. A browser is told so, too: it must not look elsewhere, and may
 /// send requests to this service alone.
@@ -34,7 +38,8 @@ const PAGE_POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style
 
 /// The routes of an API, with its documentation beside them.
 pub fn routes(api: impl OpenApi + Clone, title: &str, description: &str) -> Route {
-    let service = OpenApiService::new(api.clone(), title, env!("CARGO_PKG_VERSION")).description(description);
+    let named = Named(api.clone());
+    let service = OpenApiService::new(named, title, env!("CARGO_PKG_VERSION")).description(description);
     let described = service.spec();
     let document = secured(&schema::closed(&described));
     let page = service
@@ -45,6 +50,58 @@ pub fn routes(api: impl OpenApi + Clone, title: &str, description: &str) -> Rout
     operations(api)
         .at("/openapi.json", answer_with("application/json", document + "\n"))
         .at("/docs", answer_with("text/html; charset=utf-8", page))
+}
+
+/// An API, described with what each of its operations has alike: a name, and headers of its answers.
+struct Named<A>(A);
+
+impl<A: OpenApi> OpenApi for Named<A> {
+    fn meta() -> Vec<MetaApi> {
+        let mut apis = A::meta();
+        let paths = apis.iter_mut().flat_map(|api| &mut api.paths);
+        for (path, operation) in paths.flat_map(|path| path.operations.iter_mut().map(|o| (&path.path, o))) {
+            // poem-openapi wants a text that lives for ever. They are few, and made once.
+            operation.operation_id = Some(operation_id(&operation.method, path).leak());
+            for response in &mut operation.responses.responses {
+                add_header(&mut response.headers, REQUEST_ID);
+                add_header(&mut response.headers, NO_STORE);
+            }
+        }
+        apis
+    }
+
+    fn register(registry: &mut Registry) {
+        A::register(registry);
+    }
+
+    fn add_routes(self, routes: &mut HashMap<String, HashMap<Method, BoxEndpoint<'static>>>) {
+        self.0.add_routes(routes);
+    }
+}
+
+/// The name by which generated clients call an operation: `getPersonByCpfIncomeById`.
+fn operation_id(method: &Method, path: &str) -> String {
+    let mut id = method.as_str().to_lowercase();
+    for part in path.split('/').filter(|part| !part.is_empty()) {
+        let name = part.trim_matches(['{', '}']);
+        let by = if name.len() < part.len() { "By" } else { "" };
+        let (first, rest) = name.split_at(1);
+        id += by;
+        id += &first.to_uppercase();
+        id += rest;
+    }
+    id
+}
+
+/// What every answer says of itself.
+const REQUEST_ID: (&str, &str) = ("X-Request-Id", "Names the request in the service's log.");
+const NO_STORE: (&str, &str) = ("Cache-Control", "`no-store`.");
+
+/// Adds a header, unless it is described already.
+fn add_header(headers: &mut Vec<MetaHeader>, (name, description): (&str, &str)) {
+    if headers.iter().all(|header| header.name != name) {
+        headers.push(text_header(name, description));
+    }
 }
 
 /// The document, with the keys that a program may ask for. poem-openapi knows a scheme only together with a
@@ -73,6 +130,8 @@ fn answer_with(media_type: &'static str, text: String) -> BoxEndpoint<'static, R
             .content_type(media_type)
             .header(header::CONTENT_SECURITY_POLICY, PAGE_POLICY)
             .header(header::X_CONTENT_TYPE_OPTIONS, "nosniff")
+            .header(header::CACHE_CONTROL, "max-age=300")
+            .extension(Shared)
             .body(text.clone())
     });
     only("GET, HEAD", RouteMethod::new().get(answer))
@@ -111,7 +170,7 @@ fn shape(path: &str) -> String {
 }
 
 /// Adds `Allow` to the answer to other methods, which poem leaves out.
-fn only(
+pub(crate) fn only(
     allowed: &str,
     methods: impl IntoEndpoint<Endpoint: Endpoint<Output = Response> + 'static>,
 ) -> BoxEndpoint<'static, Response> {

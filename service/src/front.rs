@@ -11,6 +11,7 @@ mod observe;
 mod request_id;
 mod server;
 mod stream;
+mod unsent;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -27,6 +28,7 @@ pub use self::{
     keys::{KeyArgs, Keys},
     limits::{LimitArgs, Room},
     observe::guarded,
+    unsent::Shared,
 };
 use crate::config::SettingError;
 

@@ -8,8 +8,12 @@ use std::{
 
 use anyhow::{Context, bail};
 use metrics_exporter_prometheus::PrometheusHandle;
-use poem::{IntoResponse, Response, Route, get, handler, http::StatusCode, web::Data};
+use poem::{
+    Endpoint, IntoEndpoint, IntoResponse, Response, Route, get, handler, http::StatusCode, web::Data,
+};
 use serde_json::json;
+
+use crate::documentation::only;
 
 /// What operators ask, and what is answered whatever else is refused.
 pub(crate) const PATHS: [&str; 3] = [LIVE, READY, METRICS];
@@ -67,10 +71,16 @@ impl Health {
     pub fn add_to(&self, routes: Route, metrics: Option<PrometheusHandle>) -> Route {
         use poem::EndpointExt;
         routes
-            .at(LIVE, get(answer_live))
-            .at(READY, get(answer_ready).data(self.clone()))
-            .at(METRICS, get(answer_metrics).data(metrics))
+            .at(LIVE, read_only(get(answer_live)))
+            .at(READY, read_only(get(answer_ready).data(self.clone())))
+            .at(METRICS, read_only(get(answer_metrics).data(metrics)))
     }
+}
+
+fn read_only(
+    methods: impl IntoEndpoint<Endpoint: Endpoint<Output = Response> + 'static>,
+) -> impl Endpoint<Output = Response> {
+    only("GET, HEAD", methods)
 }
 
 /// One part of a program's health.

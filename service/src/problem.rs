@@ -12,8 +12,8 @@ use poem::{
 use serde::Serialize;
 
 pub use self::kind::{
-    ANYWHERE, INCOMPLETE_BODY, INTERNAL, INVALID_FIELDS, Kind, OVERLOADED, SLOW_BODY, SLOW_HEAD, TOO_LARGE,
-    TOO_MANY_CONNECTIONS, UNAUTHORIZED, UNAVAILABLE,
+    ANYWHERE, HEAD_TOO_LARGE, INCOMPLETE_BODY, INTERNAL, INVALID_FIELDS, Kind, MALFORMED_REQUEST, OVERLOADED,
+    SLOW_BODY, SLOW_HEAD, TOO_LARGE, TOO_MANY_CONNECTIONS, UNAUTHORIZED, UNAVAILABLE,
 };
 
 /// What the body of a problem is.
@@ -133,19 +133,9 @@ impl Problem {
 }
 
 impl Problem {
-    fn body(&self) -> String {
+    /// The body.
+    pub(crate) fn body(&self) -> String {
         serde_json::to_string(self).unwrap_or_default() + "\n"
-    }
-
-    /// As bytes of HTTP/1.1, for where no request is there to be answered; ends the connection.
-    pub(crate) fn raw(&self) -> Vec<u8> {
-        let (status, body) = (self.status, self.body());
-        let length = body.len();
-        format!(
-            "HTTP/1.1 {status}\r\ncontent-type: {MEDIA_TYPE}\r\ncontent-length: {length}\r\n\
-             connection: close\r\n\r\n{body}"
-        )
-        .into_bytes()
     }
 }
 

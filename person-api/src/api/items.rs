@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use poem::Request;
 use poem_openapi::OpenApi;
-use service::documentation::{Answer, Failure, Sent};
+use service::documentation::{Answer, Failure, Held, Sent};
 
 use super::Api;
 use crate::{
@@ -36,14 +36,15 @@ impl<K: ItemKind> Items<K> {
         &self,
         request: &Request,
         cpf: Sent<PathCpf>,
+        #[oai(name = "If-Match")] if_match: Sent<IfMatch>,
         #[oai(name = "Idempotency-Key")] key: Sent<IdempotencyKey>,
         body: Body<NewItemBody<K>>,
     ) -> Result<Answer<Created>, Failure<AddItem>> {
-        let (cpf, new, key) = Item::parse_new(K::KIND, cpf, key, &body.0)?;
-        let place = format!("{}/{}", answer::location(cpf), K::KIND);
+        let (whose, new, key) = Item::parse_new(request, K::KIND, cpf, (if_match, key), &body.0)?;
+        let place = format!("{}/{}", answer::location(whose.0), K::KIND);
         let keyed = key.map(|key| key.of(request, place.clone(), &body.0));
         let (store, location) = (self.0.store.clone(), place.clone());
-        let added = self.0.write(async move { store.add_item(K::SQL, cpf, new, place, keyed).await });
+        let added = self.0.write(async move { store.add_item(K::SQL, whose, new, place, keyed).await });
         match added.await?? {
             Added::Stored(written) => Ok(answer::created(&written, format!("{location}/{}", written.id))),
             Added::Before(answer) => Ok(answer::again(answer)),
@@ -62,10 +63,11 @@ impl<K: ItemKind> Items<K> {
         cpf: Sent<PathCpf>,
         limit: Sent<Limit>,
         after: Sent<After>,
+        #[oai(name = "If-None-Match")] _held: Sent<Held>,
     ) -> Result<Answer<List<K>>, Failure<ReadPerson>> {
         let (cpf, page) = Page::parse(request, cpf, limit, after)?;
         let listed = self.0.store.items(K::SQL, cpf, page).await?.ok_or(Refused::UnknownPerson)?;
-        Ok(answer::list(cpf, page, &listed))
+        Ok(answer::list(request, cpf, page, &listed)?)
     }
 
     /// Read an item
@@ -74,11 +76,13 @@ impl<K: ItemKind> Items<K> {
     #[oai(path = "/:id", method = "get")]
     async fn read(
         &self,
+        request: &Request,
         cpf: Sent<PathCpf>,
         id: Sent<ItemId>,
+        #[oai(name = "If-None-Match")] _held: Sent<Held>,
     ) -> Result<Answer<answer::Item<K>>, Failure<ReadItem>> {
-        let ((cpf, id), _) = request::item(cpf, id, None)?;
-        Ok(answer::item(self.0.store.item(K::SQL, cpf, id).await??))
+        let ((cpf, id), _) = request::item(request, cpf, id, None)?;
+        Ok(answer::item(request, self.0.store.item(K::SQL, cpf, id).await??)?)
     }
 
     /// Replace an item
@@ -88,12 +92,13 @@ impl<K: ItemKind> Items<K> {
     #[oai(path = "/:id", method = "put")]
     async fn change(
         &self,
+        request: &Request,
         cpf: Sent<PathCpf>,
         id: Sent<ItemId>,
         #[oai(name = "If-Match")] if_match: Sent<IfMatch>,
         body: Body<NewItemBody<K>>,
     ) -> Result<Answer<Changed>, Failure<ChangeItem>> {
-        let (place, states, item) = Item::parse(K::KIND, (cpf, id), if_match, &body.0)?;
+        let (place, states, item) = Item::parse(request, K::KIND, (cpf, id), if_match, &body.0)?;
         let store = self.0.store.clone();
         let change = self.0.write(async move { store.change_item(K::SQL, place, states, item).await });
         Ok(answer::changed(&change.await???))
@@ -105,11 +110,12 @@ impl<K: ItemKind> Items<K> {
     #[oai(path = "/:id", method = "delete")]
     async fn delete(
         &self,
+        request: &Request,
         cpf: Sent<PathCpf>,
         id: Sent<ItemId>,
         #[oai(name = "If-Match")] if_match: Sent<IfMatch>,
     ) -> Result<Answer<Deleted>, Failure<DeleteItem>> {
-        let (place, states) = request::item(cpf, id, Some(if_match))?;
+        let (place, states) = request::item(request, cpf, id, Some(if_match))?;
         let store = self.0.store.clone();
         let deleted = self.0.write(async move { store.delete_item(K::SQL, place, states).await });
         let (Change::Changed(written) | Change::Unchanged(written)) = deleted.await???;

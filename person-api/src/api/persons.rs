@@ -2,7 +2,7 @@
 
 use poem::Request;
 use poem_openapi::OpenApi;
-use service::documentation::{Answer, Failure, Sent};
+use service::documentation::{Answer, Failure, Held, Sent};
 
 use super::Api;
 use crate::{
@@ -29,7 +29,7 @@ impl Persons {
         #[oai(name = "Idempotency-Key")] key: Sent<IdempotencyKey>,
         body: Body<NewPersonBody>,
     ) -> Result<Answer<Created>, Failure<AddPerson>> {
-        let (new, key) = NewPerson::parse(self.0.cpf_check, key, &body.0)?;
+        let (new, key) = NewPerson::parse(request, self.0.cpf_check, key, &body.0)?;
         let location = answer::location(new.cpf);
         let keyed = key.map(|key| key.of(request, "/person".to_owned(), &body.0));
         let store = self.0.store.clone();
@@ -44,10 +44,15 @@ impl Persons {
     ///
     /// At most 1,000 of each kind; `truncated` names the lists that have more, which are read page by page.
     #[oai(path = "/person/:cpf", method = "get")]
-    async fn read(&self, cpf: Sent<PathCpf>) -> Result<Answer<Person>, Failure<ReadPerson>> {
-        let (cpf, _) = request::person(cpf, None)?;
+    async fn read(
+        &self,
+        request: &Request,
+        cpf: Sent<PathCpf>,
+        #[oai(name = "If-None-Match")] _held: Sent<Held>,
+    ) -> Result<Answer<Person>, Failure<ReadPerson>> {
+        let (cpf, _) = request::person(request, cpf, None)?;
         let found = self.0.store.person(cpf).await?.ok_or(Refused::UnknownPerson)?;
-        Ok(answer::person(found))
+        Ok(answer::person(request, found)?)
     }
 
     /// Change a person
@@ -57,11 +62,12 @@ impl Persons {
     #[oai(path = "/person/:cpf", method = "patch")]
     async fn change(
         &self,
+        request: &Request,
         cpf: Sent<PathCpf>,
         #[oai(name = "If-Match")] if_match: Sent<IfMatch>,
         body: Body<PatchBody>,
     ) -> Result<Answer<Changed>, Failure<ChangePerson>> {
-        let (cpf, states, patch) = request::patch(cpf, if_match, &body.0)?;
+        let (cpf, states, patch) = request::patch(request, cpf, if_match, &body.0)?;
         let store = self.0.store.clone();
         let change = self.0.write(async move { store.change_person(cpf, states, patch).await }).await???;
         Ok(answer::changed(&change))
@@ -75,10 +81,11 @@ impl Persons {
     #[oai(path = "/person/:cpf", method = "delete")]
     async fn delete(
         &self,
+        request: &Request,
         cpf: Sent<PathCpf>,
         #[oai(name = "If-Match")] if_match: Sent<IfMatch>,
     ) -> Result<Answer<Deleted>, Failure<DeletePerson>> {
-        let (cpf, states) = request::person(cpf, Some(if_match))?;
+        let (cpf, states) = request::person(request, cpf, Some(if_match))?;
         let store = self.0.store.clone();
         let written = self.0.write(async move { store.delete_person(cpf, states).await }).await???;
         Ok(answer::deleted(&written))

@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use poem::{Body as Stream, Request, RequestBody};
+use poem::{Body as Stream, Request, RequestBody, http::header};
 use poem_openapi::{
     ApiExtractor, ApiExtractorType, ExtractParamOptions,
     registry::{MetaMediaType, MetaRequest, Registry},
@@ -13,7 +13,7 @@ use service::{
     problem::Problem,
 };
 
-use crate::problems::UNSUPPORTED_MEDIA_TYPE;
+use crate::problems::{UNSUPPORTED_CODING, UNSUPPORTED_MEDIA_TYPE};
 
 /// What may be sent as a body.
 pub(crate) trait Sendable: Described {
@@ -54,7 +54,14 @@ impl<'a, T: Sendable> ApiExtractor<'a> for Body<T> {
 async fn read(request: &Request, body: Stream, media_types: &[&str]) -> Result<Vec<u8>, Problem> {
     let media_type = request.content_type().and_then(|value| value.split(';').next()).unwrap_or_default();
     if !media_types.iter().any(|known| media_type.trim().eq_ignore_ascii_case(known)) {
-        return Err(UNSUPPORTED_MEDIA_TYPE.problem());
+        return Err(UNSUPPORTED_MEDIA_TYPE.saying(format!(
+            "Send the body as `Content-Type: {}`.",
+            media_types.join("` or `Content-Type: ")
+        )));
+    }
+    let coded = request.headers().get_all(header::CONTENT_ENCODING).iter();
+    if coded.into_iter().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity")) {
+        return Err(UNSUPPORTED_CODING.problem());
     }
     read_body(request, body).await.map(Vec::from)
 }

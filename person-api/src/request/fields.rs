@@ -2,13 +2,14 @@
 
 use std::{borrow::Cow, fmt::Write};
 
+use poem::Request;
 use serde::{
     Deserialize, Deserializer,
     de::{MapAccess, Visitor},
 };
 use serde_json::value::RawValue;
 use service::{
-    documentation::Sent,
+    documentation::{Sent, only_query},
     problem::{FieldError, Problem},
 };
 
@@ -29,6 +30,9 @@ impl<'a> Fields<'a> {
     /// they are skipped without recursion, so that depth costs nothing.
     pub(super) fn read(body: &'a [u8]) -> Result<Self, Problem> {
         let text = std::str::from_utf8(body).map_err(|_| malformed("It is not UTF-8."))?;
+        if text.trim().is_empty() {
+            return Err(malformed("It is empty."));
+        }
         let value: &RawValue = serde_json::from_str(text).map_err(|error| not_json(&error))?;
         if !value.get().starts_with('{') {
             return Err(Problem::invalid(vec![FieldError {
@@ -46,9 +50,10 @@ impl<'a> Fields<'a> {
         Self { rest: Vec::new(), errors: Vec::new() }
     }
 
-    /// What else may be wrong with a request.
-    pub(super) fn query(&mut self, check: impl FnOnce(&mut Vec<FieldError>)) {
-        check(&mut self.errors);
+    /// The parameters of the query that there may be. Any other is refused: to ignore one would be to do
+    /// something else than what was asked for.
+    pub(super) fn query(&mut self, request: &Request, known: &[&str]) {
+        only_query(request, known, &mut self.errors);
     }
 
     /// A field that must be there and follow its rule. `None` stands for an error that is kept.

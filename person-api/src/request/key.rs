@@ -44,11 +44,11 @@ impl Parameter for IdempotencyKey {
         const VISIBLE: &str = r"[!#-\[\]-~]{1,255}";
         MetaSchema {
             pattern: Some(format!(r#"^("{VISIBLE}"|{VISIBLE})$"#)),
-            example: Some("\"8e03978e-40d5-43dd-bc93-6894a57f9324\"".into()),
             ..text(
-                "Makes it safe to send the request again: with the same key and the same body, byte for byte, the \
-                 first answer comes again and nothing is written. Take a new one for each new record, a UUID for \
-                 example. Remembered for 24 hours, or until the person is deleted.",
+                "Makes it safe to send the request again: with the same key, path and body, byte for byte, the first \
+                 answer comes again and nothing is written. Take a new one for each new record: a UUID, or any 1 to \
+                 255 visible ASCII characters without quotation marks and backslashes; in quotation marks or not, \
+                 it is the same key. Remembered for 24 hours, or until the person is deleted.",
             )
         }
     }

@@ -79,6 +79,9 @@ impl Parameter for After {
     }
 
     fn schema() -> MetaSchema {
-        formatted("uuid", "Only what came after the item with this id. `next` has it.")
+        formatted(
+            "uuid",
+            "Only what came after the item with this id, whether it is still there or not. `next` has it.",
+        )
     }
 }

@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 
-use chrono::{DateTime, Datelike, NaiveDate, NaiveTime, Utc};
+use chrono::{DateTime, Datelike, NaiveDate, NaiveTime, TimeDelta, Timelike, Utc};
 use events::{Cpf, Status};
 use rust_decimal::Decimal;
 use serde_json::value::RawValue;
@@ -22,17 +22,26 @@ fn string(raw: &RawValue) -> Parsed<String> {
 /// stores no NUL at all.
 pub(super) fn text(raw: &RawValue, max: usize) -> Parsed<String> {
     let text = string(raw)?;
-    if text.chars().any(char::is_control) {
-        return Err("must not contain control characters".into());
+    if text.chars().any(|c| c.is_control() || LINE_ENDS.contains(&c)) {
+        return Err("must not contain control characters or line breaks".into());
     }
-    if text.trim().is_empty() {
-        return Err("must not be empty".into());
+    if text.chars().all(|c| c.is_whitespace() || INVISIBLE.contains(&c)) {
+        return Err("must not be blank".into());
     }
     if text.chars().count() > max {
         return Err(format!("must not be longer than {max} characters").into());
     }
     Ok(text)
 }
+
+/// What ends a line and is no control character.
+pub(crate) const LINE_ENDS: [char; 2] = ['\u{2028}', '\u{2029}'];
+
+/// What shows nothing by itself and is no white space: soft hyphens, joiners, marks of direction.
+pub(crate) const INVISIBLE: [char; 12] = [
+    '\u{ad}', '\u{180e}', '\u{200b}', '\u{200c}', '\u{200d}', '\u{200e}', '\u{200f}', '\u{2060}', '\u{2800}',
+    '\u{3164}', '\u{fe0f}', '\u{feff}',
+];
 
 /// Null, or what follows the rule.
 pub(super) fn nullable<T>(
@@ -66,7 +75,13 @@ pub(super) fn date_of_birth(raw: &RawValue) -> Parsed<DateTime<Utc>> {
     } else {
         DateTime::parse_from_rfc3339(&text).ok().map(|time| time.to_utc())
     };
-    let time = time.ok_or(FORM)?;
+    let mut time = time.ok_or(FORM)?;
+    if time.nanosecond() >= 1_000_000_000 {
+        // A leap second. There are none but at the end of a UTC day, and PostgreSQL stores the one after it: it
+        // has to be looked at as that.
+        time = Some(time).filter(|time| (time.hour(), time.minute()) == (23, 59)).ok_or(FORM)?;
+        time += TimeDelta::seconds(1);
+    }
     // In UTC, as it is stored and published: other years have no spelling in RFC 3339.
     if (1..=9999).contains(&time.year()) {
         Ok(time)
@@ -192,6 +207,9 @@ mod tests {
             "2020-02-29",
             "2019-02-29",
             "2016-12-31T23:59:60Z",
+            "2016-12-31T20:59:60.5-03:00",
+            "2016-12-31T12:00:60Z",
+            "9999-12-31T23:59:60Z",
             "0001-01-01",
             "0001-01-01T00:00:00+00:01",
             "0000-12-31",

@@ -13,8 +13,9 @@ use super::{Refused, StoreError, Written, bounded, describe};
 
 /// How long an answer is kept at least, in PostgreSQL's words.
 const KEPT: &str = "24 hours";
-/// How often those that are older are looked for.
+/// How often those that are older are looked for; the first time soon.
 const INTERVAL: Duration = Duration::from_mins(1);
+const SOON: Duration = Duration::from_secs(2);
 /// How many of them are removed at a time.
 const BATCH: i64 = 1000;
 
@@ -118,7 +119,9 @@ impl Keyed {
 
 /// Removes what is older than a day, until `stop`.
 pub async fn clean(pool: PgPool, stop: CancellationToken) {
-    while stop.run_until_cancelled(tokio::time::sleep(INTERVAL)).await.is_some() {
+    let mut pause = SOON;
+    while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
+        pause = INTERVAL;
         match remove_old(&pool).await {
             Ok(0) => {}
             Ok(removed) => tracing::info!(removed, "kept answers were removed"),

@@ -90,7 +90,10 @@ macro_rules! item_sql {
 WITH target AS MATERIALIZED (
     SELECT id, version, status FROM person.person WHERE cpf = $1 FOR UPDATE
 ), next AS MATERIALIZED (
-    SELECT id AS person_id, version + 1 AS version, outbox.uuid7() AS id FROM target WHERE status = 'active'
+    SELECT id AS person_id, version + 1 AS version, outbox.uuid7() AS id FROM target
+    WHERE status = 'active' AND ",
+                super::state_matches!("$9", "$10"),
+                "
 ), claim AS (
     INSERT INTO person.idempotency (caller, route, key, request, person_id, location, etag, body)
     SELECT $3, $4, $5, $6, person_id, replace($7, '{id}', id::text), '\"' || person_id || '.' || version || '\"',
@@ -115,7 +118,9 @@ WITH target AS MATERIALIZED (
 ), ",
                 event!($table, $type, "new"),
                 "
-SELECT target.status = 'active' AS active, item.id, target.id AS person_id, person.version,
+SELECT target.status = 'active' AS active, ",
+                super::state_matches!("$9", "$10"),
+                " AS matches, item.id, target.id AS person_id, person.version,
        1 / ((SELECT count(*) FROM event) = (SELECT count(*) FROM person))::int AS whole
 FROM target LEFT JOIN person ON true LEFT JOIN item ON true"
             ),
@@ -207,14 +212,14 @@ FROM person.person WHERE cpf = $1"
 pub(crate) const INCOME: ItemSql = item_sql!(
     "income",
     "type, ",
-    "$9, ",
+    "$11, ",
     "type = $6, ",
     "(stored.value, stored.type) IS DISTINCT FROM ($5, $6)"
 );
 pub(crate) const ASSET: ItemSql = item_sql!(
     "asset",
     "type, ",
-    "$9, ",
+    "$11, ",
     "type = $6, ",
     "(stored.value, stored.type) IS DISTINCT FROM ($5, $6)"
 );
@@ -235,8 +240,8 @@ pub(crate) struct Listed {
     pub(crate) body: String,
 }
 
-/// Whether the person is active; the item, whose, and the version that contains it.
-type Inserted = Option<(bool, Option<Uuid>, Uuid, Option<i64>, i32)>;
+/// Whether the person is active; whether it is a state that was meant; the item, whose, and the version that contains it.
+type Inserted = Option<(bool, bool, Option<Uuid>, Uuid, Option<i64>, i32)>;
 /// The person and their version; the item; whether it is a state that was meant; the version after.
 type Outcome = Option<(Uuid, i64, Option<Uuid>, bool, Option<i64>, i32)>;
 
@@ -245,7 +250,7 @@ impl Store {
     pub(crate) async fn add_item(
         &self,
         sql: &'static ItemSql,
-        cpf: Cpf,
+        (cpf, states): (Cpf, States),
         new: Item,
         place: String,
         keyed: Option<Keyed>,
@@ -255,17 +260,20 @@ impl Store {
             return Ok(kept);
         }
         let insert = sqlx::query_as(sql.add).bind(cpf.get()).bind(new.value);
-        let mut insert = Keyed::bind(keyed.as_ref(), insert, place + "/{id}");
+        let (ids, versions) = states.columns();
+        let mut insert = Keyed::bind(keyed.as_ref(), insert, place + "/{id}").bind(ids).bind(versions);
         if let Some(type_) = new.type_ {
             insert = insert.bind(type_);
         }
         let row: Inserted = bounded(insert.fetch_optional(&mut *conn)).await?;
         let refused = match row {
-            Some((_, Some(id), person_id, Some(version), _)) => {
+            Some((_, _, Some(id), person_id, Some(version), _)) => {
                 return Ok(Added::Stored(Written { id, person_id, version }));
             }
             None => Refused::UnknownPerson,
             Some((false, ..)) => Refused::Inactive,
+            // Or it is the state that this request itself has left, when it came before.
+            Some((_, false, ..)) => Refused::OtherState,
             // Its key was taken meanwhile: the answer is there.
             Some(_) => Refused::KeyReused,
         };

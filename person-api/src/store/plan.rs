@@ -44,14 +44,14 @@ async fn statements_use_indexes_only() {
         (
             "add an income",
             INCOME.add,
-            "bigint, numeric, text, text, text, bytea, text, text, text",
-            "1, 2, 'c', '/', 'k', '', '', '', 't'",
+            "bigint, numeric, text, text, text, bytea, text, text, uuid[], bigint[], text",
+            "1, 2, 'c', '/', 'k', '', '', '', NULL, NULL, 't'",
         ),
         (
             "add a debt",
             DEBT.add,
-            "bigint, numeric, text, text, text, bytea, text, text",
-            "1, 2, 'c', '/', 'k', '', '', ''",
+            "bigint, numeric, text, text, text, bytea, text, text, uuid[], bigint[]",
+            "1, 2, 'c', '/', 'k', '', '', '', NULL, NULL",
         ),
         (
             "change an income",

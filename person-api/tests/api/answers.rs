@@ -71,22 +71,35 @@ async fn a_long_list_is_cut_and_says_so() {
     let database = Database::new().await;
     let app = database.app();
     app.create("/person", PERSON).await;
-    // One more than the limit of debts, exactly the limit of assets.
     sqlx::raw_sql(
-        "INSERT INTO person.debt (id, person_id, value)
-         SELECT outbox.uuid7(), id, n FROM person.person, generate_series(1, 1001) n;
+        "INSERT INTO person.income (id, person_id, type, value)
+         SELECT outbox.uuid7(), id, 't', n FROM person.person, generate_series(1, 1000) n;
          INSERT INTO person.asset (id, person_id, type, value)
-         SELECT outbox.uuid7(), id, 't', n FROM person.person, generate_series(1, 1000) n",
+         SELECT outbox.uuid7(), id, 't', n FROM person.person, generate_series(1, 1000) n;
+         INSERT INTO person.debt (id, person_id, value)
+         SELECT outbox.uuid7(), id, n FROM person.person, generate_series(1, 1000) n",
     )
     .execute(&database.admin)
     .await
     .unwrap();
-    let response = app.call(raw_request(Method::GET, "/person/11111", None, "")).await;
-    let body: serde_json::Value =
-        serde_json::from_slice(&response.into_body().into_vec().await.unwrap()).unwrap();
-    assert_eq!(body["truncated"], serde_json::json!(["debts"]));
-    assert_eq!(body["debts"].as_array().unwrap().len(), 1000);
-    assert_eq!(body["assets"].as_array().unwrap().len(), 1000);
+    let mut cut = Vec::new();
+    for one_more in [None, Some("debt"), Some("income"), Some("asset")] {
+        if let Some(kind) = one_more {
+            let body = if kind == "debt" { DEBT } else { INCOME };
+            app.create(&format!("/person/11111/{kind}"), body).await;
+            cut.push(format!("{kind}s"));
+        }
+        let response = app.call(raw_request(Method::GET, "/person/11111", None, "")).await;
+        let body: serde_json::Value =
+            serde_json::from_slice(&response.into_body().into_vec().await.unwrap()).unwrap();
+        let mut said: Vec<String> = serde_json::from_value(body["truncated"].clone()).unwrap();
+        said.sort_unstable();
+        cut.sort_unstable();
+        assert_eq!(said, cut);
+        for list in ["incomes", "assets", "debts"] {
+            assert_eq!(body[list].as_array().unwrap().len(), 1000, "{list}");
+        }
+    }
 }
 
 #[tokio::test]

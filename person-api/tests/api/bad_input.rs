@@ -2,7 +2,7 @@
 
 use poem::{Request, http::Method};
 
-use crate::support::{Database, exchange, post, raw_request};
+use crate::support::{Database, exchange, post, raw_request, with};
 
 const PERSON: &str = r#"{"cpf": 11111, "name": "abc", "address": "abc", "date_of_birth": "2019-06-15"}"#;
 
@@ -111,6 +111,11 @@ async fn values_against_their_rules() {
         ("an enormous exponent", value("1e999999999")),
         ("an empty name", person("name", "\"\"")),
         ("a blank name", person("name", "\" \\u00a0 \"")),
+        ("a name that shows nothing", person("name", "\"\\u200b\\u2060\\ufeff\"")),
+        ("DEL in a name", person("name", "\"a\\u007f\"")),
+        ("a control character of the second set", person("address", "\"a\\u0085b\"")),
+        ("a line separator", person("address", "\"a\\u2028b\"")),
+        ("a tab in a type", post("/person/11111/income", r#"{"type": "a\tb", "value": 1}"#)),
         ("a name that is too long", person("name", &long)),
         ("an address that is too long", person("address", &just)),
         ("NUL in a name", person("name", "\"a\\u0000b\"")),
@@ -123,9 +128,54 @@ async fn values_against_their_rules() {
             person("date_of_birth", "\"9999-12-31T23:59:59-01:00\""),
         ),
         ("a year before the first", person("date_of_birth", "\"0000-12-31\"")),
+        ("a leap second into the year 10000", person("date_of_birth", "\"9999-12-31T23:59:60Z\"")),
+        ("a leap second at noon", person("date_of_birth", "\"2016-12-31T12:00:60Z\"")),
     ])
     .await;
     insta::assert_snapshot!(shown);
+}
+
+/// Where a text may stand, a text of so many characters there, and what it answers then.
+#[tokio::test]
+async fn texts_are_taken_up_to_their_limit_wherever_they_stand() {
+    let database = Database::new().await;
+    let app = database.app();
+    app.create("/person", PERSON).await;
+    let (income, _) = app.create("/person/11111/income", r#"{"type": "t", "value": 1}"#).await;
+    let (asset, _) = app.create("/person/11111/asset", r#"{"type": "t", "value": 1}"#).await;
+    let places = [
+        (Method::POST, "/person", "name", 200),
+        (Method::POST, "/person", "address", 500),
+        (Method::PATCH, "/person/11111", "name", 200),
+        (Method::PATCH, "/person/11111", "address", 500),
+        (Method::POST, "/person/11111/income", "type", 100),
+        (Method::POST, "/person/11111/asset", "type", 100),
+        (Method::PUT, &income, "type", 100),
+        (Method::PUT, &asset, "type", 100),
+    ];
+    for (number, (method, path, field, longest)) in places.into_iter().enumerate() {
+        let send = async |length| {
+            let mut body = match (path, method.as_str()) {
+                ("/person", _) => {
+                    let person =
+                        format!(r#"{{"cpf": {}, "name": "n", "date_of_birth": "2019-06-15"}}"#, number + 1);
+                    serde_json::from_str(&person).unwrap()
+                }
+                (_, "PATCH") => serde_json::json!({}),
+                _ => serde_json::json!({"value": 2}),
+            };
+            body[field] = "é".repeat(length).into();
+            let request = raw_request(method.clone(), path, Some("application/json"), body.to_string());
+            let answer = app.call(request).await;
+            (answer.status().as_u16(), answer.into_body().into_string().await.unwrap())
+        };
+        let (status, answer) = send(longest + 1).await;
+        let said =
+            format!(r##"{{"pointer":"#/{field}","detail":"must not be longer than {longest} characters"}}"##);
+        assert!(status == 422 && answer.contains(&said), "{method} {path} {field}: {status} {answer}");
+        let (status, answer) = send(longest).await;
+        assert!([200, 201].contains(&status), "{method} {path} {field}: {status} {answer}");
+    }
 }
 
 #[tokio::test]
@@ -139,6 +189,19 @@ async fn requests_of_the_wrong_kind_or_size() {
             "nearly JSON",
             raw_request(Method::POST, "/person/11111/debt", Some("application/jsonp"), r#"{"value": 1}"#),
         ),
+        (
+            "nearly JSON, of a patch",
+            raw_request(Method::PATCH, "/person/11111", Some("text/json"), r#"{"name": "b"}"#),
+        ),
+        ("packed", with(post("/person/11111/debt", r#"{"value": 1}"#), "content-encoding", "gzip")),
+        ("a query", post("/person/11111/debt?value=1", r#"{"value": 1}"#)),
+        ("a query of a new person", post("/person?dry_run=true", PERSON.replace("11111", "22222"))),
+        (
+            "a query of a patch",
+            raw_request(Method::PATCH, "/person/11111?x", Some("application/json"), r#"{"name": "b"}"#),
+        ),
+        ("a query of a deletion", raw_request(Method::DELETE, "/person/11111?after=2", None, "")),
+        ("a query of a read", raw_request(Method::GET, "/person/11111?fields=name", None, "")),
         ("too large", post("/person/11111/debt", large)),
         ("just not too large", post("/person/11111/debt", fits)),
     ])

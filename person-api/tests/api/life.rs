@@ -118,7 +118,7 @@ async fn what_is_refused_changes_nothing() {
     let before = database.rows().await;
     let nowhere = "/person/11111/income/0198c0de-0000-7000-8000-000000000001";
     let mut shown = String::new();
-    for (name, request) in [
+    for (name, request) in vec![
         ("nobody to change", raw_request(Method::PATCH, "/person/9", Some("application/json"), "{}")),
         ("nobody to delete", plain(Method::DELETE, "/person/9")),
         ("no such item", put(nowhere, INCOME)),
@@ -141,7 +141,16 @@ async fn what_is_refused_changes_nothing() {
         ("another life", with(plain(Method::DELETE, "/person/11111"), "if-match", &other)),
         ("what is no state", with(plain(Method::DELETE, "/person/11111"), "if-match", "\"1\"")),
         ("a weak one", with(plain(Method::DELETE, "/person/11111"), "if-match", &format!("W/{now}"))),
-        ("twice", with(with(plain(Method::DELETE, "/person/11111"), "if-match", &now), "if-match", &now)),
+        (
+            "in two lines, none of them right",
+            with(with(plain(Method::DELETE, "/person/11111"), "if-match", &first), "if-match", &other),
+        ),
+        ("no tag", with(plain(Method::DELETE, "/person/11111"), "if-match", "first")),
+        ("somebody was faster: add", with(post("/person/11111/income", INCOME), "if-match", &first)),
+        ("another life: add", with(post("/person/11111/debt", DEBT), "if-match", &other)),
+        ("another life: patch", with(patch(r#"{"name": "b"}"#), "if-match", &other)),
+        ("another life: put", with(put(&income, r#"{"type": "t", "value": 2}"#), "if-match", &other)),
+        ("another life: delete an item", with(plain(Method::DELETE, &income), "if-match", &other)),
         (
             "all wrong at once",
             with(
@@ -165,9 +174,57 @@ async fn what_is_refused_changes_nothing() {
         assert_eq!(database.rows().await, before, "{name}: something was written");
     }
     insta::assert_snapshot!(Redactions::default().apply(&shown));
-    for (token, path) in [(format!("{other}, {now}"), income.as_str()), ("*".to_owned(), "/person/11111")] {
-        let deleted = app.call(with(plain(Method::DELETE, path), "if-match", &token)).await;
-        assert_eq!(deleted.status().as_u16(), 200, "{token}");
+    for (tokens, path) in [([&*other, &now], income.as_str()), (["*", ""], "/person/11111")] {
+        let request = with(plain(Method::DELETE, path), "if-match", tokens[0]);
+        let request = if tokens[1].is_empty() { request } else { with(request, "if-match", tokens[1]) };
+        assert_eq!(app.call(request).await.status().as_u16(), 200, "{tokens:?}");
+    }
+}
+
+/// An item may be added to one state alone; sent again under its key it finds its own answer, although the state
+/// is another one by then, its own.
+#[tokio::test]
+async fn an_item_is_added_to_the_state_that_is_meant() {
+    let database = Database::new().await;
+    let app = database.app();
+    let (_, first) = app.create("/person", PERSON).await;
+    let add = || with(with(post("/person/11111/debt", DEBT), "if-match", &first), "idempotency-key", "k");
+    let mut answers = Vec::new();
+    for request in [add(), add(), with(post("/person/11111/debt", DEBT), "if-match", &first)] {
+        let answer = app.call(request).await;
+        answers.push((answer.status().as_u16(), answer.into_body().into_string().await.unwrap()));
+    }
+    assert_eq!([answers[0].0, answers[1].0, answers[2].0], [201, 201, 412], "{answers:?}");
+    assert_eq!(answers[0], answers[1]);
+    // An inactive person takes no new items, whatever state was meant.
+    app.call(patch(r#"{"status": "inactive"}"#)).await;
+    assert_eq!(
+        app.call(with(post("/person/11111/debt", DEBT), "if-match", &first)).await.status().as_u16(),
+        409
+    );
+}
+
+#[tokio::test]
+async fn a_state_that_the_caller_has_is_not_sent_again() {
+    let database = Database::new().await;
+    let app = database.app();
+    app.create("/person", PERSON).await;
+    let (income, now) = app.create("/person/11111/income", INCOME).await;
+    for path in ["/person/11111", "/person/11111/income", "/person/11111/debt", &income] {
+        for (held, status) in [
+            (&*now, 304),
+            ("*", 304),
+            (&format!("\"a\", {now}"), 304),
+            (&format!("W/{now}"), 304),
+            ("\"a\"", 200),
+        ] {
+            let answer = app.call(with(plain(Method::GET, path), "if-none-match", held)).await;
+            assert_eq!(answer.status().as_u16(), status, "{path} {held}");
+            assert_eq!(answer.headers()["etag"], &*now, "{path} {held}");
+            assert_eq!(answer.headers()["cache-control"], "private, no-cache", "{path} {held}");
+            let body = answer.into_body().into_vec().await.unwrap();
+            assert_eq!(body.is_empty(), status == 304, "{path} {held}");
+        }
     }
 }
 

@@ -6,11 +6,14 @@ use outbox::Waker;
 use person_api::{api::Api, store::Store};
 use poem::http::Method;
 use service::{config::database::pool, front::Gate};
-use tokio::io::AsyncWriteExt;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+};
 
 use crate::{
     outage::{DEBT, PERSON, lock},
-    support::{App, Database, Program, answer, exchange, plain, post, post_request},
+    support::{App, Database, Program, answer, exchange, plain, post, post_request, until},
 };
 
 /// A request without a body, on a connection that stays open.
@@ -45,6 +48,170 @@ async fn a_client_that_is_slow_is_cut_off() {
     };
     tokio::time::timeout(Duration::from_secs(20), cut_off).await.expect("who drips is cut off");
     insta::assert_snapshot!(shown);
+}
+
+/// A client that hardly takes anything: what the program has for it stays with the program.
+async fn reluctant(program: &Program, request: &str) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut stream = socket.connect(program.address).await.unwrap();
+    stream.write_all(request.as_bytes()).await.unwrap();
+    stream
+}
+
+async fn cut(program: &Program, reason: &str) -> bool {
+    program.get("/metrics").await.contains(&format!("http_connections_cut_total{{reason=\"{reason}\"}}"))
+}
+
+#[tokio::test]
+async fn who_takes_an_answer_drop_by_drop_is_cut_off() {
+    let database = Database::new().await;
+    let program = Program::start_with(&database.url(None), &["--answer-timeout", "300ms"]).await;
+    let mut slow = reluctant(&program, &get("/docs").repeat(20)).await;
+    let drops = async {
+        while slow.read(&mut [0; 512]).await.is_ok_and(|read| read > 0) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = drops => {}
+        () = until("it is cut off", async || cut(&program, "slow").await) => {}
+    }
+    assert!(cut(&program, "slow").await);
+    // Who takes what comes may take as much as there is, over a longer time.
+    let mut greedy = program.send(&get("/docs").repeat(20)).await;
+    let (mut taken, page) = (0, program.get("/docs").await.len());
+    while taken < 20 * page {
+        let read = greedy.read(&mut vec![0; 256 * 1024]).await.unwrap();
+        assert!(read > 0, "cut off after {taken} bytes");
+        taken += read;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A person with as many items as an answer shows.
+pub(crate) const FULL: &str = "INSERT INTO person.income (id, person_id, type, value)
+     SELECT outbox.uuid7(), id, repeat('é', 100), 1 FROM person.person, generate_series(1, 1000)";
+
+/// What is kept for those who take nothing is bounded: who has kept it longest makes room for who comes.
+#[tokio::test]
+async fn large_answers_that_nobody_takes_make_room() {
+    let database = Database::new().await;
+    let program = Program::start_with(&database.url(None), &["--answer-timeout", "1h"]).await;
+    program.post("/person", PERSON).await;
+    sqlx::query(FULL).execute(&database.admin).await.unwrap();
+    let full = program.get("/person/11111").await;
+    assert!(full.len() > 200_000, "{}", full.len());
+    let mut crowd = Vec::new();
+    for _ in 0..100 {
+        crowd.push(reluctant(&program, &get("/person/11111").repeat(20)).await);
+    }
+    until("some were cut off", async || cut(&program, "crowded").await).await;
+    // A small answer needs no room, and a large one gets it.
+    assert!(program.get("/person/22222").await.starts_with("HTTP/1.1 404 "));
+    until("who takes it gets it", async || program.get("/person/11111").await == full).await;
+}
+
+/// What is no HTTP, or not enough of it, is told so like everything else.
+#[tokio::test]
+async fn what_is_no_request_is_answered_as_a_problem() {
+    let database = Database::new().await;
+    let program = Program::start(&database.url(None)).await;
+    let mut shown = String::new();
+    let close = "connection: close\r\n\r\n";
+    for (name, request) in [
+        ("a quotation mark", format!("GET /person/1?after=\"x\" HTTP/1.1\r\nhost: person\r\n{close}")),
+        ("no HTTP", "\u{16}\u{3}\u{1}\r\n\r\n".to_owned()),
+        (
+            "two lengths",
+            format!(
+                "POST /person HTTP/1.1\r\nhost: person\r\ncontent-length: 2\r\ncontent-length: 3\r\n{close}{{}}"
+            ),
+        ),
+        ("no host", format!("GET /live HTTP/1.1\r\n{close}")),
+        ("two hosts", format!("GET /live HTTP/1.1\r\nhost: a\r\nhost: b\r\n{close}")),
+        ("no host's name", format!("GET /live HTTP/1.1\r\nhost: a b\r\n{close}")),
+        ("a request, and none behind it", format!("{}nothing\r\n\r\n", get("/person/1"))),
+    ] {
+        shown += &format!("## {name}\n{}\n", answer(program.send(&request).await).await);
+    }
+    insta::assert_snapshot!(shown);
+    let stream = program.send("nothing\r\n\r\n").await;
+    let raw = crate::support::raw_answer(stream).await;
+    assert!(raw.contains("\r\nx-request-id: ") && raw.contains("\r\ndate: "), "{raw}");
+    program.terminate();
+    let (_, log) = program.ended().await;
+    let id = raw.split("x-request-id: ").nth(1).unwrap().split('\r').next().unwrap();
+    let line = log.lines().find(|line| line.contains(id)).expect("it is in the log");
+    for said in ["\"method\":\"none\"", "\"route\":\"none\"", "\"status\":400"] {
+        assert!(line.contains(said), "{line}");
+    }
+}
+
+/// A connection on which some of a body is still to come ends, and says so before.
+#[tokio::test]
+async fn an_answer_before_the_body_says_that_the_connection_ends() {
+    let database = Database::new().await;
+    let program = Program::start(&database.url(None)).await;
+    for (method, path, media_type) in [
+        ("POST", "/person", "text/plain"),
+        ("POST", "/nowhere", "application/json"),
+        ("PUT", "/person", "application/json"),
+        ("GET", "/live", "application/json"),
+    ] {
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: person\r\ncontent-type: {media_type}\r\ncontent-length: 2\r\n\r\n"
+        );
+        let mut stream = program.send(&head).await;
+        let answer = answer_head(&mut stream).await;
+        assert!(answer.contains("\r\nconnection: close\r\n"), "{method} {path}: {answer}");
+    }
+    // Of one that was read, there is a next request.
+    let body = "POST /person HTTP/1.1\r\nhost: person\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n";
+    let mut stream = program.send(body).await;
+    stream.write_all(b"{}").await.unwrap();
+    let answer = answer_head(&mut stream).await;
+    assert!(answer.starts_with("HTTP/1.1 422 ") && !answer.contains("connection:"), "{answer}");
+}
+
+/// The head of the next answer.
+async fn answer_head(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.unwrap());
+    }
+    String::from_utf8(head).unwrap()
+}
+
+/// A request that begins while another one is worked for has no longer than any other.
+#[tokio::test]
+async fn half_a_head_behind_a_request_is_cut_off() {
+    let database = Database::new().await;
+    let program = Program::start_with(&database.url(None), &["--header-timeout", "100ms"]).await;
+    program.post("/person", PERSON).await;
+    let holder = lock(&database).await;
+    let kept = post_request("/person/11111/debt", DEBT).replace("connection: close\r\n", "");
+    let mut stream = program.send(&kept).await;
+    database.until_blocked(1).await;
+    stream.write_all(b"GET /li").await.unwrap();
+    holder.rollback().await.unwrap();
+    let answers = answer(stream).await;
+    assert!(answers.starts_with("HTTP/1.1 201 ") && answers.contains("HTTP/1.1 408 "), "{answers}");
+}
+
+#[tokio::test]
+async fn the_program_has_as_many_requests_in_flight_as_it_is_told() {
+    let database = Database::new().await;
+    let program = Program::start_with(&database.url(None), &["--max-in-flight", "1"]).await;
+    program.post("/person", PERSON).await;
+    let holder = lock(&database).await;
+    let working = program.send(&post_request("/person/11111/debt", DEBT)).await;
+    database.until_blocked(1).await;
+    let refused = program.get("/person/11111").await;
+    assert!(refused.starts_with("HTTP/1.1 503 ") && refused.contains("\nretry-after: 1\n"), "{refused}");
+    assert!(refused.contains("/problems/overloaded"), "{refused}");
+    holder.rollback().await.unwrap();
+    assert!(answer(working).await.starts_with("HTTP/1.1 201 "));
 }
 
 #[tokio::test]

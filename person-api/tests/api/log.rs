@@ -21,7 +21,7 @@ async fn a_request_is_one_line_with_the_fields_of_the_document() {
     program.post("/person", PERSON).await;
     let trace = "0af7651916cd43dd8448eb211c80319c";
     let request = format!(
-        "GET /person/11111?x=1 HTTP/1.1\r\nhost: person\r\nconnection: close\r\nx-request-id: the-client's\r\n\
+        "GET /person/11111/debt?limit=1 HTTP/1.1\r\nhost: person\r\nconnection: close\r\nx-request-id: the-client's\r\n\
          traceparent: 00-{trace}-b7ad6b7169203331-01\r\n\r\n"
     );
     let mut answer = String::new();

@@ -118,8 +118,13 @@ async fn health_and_metrics_of_the_running_program() {
     let program = Program::start(&database.url(None)).await;
     until("it is ready", async || program.get("/ready").await.contains("\"ready\":true")).await;
     let address = program.address.to_string();
-    let (code, out, _) = finished(&mut command(&["health", "--listen", &address])).await;
-    assert_eq!((code, out.as_str()), (Some(0), "{\"ready\":true,\"waiting\":[]}\n"));
+    let (code, out, error) = finished(&mut command(&["health", "--listen", &address])).await;
+    assert_eq!((code, &*out, &*error), (Some(0), "{\"ready\":true,\"waiting\":[]}\n", ""));
+    // None of them takes anything, and they say so.
+    for path in ["/live", "/ready", "/metrics"] {
+        let answer = program.post(path, "{}").await;
+        assert!(answer.starts_with("HTTP/1.1 405 ") && answer.contains("\nallow: GET, HEAD\n"), "{answer}");
+    }
 
     program.post("/person", r#"{"cpf": 11111, "name": "abc", "date_of_birth": "2019-06-15"}"#).await;
     program.post("/person/11111/debt", r#"{"value": 1}"#).await;
@@ -140,6 +145,17 @@ async fn health_and_metrics_of_the_running_program() {
         r#"http_request_duration_seconds_bucket{method="POST",route="/person/:cpf/debt",le="0.001"}"#
     ));
     assert!(!metrics.contains("11111") && !metrics.contains("77777"), "a cpf in a label");
+}
+
+#[tokio::test]
+async fn it_looks_at_check_digits_when_told() {
+    let database = Database::new().await;
+    let program = Program::start_with(&database.url(None), &["--cpf-check", "strict"]).await;
+    let person = |cpf: &str| format!(r#"{{"cpf": {cpf}, "name": "abc", "date_of_birth": "2019-06-15"}}"#);
+    for (cpf, status) in [("11111", 422), ("52998224725", 201)] {
+        let answer = program.post("/person", &person(cpf)).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+    }
 }
 
 #[tokio::test]

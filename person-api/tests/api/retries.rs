@@ -44,6 +44,10 @@ async fn the_first_answer_comes_again() {
     say("what failed is not kept", keyed("/person/33333/debt", DEBT, "k-2")).await;
     app.create("/person", &PERSON.replace("11111", "33333")).await;
     say("so it may succeed", keyed("/person/33333/debt", DEBT, "k-2")).await;
+    say("nor is what exists", keyed("/person", PERSON, "k-3")).await;
+    say("so it may be another one", keyed("/person", &PERSON.replace("11111", "44444"), "k-3")).await;
+    say("nor is what is wrong", keyed("/person/44444/debt", "{}", "k-4")).await;
+    say("so it may be right", keyed("/person/44444/debt", DEBT, "k-4")).await;
     say("an empty key", keyed("/person/11111/debt", DEBT, "\"\"")).await;
     say("a key with a space", keyed("/person/11111/debt", DEBT, "a b")).await;
     say("a key that is too long", keyed("/person/11111/debt", "{}", &"k".repeat(256))).await;
@@ -204,15 +208,34 @@ async fn what_is_older_than_a_day_is_removed() {
     app.call(keyed("/person", PERSON, "new")).await;
     sqlx::raw_sql(
         "INSERT INTO person.idempotency
-         SELECT caller, route, 'old ' || n, request, person_id, location, etag, body, now() - interval '25 hours'
-         FROM person.idempotency, generate_series(1, 2500) n",
+         SELECT caller, route, 'old ' || n, request, person_id, location, etag, body, now() - interval '24 hours 1 minute'
+         FROM person.idempotency, generate_series(1, 2500) n;
+         INSERT INTO person.idempotency
+         SELECT caller, route, 'of today', request, person_id, location, etag, body, now() - interval '23 hours 59 minutes'
+         FROM person.idempotency WHERE key = 'new'",
     )
     .execute(&database.admin)
     .await
     .unwrap();
     let role = sqlx::PgPool::connect(&database.url(None)).await.unwrap();
     assert_eq!(idempotency::remove_old(&role).await.unwrap(), 2500);
-    let left: Vec<String> =
-        sqlx::query_scalar("SELECT key FROM person.idempotency").fetch_all(&database.admin).await.unwrap();
-    assert_eq!(left, ["new"]);
+    let left: Vec<String> = sqlx::query_scalar("SELECT key FROM person.idempotency ORDER BY 1")
+        .fetch_all(&database.admin)
+        .await
+        .unwrap();
+    assert_eq!(left, ["new", "of today"]);
+}
+
+#[tokio::test]
+async fn the_program_removes_what_is_old_by_itself() {
+    let database = Database::new().await;
+    database.app().call(keyed("/person", PERSON, "k")).await;
+    let old = "UPDATE person.idempotency SET created_at = now() - interval '25 hours'";
+    sqlx::query(old).execute(&database.admin).await.unwrap();
+    let _program = crate::support::Program::start(&database.url(None)).await;
+    crate::support::until("it is removed", async || {
+        let count = "SELECT count(*) FROM person.idempotency";
+        sqlx::query_scalar::<_, i64>(count).fetch_one(&database.admin).await.unwrap() == 0
+    })
+    .await;
 }

@@ -49,12 +49,12 @@ impl Parameter for Token {
         let id = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}";
         MetaSchema {
             pattern: Some(format!(r"^{id}\.[1-9][0-9]{{0,17}}$")),
-            example: Some("019928b5-6a3c-7d41-9c35-2f6c1d1e8a07.4".into()),
             ..text(
-                "The `ETag` of a write at the person service, without its quotation marks (or with them, \
-                 percent-encoded): a person's id, a dot, and a version. The answer contains that write, or it is a \
-                 503. It counts for this life of a cpf alone: after the deletion that a token names, the answer is \
-                 a 404, or the score of the cpf's next life.",
+                "The `ETag` of a write, or of a read, at the person service, without its quotation marks (or with \
+                 them, as `%22`): a person's id, a dot, and a version, \
+                 `019928b5-6a3c-7d41-9c35-2f6c1d1e8a07.4`. The answer contains that write, or it is a 503. It is \
+                 about the person whose id it has: with somebody else's cpf it makes the answer wait for somebody \
+                 else. After the deletion that it names, the answer is a 404, or the score of the cpf's next life.",
             )
         }
     }
@@ -73,11 +73,9 @@ impl Parameter for Wait {
     fn schema() -> MetaSchema {
         MetaSchema {
             pattern: Some("^([0-9]{1,4}ms|[0-9]s|10s)$".to_owned()),
-            default: Some("0s".into()),
-            example: Some("2s".into()),
             ..text(
-                "How long to wait for the write that `after` names, which is required with it: `500ms`, `2s`, at \
-                 most 10s where nothing else is configured; the 422 of a longer one says how long. Without it the \
+                "How long to wait for the write that `after` names, and only together with it: `500ms`, `2s`, at \
+                 most `10s` where nothing else is configured; the 422 of a longer one says how long. Without it the \
                  copy is asked once.",
             )
         }
@@ -115,23 +113,9 @@ impl Parameter for AfterEntry {
     }
 
     fn schema() -> MetaSchema {
-        formatted("uuid", "Only what came after the entry with this id. `next` has it.")
-    }
-}
-
-/// What the caller holds already. Any text will do: what is no `ETag` of ours names no state.
-pub(crate) struct Held;
-
-impl Parameter for Held {
-    const IN: MetaParamIn = MetaParamIn::Header;
-
-    fn parse(_: &str) -> Result<Self, Cow<'static, str>> {
-        Ok(Self)
-    }
-
-    fn schema() -> MetaSchema {
-        text(
-            "The `ETag` of an answer that the caller holds, or several: if it is still right, the answer is 304.",
+        formatted(
+            "uuid",
+            "Only what came after the entry with this id, whether it is still there or not. `next` has it.",
         )
     }
 }

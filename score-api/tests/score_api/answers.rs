@@ -157,6 +157,7 @@ async fn a_defect_shows_nothing_of_the_inside() {
     insta::assert_snapshot!(program.get("/11111/score").await, @r#"
     > GET /11111/score
     500
+    cache-control: no-store
     connection: close
     content-length: 202
     content-type: application/problem+json
@@ -175,6 +176,7 @@ async fn a_stuck_database_is_a_problem_in_time() {
     insta::assert_snapshot!(program.get("/11111/score").await, @r#"
     > GET /11111/score
     503
+    cache-control: no-store
     connection: close
     content-length: 153
     content-type: application/problem+json

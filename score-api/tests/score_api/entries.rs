@@ -84,8 +84,12 @@ async fn a_page_and_its_score_are_of_one_state() {
     database.person(11111, 1, 1, 1, "0").await;
     let program = Program::ready(&database.url()).await;
     let mut conn = PgConnection::connect_with(&database.options).await.unwrap();
+    // Each answer lets some more be written, which is done while the next one is read.
+    let turns = std::sync::Arc::new(tokio::sync::Semaphore::new(10));
+    let taken = std::sync::Arc::clone(&turns);
     let writer = tokio::spawn(async move {
         for item in 1..=500_i64 {
+            taken.acquire().await.unwrap().forget();
             // As the projector does: entry and sum in one transaction.
             let mut tx = conn.begin().await.unwrap();
             let entry = "INSERT INTO score.entry (id, person_id, type, value, score, created_at)
@@ -105,6 +109,7 @@ async fn a_page_and_its_score_are_of_one_state() {
         let version = i64::try_from(entries.len()).unwrap() + 1;
         assert_eq!((body["score"].as_i64(), body["version"].as_i64()), (Some(sum), Some(version)));
         states.insert(version);
+        turns.add_permits(10);
     }
     writer.await.unwrap();
     assert!(states.len() > 10, "{} states were seen", states.len());

@@ -98,6 +98,7 @@ async fn it_starts_without_its_database_and_survives_its_absence() {
     insta::assert_snapshot!(program.get("/11111/score").await, @r#"
     > GET /11111/score
     503
+    cache-control: no-store
     connection: close
     content-length: 153
     content-type: application/problem+json

@@ -68,12 +68,13 @@ async fn a_read_says_what_it_has_to_contain() {
     insta::assert_snapshot!(told, @r#"
     > GET /11111/score?after=0198c0de-0000-7000-8000-000000000001.5
     503
+    cache-control: no-store
     connection: close
     content-length: [n]
     content-type: application/problem+json
     retry-after: 1
 
-    {"type":"/problems/not-there-yet","title":"Not there yet","status":503,"detail":"The read model does not contain the asked version yet. Ask again, with a longer `wait`.","asked":5,"has":4,"waited_ms":[ms],"last_applied_ms_ago":[ms]}
+    {"type":"/problems/not-there-yet","title":"Not there yet","status":503,"detail":"The copy does not contain the version that `after` names, yet. Ask again; the copy follows within moments when all is well, and the version may be one that does not exist.","asked":5,"has":4,"waited_ms":[ms],"last_applied_ms_ago":[ms]}
     "#);
 }
 
@@ -200,6 +201,7 @@ async fn places_are_bounded_and_a_client_that_hangs_up_frees_its_own() {
     insta::assert_snapshot!(program.get(&read(3, 1, "50s")).await, @r#"
     > GET /3/score?after=0198c0de-0000-7000-8000-000000000003.1&wait=50s
     503
+    cache-control: no-store
     connection: close
     content-length: 165
     content-type: application/problem+json
@@ -255,6 +257,7 @@ async fn sigterm_answers_those_who_wait() {
     insta::assert_snapshot!(waiting.await.unwrap(), @r#"
     > GET /1/score?after=0198c0de-0000-7000-8000-000000000001.1&wait=50s
     503
+    cache-control: no-store
     connection: close
     content-length: 171
     content-type: application/problem+json
@@ -317,6 +320,7 @@ async fn whoever_waits_outlasts_a_lost_connection() {
     insta::assert_snapshot!(program.get(&read(1, 2, "1ms")).await, @r#"
     > GET /1/score?after=0198c0de-0000-7000-8000-000000000001.2&wait=1ms
     503
+    cache-control: no-store
     connection: close
     content-length: 153
     content-type: application/problem+json

@@ -1,15 +1,25 @@
 //! What an operation answers, when it is well and when it is not.
 
-use std::{collections::BTreeMap, fmt::Write, marker::PhantomData};
+use std::{borrow::Cow, collections::BTreeMap, fmt::Write, marker::PhantomData};
 
-use poem::{Error, IntoResponse, Response};
+use poem::{
+    Error, IntoResponse, Request, Response,
+    http::{HeaderValue, StatusCode, header},
+    web::headers::{ETag, HeaderMapExt, IfNoneMatch},
+};
 use poem_openapi::{
     ApiResponse,
-    registry::{MetaHeader, MetaMediaType, MetaResponse, MetaResponses, MetaSchema, MetaSchemaRef, Registry},
+    registry::{
+        MetaHeader, MetaMediaType, MetaParamIn, MetaResponse, MetaResponses, MetaSchema, MetaSchemaRef,
+        Registry,
+    },
 };
 use serde_json::json;
 
-use super::schema::{self, Described, Field, inline};
+use super::{
+    Parameter,
+    schema::{self, Described, Field, inline},
+};
 use crate::problem::{ANYWHERE, INTERNAL, INVALID_FIELDS, Kind, Problem};
 
 /// An answer that is described: its status, headers and body.
@@ -33,6 +43,50 @@ pub struct Answer<A>(Response, PhantomData<fn() -> A>);
 impl<A> From<Response> for Answer<A> {
     fn from(response: Response) -> Self {
         Self(response, PhantomData)
+    }
+}
+
+/// What the answer to a read says of caches.
+pub const CACHED: (&str, &str) =
+    ("Cache-Control", "`private, no-cache`: for the caller's own cache, which has to ask again each time.");
+
+impl<A> Answer<A> {
+    /// 200: a state that has this tag, with its body; or 304 where the caller has it. It is personal data, so for
+    /// the caller's own cache, which has to ask again each time.
+    pub fn of_state(
+        request: &Request,
+        etag: &str,
+        body: impl FnOnce() -> Result<String, Problem>,
+    ) -> Result<Self, Problem> {
+        let response = Response::builder()
+            .header(header::ETAG, etag)
+            .header(header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache"));
+        let held = request.headers().typed_get::<IfNoneMatch>();
+        if let (Some(held), Ok(tag)) = (held, etag.parse::<ETag>())
+            && !held.precondition_passes(&tag)
+        {
+            return Ok(response.status(StatusCode::NOT_MODIFIED).finish().into());
+        }
+        Ok(response.content_type("application/json").body(body()? + "\n").into())
+    }
+}
+
+/// `If-None-Match`: what the caller holds already. Any text will do: what is no `ETag` of ours names no state.
+#[derive(Debug)]
+pub struct Held;
+
+impl Parameter for Held {
+    const IN: MetaParamIn = MetaParamIn::Header;
+    const LIST: bool = true;
+
+    fn parse(_: &str) -> Result<Self, Cow<'static, str>> {
+        Ok(Self)
+    }
+
+    fn schema() -> MetaSchema {
+        schema::text(
+            "The `ETag` of an answer that the caller holds, or several: if it is still right, the answer is 304.",
+        )
     }
 }
 
@@ -146,6 +200,9 @@ fn described(kind: &Kind, extensions: Vec<Field>) -> MetaSchema {
         example["errors"] = json!([{"pointer": "query: limit", "detail": "is given more than once"}]);
     }
     let mut this = schema::object([]);
+    if kind.code == INVALID_FIELDS.code {
+        this.required.push("errors");
+    }
     this.properties =
         vec![("type", constant("string", type_.into())), ("status", constant("integer", status.into()))];
     for field in extensions {
@@ -189,7 +246,7 @@ fn response(status: u16, kinds: &[&Kind]) -> MetaResponse {
     }
 }
 
-fn text_header(name: &str, description: &str) -> MetaHeader {
+pub(super) fn text_header(name: &str, description: &str) -> MetaHeader {
     MetaHeader {
         name: name.to_owned(),
         description: Some(description.to_owned()),

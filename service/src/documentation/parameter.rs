@@ -20,6 +20,9 @@ pub trait Parameter: Sized + Send + Sync {
     /// Whether it has to be given. In a path it always is.
     const REQUIRED: bool = matches!(Self::IN, MetaParamIn::Path);
 
+    /// Whether it is a list, which may be sent in several lines (RFC 9110, 5.3).
+    const LIST: bool = false;
+
     /// Reads it. The error is the rule, never the value.
     fn parse(text: &str) -> Result<Self, Cow<'static, str>>;
     /// What it looks like.
@@ -75,7 +78,11 @@ impl<'a, P: Parameter> ApiExtractor<'a> for Sent<P> {
             [] if P::REQUIRED => Err("is required".into()),
             [] => Ok(None),
             [Some(text)] => P::parse(text).map(Some),
-            [None] => Err("must be ASCII".into()),
+            several if several.contains(&None) => Err("must be ASCII".into()),
+            several if P::LIST => {
+                P::parse(&several.iter().flatten().map(AsRef::as_ref).collect::<Vec<&str>>().join(", "))
+                    .map(Some)
+            }
             _ => Err("is given more than once".into()),
         };
         let pointer = format!("{place}: {}", options.name);

@@ -38,7 +38,12 @@ pub async fn read_body(request: &Request, body: Body) -> Result<Bytes, Problem> 
     }
     // Who was cut off in the moment in which the last of it came is cut off all the same.
     match read.filter(|_| !over.is_cancelled()) {
-        Some(Ok(body)) => Ok(body),
+        Some(Ok(body)) => {
+            if let Some(client) = client {
+                client.heard();
+            }
+            Ok(body)
+        }
         Some(Err(ReadBodyError::PayloadTooLarge)) => Err(TOO_LARGE.problem()),
         Some(Err(_)) => Err(INCOMPLETE_BODY.problem()),
         None => Err(SLOW_BODY.problem()),

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::limits::LimitArgs;
+use super::{limits::LimitArgs, unsent::Unsent};
 
 /// How often it is looked whose time is over.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -24,6 +24,9 @@ const SWEEP: Duration = Duration::from_secs(1);
 /// How long nobody is cut off for others: a client needs a moment to say what it wants, and a flood of those who
 /// want nothing must not sweep it away.
 const PATIENCE: Duration = Duration::from_millis(250);
+
+/// How much of an answer a client has to take, or all that is left of it, before its time is over.
+const FAIR_PART: usize = 64 * 1024;
 
 /// What came of looking for a client to cut off.
 pub(super) enum Cut {
@@ -43,6 +46,7 @@ pub(super) struct Clients(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     left: Notify,
+    unsent: Unsent,
 }
 
 #[derive(Default)]
@@ -59,6 +63,8 @@ struct State {
 struct Wait {
     since: Instant,
     until: Instant,
+    /// Whether a large answer is kept for it meanwhile.
+    keeps: bool,
     over: CancellationToken,
     cut: Arc<AtomicBool>,
 }
@@ -94,6 +100,11 @@ impl Clients {
             limits,
             wait: AtomicU64::new(NONE),
             sending: AtomicBool::new(false),
+            answered: AtomicBool::new(false),
+            taken: AtomicUsize::new(0),
+            keeps: AtomicBool::new(false),
+            more: AtomicBool::new(false),
+            heard: AtomicBool::new(false),
             over: CancellationToken::new(),
             cut: Arc::default(),
             gone: CancellationToken::new(),
@@ -105,15 +116,32 @@ impl Clients {
 
     /// Ends the longest wait.
     pub(super) fn cut_longest(&self) -> Cut {
+        self.cut_first(|_| true)
+    }
+
+    /// Ends the longest wait for somebody who does not take a large answer.
+    pub(super) fn cut_keeper(&self) -> Cut {
+        self.cut_first(|wait| wait.keeps)
+    }
+
+    fn cut_first(&self, may: impl Fn(&Wait) -> bool) -> Cut {
         let mut state = self.state();
-        let Some(longest) = state.waits.first_entry() else { return Cut::Nobody };
-        let earliest = longest.get().since + PATIENCE;
+        let longest = state.waits.iter().find(|(_, wait)| may(wait));
+        let Some((key, earliest)) = longest.map(|(key, wait)| (*key, wait.since + PATIENCE)) else {
+            return Cut::Nobody;
+        };
         if earliest > Instant::now() {
             return Cut::NotBefore(earliest);
         }
-        let wait = longest.remove();
-        state.cut(&wait, "crowded");
+        if let Some(wait) = state.waits.remove(&key) {
+            state.cut(&wait, "crowded");
+        }
         Cut::Done
+    }
+
+    /// What is kept for them of answers.
+    pub(super) fn unsent(&self) -> &Unsent {
+        &self.0.unsent
     }
 
     /// Returns when a client has left since it was last asked.
@@ -147,6 +175,16 @@ pub(super) struct Client {
     wait: AtomicU64,
     /// Whether a part of the next request has come.
     sending: AtomicBool,
+    /// Whether an answer is there that it has not taken whole.
+    answered: AtomicBool,
+    /// How many bytes of it were taken since that was last looked at.
+    taken: AtomicUsize,
+    /// Whether that answer is a large one.
+    keeps: AtomicBool,
+    /// Whether it has sent something since its last request that is none of its body.
+    more: AtomicBool,
+    /// Whether the body of its last request was read to the end.
+    heard: AtomicBool,
     over: CancellationToken,
     cut: Arc<AtomicBool>,
     gone: CancellationToken,
@@ -159,29 +197,84 @@ impl Client {
         request.data()
     }
 
-    /// The program waits for the next request.
+    /// The program waits for the next request, or for the rest of it when a part has come already.
     pub(super) fn idle(&self) {
-        self.sending.store(false, Ordering::Relaxed);
-        self.wait(self.limits.idle_timeout, self.over.clone());
+        let more = self.more.swap(false, Ordering::Relaxed);
+        self.sending.store(more, Ordering::Relaxed);
+        let limit = if more { self.limits.header_timeout } else { self.limits.idle_timeout };
+        self.wait(limit, self.over.clone());
     }
 
     /// Something came. When it is the first of a request, the rest has so long to follow.
     pub(super) fn received(&self) {
-        if self.waited_for() && !self.sending.swap(true, Ordering::Relaxed) {
+        if !self.waited_for() || self.answered.load(Ordering::Relaxed) {
+            self.more.store(true, Ordering::Relaxed);
+        } else if !self.sending.swap(true, Ordering::Relaxed) {
             self.wait(self.limits.header_timeout, self.over.clone());
         }
     }
 
-    /// Something was taken of an answer.
-    pub(super) fn took(&self) {
-        if self.waited_for() && !self.sending.load(Ordering::Relaxed) {
-            self.wait(self.limits.idle_timeout, self.over.clone());
+    /// A request has come: the program works for it.
+    pub(super) fn asked(&self) {
+        self.more.store(false, Ordering::Relaxed);
+        self.heard.store(false, Ordering::Relaxed);
+        self.keeps.store(false, Ordering::Relaxed);
+        self.works();
+    }
+
+    /// The answer to its request is large.
+    pub(super) fn keeps(&self) {
+        self.keeps.store(true, Ordering::Relaxed);
+    }
+
+    /// The answer is there, and the program waits for it to be taken.
+    pub(super) fn answered(&self) {
+        self.sending.store(false, Ordering::Relaxed);
+        self.answered.store(true, Ordering::Relaxed);
+        self.taken.store(0, Ordering::Relaxed);
+        self.wait(self.limits.answer_timeout, self.over.clone());
+    }
+
+    /// So much was taken of what is written. Who takes a fair part of an answer has so long for the next one: a
+    /// drop now and then is not enough to keep it here for hours.
+    pub(super) fn took(&self, bytes: usize) {
+        if self.answered.load(Ordering::Relaxed)
+            && self.taken.fetch_add(bytes, Ordering::Relaxed) + bytes >= FAIR_PART
+        {
+            self.taken.store(0, Ordering::Relaxed);
+            self.wait(self.limits.answer_timeout, self.over.clone());
+        }
+    }
+
+    /// Everything that was written was taken.
+    pub(super) fn took_all(&self) {
+        if self.answered.swap(false, Ordering::Relaxed) {
+            self.keeps.store(false, Ordering::Relaxed);
+            self.idle();
         }
     }
 
     /// The program waits for a request's body. `over` says when it should not any more.
     pub(super) fn body(&self, over: CancellationToken) {
+        // What comes now belongs to it.
+        self.sending.store(true, Ordering::Relaxed);
         self.wait(self.limits.body_timeout, over);
+    }
+
+    /// The body has come, to its end.
+    pub(super) fn heard(&self) {
+        self.more.store(false, Ordering::Relaxed);
+        self.heard.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the body has come to its end.
+    pub(super) fn was_heard(&self) -> bool {
+        self.heard.load(Ordering::Relaxed)
+    }
+
+    /// All clients of its server.
+    pub(super) fn all(&self) -> &Clients {
+        &self.clients
     }
 
     /// The program works for it, and whatever that takes is not its fault.
@@ -202,7 +295,8 @@ impl Client {
         state.next += 1;
         state.waits.remove(&self.wait.swap(key, Ordering::Relaxed));
         let since = Instant::now();
-        state.waits.insert(key, Wait { since, until: since + at_most, over, cut: Arc::clone(&self.cut) });
+        let (cut, keeps) = (Arc::clone(&self.cut), self.keeps.load(Ordering::Relaxed));
+        state.waits.insert(key, Wait { since, until: since + at_most, keeps, over, cut });
     }
 
     /// Returns when the connection is to end: its time is over, or others need the place.

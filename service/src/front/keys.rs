@@ -113,6 +113,7 @@ impl Keys {
         let mut looks = interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut taken, mut seen) = (known.mark, known.mark);
+        let mut said = String::new();
         while stop.run_until_cancelled(looks.tick()).await.is_some() {
             let now = mark(&known.path).ok();
             // Not while somebody writes it: half a file could be a right one with half of the keys.
@@ -121,16 +122,22 @@ impl Keys {
             if now == taken || !still {
                 continue;
             }
-            taken = now;
             match read(&known.path) {
                 Ok(keys) => {
+                    taken = now;
+                    said.clear();
                     *known.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
                     known.tell(true);
                     tracing::info!(keys = known.count(), "the keys were read again");
                 }
                 Err(error) => {
+                    // Tried again also while the file stays as it is: it may be the machine that was in trouble.
                     known.tell(false);
-                    tracing::error!(%error, "the keys could not be read again; those of before stay");
+                    let why = format!("{now:?} {error}");
+                    if said != why {
+                        tracing::error!(%error, "the keys could not be read again; those of before stay");
+                        said = why;
+                    }
                 }
             }
         }

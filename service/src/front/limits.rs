@@ -22,6 +22,9 @@ pub struct LimitArgs {
     /// How long a client may take to send a request's body.
     #[arg(long, env = "BODY_TIMEOUT", default_value = "10s", value_parser = timeout, value_name = "DURATION")]
     pub body_timeout: Duration,
+    /// How long a client may take for 64 KiB of an answer, or for what is left of it.
+    #[arg(long, env = "ANSWER_TIMEOUT", default_value = "10s", value_parser = timeout, value_name = "DURATION")]
+    pub answer_timeout: Duration,
     /// How long a connection may be open without a request. Longer than a proxy in front keeps its own,
     /// so that it never sends one into a connection that is just being closed.
     #[arg(long, env = "IDLE_TIMEOUT", default_value = "2m", value_parser = timeout, value_name = "DURATION")]

@@ -1,22 +1,30 @@
 //! Every request as the world and the log see it.
 
-use std::{any::Any, sync::Arc, time::Instant};
+use std::{
+    any::Any,
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
 
 use poem::{
     Endpoint, EndpointExt, IntoResponse, PathPattern, Request, Response, Route,
-    http::{HeaderValue, Method, StatusCode, header},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, uri::Authority},
     middleware::CatchPanic,
+    web::headers::{Date, HeaderMapExt},
 };
 use tracing::Instrument;
 
-use super::{Caller, Keys, clients::Client, request_id};
+use super::{Caller, Keys, clients::Client, request_id, unsent::kept};
 use crate::{
     health,
-    problem::{Problem, TOO_MANY_CONNECTIONS},
+    problem::{Kind, MALFORMED_REQUEST, Problem, TOO_MANY_CONNECTIONS},
 };
 
 /// Ends the connection after the answer.
 const CLOSE: HeaderValue = HeaderValue::from_static("close");
+
+/// What no answer allows that does not say otherwise: it may be personal, and is soon out of date.
+const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 
 /// The status of a request whose client went before there was an answer.
 const HUNG_UP: u16 = 499;
@@ -43,6 +51,8 @@ async fn observe(
 ) -> poem::Result<Response> {
     let started = Instant::now();
     let id = request_id::of(request.headers());
+    let client = Client::of(&request).cloned();
+    let has_body = has_body(request.headers());
     // Every handler finds its caller, also where nobody is asked for a key.
     let caller = keys.caller(&request);
     let known = caller.as_ref().map_or_else(|_| Caller::anonymous(), Caller::clone);
@@ -62,6 +72,7 @@ async fn observe(
     let span = tracing::info_span!("request", request_id = told.id, trace_id = told.trace);
     let pattern = |data: Option<&PathPattern>| data.map_or(NO_ROUTE.into(), |PathPattern(p)| p.to_string());
     let answer = async {
+        addressed(&request)?;
         caller?;
         next.call(request).await
     };
@@ -69,19 +80,78 @@ async fn observe(
         Ok(response) => (pattern(response.data()), response),
         Err(error) => (pattern(error.data()), Problem::from_error(error)),
     };
+    if let Some(client) = &client {
+        response = kept(response, client).await;
+    }
     let status = response.status();
     if status == StatusCode::INTERNAL_SERVER_ERROR {
         // By its id the cause is found in the log, and nowhere else.
         let extensions = [("request_id", told.id.clone().into())].into();
         response = Problem { extensions, ..Problem::internal() }.into_response();
     }
-    if [StatusCode::REQUEST_TIMEOUT, StatusCode::PAYLOAD_TOO_LARGE].contains(&status) {
+    let unheard = has_body && client.is_some_and(|client| !client.was_heard());
+    if unheard || [StatusCode::REQUEST_TIMEOUT, StatusCode::PAYLOAD_TOO_LARGE].contains(&status) {
         // What is still to come of the body would be taken for the next request.
         response.headers_mut().insert(header::CONNECTION, CLOSE);
     }
-    response.headers_mut().insert(request_id::X_REQUEST_ID, id);
+    finish(response.headers_mut(), id);
     (told.route, told.status) = (route, status.as_u16());
     Ok(response)
+}
+
+/// Whether a request says once whom it is for, as HTTP/1.1 wants it (RFC 9112, 3.2). Those of tests that come
+/// from no connection need not.
+fn addressed(request: &Request) -> Result<(), Problem> {
+    let mut hosts = request.headers().get_all(header::HOST).iter().map(HeaderValue::as_bytes);
+    let right = match (hosts.next(), hosts.next()) {
+        (Some(host), None) => host.is_empty() || Authority::try_from(host).is_ok(),
+        (None, _) => request.version() < Version::HTTP_11 || Client::of(request).is_none(),
+        _ => false,
+    };
+    if right { Ok(()) } else { Err(MALFORMED_REQUEST.problem()) }
+}
+
+/// Whether a request says that it has a body.
+fn has_body(headers: &HeaderMap) -> bool {
+    headers.contains_key(header::TRANSFER_ENCODING)
+        || headers.get(header::CONTENT_LENGTH).is_some_and(|length| length.as_bytes() != b"0")
+}
+
+/// What every answer has.
+fn finish(headers: &mut HeaderMap, id: HeaderValue) {
+    headers.insert(request_id::X_REQUEST_ID, id);
+    headers.entry(header::CACHE_CONTROL).or_insert(NO_STORE);
+}
+
+/// The answer to what never became a request, as bytes of HTTP/1.1: the connection ends with it. It is logged and
+/// counted like any other.
+pub(super) fn refusal(kind: &Kind) -> Vec<u8> {
+    let id = request_id::of(&HeaderMap::new());
+    drop(Told {
+        started: Instant::now(),
+        method: "none",
+        probe: false,
+        route: NO_ROUTE.to_owned(),
+        status: kind.status.as_u16(),
+        id: id.to_str().unwrap_or_default().to_owned(),
+        trace: None,
+        caller: Caller::anonymous(),
+    });
+    let problem = kind.problem();
+    let body = problem.body();
+    let mut response = problem.into_response();
+    let headers = response.headers_mut();
+    finish(headers, id);
+    headers.insert(header::CONNECTION, CLOSE);
+    headers.insert(header::CONTENT_LENGTH, body.len().into());
+    headers.typed_insert(Date::from(SystemTime::now()));
+    let mut answer = format!("HTTP/1.1 {}\r\n", kind.status).into_bytes();
+    for (name, value) in &*headers {
+        for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+            answer.extend(part);
+        }
+    }
+    [&answer, &b"\r\n"[..], body.as_bytes()].concat()
 }
 
 /// Methods by name, as far as they are known: whoever invents others makes no new labels.

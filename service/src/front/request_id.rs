@@ -35,8 +35,9 @@ pub(super) fn trace(headers: &HeaderMap) -> Option<String> {
     };
     let sane = hex(version, 2) && hex(trace, 32) && hex(span, 16) && hex(flags, 2);
     let new = version != "00" || parts.next().is_none();
-    let zero = trace.bytes().all(|b| b == b'0') || version == "ff";
-    (sane && new && !zero).then(|| trace.to_owned())
+    // Of digits alone none is made by chance, but it could be somebody's number.
+    let number = trace.bytes().all(|b| b.is_ascii_digit()) || version == "ff";
+    (sane && new && !number).then(|| trace.to_owned())
 }
 
 #[cfg(test)]
@@ -77,6 +78,7 @@ mod tests {
             &format!("ff-{id}-b7ad6b7169203331-01"),
             &format!("00-{}-b7ad6b7169203331-01", id.to_uppercase()),
             "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-00000000000000000000052998224725-b7ad6b7169203331-01",
         ] {
             assert_eq!(trace(parent), None, "{parent}");
         }

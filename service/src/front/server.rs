@@ -21,6 +21,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     clients::{Client, Clients, Cut},
     limits::LimitArgs,
+    observe::refusal,
     stream::Stream,
 };
 use crate::problem::SLOW_HEAD;
@@ -99,14 +100,14 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
         let mut stream = Stream::new(tcp, Arc::clone(&client));
         let ended = {
             let service = service_fn(|request: http::Request<Incoming>| {
-                client.works();
+                client.asked();
                 let (local, remote) = (LocalAddr(local.into()), RemoteAddr(remote.into()));
                 let mut request = Request::from((request, local, remote, Scheme::HTTP));
                 request.set_data(Arc::clone(&client));
                 let (app, client) = (Arc::clone(&self.app), Arc::clone(&client));
                 async move {
                     let answer = app.get_response(request).await;
-                    client.idle();
+                    client.answered();
                     Ok::<_, Infallible>(http::Response::from(answer))
                 }
             });
@@ -129,7 +130,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
         if ended {
             stream.linger().await;
         } else if client.sending() {
-            stream.say(&SLOW_HEAD.problem().raw());
+            stream.say(&refusal(&SLOW_HEAD));
         }
     }
 }
@@ -191,8 +192,13 @@ mod tests {
         let doors = Arc::new([Semaphore::new(0), Semaphore::new(0)]);
         let routes = Route::new().at("/work", get(work).data(Arc::clone(&doors)));
         let long = Duration::from_hours(1);
-        let limits =
-            LimitArgs { max_connections: 2, header_timeout: long, body_timeout: long, idle_timeout: long };
+        let limits = LimitArgs {
+            max_connections: 2,
+            header_timeout: long,
+            body_timeout: long,
+            answer_timeout: long,
+            idle_timeout: long,
+        };
         let app = Arc::new(guarded(Health::new().add_to(routes, None), Keys::default()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, stop) = (listener.local_addr().unwrap(), CancellationToken::new());
@@ -223,6 +229,7 @@ mod tests {
         content-type: application/problem+json
         retry-after: 1
         connection: close
+        cache-control: no-store
         content-length: 184
 
         {"type":"/problems/too-many-connections","title":"Too many connections","status":503,"detail":"The service has as many connections as it can take. Nothing was done. Try again later."}

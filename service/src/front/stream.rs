@@ -14,7 +14,8 @@ use tokio::{
     time::timeout,
 };
 
-use super::clients::Client;
+use super::{clients::Client, observe::refusal};
+use crate::problem::{HEAD_TOO_LARGE, Kind, MALFORMED_REQUEST};
 
 /// How long, and how much, is read of what a client still sends after its last answer.
 const LINGER: (Duration, usize) = (Duration::from_secs(1), 256 * 1024);
@@ -57,9 +58,32 @@ impl Stream {
     }
 
     fn wrote(&self, written: &Poll<io::Result<usize>>) {
-        if matches!(written, Poll::Ready(Ok(_))) {
-            self.client.took();
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.client.took(*bytes);
         }
+    }
+
+    /// Says in hyper's place what it says without a word of explanation, to what is no request. True: it is said.
+    fn refuses(&self, answer: &[u8]) -> bool {
+        let kind = refused(answer);
+        if let Some(kind) = kind {
+            self.say(&refusal(kind));
+        }
+        kind.is_some()
+    }
+}
+
+/// Why hyper refuses, if this is the whole of its answer: one of ours always says what its body is.
+fn refused(answer: &[u8]) -> Option<&'static Kind> {
+    let answer = std::str::from_utf8(answer).ok()?.strip_prefix("HTTP/1.1 ")?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    if !body.is_empty() || head.contains("\r\ncontent-type: ") {
+        return None;
+    }
+    match head.split(' ').next()? {
+        "400" => Some(&MALFORMED_REQUEST),
+        "414" | "431" => Some(&HEAD_TOO_LARGE),
+        _ => None,
     }
 }
 
@@ -83,12 +107,17 @@ impl AsyncRead for Stream {
 
 impl AsyncWrite for Stream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if self.refuses(buf) {
+            return Poll::Ready(Ok(buf.len()));
+        }
         let written = Pin::new(&mut self.tcp).poll_write(cx, buf);
         self.wrote(&written);
         written
     }
 
+    /// hyper flushes when it has written all that it has.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.client.took_all();
         Pin::new(&mut self.tcp).poll_flush(cx)
     }
 
@@ -101,6 +130,11 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if let [one] = bufs
+            && self.refuses(one)
+        {
+            return Poll::Ready(Ok(one.len()));
+        }
         let written = Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs);
         self.wrote(&written);
         written

@@ -44,7 +44,7 @@ pub const INVALID_FIELDS: Kind = Kind {
     status: StatusCode::UNPROCESSABLE_ENTITY,
     code: "invalid-fields",
     title: "Invalid fields",
-    detail: "Nothing was stored. Correct the fields in `errors` and send the request again.",
+    detail: "The request breaks the rules that `errors` names, and nothing was done. Correct it and send it again.",
     retry_after: None,
 };
 
@@ -124,10 +124,31 @@ pub const INCOMPLETE_BODY: Kind = Kind {
 pub const TOO_LARGE: Kind = Kind {
     status: StatusCode::PAYLOAD_TOO_LARGE,
     code: "too-large",
-    title: "Payload Too Large",
+    title: "Content Too Large",
     detail: "The request's body is larger than 64 KiB.",
     retry_after: None,
 };
 
+/// 400: what came is no request.
+pub const MALFORMED_REQUEST: Kind = Kind {
+    status: StatusCode::BAD_REQUEST,
+    code: "malformed-request",
+    title: "Malformed request",
+    detail: "The request is not well formed: its first line, a header or its length is wrong, or it has no `Host`, or \
+             two. A quotation mark in a path or a query is written `%22`. Nothing was done.",
+    retry_after: None,
+};
+
+/// 431: a head beyond what is read of one.
+pub const HEAD_TOO_LARGE: Kind = Kind {
+    status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+    code: "head-too-large",
+    title: "Head too large",
+    detail: "The request's first line and headers are larger than 16 KiB, or there are more than 100 headers. \
+             Nothing was done.",
+    retry_after: None,
+};
+
 /// What any request may meet, whatever it asks for: the part in front of the routes answers it.
-pub const ANYWHERE: &[&Kind] = &[&UNAUTHORIZED, &INTERNAL, &TOO_MANY_CONNECTIONS];
+pub const ANYWHERE: &[&Kind] =
+    &[&UNAUTHORIZED, &INTERNAL, &TOO_MANY_CONNECTIONS, &MALFORMED_REQUEST, &HEAD_TOO_LARGE, &SLOW_HEAD];

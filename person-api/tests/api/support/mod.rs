@@ -16,7 +16,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgConnectO
 use tokio::{sync::OnceCell, time::Instant};
 
 pub(crate) use http::{exchange, plain, post, raw_request, with};
-pub(crate) use process::{Program, answer, command, finished, post_request};
+pub(crate) use process::{Program, answer, command, finished, post_request, raw_answer};
 pub(crate) use proxy::Proxy;
 pub(crate) use redact::Redactions;
 

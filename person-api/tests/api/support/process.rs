@@ -110,10 +110,16 @@ pub(crate) fn post_request(path: &str, body: &str) -> String {
     )
 }
 
-/// Reads to the end; the date and the request's id change, so they are left out.
-pub(crate) async fn answer(mut stream: TcpStream) -> String {
+/// Reads to the end.
+pub(crate) async fn raw_answer(mut stream: TcpStream) -> String {
     let mut text = String::new();
     timeout(LIMIT, stream.read_to_string(&mut text)).await.expect("the program answers").unwrap();
+    text
+}
+
+/// Reads to the end; the date and the request's id change, so they are left out.
+pub(crate) async fn answer(stream: TcpStream) -> String {
+    let text = raw_answer(stream).await;
     text.split_inclusive('\n')
         .filter(|line| !line.starts_with("date: ") && !line.starts_with("x-request-id: "))
         .collect::<String>()

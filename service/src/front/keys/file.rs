@@ -38,11 +38,17 @@ pub(super) enum FileError {
     Line { line: usize, problem: &'static str },
     #[error("has no key; there should be a line such as name:secret")]
     Empty,
+    #[error("everybody on this machine may write it; chmod o-w")]
+    Writable,
 }
 
 /// The keys in the file.
 pub(super) fn read(path: &Path) -> Result<Vec<Key>, FileError> {
-    parse(&fs::read(path)?)
+    let text = fs::read(path)?;
+    if fs::metadata(path)?.mode() & 0o002 != 0 {
+        return Err(FileError::Writable);
+    }
+    parse(&text)
 }
 
 /// A key a line; lines that are empty or begin with `#` are none.
@@ -77,7 +83,10 @@ fn key(text: &[u8]) -> Result<Key, &'static str> {
 }
 
 fn secret(text: &[u8]) -> Result<Secret, &'static str> {
-    if let Some(hex) = text.strip_prefix(b"sha256:") {
+    const DIGEST: &[u8] = b"sha256:";
+    if let Some((prefix, hex)) = text.split_at_checked(DIGEST.len())
+        && prefix.eq_ignore_ascii_case(DIGEST)
+    {
         return digest(hex).ok_or("the digest should have 64 hexadecimal digits");
     }
     if text.len() < SHORTEST || !text.iter().all(u8::is_ascii_graphic) {
@@ -113,7 +122,7 @@ mod tests {
     fn a_file_is_read_whole_or_not_at_all() {
         let digest = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
         let right = format!(
-            "# both until Monday\r\nshop:0123456789abcdef\n\n shop:0123456789abcdeg \nbank.2:sha256:{digest}"
+            "# both until Monday\r\nshop:0123456789abcdef\n\n shop:0123456789abcdeg \nbank.2:SHA256:{digest}"
         );
         assert_eq!(said(&right), "shop shop bank.2");
         assert_eq!(
