@@ -1,6 +1,6 @@
 //! Bearer keys: who may come in, what is open to all, and what becomes of a file that changes.
 
-use std::path::PathBuf;
+use std::{os::unix::fs::PermissionsExt, path::PathBuf};
 
 use crate::{
     outage::{DEBT, PERSON},
@@ -158,21 +158,28 @@ async fn the_file_is_read_again_when_it_changes() {
 async fn it_does_not_start_where_the_keys_are_wrong_or_missing() {
     let wrong = File::new("wrong", &format!("shop:{SHOP}\nbank:short\n"));
     let right = File::new("right", &format!("shop:{SHOP}\n"));
+    let open = File::new("open", &format!("shop:{SHOP}\n"));
+    std::fs::set_permissions(&open.0, std::fs::Permissions::from_mode(0o666)).unwrap();
     let mut shown = String::new();
     for (name, args) in [
         ("a wrong line", &["--api-keys-file", wrong.path()][..]),
+        ("a file that everybody may write", &["--api-keys-file", open.path()]),
         ("no file", &["--api-keys-file", "/nowhere/api-keys"]),
         ("keys, and none needed", &["--api-keys-file", right.path(), "--allow-anonymous"]),
         ("for all the world", &["--listen", "0.0.0.0:0"]),
         ("for all the world, by IPv6", &["--listen", "[::]:0"]),
         ("for this machine, by IPv6", &["--listen", "[::1]:0"]),
+        ("for this machine, by IPv4 in IPv6", &["--listen", "[::ffff:127.0.0.1]:0"]),
+        ("for all the world, by IPv4 in IPv6", &["--listen", "[::ffff:10.1.2.3]:0"]),
         ("for all the world, with keys", &["--listen", "0.0.0.0:0", "--api-keys-file", right.path()]),
         ("for all the world, as told", &["--listen", "0.0.0.0:0", "--allow-anonymous"]),
     ] {
         // Where the keys are well, the database is what is missing.
         let mut program = command(&[&["run"], args].concat());
         let (code, _, error) = finished(&mut program).await;
-        shown += &format!("## {name}\nexit {code:?}: {error}\n\n").replace(wrong.path(), "FILE");
+        shown += &format!("## {name}\nexit {code:?}: {error}\n\n")
+            .replace(wrong.path(), "FILE")
+            .replace(open.path(), "FILE");
     }
     assert!(!shown.contains(SHOP) && !shown.contains("short"), "{shown}");
     insta::assert_snapshot!(shown);

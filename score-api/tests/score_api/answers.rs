@@ -189,6 +189,30 @@ async fn a_stuck_database_is_a_problem_in_time() {
     assert_eq!(program.get("/11111/score").await.status, 404);
 }
 
+#[tokio::test]
+async fn more_reads_than_the_database_can_take_are_told_to_come_again() {
+    let mut database = Database::migrated().await;
+    let program = Program::ready_with(&database.url(), &["--max-in-flight", "1"]).await;
+    let mut lock = database.admin.begin().await.unwrap();
+    sqlx::query("LOCK TABLE score.person IN ACCESS EXCLUSIVE MODE").execute(&mut *lock).await.unwrap();
+    for path in ["/11111/score", "/11111/score/entries"] {
+        // Whichever comes first waits for the database, and the other one for nothing.
+        let (one, other) = tokio::join!(program.get(path), program.get(path));
+        assert_eq!((one.status, other.status), (503, 503));
+        let (mut said, mut after) = (Vec::new(), Vec::new());
+        for answer in [one, other] {
+            after.push(answer.header("retry-after").to_owned());
+            let body: serde_json::Value = serde_json::from_str(&answer.body).unwrap();
+            said.push(body["type"].as_str().unwrap().to_owned());
+        }
+        said.sort_unstable();
+        assert_eq!(said, ["/problems/overloaded", "/problems/unavailable"], "{path}");
+        assert_eq!(after, ["1", "1"], "{path}");
+    }
+    lock.rollback().await.unwrap();
+    assert_eq!(program.get("/11111/score").await.status, 404);
+}
+
 /// The rights that `score.grant_api` and `inbox.grant_reader` give: to read the model, and nothing else.
 #[tokio::test]
 async fn the_role_of_the_api_cannot_write() {
