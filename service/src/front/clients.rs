@@ -216,6 +216,7 @@ impl Client {
 
     /// A request has come: the program works for it.
     pub(super) fn asked(&self) {
+        self.answered.store(false, Ordering::Relaxed);
         self.more.store(false, Ordering::Relaxed);
         self.heard.store(false, Ordering::Relaxed);
         self.keeps.store(false, Ordering::Relaxed);

@@ -100,12 +100,14 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
         let mut stream = Stream::new(tcp, Arc::clone(&client));
         let ended = {
             let service = service_fn(|request: http::Request<Incoming>| {
-                client.asked();
                 let (local, remote) = (LocalAddr(local.into()), RemoteAddr(remote.into()));
                 let mut request = Request::from((request, local, remote, Scheme::HTTP));
                 request.set_data(Arc::clone(&client));
                 let (app, client) = (Arc::clone(&self.app), Arc::clone(&client));
                 async move {
+                    // hyper reads the next request while an answer is still to be taken, and begins with it after
+                    // that.
+                    client.asked();
                     let answer = app.get_response(request).await;
                     client.answered();
                     Ok::<_, Infallible>(http::Response::from(answer))
