@@ -84,6 +84,8 @@ async fn only_who_has_a_key_comes_in() {
     ] {
         let answer = ask(&program, "POST", "/person", headers, PERSON).await;
         assert!(answer.starts_with("HTTP/1.1 401 "), "{name}: {answer}");
+        let wrong = answer.contains("\nwww-authenticate: Bearer error=\"invalid_token\"\n");
+        assert_eq!(wrong, !headers.is_empty(), "{name}: {answer}");
         shown = answer;
     }
     insta::assert_snapshot!(shown);

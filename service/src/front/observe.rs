@@ -23,6 +23,9 @@ use crate::{
 /// Ends the connection after the answer.
 const CLOSE: HeaderValue = HeaderValue::from_static("close");
 
+/// What a 401 says to somebody who has presented something (RFC 6750, 3.1).
+const WRONG_KEY: HeaderValue = HeaderValue::from_static("Bearer error=\"invalid_token\"");
+
 /// What no answer allows that does not say otherwise: it may be personal, and is soon out of date.
 const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 
@@ -52,7 +55,8 @@ async fn observe(
     let started = Instant::now();
     let id = request_id::of(request.headers());
     let client = Client::of(&request).cloned();
-    let has_body = has_body(request.headers());
+    let (has_body, presented) =
+        (has_body(request.headers()), request.headers().contains_key(header::AUTHORIZATION));
     // Every handler finds its caller, also where nobody is asked for a key.
     let caller = keys.caller(&request);
     let known = caller.as_ref().map_or_else(|_| Caller::anonymous(), Caller::clone);
@@ -84,6 +88,9 @@ async fn observe(
         response = kept(response, client).await;
     }
     let status = response.status();
+    if status == StatusCode::UNAUTHORIZED && presented {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, WRONG_KEY);
+    }
     if status == StatusCode::INTERNAL_SERVER_ERROR {
         // By its id the cause is found in the log, and nowhere else.
         let extensions = [("request_id", told.id.clone().into())].into();
