@@ -37,8 +37,11 @@ BEGIN
         END IF;
         -- What is given to a statement is personal, and must not get into the server's log, whatever else an operator
         -- has it log: it would outlive the person's erasure.
-        EXECUTE format('ALTER ROLE %I SET log_parameter_max_length = 0', wanted.role);
-        EXECUTE format('ALTER ROLE %I SET log_parameter_max_length_on_error = 0', wanted.role);
+        IF NOT coalesce((SELECT rolconfig @> '{log_parameter_max_length=0,log_parameter_max_length_on_error=0}'
+                         FROM pg_roles WHERE rolname = wanted.role), false) THEN
+            EXECUTE format('ALTER ROLE %I SET log_parameter_max_length = 0', wanted.role);
+            EXECUTE format('ALTER ROLE %I SET log_parameter_max_length_on_error = 0', wanted.role);
+        END IF;
         EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), wanted.role);
         IF to_regprocedure(wanted.function || '(regrole)') IS NULL THEN
             RAISE NOTICE '% is not there yet: migrate, and run this again', wanted.function;

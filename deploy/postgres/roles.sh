@@ -9,8 +9,12 @@ for role in $LOGIN_ROLES; do
     eval "password=\${$variable:?}"
     psql --no-psqlrc --quiet --set=ON_ERROR_STOP=1 --username="$POSTGRES_USER" --dbname="$POSTGRES_DB" \
         --set=role="$role" --set=database="$POSTGRES_DB" --set=password="$password" <<'SQL'
-REVOKE CONNECT ON DATABASE :"database" FROM PUBLIC;
+REVOKE CONNECT, TEMPORARY ON DATABASE :"database" FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION lo_creat(integer), lo_create(oid), lo_from_bytea(oid, bytea) FROM PUBLIC;
+-- What is given to a statement is personal, and must not get into the server's log.
 CREATE ROLE :"role" LOGIN PASSWORD :'password';
+ALTER ROLE :"role" SET log_parameter_max_length = 0;
+ALTER ROLE :"role" SET log_parameter_max_length_on_error = 0;
 GRANT CONNECT ON DATABASE :"database" TO :"role";
 SQL
 done

@@ -85,7 +85,7 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     };
     let told = health.clone();
     let routes = health.add_to(Route::new(), Some(metrics));
-    shutdown.serve(front, routes, args.shutdown.drain_timeout).await?;
+    shutdown.serve(front, routes, args.shutdown.drain_timeout)?;
     let stop = shutdown.requested().clone();
     shutdown.spawn("relay", relay.run(stop.clone()));
     shutdown.spawn("wake-up", wake::listen(database.clone(), wake, stop.clone()));

@@ -51,7 +51,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let waker = Waker::new();
     let store = Store::new(database::pool(options, POOL_SIZE)).behind(args.gate.gate());
     let api = Api::new(store, waker.clone()).checking(args.cpf_check);
-    let answered = shutdown.serve(front, health.add_to(api.routes(), metrics), drain).await?;
+    let answered = shutdown.serve(front, health.add_to(api.routes(), metrics), drain)?;
 
     shutdown
         .spawn("database", readiness::watch(aside.clone(), database_health, shutdown.requested().clone()));

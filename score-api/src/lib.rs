@@ -137,7 +137,7 @@ pub async fn run(
     let api = Api { scores, pool, gate, waiters, max_wait };
     let routes = health.add_to(api::routes(api), metrics);
     let drain = config.shutdown.drain_timeout;
-    shutdown.serve(front, routes, drain).await?;
+    shutdown.serve(front, routes, drain)?;
     shutdown.finish(drain).await
 }
 

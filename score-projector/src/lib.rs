@@ -63,7 +63,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let health = Health::new();
     let [database, broker, consuming, holes, forks] =
         ["database", "broker", "consuming", "holes", "forks"].map(|name| health.part(name));
-    shutdown.serve(front, health.add_to(Route::new(), metrics), drain).await?;
+    shutdown.serve(front, health.add_to(Route::new(), metrics), drain)?;
 
     // Without its schemas the program would only hold or refuse what it consumes.
     let stop = shutdown.requested().clone();

@@ -28,6 +28,7 @@ pub use self::{
     keys::{KeyArgs, Keys},
     limits::{LimitArgs, Room},
     observe::guarded,
+    server::listen,
     unsent::Shared,
 };
 use crate::config::SettingError;

@@ -10,13 +10,13 @@ use std::{
 
 use anyhow::{Context, anyhow};
 use poem::Route;
-use tokio::{
-    net::TcpListener,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{config::SettingError, front::Front};
+use crate::{
+    config::SettingError,
+    front::{Front, listen},
+};
 
 /// How long draining may take before what is left is given up.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -112,16 +112,9 @@ impl Shutdown {
     /// Serves `routes` behind `front` as the task `http`, until the end is requested; then lets the
     /// requests under way end, for at most `drain`. Bound when this returns, so that a taken address is the
     /// start's own error. What is returned is cancelled when no request is answered any more.
-    pub async fn serve(
-        &self,
-        front: Front,
-        routes: Route,
-        drain: Duration,
-    ) -> anyhow::Result<CancellationToken> {
+    pub fn serve(&self, front: Front, routes: Route, drain: Duration) -> anyhow::Result<CancellationToken> {
         let address = front.listen();
-        let listener = TcpListener::bind(address)
-            .await
-            .with_context(|| format!("LISTEN: cannot listen on {address}"))?;
+        let listener = listen(address).with_context(|| format!("LISTEN: cannot listen on {address}"))?;
         let (requested, ended) = (self.requested.clone(), CancellationToken::new());
         let end = ended.clone().drop_guard();
         // Ends before the process gives up: a client that dawdles is cut off and is no failure of ours.

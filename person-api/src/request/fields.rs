@@ -19,6 +19,9 @@ use crate::problems::MALFORMED_JSON;
 /// So many errors are listed at most: a body of nothing but wrong fields must not make a huge answer.
 const ERRORS_MAX: usize = 50;
 
+/// So many characters of an unknown name are shown at most.
+const NAME_MAX: usize = 50;
+
 /// The fields of a body that nobody asked for yet, and what was wrong with the others.
 pub(super) struct Fields<'a> {
     rest: Vec<(Cow<'a, str>, &'a RawValue)>,
@@ -125,8 +128,9 @@ fn field(name: &str, detail: impl Into<Cow<'static, str>>) -> FieldError {
 }
 
 /// A JSON pointer as a URI fragment (RFC 6901, section 6): `~` and `/` escaped for the pointer, then
-/// whatever a fragment may not contain for the URI.
+/// whatever a fragment may not contain for the URI. Of a name that is longer than any that is known, the beginning.
 fn pointer(name: &str) -> String {
+    let name: String = name.chars().take(NAME_MAX).collect();
     let mut pointer = String::from("#/");
     for byte in name.replace('~', "~0").replace('/', "~1").bytes() {
         if byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@".contains(&byte) {

@@ -37,6 +37,14 @@ async fn a_person_from_the_first_to_the_last() {
         ),
         ("new items", post("/person/11111/debt", DEBT)),
         ("as they are", plain(Method::GET, "/person/11111")),
+    ] {
+        shown += &exchange(&app, name, request).await;
+        if name == "another name, and no address" {
+            shown += &exchange(&app, "as it is now", plain(Method::GET, "/person/11111")).await;
+        }
+    }
+    shown += &format!("## its events\n{}\n", database.events().await);
+    for (name, request) in [
         ("the end", plain(Method::DELETE, "/person/11111")),
         ("gone", plain(Method::GET, "/person/11111")),
         ("gone already", plain(Method::DELETE, "/person/11111")),
@@ -44,7 +52,7 @@ async fn a_person_from_the_first_to_the_last() {
     ] {
         shown += &exchange(&app, name, request).await;
     }
-    shown += &database.events().await;
+    shown += &format!("## their events\n{}", database.events().await);
     insta::assert_snapshot!(Redactions::default().apply(&shown));
 }
 

@@ -5,7 +5,6 @@ use std::{borrow::Cow, collections::BTreeMap, fmt::Write, marker::PhantomData};
 use poem::{
     Error, IntoResponse, Request, Response,
     http::{HeaderValue, StatusCode, header},
-    web::headers::{ETag, HeaderMapExt, IfNoneMatch},
 };
 use poem_openapi::{
     ApiResponse,
@@ -61,14 +60,22 @@ impl<A> Answer<A> {
         let response = Response::builder()
             .header(header::ETAG, etag)
             .header(header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache"));
-        let held = request.headers().typed_get::<IfNoneMatch>();
-        if let (Some(held), Ok(tag)) = (held, etag.parse::<ETag>())
-            && !held.precondition_passes(&tag)
-        {
+        if holds(request, etag) {
             return Ok(response.status(StatusCode::NOT_MODIFIED).finish().into());
         }
         Ok(response.content_type("application/json").body(body()? + "\n").into())
     }
+}
+
+/// Whether the caller holds the state with this tag: by `*`, or by one of the tags that it sends, weak or not
+/// (RFC 9110, 13.1.2).
+fn holds(request: &Request, etag: &str) -> bool {
+    let tag = etag.trim_matches('"').as_bytes();
+    request.headers().get_all(header::IF_NONE_MATCH).iter().map(HeaderValue::as_bytes).any(|held| {
+        // What is between quotation marks is every other part.
+        held.trim_ascii() == b"*"
+            || held.split(|byte| *byte == b'"').skip(1).step_by(2).any(|held| held == tag)
+    })
 }
 
 /// `If-None-Match`: what the caller holds already. Any text will do: what is no `ETag` of ours names no state.

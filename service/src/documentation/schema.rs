@@ -114,7 +114,8 @@ impl Described for Problem {
                 "pointer",
                 true,
                 text(
-                    "Where: a JSON pointer into the body (`#/value`), or `path: cpf`, `query: limit`, `header: If-Match`.",
+                    "Where: a JSON pointer into the body (`#/value`), or `path: cpf`, `query: limit`, `header: If-Match`; \
+                     `query` alone: a parameter that is not known.",
                 ),
             ),
             ("detail", true, text("The rule that it breaks.")),

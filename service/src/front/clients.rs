@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -24,9 +24,6 @@ const SWEEP: Duration = Duration::from_secs(1);
 /// How long nobody is cut off for others: a client needs a moment to say what it wants, and a flood of those who
 /// want nothing must not sweep it away.
 const PATIENCE: Duration = Duration::from_millis(250);
-
-/// How much of an answer a client has to take, or all that is left of it, before its time is over.
-const FAIR_PART: usize = 64 * 1024;
 
 /// What came of looking for a client to cut off.
 pub(super) enum Cut {
@@ -71,9 +68,9 @@ struct Wait {
 
 impl State {
     fn cut(&mut self, wait: &Wait, reason: &'static str) {
-        metrics::counter!("http_connections_cut_total", "reason" => reason).increment(1);
         // A connection ends with the first wait that is cut short; there is no second one to be counted.
         if !wait.cut.swap(true, Ordering::Relaxed) {
+            metrics::counter!("http_connections_cut_total", "reason" => reason).increment(1);
             self.leaving += 1;
         }
         wait.over.cancel();
@@ -99,9 +96,7 @@ impl Clients {
             clients: self.clone(),
             limits,
             wait: AtomicU64::new(NONE),
-            sending: AtomicBool::new(false),
-            answered: AtomicBool::new(false),
-            taken: AtomicUsize::new(0),
+            phase: AtomicU8::new(IDLE),
             keeps: AtomicBool::new(false),
             more: AtomicBool::new(false),
             heard: AtomicBool::new(false),
@@ -167,19 +162,25 @@ impl Clients {
 /// The key of no wait.
 const NONE: u64 = u64::MAX;
 
+/// What a connection is at. Only its own task changes it.
+const IDLE: u8 = 0;
+/// A part of a request's head has come.
+const HEAD: u8 = 1;
+/// A request is worked for.
+const WORK: u8 = 2;
+/// Its body is read.
+const BODY: u8 = 3;
+/// Its answer is there, and has not been taken whole.
+const ANSWER: u8 = 4;
+
 /// One of them: a connection.
 pub(super) struct Client {
     clients: Clients,
     limits: LimitArgs,
     /// The key of the wait for this client, if there is one.
     wait: AtomicU64,
-    /// Whether a part of the next request has come.
-    sending: AtomicBool,
-    /// Whether an answer is there that it has not taken whole.
-    answered: AtomicBool,
-    /// How many bytes of it were taken since that was last looked at.
-    taken: AtomicUsize,
-    /// Whether that answer is a large one.
+    phase: AtomicU8,
+    /// Whether its answer is a large one.
     keeps: AtomicBool,
     /// Whether it has sent something since its last request that is none of its body.
     more: AtomicBool,
@@ -199,28 +200,45 @@ impl Client {
 
     /// The program waits for the next request, or for the rest of it when a part has come already.
     pub(super) fn idle(&self) {
-        let more = self.more.swap(false, Ordering::Relaxed);
-        self.sending.store(more, Ordering::Relaxed);
-        let limit = if more { self.limits.header_timeout } else { self.limits.idle_timeout };
-        self.wait(limit, self.over.clone());
+        if self.more.swap(false, Ordering::Relaxed) {
+            self.enters(HEAD);
+            self.wait(self.limits.header_timeout, self.over.clone());
+        } else {
+            self.enters(IDLE);
+            self.wait(self.limits.idle_timeout, self.over.clone());
+        }
     }
 
     /// Something came. When it is the first of a request, the rest has so long to follow.
     pub(super) fn received(&self) {
-        if !self.waited_for() || self.answered.load(Ordering::Relaxed) {
-            self.more.store(true, Ordering::Relaxed);
-        } else if !self.sending.swap(true, Ordering::Relaxed) {
-            self.wait(self.limits.header_timeout, self.over.clone());
+        match self.phase() {
+            IDLE => {
+                self.enters(HEAD);
+                self.wait(self.limits.header_timeout, self.over.clone());
+            }
+            WORK | ANSWER => self.more.store(true, Ordering::Relaxed),
+            _ => {}
         }
     }
 
     /// A request has come: the program works for it.
     pub(super) fn asked(&self) {
-        self.answered.store(false, Ordering::Relaxed);
         self.more.store(false, Ordering::Relaxed);
         self.heard.store(false, Ordering::Relaxed);
         self.keeps.store(false, Ordering::Relaxed);
         self.works();
+    }
+
+    /// The program waits for a request's body. `over` says when it should not any more.
+    pub(super) fn body(&self, over: CancellationToken) {
+        self.enters(BODY);
+        self.wait(self.limits.body_timeout, over);
+    }
+
+    /// The program works for it, and whatever that takes is not its fault.
+    pub(super) fn works(&self) {
+        self.enters(WORK);
+        self.wait_no_more();
     }
 
     /// The answer to its request is large.
@@ -228,38 +246,31 @@ impl Client {
         self.keeps.store(true, Ordering::Relaxed);
     }
 
-    /// The answer is there, and the program waits for it to be taken.
+    /// The answer is there.
     pub(super) fn answered(&self) {
-        self.sending.store(false, Ordering::Relaxed);
-        self.answered.store(true, Ordering::Relaxed);
-        self.taken.store(0, Ordering::Relaxed);
-        self.wait(self.limits.answer_timeout, self.over.clone());
+        self.enters(ANSWER);
     }
 
-    /// So much was taken of what is written. Who takes a fair part of an answer has so long for the next one: a
-    /// drop now and then is not enough to keep it here for hours.
-    pub(super) fn took(&self, bytes: usize) {
-        if self.answered.load(Ordering::Relaxed)
-            && self.taken.fetch_add(bytes, Ordering::Relaxed) + bytes >= FAIR_PART
-        {
-            self.taken.store(0, Ordering::Relaxed);
+    /// The system takes no more of the answer: the client has so long to take some.
+    pub(super) fn stalls(&self) {
+        if self.phase() == ANSWER && !self.waited_for() {
             self.wait(self.limits.answer_timeout, self.over.clone());
         }
     }
 
-    /// Everything that was written was taken.
-    pub(super) fn took_all(&self) {
-        if self.answered.swap(false, Ordering::Relaxed) {
-            self.keeps.store(false, Ordering::Relaxed);
-            self.idle();
+    /// It took some of it.
+    pub(super) fn took(&self) {
+        if self.phase() == ANSWER {
+            self.wait_no_more();
         }
     }
 
-    /// The program waits for a request's body. `over` says when it should not any more.
-    pub(super) fn body(&self, over: CancellationToken) {
-        // What comes now belongs to it.
-        self.sending.store(true, Ordering::Relaxed);
-        self.wait(self.limits.body_timeout, over);
+    /// It took all of it.
+    pub(super) fn took_all(&self) {
+        if self.phase() == ANSWER {
+            self.keeps.store(false, Ordering::Relaxed);
+            self.idle();
+        }
     }
 
     /// The body has come, to its end.
@@ -278,8 +289,15 @@ impl Client {
         &self.clients
     }
 
-    /// The program works for it, and whatever that takes is not its fault.
-    pub(super) fn works(&self) {
+    fn phase(&self) -> u8 {
+        self.phase.load(Ordering::Relaxed)
+    }
+
+    fn enters(&self, phase: u8) {
+        self.phase.store(phase, Ordering::Relaxed);
+    }
+
+    fn wait_no_more(&self) {
         let wait = self.wait.swap(NONE, Ordering::Relaxed);
         if wait != NONE {
             self.clients.state().waits.remove(&wait);
@@ -305,9 +323,9 @@ impl Client {
         self.over.cancelled().await;
     }
 
-    /// Whether a part of a request has come, and not all of it.
+    /// Whether a part of a request's head has come, and not all of it.
     pub(super) fn sending(&self) -> bool {
-        self.sending.load(Ordering::Relaxed)
+        self.phase() == HEAD
     }
 
     /// It has hung up.
@@ -318,7 +336,7 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        self.works();
+        self.wait_no_more();
         self.gone.cancel();
         let mut state = self.clients.state();
         state.open -= 1;

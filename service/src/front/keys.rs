@@ -113,19 +113,19 @@ impl Keys {
         let mut looks = interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut taken, mut seen) = (known.mark, known.mark);
-        let mut said = String::new();
+        // What is wrong with the file now, if it is.
+        let mut wrong = None;
         while stop.run_until_cancelled(looks.tick()).await.is_some() {
             let now = mark(&known.path).ok();
             // Not while somebody writes it: half a file could be a right one with half of the keys.
             let still = now == seen;
             seen = now;
-            if now == taken || !still {
+            if (now == taken && wrong.is_none()) || !still {
                 continue;
             }
             match read(&known.path) {
                 Ok(keys) => {
-                    taken = now;
-                    said.clear();
+                    (taken, wrong) = (now, None);
                     *known.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
                     known.tell(true);
                     tracing::info!(keys = known.count(), "the keys were read again");
@@ -133,10 +133,10 @@ impl Keys {
                 Err(error) => {
                     // Tried again also while the file stays as it is: it may be the machine that was in trouble.
                     known.tell(false);
-                    let why = format!("{now:?} {error}");
-                    if said != why {
+                    let why = Some((now, error.to_string()));
+                    if wrong != why {
                         tracing::error!(%error, "the keys could not be read again; those of before stay");
-                        said = why;
+                        wrong = why;
                     }
                 }
             }

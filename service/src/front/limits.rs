@@ -22,7 +22,7 @@ pub struct LimitArgs {
     /// How long a client may take to send a request's body.
     #[arg(long, env = "BODY_TIMEOUT", default_value = "10s", value_parser = timeout, value_name = "DURATION")]
     pub body_timeout: Duration,
-    /// How long a client may take for 64 KiB of an answer, or for what is left of it.
+    /// How long a client may take nothing of an answer that it has asked for.
     #[arg(long, env = "ANSWER_TIMEOUT", default_value = "10s", value_parser = timeout, value_name = "DURATION")]
     pub answer_timeout: Duration,
     /// How long a connection may be open without a request. Longer than a proxy in front keeps its own,

@@ -84,7 +84,10 @@ async fn observe(
         Ok(response) => (pattern(response.data()), response),
         Err(error) => (pattern(error.data()), Problem::from_error(error)),
     };
-    if let Some(client) = &client {
+    // What operators ask is answered also when there is too much of the rest.
+    if let Some(client) = &client
+        && !told.probe
+    {
         response = kept(response, client).await;
     }
     let status = response.status();

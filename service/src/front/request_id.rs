@@ -35,7 +35,7 @@ pub(super) fn trace(headers: &HeaderMap) -> Option<String> {
     };
     let sane = hex(version, 2) && hex(trace, 32) && hex(span, 16) && hex(flags, 2);
     let new = version != "00" || parts.next().is_none();
-    // Of digits alone none is made by chance, but it could be somebody's number.
+    // Of digits alone hardly any is made by chance, but it could be somebody's number.
     let number = trace.bytes().all(|b| b.is_ascii_digit()) || version == "ff";
     (sane && new && !number).then(|| trace.to_owned())
 }

@@ -13,7 +13,7 @@ use poem::{
     web::{LocalAddr, RemoteAddr},
 };
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     time::{sleep, timeout, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -117,14 +117,17 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
             http.max_header_size(MAX_HEAD).max_buf_size(MAX_HEAD);
             let mut connection = pin!(http.serve_connection(TokioIo::new(&mut stream), service));
             tokio::select! {
+                // First: a request that is cut off as it arrives is not begun any more.
+                biased;
+                () = client.over() => false,
                 // The client went, or sent what is no HTTP: that is its own business.
                 _ = &mut connection => true,
-                () = client.over() => false,
                 () = self.stop.cancelled() => {
                     connection.as_mut().graceful_shutdown();
                     tokio::select! {
-                        _ = connection => true,
+                        biased;
                         () = client.over() => false,
+                        _ = connection => true,
                     }
                 }
             }
@@ -135,6 +138,23 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
             stream.say(&refusal(&SLOW_HEAD));
         }
     }
+}
+
+/// What the system keeps of answers for each connection, in bytes; it takes twice as much for its own books. With
+/// its usual four megabytes it could not be seen for long whether a client takes anything, and a thousand who take
+/// nothing would be gigabytes.
+const SEND_BUFFER: u32 = 128 * 1024;
+/// How many connections may wait to be taken. More than that makes clients try again later.
+const BACKLOG: u32 = 1024;
+
+/// Listens at `address`.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    // Connections inherit it.
+    socket.set_send_buffer_size(SEND_BUFFER)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// The next connection. After an error it waits a moment, which would be a hot loop while the process is out

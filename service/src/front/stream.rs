@@ -58,8 +58,10 @@ impl Stream {
     }
 
     fn wrote(&self, written: &Poll<io::Result<usize>>) {
-        if let Poll::Ready(Ok(bytes)) = written {
-            self.client.took(*bytes);
+        match written {
+            Poll::Ready(Ok(_)) => self.client.took(),
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => self.client.stalls(),
         }
     }
 
@@ -75,8 +77,11 @@ impl Stream {
 
 /// Why hyper refuses, if this is the whole of its answer: one of ours always says what its body is.
 fn refused(answer: &[u8]) -> Option<&'static Kind> {
-    let answer = std::str::from_utf8(answer).ok()?.strip_prefix("HTTP/1.1 ")?;
-    let (head, body) = answer.split_once("\r\n\r\n")?;
+    const VERSION: usize = "HTTP/1.1 ".len();
+    if !answer.starts_with(b"HTTP/1.") {
+        return None;
+    }
+    let (head, body) = std::str::from_utf8(answer).ok()?.get(VERSION..)?.split_once("\r\n\r\n")?;
     if !body.is_empty() || head.contains("\r\ncontent-type: ") {
         return None;
     }
@@ -93,12 +98,14 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let room = buf.remaining();
+        let (room, before) = (buf.remaining(), buf.filled().len());
         let read = ready!(Pin::new(&mut self.tcp).poll_read(cx, buf));
-        if read.is_err() || (room > 0 && buf.remaining() == room) {
+        let came = &buf.filled()[before..];
+        if read.is_err() || (room > 0 && came.is_empty()) {
             self.ended = true;
             self.client.hangs_up();
-        } else {
+        } else if came.iter().any(|byte| !b"\r\n".contains(byte)) {
+            // Empty lines between requests are none of either (RFC 9112, 2.2).
             self.client.received();
         }
         Poll::Ready(read)
