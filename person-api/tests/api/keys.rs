@@ -79,6 +79,7 @@ async fn only_who_has_a_key_comes_in() {
             "its digest",
             &["authorization: Bearer a35ad0d3ea7d0ee42ee2b1d6a63cf6a9ca19a4b2d2a8d8f2f44c6a2b6a0e0c11"],
         ),
+        ("another scheme of as many letters", &["authorization: Digest the-shop's-own-secret"]),
         ("another scheme", &["authorization: Basic dGhlLXNob3AncyBvd24tc2VjcmV0"]),
         ("the right one, twice", &[double.as_str()]),
     ] {

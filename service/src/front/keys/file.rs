@@ -126,7 +126,7 @@ mod tests {
         );
         assert_eq!(said(&right), "shop shop bank.2");
         assert_eq!(
-            parse(b"a:sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08").unwrap()[0]
+            parse(b"a:SHA256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08").unwrap()[0]
                 .secret[..2],
             [0x9f, 0x86]
         );
