@@ -81,6 +81,7 @@ async fn bodies_that_are_no_object_with_these_fields() {
         ("null everywhere", post("/person", r#"{"cpf": null, "name": null, "address": null, "date_of_birth": null}"#)),
         ("wrong types of an asset", post("/person/11111/asset", r#"{"type": {}, "value": "1000"}"#)),
         ("path and body at once", post("/person/x/asset", r#"{"type": "", "value": -1}"#)),
+        ("a field with an endless name", post("/person/11111/debt", format!(r#"{{"value": 1, "{}": 2}}"#, "é".repeat(30_000)))),
         ("thousands of unknown fields", post("/person/11111/debt", format!("{{{}}}", many.join(", ")))),
     ])
     .await;
