@@ -9,7 +9,10 @@ use service::{documentation, problem::Problem};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-use self::{items::Items, persons::Persons};
+use self::{
+    items::{Items, OfKind},
+    persons::Persons,
+};
 use crate::{
     kind::{Asset, Debt, Income},
     request::CpfCheck,
@@ -43,9 +46,9 @@ impl Api {
     /// The API's own routes, and their documentation.
     pub fn routes(&self) -> Route {
         let items = (
-            Items::<Income>::new(self.clone()),
-            Items::<Asset>::new(self.clone()),
-            Items::<Debt>::new(self.clone()),
+            OfKind(Items::<Income>::new(self.clone())),
+            OfKind(Items::<Asset>::new(self.clone())),
+            OfKind(Items::<Debt>::new(self.clone())),
         );
         documentation::routes((Persons(self.clone()), items), "person-api", ABOUT)
     }

@@ -70,6 +70,12 @@ fn nullable(schema: MetaSchema) -> MetaSchema {
     MetaSchema { nullable: true, ..schema }
 }
 
+/// An amount in an answer. Without the most that it may be, which is no double: who reads it as one would find
+/// the largest too large.
+fn stored_value() -> MetaSchema {
+    MetaSchema { maximum: None, exclusive_maximum: None, ..value() }
+}
+
 fn value() -> MetaSchema {
     MetaSchema {
         minimum: Some(0.0),
@@ -198,7 +204,7 @@ impl<K: ItemKind> Described for ItemBody<K> {
         let fields = [("id", true, formatted("uuid", "The item's id."))]
             .into_iter()
             .chain(type_)
-            .chain([("value", true, value()), ("created_at", true, created_at())]);
+            .chain([("value", true, stored_value()), ("created_at", true, created_at())]);
         example(object(fields), &Self::example())
     }
 }
@@ -238,7 +244,8 @@ fn written(messages: &[&'static str]) -> MetaSchema {
         ("version", true, integer(1.0, VERSION)),
     ]);
     let said = messages.first().copied().unwrap_or_default();
-    example(schema, &format!(r#"{{"message": "{said}", "id": "{PERSON_ID}", "version": 4}}"#))
+    let version = if said == "created" { 1 } else { 4 };
+    example(schema, &format!(r#"{{"message": "{said}", "id": "{PERSON_ID}", "version": {version}}}"#))
 }
 
 /// What was created.
@@ -294,6 +301,8 @@ impl Described for PersonBody {
         let person = include_str!("../../payloads/new_person.json").trim().trim_start_matches('{');
         let (income, asset, debt) =
             (ItemBody::<Income>::example(), ItemBody::<Asset>::example(), ItemBody::<Debt>::example());
+        // Stored in UTC.
+        let person = person.replace("2019-06-15T19:23:55-03:00", "2019-06-15T22:23:55+00:00");
         let whole = format!(
             r#"{{"id": "{PERSON_ID}", "created_at": "2026-02-01T11:59:56.104200+00:00", "status": "active",
                 "version": 4, "incomes": [{income}], "assets": [{asset}], "debts": [{debt}], "truncated": [], {person}"#

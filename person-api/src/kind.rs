@@ -12,6 +12,8 @@ use crate::{
 pub(crate) trait ItemKind: Send + Sync + 'static {
     /// As a value.
     const KIND: Kind;
+    /// One of it.
+    const ONE: &'static str;
     /// Where a person's items are.
     const PATH: &'static str;
     /// Its name in the documentation.
@@ -44,6 +46,7 @@ pub(crate) struct Debt;
 
 impl ItemKind for Income {
     const KIND: Kind = Kind::Income;
+    const ONE: &'static str = "an income";
     const PATH: &'static str = "/person/{cpf}/income";
     const NAME: &'static str = "Income";
     const NEW_NAME: &'static str = "NewIncome";
@@ -56,6 +59,7 @@ impl ItemKind for Income {
 
 impl ItemKind for Asset {
     const KIND: Kind = Kind::Asset;
+    const ONE: &'static str = "an asset";
     const PATH: &'static str = "/person/{cpf}/asset";
     const NAME: &'static str = "Asset";
     const NEW_NAME: &'static str = "NewAsset";
@@ -68,6 +72,7 @@ impl ItemKind for Asset {
 
 impl ItemKind for Debt {
     const KIND: Kind = Kind::Debt;
+    const ONE: &'static str = "a debt";
     const PATH: &'static str = "/person/{cpf}/debt";
     const NAME: &'static str = "Debt";
     const NEW_NAME: &'static str = "NewDebt";

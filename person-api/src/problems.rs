@@ -86,21 +86,21 @@ pub(crate) const MALFORMED_JSON: Kind = kind(
     StatusCode::BAD_REQUEST,
     "malformed-json",
     "Malformed JSON",
-    "The request's body could not be read.",
+    "The request's body could not be read. Nothing was done.",
 );
 /// 415
 pub(crate) const UNSUPPORTED_MEDIA_TYPE: Kind = kind(
     StatusCode::UNSUPPORTED_MEDIA_TYPE,
     "unsupported-media-type",
     "Unsupported Media Type",
-    "Send the body as `Content-Type: application/json`.",
+    "Nothing was done. Send the body with a `Content-Type` that the operation takes.",
 );
 /// 415: a body that would have to be unpacked first.
 pub(crate) const UNSUPPORTED_CODING: Kind = kind(
     StatusCode::UNSUPPORTED_MEDIA_TYPE,
     "unsupported-coding",
     "Unsupported Content-Encoding",
-    "Send the body as it is, without a `Content-Encoding`.",
+    "Nothing was done. Send the body as it is, without a `Content-Encoding`.",
 );
 
 /// Of every request with a body.

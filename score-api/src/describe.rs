@@ -22,7 +22,7 @@ fn score() -> [Field; 4] {
         ("score", true, about(score, MetaSchema::new("integer"))),
         ("person_id", true, formatted("uuid", life)),
         ("version", true, integer(1.0, version)),
-        ("updated_at", true, formatted("date-time", "When the copy was last changed.")),
+        ("updated_at", true, formatted("date-time", "When this person's copy was last changed.")),
     ]
 }
 
@@ -67,9 +67,9 @@ impl Described for EntriesBody {
         let next = MetaSchema { nullable: true, ..text("Where the next page is; null on the last one.") };
         let entries = about("In the order in which they came.", list(inline(entry)));
         let schema = object(score().into_iter().chain([("entries", true, entries), ("next", true, next)]));
-        let item = |id: &str, type_: &str, value: u32, score: i64, second: u32| {
+        let item = |id: &str, type_: &str, value: u32, score: i64| {
             json!({"id": id, "type": type_, "value": value, "score": score,
-                   "created_at": format!("2026-02-01T11:59:{second}.250631Z")})
+                   "created_at": "2026-02-01T11:59:57.250631Z"})
         };
         example(
             schema,
@@ -79,9 +79,9 @@ impl Described for EntriesBody {
                 "version": 4,
                 "updated_at": "2026-02-01T12:00:00.123456Z",
                 "entries": [
-                    item("019928b5-6d10-7f2a-8b1c-5e0a9d3c4f11", "income", 1000, 20, 57),
-                    item("019928b5-70e4-7a05-9d77-1b2f6c8e0a93", "asset", 100_000, 5000, 58),
-                    item("019928b5-74c8-7c1e-a3f0-8d4b5e6f7a02", "debt", 1000, -50, 59),
+                    item("019928b5-6d10-7f2a-8b1c-5e0a9d3c4f11", "income", 1000, 20),
+                    item("019928b5-70e4-7a05-9d77-1b2f6c8e0a93", "asset", 100_000, 5000),
+                    item("019928b5-74c8-7c1e-a3f0-8d4b5e6f7a02", "debt", 1000, -50),
                 ],
                 "next": null,
             }),

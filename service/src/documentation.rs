@@ -26,7 +26,7 @@ use poem_openapi::{
 use self::answer::text_header;
 pub use self::{
     answer::{Answer, Answers, CACHED, Failure, Held, Problems},
-    parameter::{Parameter, Sent, only_query},
+    parameter::{Parameter, Sent, hyphenated, only_query},
 };
 use crate::{front::Shared, problem::Problem};
 

@@ -1,9 +1,12 @@
 //! Items of a person, of any kind.
 
-use std::marker::PhantomData;
+use std::{collections::HashMap, marker::PhantomData};
 
-use poem::Request;
-use poem_openapi::OpenApi;
+use poem::{Request, endpoint::BoxEndpoint, http::Method};
+use poem_openapi::{
+    OpenApi,
+    registry::{MetaApi, Registry},
+};
 use service::documentation::{Answer, Failure, Held, Sent};
 
 use super::Api;
@@ -15,6 +18,34 @@ use crate::{
     request::{self, After, Body, IdempotencyKey, IfMatch, Item, ItemId, Limit, Page, PathCpf},
     store::{Change, Refused, idempotency::Added},
 };
+
+/// [`Items`], as the documentation names them: what is said of an item is said of an income, an asset or a debt.
+#[derive(Clone, Debug)]
+pub(super) struct OfKind<K>(pub(super) Items<K>);
+
+impl<K: ItemKind> OpenApi for OfKind<K> {
+    fn meta() -> Vec<MetaApi> {
+        // poem-openapi wants texts that live for ever. These are few, and made once.
+        let named = |text: &'static str| -> &'static str {
+            text.replace("an item", K::ONE).replace("{kind}", &K::KIND.to_string()).leak()
+        };
+        let mut apis = Items::<K>::meta();
+        for operation in apis.iter_mut().flat_map(|api| &mut api.paths).flat_map(|path| &mut path.operations)
+        {
+            operation.summary = operation.summary.map(named);
+            operation.description = operation.description.map(named);
+        }
+        apis
+    }
+
+    fn register(registry: &mut Registry) {
+        Items::<K>::register(registry);
+    }
+
+    fn add_routes(self, routes: &mut HashMap<String, HashMap<Method, BoxEndpoint<'static>>>) {
+        self.0.add_routes(routes);
+    }
+}
 
 /// The operations on items of one kind.
 #[derive(Clone, Debug)]
@@ -30,7 +61,7 @@ impl<K> Items<K> {
 impl<K: ItemKind> Items<K> {
     /// Add an item to a person
     ///
-    /// Event: `income.new`, `asset.new` or `debt.new`.
+    /// Event: `{kind}.new`.
     #[oai(path = "/", method = "post")]
     async fn add(
         &self,
@@ -87,8 +118,7 @@ impl<K: ItemKind> Items<K> {
 
     /// Replace an item
     ///
-    /// The whole of it. Creates none: POST does. Event: `income.changed`, `asset.changed` or `debt.changed`,
-    /// unless it was so already.
+    /// The whole of it. Creates none: POST does. Event: `{kind}.changed`, unless it was so already.
     #[oai(path = "/:id", method = "put")]
     async fn change(
         &self,
@@ -106,7 +136,7 @@ impl<K: ItemKind> Items<K> {
 
     /// Delete an item
     ///
-    /// Event: `income.deleted`, `asset.deleted` or `debt.deleted`, with the record as it was last.
+    /// Event: `{kind}.deleted`, with the record as it was last.
     #[oai(path = "/:id", method = "delete")]
     async fn delete(
         &self,

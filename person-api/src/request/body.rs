@@ -55,7 +55,7 @@ async fn read(request: &Request, body: Stream, media_types: &[&str]) -> Result<V
     let media_type = request.content_type().and_then(|value| value.split(';').next()).unwrap_or_default();
     if !media_types.iter().any(|known| media_type.trim().eq_ignore_ascii_case(known)) {
         return Err(UNSUPPORTED_MEDIA_TYPE.saying(format!(
-            "Send the body as `Content-Type: {}`.",
+            "Nothing was done. Send the body as `Content-Type: {}`.",
             media_types.join("` or `Content-Type: ")
         )));
     }

@@ -73,8 +73,8 @@ impl Parameter for IfMatch {
     fn schema() -> MetaSchema {
         const TAG: &str = r#"(W/)?"[!#-~]*""#;
         let sent = text(
-            "The `ETag` of the state that the change is for, in its quotation marks, or several, or `*` for any. It \
-             is the person's, which changes with any of their items. If the person is in another state, or it is \
+            "The `ETag` of the state that the change is for, in its quotation marks, or several, or `*` for any. One \
+             of this service may come without them. It is the person's, which changes with any of their items. If the person is in another state, or it is \
              another life of the cpf, the answer is 412 and nothing is changed.",
         );
         MetaSchema { pattern: Some(format!(r"^(\*|{TAG}( *, *{TAG})*)$")), ..sent }

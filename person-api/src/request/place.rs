@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use events::Cpf;
 use poem_openapi::registry::{MetaParamIn, MetaSchema};
 use service::documentation::{
-    Parameter,
+    Parameter, hyphenated,
     schema::{formatted, integer, text},
 };
 use uuid::Uuid;
@@ -38,7 +38,7 @@ impl Parameter for ItemId {
     const IN: MetaParamIn = MetaParamIn::Path;
 
     fn parse(text: &str) -> Result<Self, Cow<'static, str>> {
-        text.parse().map(Self).map_err(|_| "must be a UUID".into())
+        hyphenated(text).map(Self)
     }
 
     fn schema() -> MetaSchema {
@@ -75,7 +75,7 @@ impl Parameter for After {
     const IN: MetaParamIn = MetaParamIn::Query;
 
     fn parse(text: &str) -> Result<Self, Cow<'static, str>> {
-        text.parse().map(Self).map_err(|_| "must be a UUID".into())
+        hyphenated(text).map(Self)
     }
 
     fn schema() -> MetaSchema {

@@ -78,16 +78,23 @@ async fn who_takes_an_answer_drop_by_drop_is_cut_off() {
         () = until("it is cut off", async || cut(&program, "slow").await) => {}
     }
     assert!(cut(&program, "slow").await);
-    // Who takes what comes may take as much as there is, over a longer time than that.
-    let program = Program::start_with(&database.url(None), &["--answer-timeout", "5s"]).await;
+}
+
+/// Who takes an answer slowly, but takes it, may take longer for it than it may take nothing.
+#[tokio::test]
+async fn who_takes_an_answer_slowly_gets_all_of_it() {
+    let database = Database::new().await;
+    let program = Program::start_with(&database.url(None), &["--answer-timeout", "3s"]).await;
     let page = program.get("/docs").await.len();
-    let mut greedy = program.send(&get("/docs").repeat(20)).await;
-    let mut taken = 0;
-    while taken < 20 * page {
-        let read = greedy.read(&mut vec![0; 256 * 1024]).await.unwrap();
-        assert!(read > 0, "cut off after {taken} bytes");
+    let mut slow = reluctant(&program, &get("/docs")).await;
+    let (mut taken, began) = (0, std::time::Instant::now());
+    while taken < page {
+        // As fast as to be done in twice the time, most of which is waited for more.
+        let due = Duration::from_secs(6) * u32::try_from(taken * 1000 / page).unwrap() / 1000;
+        tokio::time::sleep(due.saturating_sub(began.elapsed())).await;
+        let read = slow.read(&mut vec![0; 16 * 1024]).await.unwrap();
+        assert!(read > 0, "cut off after {taken} of {page} bytes");
         taken += read;
-        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 

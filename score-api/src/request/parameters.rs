@@ -6,7 +6,7 @@ use poem_openapi::registry::{MetaParamIn, MetaSchema};
 use service::{
     config,
     documentation::{
-        Parameter,
+        Parameter, hyphenated,
         schema::{formatted, integer, text},
     },
 };
@@ -42,13 +42,14 @@ impl Parameter for Token {
     const IN: MetaParamIn = MetaParamIn::Query;
 
     fn parse(text: &str) -> Result<Self, Cow<'static, str>> {
-        text.parse().map_err(|()| "must be the ETag of a write: a person's id, a dot, and a version".into())
+        text.parse()
+            .map_err(|()| "must be an ETag of the person service: a person's id, a dot, and a version".into())
     }
 
     fn schema() -> MetaSchema {
         let id = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}";
         MetaSchema {
-            pattern: Some(format!(r"^{id}\.[1-9][0-9]{{0,17}}$")),
+            pattern: Some(format!(r#"^({id}\.[1-9][0-9]{{0,17}}|"{id}\.[1-9][0-9]{{0,17}}")$"#)),
             ..text(
                 "The `ETag` of a write, or of a read, at the person service, without its quotation marks (or with \
                  them, as `%22`): a person's id, a dot, and a version, \
@@ -109,7 +110,7 @@ impl Parameter for AfterEntry {
     const IN: MetaParamIn = MetaParamIn::Query;
 
     fn parse(text: &str) -> Result<Self, Cow<'static, str>> {
-        text.parse().map(Self).map_err(|_| "must be a UUID".into())
+        hyphenated(text).map(Self)
     }
 
     fn schema() -> MetaSchema {

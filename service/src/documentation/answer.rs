@@ -92,7 +92,8 @@ impl Parameter for Held {
 
     fn schema() -> MetaSchema {
         schema::text(
-            "The `ETag` of an answer that the caller holds, or several: if it is still right, the answer is 304.",
+            "The `ETag` of an answer that the caller holds, in its quotation marks, weak or not, or several, or `*`: if one \
+             is still right, the answer is 304. What is no `ETag` is ignored.",
         )
     }
 }

@@ -8,6 +8,7 @@ use poem_openapi::{
     registry::{MetaParamIn, MetaSchema, MetaSchemaRef},
 };
 use url::form_urlencoded;
+use uuid::{Uuid, fmt::Hyphenated};
 
 use super::schema;
 use crate::problem::{FieldError, Problem};
@@ -109,6 +110,12 @@ fn sent<'a>(
             ("header", values.map(|value| value.to_str().ok().map(Cow::from)).collect())
         }
     }
+}
+
+/// A UUID in the only spelling that anybody is given.
+pub fn hyphenated(text: &str) -> Result<Uuid, Cow<'static, str>> {
+    let id = Some(text).filter(|text| text.len() == Hyphenated::LENGTH).and_then(|text| text.parse().ok());
+    id.ok_or("must be a UUID with hyphens".into())
 }
 
 /// Refuses parameters of the query that are not known: to ignore one that asks for more would answer a

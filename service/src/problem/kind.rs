@@ -98,7 +98,7 @@ pub const SLOW_HEAD: Kind = Kind {
     status: StatusCode::REQUEST_TIMEOUT,
     code: "slow-head",
     title: "Request Timeout",
-    detail: "The request did not arrive in time.",
+    detail: "The request did not arrive in time. Nothing was done.",
     retry_after: None,
 };
 
@@ -107,7 +107,7 @@ pub const SLOW_BODY: Kind = Kind {
     status: StatusCode::REQUEST_TIMEOUT,
     code: "slow-body",
     title: "Request Timeout",
-    detail: "The request's body did not arrive in time.",
+    detail: "The request's body did not arrive in time. Nothing was done.",
     retry_after: None,
 };
 
@@ -116,7 +116,7 @@ pub const INCOMPLETE_BODY: Kind = Kind {
     status: StatusCode::BAD_REQUEST,
     code: "incomplete-body",
     title: "Incomplete body",
-    detail: "The request's body broke off.",
+    detail: "The request's body broke off, or its chunks are not well formed. Nothing was done.",
     retry_after: None,
 };
 
@@ -125,7 +125,7 @@ pub const TOO_LARGE: Kind = Kind {
     status: StatusCode::PAYLOAD_TOO_LARGE,
     code: "too-large",
     title: "Content Too Large",
-    detail: "The request's body is larger than 64 KiB.",
+    detail: "The request's body is larger than 64 KiB. Nothing was done.",
     retry_after: None,
 };
 
@@ -135,7 +135,7 @@ pub const MALFORMED_REQUEST: Kind = Kind {
     code: "malformed-request",
     title: "Malformed request",
     detail: "The request is not well formed: its first line, a header or its length is wrong, or it has no `Host`, or \
-             two. A quotation mark in a path or a query is written `%22`. Nothing was done.",
+             two. A quotation mark in a query is written `%22`. Nothing was done.",
     retry_after: None,
 };
 
