@@ -114,6 +114,18 @@ async fn nothing_personal_is_written_down_whatever_is_sent() {
         let answer = String::from_utf8(answer).unwrap();
         assert!(answer.starts_with("HTTP/1.1 ") && !answer.contains("HTTP/1.1 500"), "{answer}");
     }
+    // A database that fails, and tells what was to be stored.
+    sqlx::raw_sql(
+        "CREATE FUNCTION public.bad() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE EXCEPTION 'no: %', NEW.payload USING DETAIL = NEW.payload::text; END $$;
+         CREATE TRIGGER bad BEFORE INSERT ON outbox.event FOR EACH ROW EXECUTE FUNCTION public.bad()",
+    )
+    .execute(&database.admin)
+    .await
+    .unwrap();
+    let mut answer = String::new();
+    program.send(&sent("POST", "/person", json, &person)).await.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 500 ") && !answer.contains("Brunhilde"), "{answer}");
     // What is no HTTP.
     for raw in ["Brunhilde 52998224725\r\n\r\n", "GET /person/52998224725 HTTP/1.1\r\nBrunhilde\r\n\r\n"] {
         let mut answer = Vec::new();
@@ -123,6 +135,7 @@ async fn nothing_personal_is_written_down_whatever_is_sent() {
     program.terminate();
     let (code, log) = program.ended().await;
     assert_eq!(code, Some(0));
+    assert!(log.contains("a request failed"), "{log}");
     assert!(requests(&log).len() >= 18, "{log}");
     for (name, text) in [("log", &log), ("metrics", &metrics)] {
         for secret in SECRETS {
