@@ -6,7 +6,7 @@ use poem::{Request, Route};
 use poem_openapi::OpenApi;
 use service::{
     documentation::{self, Answer, Failure, Held, Sent},
-    front::{Gate, HungUp},
+    front::Gate,
     problem::OVERLOADED,
 };
 use sqlx::PgPool;
@@ -19,7 +19,7 @@ use crate::{
     read_model::{entries, scores::Scores},
     request::{self, After, AfterEntry, Limit, PathCpf, Wait},
     token::Token,
-    waiters::{Missed, Waiters},
+    waiters::Waiters,
 };
 
 /// What the documentation begins with.
@@ -57,7 +57,7 @@ impl Api {
         #[oai(name = "If-None-Match")] _held: Sent<Held>,
     ) -> Result<Answer<Score>, Failure<ReadScore>> {
         let (cpf, after) = request::score(request, cpf, (after, wait), self.max_wait)?;
-        let _place = self.begin(request, after).await?;
+        let _place = self.begin(after).await?;
         let score = self.scores.newest_life(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
         Ok(answer::score(request, &score)?)
     }
@@ -81,7 +81,7 @@ impl Api {
     ) -> Result<Answer<Entries>, Failure<ReadScore>> {
         let page = (limit, after_entry);
         let (cpf, page, after) = request::entries(request, cpf, page, (after, wait), self.max_wait)?;
-        let _place = self.begin(request, after).await?;
+        let _place = self.begin(after).await?;
         let found = entries::entries(&self.pool, cpf, page).await?.ok_or(&UNKNOWN_PERSON)?;
         Ok(answer::entries(request, cpf, page, found)?)
     }
@@ -92,26 +92,11 @@ impl Api {
     /// the answer is read: it may contain more by then, and never less.
     ///
     /// A read that waits for nothing has a place among those that need the database instead.
-    async fn begin(
-        &self,
-        request: &Request,
-        after: Option<After>,
-    ) -> Result<Option<OwnedSemaphorePermit>, Failure<ReadScore>> {
+    async fn begin(&self, after: Option<After>) -> Result<Option<OwnedSemaphorePermit>, Failure<ReadScore>> {
         let Some(After { token, wait }) = after else {
             return Ok(Some(self.gate.enter().ok_or(&OVERLOADED)?));
         };
-        let contained = tokio::select! {
-            contained = self.waiters.until_contained(token, wait) => contained,
-            () = hung_up(request) => Err(Missed::HungUp),
-        };
-        contained?;
+        self.waiters.until_contained(token, wait).await?;
         Ok(None)
-    }
-}
-
-async fn hung_up(request: &Request) {
-    match HungUp::of(request) {
-        Some(client) => client.happened().await,
-        None => std::future::pending().await,
     }
 }

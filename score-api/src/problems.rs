@@ -100,19 +100,12 @@ fn not_there_yet(behind: &Behind) -> Problem {
     Problem { extensions: extensions.into(), ..NOT_THERE_YET.problem() }
 }
 
-/// Nobody reads it; the number stands in the metrics, and is what others give for it.
-fn hung_up() -> Problem {
-    let status = StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST);
-    Problem::new(status, "hung-up", "Hung up", "The client hung up.")
-}
-
 /// Why a reader's write was not waited for to the end.
 impl From<Missed> for Failure<ReadScore> {
     fn from(missed: Missed) -> Self {
         let kind = match missed {
             Missed::Behind(behind) => return not_there_yet(&behind).into(),
             Missed::Defect => return Problem::internal().into(),
-            Missed::HungUp => return hung_up().into(),
             Missed::Unavailable => &UNAVAILABLE,
             Missed::TooMany => &TOO_MANY_WAITERS,
             Missed::Ending => &SHUTTING_DOWN,

@@ -46,8 +46,6 @@ pub(crate) enum Missed {
     Unavailable,
     /// A defect; it is in the log.
     Defect,
-    /// The client has gone.
-    HungUp,
     /// There was no place.
     TooMany,
     /// The process is to end.
@@ -73,7 +71,6 @@ impl Missed {
             Self::Behind(_) => "not_there_yet",
             Self::Unavailable => "unavailable",
             Self::Defect => "defect",
-            Self::HungUp => "hung_up",
             Self::TooMany => "too_many",
             Self::Ending => "ending",
         }
@@ -151,8 +148,8 @@ impl<'a> Place<'a> {
             return Err(Missed::TooMany);
         };
         metrics::gauge!("score_api_waiters").increment(1);
-        // Who goes before there is an outcome has hung up.
-        Ok(Self { _permit: permit, came: Instant::now(), outcome: Missed::HungUp.outcome() })
+        // Who goes before there is an outcome has hung up: the server drops what it did for them.
+        Ok(Self { _permit: permit, came: Instant::now(), outcome: "hung_up" })
     }
 }
 

@@ -23,7 +23,6 @@ use self::server::Server;
 pub use self::{
     body::{MAX_BODY, read_body},
     caller::Caller,
-    clients::HungUp,
     gate::{Gate, GateArgs},
     keys::{KeyArgs, Keys},
     limits::{LimitArgs, Room},

@@ -102,7 +102,6 @@ impl Clients {
             heard: AtomicBool::new(false),
             over: CancellationToken::new(),
             cut: Arc::default(),
-            gone: CancellationToken::new(),
             crowded,
         };
         client.idle();
@@ -188,7 +187,6 @@ pub(super) struct Client {
     heard: AtomicBool,
     over: CancellationToken,
     cut: Arc<AtomicBool>,
-    gone: CancellationToken,
     pub(super) crowded: bool,
 }
 
@@ -327,39 +325,16 @@ impl Client {
     pub(super) fn sending(&self) -> bool {
         self.phase() == HEAD
     }
-
-    /// It has hung up.
-    pub(super) fn hangs_up(&self) {
-        self.gone.cancel();
-    }
 }
 
 impl Drop for Client {
     fn drop(&mut self) {
         self.wait_no_more();
-        self.gone.cancel();
         let mut state = self.clients.state();
         state.open -= 1;
         state.leaving -= usize::from(self.cut.load(Ordering::Relaxed));
         drop(state);
         metrics::gauge!("http_connections").decrement(1);
         self.clients.0.left.notify_one();
-    }
-}
-
-/// Whether the client of a request has hung up: its connection has ended, or the half on which it sends.
-/// A handler that only waits for something asks this.
-#[derive(Clone, Debug)]
-pub struct HungUp(CancellationToken);
-
-impl HungUp {
-    /// Of a request's client. None behind another server than [`Shutdown::serve`](crate::shutdown::Shutdown::serve).
-    pub fn of(request: &Request) -> Option<Self> {
-        Client::of(request).map(|client| Self(client.gone.clone()))
-    }
-
-    /// Returns when it has.
-    pub async fn happened(&self) {
-        self.0.cancelled().await;
     }
 }

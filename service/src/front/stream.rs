@@ -103,7 +103,6 @@ impl AsyncRead for Stream {
         let came = &buf.filled()[before..];
         if read.is_err() || (room > 0 && came.is_empty()) {
             self.ended = true;
-            self.client.hangs_up();
         } else if came.iter().any(|byte| !b"\r\n".contains(byte)) {
             // Empty lines between requests are none of either (RFC 9112, 2.2).
             self.client.received();
