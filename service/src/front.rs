@@ -27,9 +27,8 @@ pub use self::{
     keys::{KeyArgs, Keys},
     limits::{LimitArgs, Room},
     observe::guarded,
-    server::listen,
-    unsent::Shared,
 };
+pub(crate) use self::{server::listen, unsent::Shared};
 use crate::config::SettingError;
 
 /// Settings of what stands in front.

@@ -25,7 +25,7 @@ const CUT: Duration = Duration::from_millis(100);
 
 /// Marks an answer whose bytes are there only once, however often it is given.
 #[derive(Clone, Copy, Debug)]
-pub struct Shared;
+pub(crate) struct Shared;
 
 /// The room for large answers, and who waits for it.
 pub(super) struct Unsent {
