@@ -7,12 +7,12 @@
 DEVSTACK := $(or $(CARGO_TARGET_DIR),target)/debug/devstack
 
 up: ## Start the whole stack in this checkout, until Ctrl-C
-	@devstack/install
+	@crates/devstack/install
 	@cargo build --workspace
 	@exec $(DEVSTACK) up
 
 demo: ## Play payloads/ through the running stack, or through one of its own, and check the score
-	@devstack/install
+	@crates/devstack/install
 	@cargo build --workspace
 	@exec $(DEVSTACK) demo
 
@@ -21,27 +21,27 @@ env: ## Print the running stack's addresses as export lines for a shell
 	@exec $(DEVSTACK) env
 
 test: ## Run all tests but the slow fault suite
-	@devstack/install tests
+	@crates/devstack/install tests
 	cargo build --workspace
 	exec $(DEVSTACK) run -- cargo test --workspace --no-fail-fast
 
 test-faults: ## Run the fault suite: servers stopped and programs killed under load
-	@devstack/install tests
+	@crates/devstack/install tests
 	cargo build --workspace
 	cargo test --workspace --test faults -- --ignored --nocapture
 
 schemathesis: ## Hold the APIs against their documents, thousands of requests; SCHEMATHESIS_ARGS="--max-examples 1000"
-	@devstack/install tests
+	@crates/devstack/install tests
 	cargo build --workspace
 	exec $(DEVSTACK) schemathesis -- $(SCHEMATHESIS_ARGS)
 
 bench: ## Measure the system next to its ceilings, 15 minutes; writes docs/bench; BENCH_ARGS="--quick --json FILE"
-	@devstack/install
+	@crates/devstack/install
 	cargo build --release --workspace
 	exec $(or $(CARGO_TARGET_DIR),target)/release/devstack bench $(BENCH_ARGS)
 
 chaos: ## Let everything go wrong at once and judge, 5 minutes; CHAOS_ARGS="--seed N --minutes N --json FILE"
-	@devstack/install tests
+	@crates/devstack/install tests
 	cargo build --workspace
 	exec $(DEVSTACK) chaos $(CHAOS_ARGS)
 

@@ -12,7 +12,7 @@ fn example(name: &str) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// A Python that has psycopg2, which devstack/install sees to.
+/// A Python that has psycopg2, which crates/devstack/install sees to.
 async fn python() -> Command {
     for python in ["python3", "/usr/bin/python3"] {
         let asked = Command::new(python).args(["-c", "import psycopg2"]).output().await;
@@ -20,7 +20,7 @@ async fn python() -> Command {
             return Command::new(python);
         }
     }
-    panic!("no python3 has psycopg2: run devstack/install tests")
+    panic!("no python3 has psycopg2: run crates/devstack/install tests")
 }
 
 /// Services in other languages need nothing of ours: what they commit arrives, and nothing else.

@@ -100,7 +100,7 @@ async fn bodies_have_the_shape_of_the_golden_ones() {
     }
     app.create("/person/11111/debt", r#"{"value": 1}"#).await;
     for row in rows(&database).await {
-        let golden = format!("{}/../events/golden/{}-2.json", env!("CARGO_MANIFEST_DIR"), row.r#type);
+        let golden = format!("{}/../crates/events/golden/{}-2.json", env!("CARGO_MANIFEST_DIR"), row.r#type);
         let golden = std::fs::read_to_string(golden).unwrap();
         assert_eq!(names(&row.payload), names(&golden), "{}", row.r#type);
         assert!(!row.payload.contains(": ") && !row.payload.contains(", "), "compact");

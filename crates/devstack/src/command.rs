@@ -16,9 +16,9 @@ use anyhow::Context;
 fn checkout() -> anyhow::Result<PathBuf> {
     let here = std::env::current_dir().context("the folder you are in is gone")?;
     here.ancestors()
-        .find(|folder| folder.join("devstack/Cargo.toml").is_file())
+        .find(|folder| folder.join("crates/devstack/Cargo.toml").is_file())
         .map(Path::to_path_buf)
-        .context("this is not a checkout of the project: no folder above has devstack/Cargo.toml")
+        .context("this is not a checkout of the project: no folder above has crates/devstack/Cargo.toml")
 }
 
 /// Where `up` keeps its data.

@@ -200,7 +200,7 @@ impl Postgres {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let mut folders = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
         let program = folders.find_map(|folder| Some(folder.join("pgbouncer")).filter(|file| file.is_file()));
-        let program = program.context("PgBouncer is not there; run devstack/install tests")?;
+        let program = program.context("PgBouncer is not there; run crates/devstack/install tests")?;
         let launch =
             Launch::new("PgBouncer", &program, self.user, Signal::TERM, &self.mark, folder.log("pgbouncer")?);
         let mut process = launch.args([conf]).spawn().await?;
@@ -349,7 +349,7 @@ fn find(data: &Path) -> anyhow::Result<PathBuf> {
             data.display()
         ),
         None => bail!(
-            "PostgreSQL {OLDEST} or later is needed, found is {found}; run devstack/install, or set PG_BIN to \
+            "PostgreSQL {OLDEST} or later is needed, found is {found}; run crates/devstack/install, or set PG_BIN to \
              the folder with initdb and postgres"
         ),
     }

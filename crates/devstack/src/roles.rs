@@ -4,7 +4,7 @@ use anyhow::Context;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
 /// What an operator runs in each database.
-const SCRIPT: &str = include_str!("../../deploy/permissions/roles.sql");
+const SCRIPT: &str = include_str!("../../../deploy/permissions/roles.sql");
 
 /// Those that have one, and `writer` for any other service that appends events.
 pub const PROGRAMS: [&str; 5] = ["person_api", "score_projector", "score_api", "outbox_relay", "writer"];

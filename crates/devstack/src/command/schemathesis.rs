@@ -39,7 +39,7 @@ pub async fn run(args: &SchemathesisArgs) -> anyhow::Result<u8> {
         let mut wrong = Vec::new();
         // The score first: it is there until somebody deletes the person.
         for (name, url) in [("score", &addresses.score_url), ("person", &addresses.person_url)] {
-            let settings = checkout.join("devstack/schemathesis");
+            let settings = checkout.join("crates/devstack/schemathesis");
             let mut st = Command::new(&tool);
             st.arg("--config-file").arg(settings.join(format!("{name}.toml")));
             st.args(["run", &format!("{url}/openapi.json"), "--continue-on-failure"]).args(&args.options);
@@ -89,6 +89,9 @@ async fn install() -> anyhow::Result<PathBuf> {
 
 async fn done(command: &mut Command, what: &str) -> anyhow::Result<()> {
     let status = command.kill_on_drop(true).status().await.with_context(|| format!("cannot {what}"))?;
-    ensure!(status.success(), "cannot {what}: {status}; devstack/install tests installs what it takes");
+    ensure!(
+        status.success(),
+        "cannot {what}: {status}; crates/devstack/install tests installs what it takes"
+    );
     Ok(())
 }

@@ -148,6 +148,6 @@ async fn answer(request: reqwest::RequestBuilder) -> Answer {
 
 /// A sample of `payloads/`.
 pub(crate) fn payload(name: &str) -> String {
-    let path = format!("{}/../payloads/new_{name}.json", env!("CARGO_MANIFEST_DIR"));
+    let path = format!("{}/../../payloads/new_{name}.json", env!("CARGO_MANIFEST_DIR"));
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
 }

@@ -307,7 +307,7 @@ fn find() -> anyhow::Result<PathBuf> {
         None => [PathBuf::from("/usr/lib/rabbitmq/bin")].into_iter().chain(path()).collect(),
     };
     folders.iter().map(|folder| folder.join(name)).find(|file| file.is_file()).context(
-        "RabbitMQ is not there; run devstack/install, or set RABBITMQ_BIN to the folder with rabbitmq-server",
+        "RabbitMQ is not there; run crates/devstack/install, or set RABBITMQ_BIN to the folder with rabbitmq-server",
     )
 }
 

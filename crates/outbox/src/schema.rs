@@ -8,7 +8,7 @@ pub const SCHEMA: &str = "outbox";
 /// The outbox's migrations. Their record is kept in `outbox.migration`, so that the outbox can be
 /// added to any database, whatever migrates the rest of it.
 pub fn migrator() -> Migrator {
-    let mut migrator = sqlx::migrate!("../migrations/outbox");
+    let mut migrator = sqlx::migrate!("../../migrations/outbox");
     migrator.dangerous_set_table_name("outbox.migration");
     migrator.create_schema(SCHEMA);
     migrator

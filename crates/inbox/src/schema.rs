@@ -6,7 +6,7 @@ pub const SCHEMA: &str = "inbox";
 /// The inbox's migrations. Their record is kept in `inbox.migration`, so that the inbox can be added to
 /// any database, whatever migrates the rest of it.
 pub fn migrator() -> Migrator {
-    let mut migrator = sqlx::migrate!("../migrations/inbox");
+    let mut migrator = sqlx::migrate!("../../migrations/inbox");
     migrator.dangerous_set_table_name("inbox.migration");
     migrator.create_schema(SCHEMA);
     migrator

@@ -143,7 +143,7 @@ fn event(type_: &str, person: Uuid, version: i64, body: &Value, flag: Option<&st
     envelope
 }
 
-/// A Python that has what the example needs, which devstack/install sees to.
+/// A Python that has what the example needs, which crates/devstack/install sees to.
 fn python() -> Command {
     for python in ["python3", "/usr/bin/python3"] {
         let asked = Command::new(python).args(["-c", "import pika, psycopg2"]).output();
@@ -151,13 +151,13 @@ fn python() -> Command {
             return Command::new(python);
         }
     }
-    panic!("no python3 has pika and psycopg2: run devstack/install tests")
+    panic!("no python3 has pika and psycopg2: run crates/devstack/install tests")
 }
 
 #[tokio::test]
 async fn in_python_from_the_contract_alone() {
     let world = World::new("contacts_python").await;
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/examples/subscriber.py");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/examples/subscriber.py");
     let start = || world.start(python().arg(&path));
     let first = start();
     world.until_consumed("contacts").await;

@@ -5,7 +5,7 @@
 use events::{Deleted, PersonEvent, Score};
 use serde_json::Value;
 
-const DOCUMENT: &str = include_str!("../../docs/EVENTS.md");
+const DOCUMENT: &str = include_str!("../../../docs/EVENTS.md");
 
 /// Each sample with what its fence says after `json`: the type, and perhaps `erased`.
 fn samples() -> Vec<(&'static str, &'static str)> {
