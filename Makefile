@@ -1,6 +1,6 @@
 # Everything that a developer calls; `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: up demo env test test-faults schemathesis bench chaos help
+.PHONY: up demo env test test-faults test-containers schemathesis bench chaos help
 
 # `run -- COMMAND` puts private servers around a command and leaves nothing of them. The binary and not
 # `cargo run -p devstack`: for one package alone cargo builds the dependencies again, with fewer features.
@@ -28,7 +28,10 @@ test: ## Run all tests but the slow fault suite
 test-faults: ## Run the fault suite: servers stopped and programs killed under load
 	@crates/devstack/install tests
 	cargo build --workspace
-	cargo test --workspace --test faults -- --ignored --nocapture
+	cargo test --workspace --no-fail-fast --test faults -- --ignored --nocapture
+
+test-containers: ## Run README's container line for real, with an engine and images of its own; needs root and Debian
+	@exec deploy/containers/test
 
 schemathesis: ## Hold the APIs against their documents, thousands of requests; SCHEMATHESIS_ARGS="--max-examples 1000"
 	@crates/devstack/install tests
@@ -37,13 +40,13 @@ schemathesis: ## Hold the APIs against their documents, thousands of requests; S
 
 bench: ## Measure the system next to its ceilings, 15 minutes; writes docs/bench; BENCH_ARGS="--quick --json FILE"
 	@crates/devstack/install
-	cargo build --release --workspace
-	exec $(or $(CARGO_TARGET_DIR),target)/release/devstack bench $(BENCH_ARGS)
+	cargo build $(if $(findstring --quick,$(BENCH_ARGS)),,--release) --workspace
+	exec $(or $(CARGO_TARGET_DIR),target)/$(if $(findstring --quick,$(BENCH_ARGS)),debug,release)/bench $(BENCH_ARGS)
 
 chaos: ## Let everything go wrong at once and judge, 5 minutes; CHAOS_ARGS="--seed N --minutes N --json FILE"
 	@crates/devstack/install tests
 	cargo build --workspace
-	exec $(DEVSTACK) chaos $(CHAOS_ARGS)
+	exec $(dir $(DEVSTACK))chaos $(CHAOS_ARGS)
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\): ## \(.*\)/\1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\): ## \(.*\)/\1\t\2/p' Makefile | expand -t 17

@@ -16,6 +16,8 @@
 DO $$
 DECLARE
     wanted record;
+    option record;
+    taken  record;
 BEGIN
     FOR wanted IN
         SELECT coalesce(nullif(current_setting('roles.' || r.program, true), ''), nullif(r.program, 'writer')) AS role,
@@ -35,13 +37,25 @@ BEGIN
         IF to_regrole(quote_ident(wanted.role)) IS NULL THEN
             EXECUTE format('CREATE ROLE %I LOGIN', wanted.role);
         END IF;
-        -- What is given to a statement is personal, and must not get into the server's log, whatever else an operator
-        -- has it log: it would outlive the person's erasure.
-        IF NOT coalesce((SELECT rolconfig @> '{log_parameter_max_length=0,log_parameter_max_length_on_error=0}'
-                         FROM pg_roles WHERE rolname = wanted.role), false) THEN
-            EXECUTE format('ALTER ROLE %I SET log_parameter_max_length = 0', wanted.role);
-            EXECUTE format('ALTER ROLE %I SET log_parameter_max_length_on_error = 0', wanted.role);
-        END IF;
+        -- What is personal must not get into the server's log, whatever else an operator has it log: it would outlive
+        -- the person's erasure. The programs log each failure themselves, by its code and constraint.
+        --   log_parameter_max_length...  what is given to a statement, of slow statements and of failed ones.
+        --   log_min_messages             an error's message may quote a value ("invalid input syntax"). Errors of these
+        --                                roles are not logged by the server; what it logs of itself still is, such as
+        --                                slow statements and waits for locks.
+        --   log_error_verbosity          DETAIL ("Failing row contains", "Key (cpf)=") and CONTEXT of what is logged.
+        --   log_min_error_statement      statements with literals in them.
+        --   auto_explain...              plans show the values that they were made for.
+        FOR option IN
+            SELECT * FROM (VALUES ('log_parameter_max_length', '0'), ('log_parameter_max_length_on_error', '0'),
+                                  ('log_min_messages', 'log'), ('log_error_verbosity', 'terse'),
+                                  ('log_min_error_statement', 'panic'),
+                                  ('auto_explain.log_min_duration', '-1')) AS o (name, value)
+        LOOP
+            CONTINUE WHEN coalesce((SELECT rolconfig @> ARRAY[option.name || '=' || option.value]
+                                    FROM pg_roles WHERE rolname = wanted.role), false);
+            EXECUTE format('ALTER ROLE %I SET %s = %L', wanted.role, option.name, option.value);
+        END LOOP;
         EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), wanted.role);
         IF to_regprocedure(wanted.function || '(regrole)') IS NULL THEN
             RAISE NOTICE '% is not there yet: migrate, and run this again', wanted.function;
@@ -61,6 +75,29 @@ BEGIN
         -- Large objects belong to no table, so whoever may make one may store what it likes.
         REVOKE EXECUTE ON FUNCTION lo_creat(integer), lo_create(oid), lo_from_bytea(oid, bytea) FROM PUBLIC;
     END IF;
+    -- Whoever may take any advisory lock may take those by which writers, relays and migrations wait for each other: a
+    -- role that only reads could stop every writer. The programs' roles take theirs by functions of the schemas, which
+    -- run with the owners' rights. So the owners keep the right, which `migrate` needs as well. (In a database that
+    -- others use, too, they may depend on these locks.)
+    IF to_regnamespace('person') IS NOT NULL OR to_regnamespace('score') IS NOT NULL THEN
+        FOR taken IN
+            SELECT p.oid::regprocedure AS function FROM pg_proc p
+            WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.proname ~ '^pg_(try_)?advisory'
+        LOOP
+            EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', taken.function);
+            FOR wanted IN
+                SELECT DISTINCT n.nspowner::regrole AS role FROM pg_namespace n
+                WHERE n.nspname IN ('person', 'score', 'inbox', 'outbox')
+            LOOP
+                EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', taken.function, wanted.role);
+            END LOOP;
+        END LOOP;
+    END IF;
+    -- Samples of what is personal, from before the columns were told to keep none.
+    DELETE FROM pg_statistic s USING pg_attribute a
+    WHERE a.attrelid = s.starelid AND a.attnum = s.staattnum AND a.attstattarget = 0
+      AND a.attrelid IN (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                         WHERE n.nspname IN ('person', 'score', 'score_shadow', 'score_old', 'inbox', 'outbox'));
     -- As everywhere from PostgreSQL 15 on.
     REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 END

@@ -11,10 +11,18 @@ for role in $LOGIN_ROLES; do
         --set=role="$role" --set=database="$POSTGRES_DB" --set=password="$password" <<'SQL'
 REVOKE CONNECT, TEMPORARY ON DATABASE :"database" FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION lo_creat(integer), lo_create(oid), lo_from_bytea(oid, bytea) FROM PUBLIC;
--- What is given to a statement is personal, and must not get into the server's log.
+-- Whoever may take any advisory lock may stop every writer. The owner, who migrates, is a superuser here.
+SELECT format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', p.oid::regprocedure) FROM pg_proc p
+WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.proname ~ '^pg_(try_)?advisory' \gexec
+-- What is personal must not get into the server's log: what is given to a statement, messages, details and statements
+-- of errors, plans. As in deploy/permissions/roles.sql, which says more.
 CREATE ROLE :"role" LOGIN PASSWORD :'password';
 ALTER ROLE :"role" SET log_parameter_max_length = 0;
 ALTER ROLE :"role" SET log_parameter_max_length_on_error = 0;
+ALTER ROLE :"role" SET log_min_messages = log;
+ALTER ROLE :"role" SET log_error_verbosity = terse;
+ALTER ROLE :"role" SET log_min_error_statement = panic;
+ALTER ROLE :"role" SET auto_explain.log_min_duration = -1;
 GRANT CONNECT ON DATABASE :"database" TO :"role";
 SQL
 done

@@ -2,6 +2,8 @@
 
 pub mod digest;
 pub mod doctor;
+pub mod erasures;
+pub mod forget;
 pub mod new_incarnation;
 pub mod parked;
 pub mod pause;
@@ -10,14 +12,29 @@ pub mod replay;
 pub mod state;
 pub mod status;
 pub mod trace;
+mod when;
 
 use std::time::Duration;
 
-pub use service::config::command::{CommandArgs, Verdict};
-pub(crate) use service::config::command::{bar, many, operator, span};
+use anyhow::anyhow;
+use daemon::config::database::Failure;
 use sqlx::PgConnection;
 
+pub use daemon::config::command::{CommandArgs, Verdict};
+pub(crate) use daemon::config::command::{bar, many, operator, span};
+
 use crate::leader::schema;
+
+/// Why a change failed: `nothing` says that there is none. When the connection ended, it may have been stored.
+pub(crate) fn not_done(error: sqlx::Error, nothing: &'static str) -> anyhow::Error {
+    let said = match Failure::of(&error) {
+        Failure::Away | Failure::Restarting => {
+            "the connection ended, so it is unknown whether the change was stored; look before you run this again"
+        }
+        _ => nothing,
+    };
+    anyhow!(error).context(said)
+}
 
 /// Connects to a database whose outbox is the one that this program knows.
 pub(crate) async fn connect(

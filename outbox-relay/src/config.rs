@@ -3,28 +3,24 @@
 use std::{fmt::Write, net::SocketAddr, time::Duration};
 
 use clap::{Parser, Subcommand};
-use lapin::types::ShortString;
-use service::{
-    config::{
-        SettingError,
-        broker::BrokerArgs,
-        database::{self, DatabaseArgs},
-        file::Setting,
-    },
-    front::FrontArgs,
+use daemon::{
+    config::{SettingError, broker::BrokerArgs, database::DatabaseArgs, file::Setting},
+    probes::ProbeArgs,
     shutdown::ShutdownArgs,
     telemetry::TelemetryArgs,
 };
+use lapin::types::ShortString;
 
 use crate::{
     command::{
-        digest::DigestArgs, doctor::DoctorArgs, new_incarnation::NewIncarnationArgs, parked::ParkedArgs,
-        pause::PauseArgs, prune::PruneArgs, replay::ReplayArgs, status::StatusArgs, trace::TraceArgs,
+        digest::DigestArgs, doctor::DoctorArgs, erasures::ErasuresArgs, forget::ForgetArgs,
+        new_incarnation::NewIncarnationArgs, parked::ParkedArgs, pause::PauseArgs, prune::PruneArgs,
+        replay::ReplayArgs, status::StatusArgs, trace::TraceArgs,
     },
     leader::Begin,
     partition::PartitionArgs,
     relay::exchange,
-    unroutable::Policy,
+    rules::{Nacked, Rules, Unroutable},
 };
 
 /// A statement of the relay reads at most one batch by an index.
@@ -74,8 +70,13 @@ pub enum Command {
     NewIncarnation(NewIncarnationArgs),
     /// Empty partitions of the outbox whose events are old enough, and needed by nobody.
     Prune(PruneArgs),
+    /// Show which ended aggregates are still being erased; exit code 3 while there are any.
+    Erasures(ErasuresArgs),
+    /// Remove a relay name that is not used any more, with what it set aside; retention then no longer waits
+    /// for it.
+    Forget(ForgetArgs),
     /// Ask a running relay whether it is ready; exit code 1, with the reasons, when it is not.
-    Health(ListenArgs),
+    Health(HealthArgs),
 }
 
 /// Where the relay answers.
@@ -84,6 +85,23 @@ pub struct ListenArgs {
     /// Where /live, /ready and /metrics are served.
     #[arg(long, env = "LISTEN", default_value = "127.0.0.1:8002", value_name = "ADDRESS:PORT")]
     pub listen: SocketAddr,
+}
+
+/// Settings of `health`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct HealthArgs {
+    /// Where it answers.
+    #[command(flatten)]
+    pub listen: ListenArgs,
+    /// The database of the relay that is asked for; another process at this address is not it.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+    /// The name of the relay that is asked for.
+    #[arg(long, env = "RELAY_NAME", default_value = "default", value_parser = relay_name)]
+    pub name: String,
+    /// The source that it should publish for, if it should be a certain one. A relay knows it once it has led.
+    #[arg(long, env = "SOURCE", value_name = "NAME")]
+    pub source: Option<String>,
 }
 
 /// Settings of `run`.
@@ -108,14 +126,23 @@ pub struct RunArgs {
     #[arg(long, env = "DECLARE_EXCHANGE")]
     pub declare_exchange: bool,
     /// What to do with events that no queue takes, by type pattern as in a topic binding: `park` (set aside
-    /// and tried again; the rest goes on), `hold` (wait, and be not ready) or `drop` (count and go on). The
-    /// first that matches wins; `park` or `hold` without a pattern is for the rest:
-    /// `score.new=hold,score.*=drop,park`. When everything comes back, the relay waits instead of parking.
+    /// and tried again; the rest goes on), `hold` (they wait, later events of their aggregates behind them, and the
+    /// relay is not ready) or `drop` (count and go on). The first that matches wins; `park` or `hold` without a
+    /// pattern is for the rest: `score.new=hold,score.*=drop,park`. When everything comes back, events wait instead.
     #[arg(long, env = "UNROUTABLE", default_value = "park", value_name = "RULES")]
-    pub unroutable: Policy,
-    /// How many events may be set aside before the relay waits instead.
+    pub unroutable: Rules<Unroutable>,
+    /// What to do with events that a full queue refuses, by type pattern in the same way: `hold` (they wait, and later
+    /// events of their aggregates behind them) or `pass` (after ten seconds or more they are set aside and tried again, and
+    /// later events go on: the full queue misses them until then). Other aggregates go on either way.
+    #[arg(long, env = "NACKED", default_value = "hold", value_name = "RULES")]
+    pub nacked: Rules<Nacked>,
+    /// How many events may be set aside; beyond it they wait, and later events of their aggregates behind them.
     #[arg(long, env = "MAX_PARKED", default_value = "10000", value_parser = clap::value_parser!(i64).range(0..))]
     pub max_parked: i64,
+    /// How many events of a type may wait in the database; beyond it they stay in memory, and once that is full
+    /// nothing more is read.
+    #[arg(long, env = "MAX_WAITING", default_value = "10000000", value_parser = clap::value_parser!(i64).range(0..))]
+    pub max_waiting: i64,
     /// How long a leader that says nothing stays the leader: after it, another relay takes over.
     #[arg(long, env = "LEASE", default_value = "2s", value_parser = lease, value_name = "DURATION")]
     pub lease: Duration,
@@ -128,6 +155,9 @@ pub struct RunArgs {
     /// Bytes of events in memory at most, but for one event that is larger by itself.
     #[arg(long, env = "MAX_BYTES", default_value = "16777216", value_parser = at_least_one)]
     pub max_bytes: usize,
+    /// Of an aggregate with a long history that was erased, a step rewrites so many events at most.
+    #[arg(long, env = "ERASURE_STEP", default_value = "1000", value_parser = clap::value_parser!(i64).range(1..=100_000), value_name = "COUNT")]
+    pub erasure_step: i64,
     /// Partitions and retention.
     #[command(flatten)]
     pub partitions: PartitionArgs,
@@ -137,9 +167,9 @@ pub struct RunArgs {
     /// Logging.
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
-    /// What clients may take.
+    /// Its health and its metrics.
     #[command(flatten)]
-    pub front: FrontArgs,
+    pub probes: ProbeArgs,
     /// Shutdown.
     #[command(flatten)]
     pub shutdown: ShutdownArgs,
@@ -152,9 +182,8 @@ pub struct RunArgs {
 impl RunArgs {
     /// What `settings` come to, for people; an error where `run` would not start.
     pub fn check(&self, settings: &[Setting]) -> Result<String, SettingError> {
-        self.front.check(self.listen.listen)?;
-        let database = database::address(&self.database.options("outbox-relay", STATEMENT_TIMEOUT)?);
-        let nodes = self.broker.nodes()?.into_iter().map(|node| format!("{node:?}"));
+        let database = self.database.options("outbox-relay", STATEMENT_TIMEOUT)?.address();
+        let nodes = self.broker.nodes(self.database.require_tls)?.into_iter().map(|node| format!("{node:?}"));
         let mut text = String::new();
         for Setting { name, value, source } in settings {
             let value = value.as_deref().unwrap_or("-");
@@ -192,7 +221,7 @@ pub struct MigrateArgs {
 }
 
 fn lease(text: &str) -> Result<Duration, String> {
-    let lease = service::config::duration(text)?;
+    let lease = daemon::config::duration(text)?;
     if (Duration::from_secs(1)..=Duration::from_mins(1)).contains(&lease) {
         Ok(lease)
     } else {

@@ -3,7 +3,7 @@
 
 /// Passes a step: `read` (events are in memory), `publish` (a window is written, nothing confirmed),
 /// `confirm` (its fate is known, nothing settled), `park` (events are set aside, nothing settled), `save`
-/// (progress is stored).
+/// (progress is stored), `erase` (a step of an erasure is not committed yet).
 #[cfg(debug_assertions)]
 pub(crate) fn hit(step: &str) {
     use std::sync::{

@@ -1,16 +1,25 @@
 //! Publishes any database's outbox to RabbitMQ. It knows nothing of what the events are about.
 //!
 //! The way of an event: [`reader`] finds it by its position, [`queue`] has it wait for its turn, a lane
-//! [`publish`]es it and learns its fate, [`relay`] settles it, or sets it aside ([`parked`]), and
-//! [`leader`] stores the progress. [`position`] remembers what was read and what is missing.
+//! [`publish`]es it and learns its fate, [`queue`] decides by the [`evidence`] what that means, `lead` settles it, has
+//! it wait ([`waiting`]) or sets it aside ([`parked`]), and [`leader`] stores the progress. [`position`] remembers
+//! what was read and what is missing.
 
 pub mod broker;
+pub mod budget;
 pub mod command;
 pub mod config;
+pub mod erasure;
+pub mod evidence;
 mod failpoint;
+mod frame;
+pub mod identity;
+mod kept;
 pub mod lane;
+mod lead;
 pub mod leader;
 pub mod lease;
+pub mod message;
 mod migrate;
 pub mod parked;
 pub mod partition;
@@ -20,61 +29,73 @@ pub mod publish;
 pub mod queue;
 pub mod reader;
 pub mod relay;
-mod sabotage;
+pub mod row;
+pub mod rules;
 mod systemd;
-pub mod unroutable;
+pub mod unreadable;
+pub mod waiting;
 mod wake;
 
 use std::sync::Arc;
 
+use daemon::{
+    health::{Health, Identity},
+    probes,
+    shutdown::Shutdown,
+};
 use metrics_exporter_prometheus::PrometheusHandle;
-use poem::Route;
-use service::{config::database, front::Front, health::Health, shutdown::Shutdown};
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use config::{RunArgs, STATEMENT_TIMEOUT};
 use lease::Lease;
 use relay::{Limits, Relay};
+use rules::Policies;
 
 pub use migrate::migrate;
 
 /// Relays until `shutdown`.
 pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -> anyhow::Result<()> {
-    sabotage::check()?;
-    let front = Front::new(args.listen.listen, &args.front, 0)?;
-    let database = database::by_index(args.database.options("outbox-relay", STATEMENT_TIMEOUT)?);
+    let database = args.database.options("outbox-relay", STATEMENT_TIMEOUT)?.by_index();
+    database.warn();
     let identity = identity();
+    let nodes = args.broker.nodes(args.database.require_tls)?;
+    daemon::config::broker::warn(&nodes);
     let nodes = broker::Nodes {
-        nodes: args.broker.nodes()?,
+        nodes,
         exchange: args.exchange.clone(),
         declare: args.declare_exchange,
         name: format!("outbox-relay {} {identity}", args.name),
     };
-    let health = Health::new();
+    let health = Health::of(Identity::of("outbox-relay").with("relay", &args.name).at(&database));
     let (events_health, paused_health) = (health.part("events"), health.part("paused"));
     let partitions_health = health.part("partitions");
+    let erasures_health = health.part("erasures");
     // There is nothing to wait for before there is an event, or a pause.
-    for part in [&events_health, &paused_health, &partitions_health] {
+    for part in [&events_health, &paused_health, &partitions_health, &erasures_health] {
         part.ready();
     }
     let wake = Arc::new(Notify::new());
     let pulse = Lease::new(systemd::PULSE);
+    let connected = CancellationToken::new();
     let relay = Relay {
         database: database.clone(),
         name: args.name,
         begin: args.begin,
         identity,
         nodes,
-        policy: args.unroutable,
+        policies: Policies { unroutable: args.unroutable, nacked: args.nacked, exchange: args.exchange },
         lease: args.lease,
         limits: Limits {
             lanes: args.lanes,
             events: args.max_events,
             bytes: args.max_bytes,
             parked: args.max_parked,
+            waiting: args.max_waiting,
         },
         wake: Arc::clone(&wake),
         pulse: pulse.clone(),
+        connected: connected.clone(),
         health: health.clone(),
         database_health: health.part("database"),
         broker_health: health.part("broker"),
@@ -84,15 +105,29 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         grace: args.shutdown.drain_timeout * 3 / 4,
     };
     let told = health.clone();
-    let routes = health.add_to(Route::new(), Some(metrics));
-    shutdown.serve(front, routes, args.shutdown.drain_timeout)?;
+    probes::serve(&shutdown, args.listen.listen, &args.probes, &health, Some(metrics))?;
     let stop = shutdown.requested().clone();
     shutdown.spawn("relay", relay.run(stop.clone()));
     shutdown.spawn("wake-up", wake::listen(database.clone(), wake, stop.clone()));
+    let erasures = erasure::keep(database.clone(), args.erasure_step, erasures_health, stop.clone());
+    shutdown.spawn("erasures", when_connected(connected.clone(), stop.clone(), erasures));
     let partitions = partition::keep(database, args.partitions, partitions_health, stop.clone());
-    shutdown.spawn("partitions", partitions);
+    shutdown.spawn("partitions", when_connected(connected, stop.clone(), partitions));
     shutdown.spawn("service manager", systemd::notify(told, pulse, stop));
     shutdown.finish(args.shutdown.drain_timeout).await
+}
+
+/// Begins with a task only when the relay has connected: behind a pooler in transaction mode, which the relay detects
+/// and names, the driver panics over the answers to somebody else's statements.
+async fn when_connected(
+    connected: CancellationToken,
+    stop: CancellationToken,
+    task: impl Future<Output = anyhow::Result<()>>,
+) -> anyhow::Result<()> {
+    match stop.run_until_cancelled(connected.cancelled()).await {
+        Some(()) => task.await,
+        None => Ok(()),
+    }
 }
 
 /// Who this process is, for people who look at the leader's row.

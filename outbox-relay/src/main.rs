@@ -2,18 +2,21 @@
 
 use std::process::ExitCode;
 
-use outbox_relay::{
-    command::{Verdict, digest, doctor, new_incarnation, parked, pause, prune, replay, status, trace},
-    config::{Cli, Command},
-};
-use service::{
+use daemon::{
     config::{
         command::print,
         file::{self, Parsed},
     },
-    health,
+    health::Identity,
     shutdown::{self, Shutdown},
     telemetry,
+};
+use outbox_relay::{
+    command::{
+        Verdict, digest, doctor, erasures, forget, new_incarnation, parked, pause, prune, replay, status,
+        trace,
+    },
+    config::{Cli, Command},
 };
 
 #[tokio::main]
@@ -71,11 +74,25 @@ async fn start() -> anyhow::Result<Verdict> {
             telemetry::start(&args.common.telemetry)?;
             return new_incarnation::new_incarnation(&args).await;
         }
+        Command::Forget(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return forget::forget(&args).await;
+        }
         Command::Prune(args) => {
             telemetry::start(&args.common.telemetry)?;
             return prune::prune(&args).await;
         }
-        Command::Health(args) => health::probe(args.listen).await?,
+        Command::Erasures(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return erasures::erasures(&args).await;
+        }
+        Command::Health(args) => {
+            let asked = Identity::of("outbox-relay")
+                .with("relay", args.name)
+                .with_some("source", args.source)
+                .at_known(&args.database)?;
+            daemon::probes::health(args.listen.listen, &asked).await?;
+        }
         Command::Status(args) => {
             telemetry::start(&args.common.telemetry)?;
             return status::status(&args).await;

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::Connection;
 
 use crate::config::MigrateArgs;
 
@@ -10,8 +10,8 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_hours(1);
 
 /// Installs the outbox in any database and grants the roles their rights. Running it again is safe.
 pub async fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
-    let options = args.database.options("outbox-relay migrate", STATEMENT_TIMEOUT)?;
-    let mut conn = options.connect().await.context("the database cannot be reached")?;
+    let database = args.database.options("outbox-relay migrate", STATEMENT_TIMEOUT)?;
+    let mut conn = database.connect().await.context("the database cannot be reached")?;
     let source = outbox::install(&mut conn, &args.source).await?;
     for (sql, roles) in [
         ("SELECT outbox.grant_writer($1::regrole)", &args.grant_writer),

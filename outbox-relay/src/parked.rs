@@ -4,7 +4,11 @@ use std::collections::HashSet;
 
 use sqlx::{Connection, PgConnection};
 
-use crate::reader::{Event, Row};
+use crate::{
+    evidence::{Failure, Kind},
+    row::Unreadable,
+    waiting::{self, Waiter, WaiterRow},
+};
 
 /// Bulk retries take at most so many at a time.
 const BATCH: i64 = 500;
@@ -18,6 +22,21 @@ pub enum Reason {
     Unroutable,
     /// The broker or AMQP will not have it. Tried again by hand.
     Refused,
+    /// A queue that is full refuses it, and a rule lets the others go on. Tried again by itself.
+    Nacked,
+    /// The broker does not answer for it, and a rule lets the others go on. Tried again by itself.
+    Silent,
+}
+
+impl From<Failure> for Reason {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Unroutable => Self::Unroutable,
+            Failure::Nacked => Self::Nacked,
+            Failure::Refused => Self::Refused,
+            Failure::Silent => Self::Silent,
+        }
+    }
 }
 
 impl Reason {
@@ -26,6 +45,8 @@ impl Reason {
         match self {
             Self::Unroutable => "unroutable",
             Self::Refused => "refused",
+            Self::Nacked => "nacked",
+            Self::Silent => "silent",
         }
     }
 }
@@ -39,23 +60,6 @@ pub struct Parking {
     pub reason: Reason,
     /// In words, without its body.
     pub detail: String,
-}
-
-/// Events that a topic exchange, or one by headers behind it, treats alike: when one of them is not
-/// taken, neither are the others.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Kind {
-    /// The event type.
-    pub type_: String,
-    /// The aggregate type.
-    pub aggregate_type: String,
-}
-
-impl Kind {
-    /// The kind of an event.
-    pub fn of(event: &Event) -> Self {
-        Self { type_: event.type_.clone(), aggregate_type: event.aggregate_type.clone() }
-    }
 }
 
 /// What to look for among the events that are aside.
@@ -73,8 +77,13 @@ pub struct Aside {
     /// How many.
     pub count: i64,
     /// What to try now, in order of position.
-    pub events: Vec<Event>,
+    pub events: Vec<Waiter>,
+    /// What was to be tried, and cannot be read as an event.
+    pub unreadable: Vec<Unreadable>,
 }
+
+/// Keeps erasures out to the end of the transaction, and waits for those that have begun.
+pub(crate) const KEEP_ERASURES_OUT: &str = "SELECT outbox.keep_erasures_out()";
 
 /// The pause before the next attempt, after `attempts` of them: from 1 s, doubled up to 1 min, plus up
 /// to a quarter, so that kinds set aside together do not come back together.
@@ -95,23 +104,28 @@ pub async fn park(
     let reasons: Vec<&str> = parkings.iter().map(|p| p.reason.as_str()).collect();
     let details: Vec<&str> = parkings.iter().map(|p| &*p.detail).collect();
     // By the primary key, in order of position, so that two who park the same do not deadlock. An event
-    // that is aside already, because a leader was killed before it stored its progress, stays as it is.
+    // that is aside already, because a leader was killed before it stored its progress, stays as it is;
+    // one that waited gets its copy. What an operator has dropped meanwhile does not come back.
     let sql = "\
-        WITH fence AS (SELECT FROM outbox.relay WHERE name = $1 AND epoch = $2), \
+        WITH fence AS (SELECT dropped_by_hand FROM outbox.relay WHERE name = $1 AND epoch = $2), \
         parked AS ( \
             INSERT INTO outbox.parked (relay, position, id, aggregate_type, aggregate_id, version, type, payload, \
                                        headers, created_at, reason, detail, next_attempt_at) \
             SELECT $1, e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload, \
                    e.headers, e.created_at, p.reason, p.detail, \
-                   CASE p.reason WHEN 'unroutable' THEN now() + interval '1 second' END \
+                   CASE WHEN p.reason <> 'refused' THEN now() + interval '1 second' END \
             FROM unnest($3::bigint[], $4::text[], $5::text[]) AS p (position, reason, detail) \
-            JOIN outbox.event e USING (position) \
-            WHERE EXISTS (SELECT FROM fence) \
+            JOIN outbox.readable e USING (position) \
+            WHERE EXISTS (SELECT FROM fence WHERE NOT dropped_by_hand @> e.position) \
             ORDER BY e.position \
-            ON CONFLICT (relay, position) DO NOTHING) \
+            ON CONFLICT (relay, position) DO UPDATE \
+            SET state = 'parked', payload = excluded.payload, headers = excluded.headers, \
+                reason = excluded.reason, detail = excluded.detail, attempts = parked.attempts + 1, \
+                parked_at = now(), last_attempt_at = now(), next_attempt_at = excluded.next_attempt_at \
+            WHERE parked.state = 'waiting') \
         SELECT EXISTS (SELECT FROM fence)";
     let mut tx = conn.begin().await?;
-    sqlx::query("SELECT pg_advisory_xact_lock(1869968482, 3)").execute(&mut *tx).await?;
+    sqlx::query(KEEP_ERASURES_OUT).execute(&mut *tx).await?;
     let mine = sqlx::query_scalar(sql)
         .bind(relay)
         .bind(epoch)
@@ -122,16 +136,6 @@ pub async fn park(
         .await?;
     tx.commit().await?;
     Ok(mine)
-}
-
-/// Takes events out: they are published, or dropped by a rule.
-pub async fn unpark(conn: &mut PgConnection, relay: &str, positions: &[i64]) -> Result<(), sqlx::Error> {
-    sqlx::query("DELETE FROM outbox.parked WHERE relay = $1 AND position = ANY($2)")
-        .bind(relay)
-        .bind(positions)
-        .execute(conn)
-        .await?;
-    Ok(())
 }
 
 /// One more attempt in vain, because no queue takes events of this kind yet: they get their next turn,
@@ -169,10 +173,11 @@ pub async fn refuse(
 /// others the oldest, when it is due, to find out, so that none goes before an older one of its kind; and
 /// what was refused, each for itself.
 pub async fn due(conn: &mut PgConnection, relay: &str, due: Due<'_>) -> Result<Aside, sqlx::Error> {
-    let count: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox.parked WHERE relay = $1")
-        .bind(relay)
-        .fetch_one(&mut *conn)
-        .await?;
+    let count: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM outbox.parked WHERE relay = $1 AND state = 'parked'")
+            .bind(relay)
+            .fetch_one(&mut *conn)
+            .await?;
     if count == 0 {
         return Ok(Aside::default());
     }
@@ -186,25 +191,28 @@ pub async fn due(conn: &mut PgConnection, relay: &str, due: Due<'_>) -> Result<A
             SELECT DISTINCT ON (type, aggregate_type, CASE reason WHEN 'refused' THEN position END) \
                    position, next_attempt_at \
             FROM outbox.parked p \
-            WHERE relay = $1 \
+            WHERE relay = $1 AND state = 'parked' \
               AND NOT EXISTS (SELECT FROM flowing f \
-                              WHERE f.type = p.type AND f.aggregate_type = p.aggregate_type AND p.reason = 'unroutable') \
+                              WHERE f.type = p.type AND f.aggregate_type = p.aggregate_type AND p.reason <> 'refused') \
             ORDER BY type, aggregate_type, CASE reason WHEN 'refused' THEN position END, position), \
         probes AS (SELECT position FROM oldest WHERE next_attempt_at <= now()), \
         flow AS ( \
             SELECT position FROM outbox.parked JOIN flowing USING (type, aggregate_type) \
-            WHERE relay = $1 AND reason = 'unroutable'), \
+            WHERE relay = $1 AND state = 'parked' AND reason <> 'refused'), \
         chosen AS ( \
             SELECT position, sum(pg_column_size(payload) + 512) OVER (ORDER BY position) AS bytes \
             FROM (SELECT position FROM probes UNION SELECT position FROM flow) c \
             JOIN outbox.parked p USING (position) \
-            WHERE p.relay = $1 AND position <> ALL ($4) \
+            WHERE p.relay = $1 AND p.state = 'parked' AND position <> ALL ($4) \
             ORDER BY position LIMIT $5) \
-        SELECT position, id, aggregate_type, aggregate_id, version, type, payload::text, headers, created_at \
-        FROM chosen JOIN outbox.parked USING (position) \
-        WHERE relay = $1 AND (bytes <= $6 OR position = (SELECT min(position) FROM chosen)) \
-        ORDER BY position";
-    let rows: Vec<Row> = sqlx::query_as(sql)
+        SELECT e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload::text, e.headers, \
+               e.created_at, q.attempts, q.reason, extract(epoch FROM now() - q.parked_at)::float8 \
+        FROM chosen c \
+        JOIN outbox.readable_parked e ON e.relay = $1 AND e.position = c.position \
+        JOIN outbox.parked q ON q.relay = $1 AND q.position = c.position \
+        WHERE c.bytes <= $6 OR c.position = (SELECT min(position) FROM chosen) \
+        ORDER BY e.position";
+    let rows: Vec<WaiterRow> = sqlx::query_as(sql)
         .bind(relay)
         .bind(types)
         .bind(aggregate_types)
@@ -213,5 +221,6 @@ pub async fn due(conn: &mut PgConnection, relay: &str, due: Due<'_>) -> Result<A
         .bind(BATCH_BYTES)
         .fetch_all(conn)
         .await?;
-    Ok(Aside { count, events: rows.into_iter().map(Event::from).collect() })
+    let (events, unreadable) = waiting::split(rows);
+    Ok(Aside { count, events, unreadable })
 }

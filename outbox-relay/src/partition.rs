@@ -2,18 +2,23 @@
 
 use std::time::Duration;
 
-use chrono::Utc;
+use daemon::{
+    config::database::{Database, Failure},
+    health::Part,
+};
+use outbox::database::{Attempts, is_conflict};
 use serde::Serialize;
-use service::health::Part;
-use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
+use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
-use crate::pause::Pause;
+use crate::{kept::Kept, pause::Pause};
 
 /// How often somebody looks whether there is a partition to be made or emptied.
 const ROUND: Duration = Duration::from_secs(10);
 /// A round takes no longer. Looking for baselines reads an index over a whole partition.
 const TIMEOUT: Duration = Duration::from_mins(5);
+/// In seconds, 3,000 years: the server's calendar begins in the year -4713.
+const LONGEST_KEPT: f64 = 1e11;
 
 /// How the outbox is partitioned, and for how long events are kept.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -24,9 +29,9 @@ pub struct PartitionArgs {
     /// Partitions that are made before they are needed.
     #[arg(long, env = "PARTITIONS_AHEAD", default_value = "2", value_parser = clap::value_parser!(i64).range(1..=100))]
     pub partitions_ahead: i64,
-    /// Empty partitions whose events are all older than this: settled by every relay name, not set aside,
+    /// Empty partitions that have been full for longer than this, by the server's clock: settled by every relay name, not set aside,
     /// not being replayed, and with a newer baseline of each aggregate. Without it everything is kept.
-    #[arg(long, env = "KEEP", value_parser = service::config::duration, value_name = "DURATION")]
+    #[arg(long, env = "KEEP", value_parser = daemon::config::duration, value_name = "DURATION")]
     pub keep: Option<Duration>,
     /// With --keep: empty them also when an aggregate has no newer baseline, so that its history cannot be
     /// replayed any more.
@@ -48,17 +53,20 @@ pub struct Partition {
 /// Keeps partitions ahead of the writers, and retires what need not be kept, until `stop`. What goes
 /// wrong here stops no event: it is said, and tried again.
 pub(crate) async fn keep(
-    options: PgConnectOptions,
+    database: Database,
     args: PartitionArgs,
     health: Part,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut pause = Pause::new(ROUND, ROUND * 6);
     let mut said = None;
+    let timeout = TIMEOUT.as_millis().to_string();
+    let database = database.named("outbox-relay partitions").quiet().with("statement_timeout", timeout);
+    let mut kept = Kept::new(database);
     loop {
-        let round = tokio::time::timeout(TIMEOUT, round(&options, args));
+        let round = tokio::time::timeout(TIMEOUT, round(&mut kept, args));
         match stop.run_until_cancelled(round).await {
-            None => return Ok(()),
+            None => break,
             Some(Err(_)) => {
                 health.attention(format!("looking after partitions took longer than {TIMEOUT:?}"));
             }
@@ -81,25 +89,29 @@ pub(crate) async fn keep(
                 }
             }
             // The relay says so itself when the database is away; a lock that is taken is tried again.
-            Some(Ok(Err(error))) => match error.as_database_error() {
-                Some(db) if db.code().as_deref() == Some(LOCK_NOT_AVAILABLE) => {
-                    tracing::debug!("a partition is in use; tried again");
-                }
-                Some(db) => health.attention(format!(
-                    "the outbox's partitions cannot be kept: {}; is the schema granted to this role \
-                     (outbox-relay migrate --grant-relay ROLE)?",
-                    db.message()
+            Some(Ok(Err(error))) => match Failure::of(&error) {
+                Failure::Locked => tracing::debug!("a partition is in use; tried again"),
+                Failure::Away => tracing::debug!(%error, "partitions were not looked at"),
+                Failure::Forbidden => health.attention(format!(
+                    "the outbox's partitions cannot be kept: {}; grant the schema to this role \
+                     (outbox-relay migrate --grant-relay ROLE)",
+                    outbox::database::describe(&error)
                 )),
-                None => tracing::debug!(%error, "partitions were not looked at"),
+                _ => {
+                    health.attention(format!(
+                        "the outbox's partitions cannot be kept: {}",
+                        outbox::database::describe(&error)
+                    ));
+                }
             },
         }
         if stop.run_until_cancelled(tokio::time::sleep(pause.step())).await.is_none() {
-            return Ok(());
+            break;
         }
     }
+    kept.close().await;
+    Ok(())
 }
-
-const LOCK_NOT_AVAILABLE: &str = "55P03";
 
 #[derive(Debug, Default)]
 struct Round {
@@ -110,28 +122,35 @@ struct Round {
 }
 
 /// One look, on a connection of its own: the leader's must not wait for locks.
-async fn round(options: &PgConnectOptions, args: PartitionArgs) -> Result<Round, sqlx::Error> {
-    let timeout = TIMEOUT.as_millis().to_string();
-    let options = options.clone().disable_statement_logging().options([("statement_timeout", timeout)]);
-    let mut conn = options.connect().await?;
-    let added = add(&mut conn, args).await?;
+async fn round(kept: &mut Kept, args: PartitionArgs) -> sqlx::Result<Round> {
+    let mut conn = kept.take().await?;
+    let round = look(&mut conn, args).await;
+    kept.keep(conn, &round);
+    round
+}
+
+async fn look(conn: &mut PgConnection, args: PartitionArgs) -> sqlx::Result<Round> {
+    let added = add(conn, args).await?;
     if added > 0 {
         tracing::info!(added, "partitions were added");
     }
     let fallen = sqlx::query_scalar("SELECT EXISTS (SELECT FROM outbox.event_default)");
-    let fallen: bool = fallen.fetch_one(&mut conn).await?;
+    let fallen: bool = fallen.fetch_one(&mut *conn).await?;
+    // Notes of each that is full since when it is, so that its age is known once it matters.
+    sqlx::query("SELECT outbox.why_kept(name, '-infinity', true) FROM outbox.partition")
+        .execute(&mut *conn)
+        .await?;
     let mut kept = None;
     if let Some(keep) = args.keep {
-        let partitions = retire(&mut conn, keep, args.without_baseline, false).await?;
+        let partitions = retire(conn, keep, args.without_baseline, false).await?;
         for partition in &partitions {
             match &partition.kept {
                 None => tracing::info!(partition = partition.name, "retired"),
                 Some(reason) => kept = Some(format!("{}: {reason}", partition.name)),
             }
         }
-        drop_one(&mut conn).await?;
+        drop_one(conn).await?;
     }
-    conn.close().await?;
     Ok(Round { fallen, kept })
 }
 
@@ -140,12 +159,13 @@ async fn add(conn: &mut PgConnection, args: PartitionArgs) -> Result<i64, sqlx::
     let mut added = 0;
     // One in use may be all but full, and one of another size may lie above.
     while added <= args.partitions_ahead {
-        let ahead: i64 = sqlx::query_scalar(
+        // None: the topmost partition has no end, so there is always room.
+        let ahead: Option<i64> = sqlx::query_scalar(
             "SELECT max(upper) - (SELECT last_value FROM outbox.position) FROM outbox.partition",
         )
         .fetch_one(&mut *conn)
         .await?;
-        if ahead >= args.partition_size * args.partitions_ahead {
+        if ahead.is_none_or(|ahead| ahead >= args.partition_size * args.partitions_ahead) {
             break;
         }
         let name: Option<String> = sqlx::query_scalar("SELECT outbox.add_partition($1)")
@@ -170,7 +190,8 @@ pub(crate) async fn retire(
     without_baseline: bool,
     dry: bool,
 ) -> Result<Vec<Partition>, sqlx::Error> {
-    let older_than = Utc::now() - chrono::Duration::from_std(keep).unwrap_or(chrono::Duration::MAX);
+    // By the server's clock alone, as the ages are. No partition is as old as what is beyond its calendar.
+    let keep = keep.as_secs_f64().min(LONGEST_KEPT);
     // Those that hold something: the others were retired, or are not begun.
     let sql = "SELECT name, upper FROM outbox.partition
                WHERE outbox.why_kept(name, '-infinity', true) IS DISTINCT FROM 'it is empty'
@@ -178,20 +199,17 @@ pub(crate) async fn retire(
     let candidates: Vec<(String, Option<i64>)> = sqlx::query_as(sql).fetch_all(&mut *conn).await?;
     let mut partitions = Vec::new();
     for (name, upper) in candidates {
-        let kept: Option<String> = sqlx::query_scalar("SELECT outbox.why_kept($1, $2, $3)")
-            .bind(&name)
-            .bind(older_than)
-            .bind(without_baseline)
-            .fetch_one(&mut *conn)
-            .await?;
+        let kept: Option<String> = sqlx::query_scalar(
+            "SELECT outbox.why_kept($1, clock_timestamp() - make_interval(secs => $2), $3)",
+        )
+        .bind(&name)
+        .bind(keep)
+        .bind(without_baseline)
+        .fetch_one(&mut *conn)
+        .await?;
         let last = kept.is_some() && upper.is_some();
         if kept.is_none() && !dry {
-            sqlx::query("SELECT outbox.retire_partition($1, $2, $3)")
-                .bind(&name)
-                .bind(older_than)
-                .bind(without_baseline)
-                .execute(&mut *conn)
-                .await?;
+            retire_one(conn, &name, keep, without_baseline).await?;
         }
         partitions.push(Partition { name, upper, kept });
         if last {
@@ -199,6 +217,26 @@ pub(crate) async fn retire(
         }
     }
     Ok(partitions)
+}
+
+/// Retires it, and tries again when the server preferred another transaction.
+async fn retire_one(
+    conn: &mut PgConnection,
+    name: &str,
+    keep: f64,
+    without_baseline: bool,
+) -> Result<(), sqlx::Error> {
+    // Not `outbox::database::again`: the future of a closure that borrows cannot be shown to be `Send`.
+    let mut attempts = Attempts::default();
+    loop {
+        let retire = sqlx::query(
+            "SELECT outbox.retire_partition($1, clock_timestamp() - make_interval(secs => $2), $3)",
+        );
+        let done = retire.bind(name).bind(keep).bind(without_baseline).execute(&mut *conn).await;
+        if !is_conflict(&done) || !attempts.again().await {
+            return done.map(|_| ());
+        }
+    }
 }
 
 /// Drops the oldest partition that is retired, if nobody is in the way: an empty one costs next to nothing.
@@ -211,7 +249,7 @@ async fn drop_one(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
     let Some(name) = name else { return Ok(()) };
     match sqlx::query("SELECT outbox.drop_partition($1)").bind(&name).execute(conn).await {
         Ok(_) => tracing::info!(partition = name, "dropped"),
-        Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some(LOCK_NOT_AVAILABLE) => {
+        Err(error) if Failure::of(&error) == Failure::Locked => {
             tracing::debug!(partition = name, "not dropped: the outbox is in use");
         }
         Err(error) => return Err(error),

@@ -15,8 +15,6 @@ use std::{
 
 use chrono::{DateTime, Utc};
 
-use crate::sabotage::{self, Guard};
-
 /// How long after its death a gap is looked at once more. Nothing should be there; if something is, it
 /// is published late and an alarm is raised.
 pub const SECOND_LOOK: Duration = Duration::from_mins(1);
@@ -25,7 +23,8 @@ const MAX_GRAVES: usize = 10_000;
 /// Samples of the sequence that are kept, to know which sleepers are older than a gap.
 const MAX_SAMPLES: usize = 256;
 
-/// A transaction that holds the outbox lock, by its virtual transaction id (`-1/<xid>` when prepared).
+/// A transaction that holds the outbox lock, by its virtual transaction id (when prepared, that of the session which
+/// prepared it, and `-1/<xid>` after a restart of the server).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Vxid(pub i32, pub u32);
 
@@ -113,9 +112,6 @@ impl Positions {
 
     /// Everything at or below is settled.
     pub fn low_water(&self) -> i64 {
-        if sabotage::is_off(Guard::LowWater) {
-            return self.high;
-        }
         let gap = self.gaps.keys().next().copied();
         let unsettled = self.unsettled.first().copied();
         gap.into_iter().chain(unsettled).min().map_or(self.high, |first| first - 1)
@@ -254,9 +250,6 @@ impl Positions {
     /// cap `high` is set back to before the first range that is left out: a restart then repeats more
     /// and forgets nothing.
     pub fn open(&self, cap: usize) -> (i64, Vec<(i64, i64)>) {
-        if sabotage::is_off(Guard::LowWater) {
-            return (self.high, Vec::new());
-        }
         let mut all: Vec<(i64, i64)> = self
             .gaps
             .iter()

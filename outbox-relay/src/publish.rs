@@ -1,28 +1,44 @@
 //! Publishing a window of events, and knowing what became of each.
 
-use std::{collections::HashSet, time::Duration};
+use std::{
+    collections::{HashSet, VecDeque},
+    pin::pin,
+    time::{Duration, Instant},
+};
 
+use futures_util::{
+    FutureExt,
+    future::BoxFuture,
+    stream::{FuturesUnordered, StreamExt},
+};
 use lapin::{
-    BasicProperties, Confirmation, ErrorKind,
+    Channel, Confirmation, ErrorKind, PublisherConfirm,
     message::BasicReturnMessage,
     options::BasicPublishOptions,
-    protocol::{AMQPErrorKind, AMQPSoftError},
-    types::{AMQPValue, FieldTable, ShortString},
+    protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
+    types::ShortString,
 };
-use serde_json::Value;
-
-use outbox::{MAX_HEADERS, MAX_PAYLOAD};
 
 use crate::{
     broker::{BrokerError, Link},
-    failpoint,
+    failpoint, frame,
+    message::message,
+    queue::FEW,
     reader::Event,
-    sabotage::{self, Guard},
 };
 
 /// How long a window may take to be written and to be confirmed. While the broker blocks the
 /// connection, publishing would hang for ever.
 const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A channel on which nothing is answered for so long stands still.
+const SILENCE: Duration = Duration::from_secs(2);
+/// A connection over which an event cannot be written for so long stands still, too: the broker does not read.
+const STUCK: Duration = Duration::from_secs(10);
+/// How often to look whether anything was answered.
+const LOOK: Duration = Duration::from_millis(200);
+/// By then an answer to several events at once is known as a whole.
+const SETTLING: Duration = Duration::from_millis(50);
 
 /// What became of an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +49,8 @@ pub enum Fate {
     Unroutable,
     /// The broker could not take it now, for example because a queue is full.
     Nacked,
+    /// The broker did not answer, while it answered others: one of the queues has lost its majority, for example.
+    Silent,
     /// It is refused for itself.
     Refused {
         /// Why.
@@ -42,89 +60,319 @@ pub enum Fate {
     },
 }
 
+/// What is asked while a window is under way.
+pub struct Guards<'a> {
+    /// Whether events may still be published.
+    pub allowed: &'a (dyn Fn() -> bool + Sync),
+    /// Told of each answer.
+    pub heard: &'a (dyn Fn() + Sync),
+    /// What to do once the channel stands still.
+    pub stands_still: StandsStill<'a>,
+}
+
+/// What to do about events without an answer, once nothing was answered for [`SILENCE`].
+pub enum StandsStill<'a> {
+    /// Give up, once this says so; it is told for how long nothing was answered.
+    GiveUp(&'a (dyn Fn(Duration) -> bool + Sync)),
+    /// Ask, over another connection, what the broker says to some of these, which are numbers in the window. None when
+    /// that could not be found out.
+    Ask(&'a (dyn Fn(Vec<usize>) -> BoxFuture<'a, Option<Fates>> + Sync)),
+}
+
+/// What became of events, by their numbers in a window.
+pub type Fates = Vec<(usize, Fate)>;
+
+/// What became of a window.
+#[derive(Debug, Default)]
+pub struct Published {
+    /// Of each event, in order; none where it is not known.
+    pub fates: Vec<Option<Fate>>,
+    /// Why the channel cannot be used any more.
+    pub ended: Option<BrokerError>,
+}
+
+impl Published {
+    /// Of none of so many events anything is known.
+    pub fn nothing(count: usize, why: BrokerError) -> Self {
+        Self { fates: vec![None; count], ended: Some(why) }
+    }
+
+    /// Of all events; an error when anything of any is unknown.
+    pub fn all(self) -> Result<Vec<Fate>, BrokerError> {
+        let unknown = || BrokerError::Publish("an event has no fate".to_owned());
+        self.ended.map_or_else(|| self.fates.into_iter().collect::<Option<_>>().ok_or_else(unknown), Err)
+    }
+}
+
+/// To where, and as whom, events are published.
+#[derive(Clone, Copy, Debug)]
+pub struct Sender<'a> {
+    /// The connection.
+    pub link: &'a Link,
+    /// The exchange.
+    pub exchange: &'a ShortString,
+    /// Who publishes, as `app_id` spells it.
+    pub source: &'a str,
+}
+
+impl Sender<'_> {
+    /// Publishes events over a channel of their own. So what becomes of them says nothing of others, and stops none.
+    pub async fn apart(self, window: &[&Event], guards: &Guards<'_>) -> Published {
+        match self.link.another_channel().await {
+            Ok(channel) => publish(self, &channel, window, guards).await,
+            Err(error) => Published::nothing(window.len(), error),
+        }
+    }
+
+    /// Publishes each event over a channel of its own. Returns what is known, by their numbers.
+    pub async fn each_apart(self, events: Vec<(usize, &Event)>, guards: &Guards<'_>) -> Fates {
+        let publishing = events.into_iter().map(async |(n, event)| {
+            let Published { mut fates, ended } = self.apart(&[event], guards).await;
+            let refused = match ended {
+                // Otherwise it may have been another one.
+                Some(BrokerError::Refused(why)) if self.link.is_open() => {
+                    Some(Fate::Refused { why, certain: false })
+                }
+                _ => None,
+            };
+            Some((n, fates.pop().flatten().or(refused)?))
+        });
+        let known = publishing.collect::<FuturesUnordered<_>>().filter_map(async |known| known);
+        known.collect().await
+    }
+}
+
 /// Publishes a window of events, at most one of each aggregate, and awaits every confirm, for as long as
-/// it is `allowed`. An error leaves their fate unknown: discard the link and publish all of them again.
+/// it is `allowed`. Publish again, over another channel, what has no fate.
 pub async fn publish(
-    link: &Link,
-    exchange: &ShortString,
-    source: &str,
+    sender: Sender<'_>,
+    channel: &Channel,
     window: &[&Event],
-    allowed: impl Fn() -> bool,
-) -> Result<Vec<Fate>, BrokerError> {
+    guards: &Guards<'_>,
+) -> Published {
+    let link = sender.link;
     let timeout = || match link.condition() {
         Ok(Some(reason)) => BrokerError::Publish(format!("the broker blocks publishers: {reason}")),
         _ => BrokerError::Publish(format!("no confirm within {TIMEOUT:?}")),
     };
-    let work = async {
-        let mut confirms = Vec::with_capacity(window.len());
-        for event in window {
-            let message = match message(event, source) {
-                Ok(message) => message,
-                Err(reason) => {
-                    confirms.push(Err(reason));
-                    continue;
-                }
-            };
-            if !allowed() {
-                return Err(BrokerError::NoLease);
-            }
-            let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-            let (key, properties) = message;
-            let publish = link.channel.basic_publish(
-                exchange.clone(),
-                key,
-                options,
-                event.payload.as_bytes(),
-                properties,
-            );
-            confirms.push(Ok(publish.await.map_err(|e| failed(&e))?));
-        }
-        failpoint::hit("publish");
-        if sabotage::is_off(Guard::Confirms) {
-            return Ok(vec![Fate::Confirmed; window.len()]);
-        }
-        let mut fates = Vec::with_capacity(window.len());
-        let mut returned = Vec::new();
-        for confirm in confirms {
-            fates.push(match confirm {
-                Err(why) => Fate::Refused { why: format!("AMQP cannot carry it: {why}"), certain: true },
-                Ok(confirm) => match confirm.await.map_err(|e| failed(&e))? {
-                    Confirmation::Ack(message) => {
-                        returned.extend(message);
-                        Fate::Confirmed
-                    }
-                    Confirmation::Nack(message) => {
-                        returned.extend(message);
-                        Fate::Nacked
-                    }
-                    Confirmation::NotRequested => {
-                        return Err(BrokerError::Publish("the channel is not in confirm mode".to_owned()));
-                    }
-                },
-            });
-        }
-        // A return can hang on the wrong confirm when the broker acks several at once; what it says by
-        // its message id is certain. It always comes before the ack of its own message.
-        returned.extend(link.channel.wait_for_confirms().await.map_err(|e| failed(&e))?);
-        mark_returned(&mut fates, window, &returned)?;
-        Ok(fates)
-    };
-    tokio::time::timeout(TIMEOUT, work).await.map_err(|_| timeout())?
+    let work = window_of(sender, channel, window, guards);
+    match tokio::time::timeout(TIMEOUT, work).await {
+        Ok(published) => published,
+        Err(_) => Published::nothing(window.len(), timeout()),
+    }
 }
 
-/// A channel that the broker closed over what was published, or anything else that went wrong.
-fn failed(error: &lapin::Error) -> BrokerError {
-    if let ErrorKind::ProtocolError(amqp) = error.kind()
-        && let AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED | AMQPSoftError::ACCESSREFUSED) =
-            amqp.kind()
-    {
-        return BrokerError::Refused(amqp.get_message().to_string());
+async fn window_of(
+    Sender { link, exchange, source }: Sender<'_>,
+    channel: &Channel,
+    window: &[&Event],
+    guards: &Guards<'_>,
+) -> Published {
+    let mut fates = vec![None; window.len()];
+    let mut confirms = VecDeque::with_capacity(window.len());
+    let (mut ended, mut stuck) = (None, false);
+    for (n, (event, fate)) in window.iter().zip(&mut fates).enumerate() {
+        let carried = message(event, source).and_then(|(key, properties)| {
+            let message = (key, properties.with_user_id(link.user.clone()));
+            match frame::headers(&message.1) {
+            size if size > link.frame_max() => Err(format!(
+                "its headers take a frame of {size} bytes, and this connection's frame_max is {}; raise that at the \
+                 broker and in AMQP_URL, then run: outbox-relay parked retry",
+                link.frame_max()
+            )),
+            _ => Ok(message),
+            }
+        });
+        let (key, properties) = match carried {
+            Ok(message) => message,
+            Err(why) => {
+                *fate = Some(Fate::Refused { why: format!("AMQP cannot carry it: {why}"), certain: true });
+                continue;
+            }
+        };
+        if !(guards.allowed)() {
+            ended = Some(BrokerError::NoLease);
+            break;
+        }
+        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+        let body = event.payload.as_bytes();
+        let publishing = channel.basic_publish(exchange.clone(), key, options, body, properties);
+        match tokio::time::timeout(STUCK, publishing).await {
+            Ok(Ok(confirm)) => confirms.push_back((n, confirm)),
+            Ok(Err(error)) => {
+                ended = Some(failed(&error));
+                break;
+            }
+            // While the broker blocks the connection, that is the reason.
+            Err(_) if !matches!(link.condition(), Ok(None)) => std::future::pending().await,
+            Err(_) => {
+                stuck = true;
+                break;
+            }
+        }
     }
-    BrokerError::Publish(error.to_string())
+    failpoint::hit("publish");
+    let mut answers = Answers { fates, returned: Vec::new(), ended, heard: Instant::now() };
+    let mut unanswered = answers.gather(link, confirms, guards).await;
+    if !unanswered.is_empty() && answers.ended.is_none() {
+        // What the broker acks together is not known at once: a return of the one may hang on another, whose answer is
+        // only just coming.
+        tokio::time::sleep(SETTLING).await;
+        for (_, confirm) in &mut unanswered {
+            if let Some(Ok(Confirmation::Ack(message) | Confirmation::Nack(message))) = confirm.now_or_never()
+            {
+                answers.returned.extend(message);
+            }
+        }
+        // A few are silent themselves; more stop the connection, and with it those that are not. Elsewhere it was found
+        // out which.
+        if matches!(guards.stands_still, StandsStill::GiveUp(_)) && unanswered.len() <= FEW {
+            for (n, _) in &unanswered {
+                answers.fates[*n] = Some(Fate::Silent);
+            }
+        }
+        answers.ended = Some(BrokerError::Silent(unanswered.len()));
+    }
+    if stuck {
+        answers
+            .ended
+            .get_or_insert(BrokerError::Silent(answers.fates.iter().filter(|fate| fate.is_none()).count()));
+    }
+    let Answers { mut fates, mut returned, mut ended, .. } = answers;
+    // A return can hang on the wrong confirm when the broker acks several at once; what it says by its message id is
+    // certain. It always comes before the ack of its own message. After the channel has ended nothing more comes.
+    if ended.is_none() {
+        match channel.wait_for_confirms().await {
+            Ok(messages) => returned.extend(messages),
+            Err(error) => ended = Some(failed(&error)),
+        }
+    }
+    match mark_returned(&mut fates, window, &returned) {
+        Ok(()) => Published { fates, ended },
+        Err(why) => Published::nothing(window.len(), why),
+    }
+}
+
+/// Confirms that are awaited, with the numbers of their events in the window.
+type Confirms = VecDeque<(usize, PublisherConfirm)>;
+
+/// What the broker has answered of a window.
+struct Answers {
+    fates: Vec<Option<Fate>>,
+    returned: Vec<BasicReturnMessage>,
+    ended: Option<BrokerError>,
+    /// When the last answer came.
+    heard: Instant,
+}
+
+impl Answers {
+    /// Awaits what is answered. Returns what is not, once the channel stands still.
+    async fn gather(&mut self, link: &Link, mut confirms: Confirms, guards: &Guards<'_>) -> Confirms {
+        self.heard = Instant::now();
+        let mut look = pin!(tokio::time::sleep(LOOK));
+        let (mut asked, mut asking) = (false, None::<BoxFuture<'_, Option<Fates>>>);
+        while let Some((n, confirm)) = confirms.front_mut() {
+            let told = async {
+                match &mut asking {
+                    Some(asking) => asking.await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                confirmed = confirm => {
+                    self.record(*n, confirmed, guards);
+                    confirms.pop_front();
+                }
+                told = told => {
+                    asking = None;
+                    if let Some(told) = told {
+                        self.sweep(&mut confirms, guards);
+                        for (n, fate) in told {
+                            self.fates[n].get_or_insert(fate);
+                        }
+                        break;
+                    }
+                }
+                () = &mut look => {
+                    self.sweep(&mut confirms, guards);
+                    let still = self.heard.elapsed();
+                    // A broker that is blocked reads nothing, and says so.
+                    if still >= SILENCE && matches!(link.condition(), Ok(None)) {
+                        match &guards.stands_still {
+                            StandsStill::GiveUp(may) if may(still) => break,
+                            StandsStill::Ask(ask) if !asked => {
+                                asked = true;
+                                asking = Some(ask(confirms.iter().map(|(n, _)| *n).collect()));
+                            }
+                            _ => {}
+                        }
+                    }
+                    look.as_mut().reset(tokio::time::Instant::now() + LOOK);
+                }
+            }
+        }
+        confirms
+    }
+
+    /// Takes in what was answered behind what was not.
+    fn sweep(&mut self, confirms: &mut Confirms, guards: &Guards<'_>) {
+        for (n, mut confirm) in std::mem::take(confirms) {
+            match (&mut confirm).now_or_never() {
+                Some(confirmed) => self.record(n, confirmed, guards),
+                None => confirms.push_back((n, confirm)),
+            }
+        }
+    }
+
+    fn record(&mut self, n: usize, confirmed: lapin::Result<Confirmation>, guards: &Guards<'_>) {
+        if matches!(confirmed, Ok(Confirmation::Ack(_) | Confirmation::Nack(_))) {
+            self.heard = Instant::now();
+            (guards.heard)();
+        }
+        match confirmed {
+            Ok(Confirmation::Ack(message)) => {
+                self.returned.extend(message);
+                self.fates[n] = Some(Fate::Confirmed);
+            }
+            Ok(Confirmation::Nack(message)) => {
+                self.returned.extend(message);
+                self.fates[n] = Some(Fate::Nacked);
+            }
+            Ok(Confirmation::NotRequested) => {
+                self.ended = Some(BrokerError::Publish("the channel is not in confirm mode".to_owned()));
+            }
+            Err(error) => {
+                // What was written after the broker had closed the channel knows only that it is closed. A confirm
+                // knows why.
+                let why = failed(&error);
+                if self.ended.is_none() || matches!(why, BrokerError::Refused(_)) {
+                    self.ended = Some(why);
+                }
+            }
+        }
+    }
+}
+
+/// What the broker ended the channel over, or anything else that went wrong.
+fn failed(error: &lapin::Error) -> BrokerError {
+    use AMQPHardError::{
+        FRAMEERROR, INTERNALERROR, NOTALLOWED, NOTIMPLEMENTED, SYNTAXERROR, UNEXPECTEDFRAME,
+    };
+    use AMQPSoftError::{ACCESSREFUSED, CONTENTTOOLARGE, PRECONDITIONFAILED};
+    if let ErrorKind::ProtocolError(amqp) = error.kind()
+        && let AMQPErrorKind::Soft(PRECONDITIONFAILED | ACCESSREFUSED | CONTENTTOOLARGE)
+        | AMQPErrorKind::Hard(
+            FRAMEERROR | INTERNALERROR | NOTALLOWED | NOTIMPLEMENTED | SYNTAXERROR | UNEXPECTEDFRAME,
+        ) = amqp.kind()
+    {
+        return BrokerError::Refused(amqp::without_users(amqp.get_message().as_str()));
+    }
+    BrokerError::Publish(amqp::describe(error))
 }
 
 fn mark_returned(
-    fates: &mut [Fate],
+    fates: &mut [Option<Fate>],
     window: &[&Event],
     returned: &[BasicReturnMessage],
 ) -> Result<(), BrokerError> {
@@ -137,63 +385,13 @@ fn mark_returned(
         return Ok(());
     }
     for (fate, event) in fates.iter_mut().zip(window) {
-        if ids.remove(event.id.to_string().as_str()) && *fate == Fate::Confirmed {
-            *fate = Fate::Unroutable;
+        if ids.remove(event.id.to_string().as_str()) && *fate == Some(Fate::Confirmed) {
+            *fate = Some(Fate::Unroutable);
         }
     }
     if ids.is_empty() {
         Ok(())
     } else {
         Err(BrokerError::Publish("a message came back that is not in the window".to_owned()))
-    }
-}
-
-/// The routing key and properties of an event; an error says why AMQP cannot carry it.
-fn message(event: &Event, source: &str) -> Result<(ShortString, BasicProperties), String> {
-    let short = |what: &str, text: &str| {
-        ShortString::try_new(text).map_err(|_| format!("{what} is longer than 255 bytes"))
-    };
-    let bytes = event.payload.len();
-    if bytes > MAX_PAYLOAD {
-        return Err(format!("its body has {bytes} bytes, and at most {MAX_PAYLOAD} are published"));
-    }
-    let mut headers = FieldTable::default();
-    // A header frame above about 128 KiB would end the whole connection.
-    if event.headers.as_ref().is_some_and(|h| serde_json::to_string(h).map_or(0, |s| s.len()) > MAX_HEADERS) {
-        return Err(format!("its headers are larger than {MAX_HEADERS} bytes"));
-    }
-    for (name, value) in event.headers.iter().flatten() {
-        if matches!(name.as_str(), "CC" | "BCC") {
-            return Err(format!("it has a header named {name}, which RabbitMQ takes for more routing keys"));
-        }
-        headers.insert(short("a header's name", name)?, header(value));
-    }
-    // After the writer's own headers, so that none of them can take these names.
-    headers.insert("aggregate_type".into(), AMQPValue::LongString(event.aggregate_type.as_str().into()));
-    headers.insert("aggregate_id".into(), AMQPValue::LongString(event.aggregate_id.as_str().into()));
-    headers.insert("aggregate_version".into(), AMQPValue::LongLongInt(event.version));
-    let key = short("the type", &event.type_)?;
-    let properties = BasicProperties::default()
-        .with_message_id(event.id.to_string().as_str().into())
-        .with_type(key.clone())
-        .with_app_id(short("the source", source)?)
-        .with_timestamp(u64::try_from(event.created_at.timestamp()).unwrap_or(0))
-        .with_content_type("application/json".into())
-        // Persistent.
-        .with_delivery_mode(2)
-        .with_headers(headers);
-    Ok((key, properties))
-}
-
-/// A JSON value as an AMQP field. Numbers that are no 64-bit integer keep their exact text.
-fn header(value: &Value) -> AMQPValue {
-    match value {
-        Value::Null => AMQPValue::Void,
-        Value::Bool(b) => AMQPValue::Boolean(*b),
-        Value::Number(n) => {
-            n.as_i64().map_or_else(|| AMQPValue::LongString(n.to_string().into()), AMQPValue::LongLongInt)
-        }
-        Value::String(s) => AMQPValue::LongString(s.as_str().into()),
-        Value::Array(_) | Value::Object(_) => AMQPValue::LongString(value.to_string().into()),
     }
 }

@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 use futures_util::TryStreamExt;
-use sqlx::{PgConnection, types::Json};
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::{
     position::{Holder, Positions, Sample, Vxid},
-    sabotage,
+    row::{self, Row, Unreadable},
 };
 
 /// Stretches of missing positions beyond which the relay stops reading on until some are resolved.
@@ -66,6 +66,8 @@ pub struct Budget {
 pub struct Batch {
     /// The events that are new, in order of position.
     pub events: Vec<Event>,
+    /// Rows that are new and cannot be read as events.
+    pub unreadable: Vec<Unreadable>,
     /// Positions among them that had been given up as rolled back.
     pub late: Vec<i64>,
     /// How many missing positions were given up now.
@@ -80,15 +82,15 @@ pub struct Batch {
 pub const READ: &str = "\
 (SELECT e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload::text, e.headers, e.created_at
  FROM unnest($1::bigint[], $2::bigint[]) AS gap (lo, hi)
- CROSS JOIN LATERAL (SELECT * FROM outbox.event WHERE position BETWEEN gap.lo AND gap.hi ORDER BY position LIMIT $4) e
+ CROSS JOIN LATERAL (SELECT * FROM outbox.readable WHERE position BETWEEN gap.lo AND gap.hi ORDER BY position LIMIT $4) e
  ORDER BY e.position LIMIT $4)
 UNION ALL
 (SELECT position, id, aggregate_type, aggregate_id, version, type, payload::text, headers, created_at
- FROM outbox.event WHERE position > $3 ORDER BY position LIMIT $5)
+ FROM outbox.readable WHERE position > $3 ORDER BY position LIMIT $5)
 ORDER BY position";
 
-/// Who holds the outbox lock (class 1869968482, key 1) in this database. A prepared transaction has no
-/// session; its lock belongs to `-1/<xid>`.
+/// Who holds the outbox lock (class 1869968482, key 1) in this database. A prepared transaction has no session, and is
+/// found by the lock on its transaction id.
 const HOLDERS: &str = "\
 SELECT split_part(l.virtualtransaction, '/', 1)::int, split_part(l.virtualtransaction, '/', 2)::bigint,
        l.pid IS NULL,
@@ -97,7 +99,10 @@ SELECT split_part(l.virtualtransaction, '/', 1)::int, split_part(l.virtualtransa
        a.xact_start
 FROM pg_locks l
 LEFT JOIN pg_stat_activity a ON a.pid = l.pid
-LEFT JOIN pg_prepared_xacts p ON l.pid IS NULL AND l.virtualtransaction = '-1/' || p.transaction::text
+LEFT JOIN LATERAL (
+    SELECT x.prepared FROM pg_locks t JOIN pg_prepared_xacts x ON x.transaction = t.transactionid
+    WHERE l.pid IS NULL AND t.pid IS NULL AND t.locktype = 'transactionid'
+      AND t.virtualtransaction = l.virtualtransaction) p ON true
 WHERE l.locktype = 'advisory' AND l.classid = 1869968482 AND l.objid = 1 AND l.objsubid = 2 AND l.granted
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())";
 
@@ -106,19 +111,6 @@ WHERE l.locktype = 'advisory' AND l.classid = 1869968482 AND l.objid = 1 AND l.o
 const SAMPLE: &str = "\
 SELECT statement_timestamp(), CASE WHEN is_called THEN last_value ELSE last_value - 1 END, clock_timestamp()
 FROM outbox.position";
-
-/// An event's columns, in the order of [`READ`].
-pub(crate) type Row = (
-    i64,
-    Uuid,
-    String,
-    String,
-    i64,
-    String,
-    String,
-    Option<Json<serde_json::Map<String, serde_json::Value>>>,
-    DateTime<Utc>,
-);
 
 /// Reads events through one connection.
 #[derive(Debug)]
@@ -165,9 +157,8 @@ impl Reader {
             self.positions.look(&holders(conn).await?);
         }
 
-        let (mut from, mut to) = self.positions.missing(now);
+        let (from, to) = self.positions.missing(now);
         let high = self.positions.high();
-        sabotage::look_first(conn, (&mut from, &mut to), high).await?;
         let most = budget.events.min(self.rows);
         let limit = i64::try_from(most).unwrap_or(i64::MAX);
         let above = if self.is_stalled() { 0 } else { limit };
@@ -179,43 +170,45 @@ impl Reader {
             .bind(above)
             .fetch(&mut *conn);
 
-        let mut events: Vec<Event> = Vec::new();
+        let mut found: Vec<Row> = Vec::new();
         let (mut missing, mut bytes, mut cut) = (0, 0, false);
         let mut covered = i64::MAX;
+        let last = |found: &[Row]| found.last().map_or(high, Row::position);
         while let Some(row) = rows.try_next().await? {
-            let event = Event::from(row);
-            if event.position > high && missing == most {
+            let position = row.position();
+            if position > high && missing == most {
                 // The leg of the gaps was cut off: what lies above must wait, or it could overtake.
-                covered = events.last().map_or(high, |last| last.position);
+                covered = last(&found);
                 break;
             }
-            missing += usize::from(event.position <= high);
-            bytes += event.size();
-            if bytes > budget.bytes && !events.is_empty() {
+            missing += usize::from(position <= high);
+            bytes += row.size();
+            if bytes > budget.bytes && !found.is_empty() {
                 cut = true;
-                covered = events.last().map_or(high, |last| last.position);
+                covered = last(&found);
                 break;
             }
-            events.push(event);
+            found.push(row);
         }
         drop(rows);
-        self.rows = match events.len() {
+        self.rows = match found.len() {
             taken if cut => taken * 2,
             taken if taken >= most => most * 2,
             // Caught up: what comes next may be of any size.
             _ => FIRST_ROWS,
         };
         if missing == most {
-            covered = covered.min(events.last().map_or(high, |last| last.position));
+            covered = covered.min(last(&found));
         }
 
-        let taken = self.positions.take(events.iter().map(|e| e.position), covered, now);
-        let more = covered < i64::MAX || events.len() >= most;
+        let taken = self.positions.take(found.iter().map(Row::position), covered, now);
+        let more = covered < i64::MAX || found.len() >= most;
         // What was found a second time is in memory already.
-        if taken.fresh.len() < events.len() {
-            events.retain(|e| taken.fresh.binary_search(&e.position).is_ok());
+        if taken.fresh.len() < found.len() {
+            found.retain(|row| taken.fresh.binary_search(&row.position()).is_ok());
         }
-        Ok(Batch { events, late: taken.late, died: taken.died, more })
+        let (events, unreadable) = row::split(found);
+        Ok(Batch { events, unreadable, late: taken.late, died: taken.died, more })
     }
 }
 
@@ -244,21 +237,4 @@ pub async fn ensure_flushed(conn: &mut PgConnection) -> Result<(), sqlx::Error> 
     .execute(conn)
     .await?;
     Ok(())
-}
-
-impl From<Row> for Event {
-    fn from(row: Row) -> Self {
-        let (position, id, aggregate_type, aggregate_id, version, type_, payload, headers, created_at) = row;
-        Self {
-            position,
-            id,
-            aggregate_type,
-            aggregate_id,
-            version,
-            type_,
-            payload: payload.into_boxed_str(),
-            headers: headers.map(|Json(headers)| headers),
-            created_at,
-        }
-    }
 }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use daemon::health::Health;
 use sd_notify::NotifyState;
-use service::health::Health;
 use tokio_util::sync::CancellationToken;
 
 use crate::lease::Lease;

@@ -2,7 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
+use daemon::config::database::Database;
+use sqlx::postgres::{PgListener, PgPoolOptions};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -12,11 +13,12 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Listens until `stop` and passes every notice on.
 pub(crate) async fn listen(
-    options: PgConnectOptions,
+    database: Database,
     wake: Arc<Notify>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(TIMEOUT).connect_lazy_with(options);
+    let database = database.named("outbox-relay wake-up");
+    let pool = database.pool_of(PgPoolOptions::new().max_connections(1).acquire_timeout(TIMEOUT));
     let mut pause = Pause::default();
     while !stop.is_cancelled() {
         let connected = async {

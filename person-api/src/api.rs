@@ -1,26 +1,47 @@
-//! The operations: parse, store, answer. Each is declared and documented where it is handled.
+//! The operations: parse, store, answer. `openapi.yaml` describes them.
 
 mod items;
 mod persons;
 
+use std::time::Duration;
+
+use daemon::config::database::Failure;
+use events::{Cpf, Kind};
 use outbox::Waker;
-use poem::Route;
-use service::{documentation, problem::Problem};
+use poem::{EndpointExt, Response, Route, endpoint::BoxEndpoint, get, post};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
+use uuid::Uuid;
+use web::{conditional::Conditional, documentation, methods::only, problem::Problem};
 
-use self::{
-    items::{Items, OfKind},
-    persons::Persons,
-};
 use crate::{
-    kind::{Asset, Debt, Income},
+    answer,
     request::CpfCheck,
-    store::{Store, StoreError},
+    store::{Refused, Store, StoreError, writes::Writes},
 };
 
-/// What the documentation begins with.
-const ABOUT: &str = include_str!("api/about.md");
+/// How often a write is tried that conflicts with others.
+const ATTEMPTS: u32 = 5;
+
+/// The document of the API.
+pub const OPENAPI: &str = include_str!("../openapi.yaml");
+
+/// Each path with what is done there.
+fn paths() -> Vec<(String, BoxEndpoint<'static, Response>)> {
+    let person = get(persons::read).patch(persons::change).delete(persons::delete);
+    let mut paths = vec![
+        ("/person".to_owned(), only("POST", post(persons::add))),
+        ("/person/:cpf".to_owned(), only("DELETE, GET, HEAD, PATCH", person)),
+    ];
+    for kind in [Kind::Income, Kind::Asset, Kind::Debt] {
+        let (all, one) = (format!("/person/:cpf/{kind}"), format!("/person/:cpf/{kind}/:id"));
+        let items = get(items::list).post(items::add);
+        let item = get(items::read).put(items::change).delete(items::delete);
+        paths.push((all, only("GET, HEAD, POST", items.data(kind))));
+        paths.push((one, only("DELETE, GET, HEAD, PUT", item.data(kind))));
+    }
+    paths
+}
 
 /// What the handlers share.
 #[derive(Clone, Debug)]
@@ -29,12 +50,13 @@ pub struct Api {
     waker: Waker,
     writes: TaskTracker,
     cpf_check: CpfCheck,
+    ended: Writes,
 }
 
 impl Api {
     /// Wakes the relay through `waker` after each write.
     pub fn new(store: Store, waker: Waker) -> Self {
-        Self { store, waker, writes: TaskTracker::new(), cpf_check: CpfCheck::Off }
+        Self { store, waker, writes: TaskTracker::new(), cpf_check: CpfCheck::Off, ended: Writes::default() }
     }
 
     /// Looks at a new person's cpf as told.
@@ -43,14 +65,17 @@ impl Api {
         Self { cpf_check, ..self }
     }
 
-    /// The API's own routes, and their documentation.
+    /// Whether what it writes is stored.
+    pub(crate) fn ended_writes(&self) -> Writes {
+        self.ended.clone()
+    }
+
+    /// The API's own routes, and its document beside them.
     pub fn routes(&self) -> Route {
-        let items = (
-            OfKind(Items::<Income>::new(self.clone())),
-            OfKind(Items::<Asset>::new(self.clone())),
-            OfKind(Items::<Debt>::new(self.clone())),
-        );
-        documentation::routes((Persons(self.clone()), items), "person-api", ABOUT)
+        let routes = paths()
+            .into_iter()
+            .fold(Route::new(), |routes, (path, operations)| routes.at(path, operations.data(self.clone())));
+        documentation::add_to(routes, "person-api", OPENAPI)
     }
 
     /// Waits for the writes that are under way. Call when no request is answered any more.
@@ -59,17 +84,41 @@ impl Api {
         self.writes.wait().await;
     }
 
+    /// The response that needs no body, where the caller has the person's state already or asks for the headers
+    /// alone. It costs one row, whatever the person has.
+    async fn without_body(&self, conditional: &Conditional, cpf: Cpf) -> Result<Option<Response>, Problem> {
+        if !conditional.may_need_no_body() {
+            return Ok(None);
+        }
+        let (id, version) = self.store.state(cpf).await?.ok_or(Refused::UnknownPerson)?;
+        Ok(conditional.without_body(answer::tag(id, version)))
+    }
+
     /// Runs a write to its end, on a task of its own: a client that hangs up drops its handler, and must
-    /// not leave a connection in the middle of a statement.
-    async fn write<T: Send + 'static>(
+    /// not leave a connection in the middle of a statement. What the server rolled back in favour of another
+    /// transaction is tried again.
+    async fn write<T: Send + 'static, W: Future<Output = Result<T, StoreError>> + Send + 'static>(
         &self,
-        write: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+        mut write: impl FnMut(Store) -> W + Send + 'static,
     ) -> Result<Result<T, StoreError>, Problem> {
-        let waker = self.waker.clone();
+        let (waker, ended, store) = (self.waker.clone(), self.ended.clone(), self.store.clone());
+        let write = async move {
+            let mut attempt = 1;
+            loop {
+                match write(store.clone()).await {
+                    Err(StoreError::Unavailable(Failure::Conflict, _)) if attempt < ATTEMPTS => {
+                        tokio::time::sleep(pause(attempt)).await;
+                        attempt += 1;
+                    }
+                    written => return written,
+                }
+            }
+        };
         // What it logs says of which request.
         let write = write.in_current_span();
         let write = self.writes.spawn(async move {
             let written = write.await;
+            ended.ended(&written);
             // Also when nothing was written: that is rare, and costs a look.
             if written.is_ok() {
                 waker.wake();
@@ -80,5 +129,49 @@ impl Api {
             tracing::error!(panicked = error.is_panic(), "a write did not end");
             Problem::internal()
         })
+    }
+}
+
+/// Up to 10 ms, 20 ms, 40 ms …, by chance, so that those who met do not meet again.
+fn pause(attempt: u32) -> Duration {
+    let chance = u64::from(Uuid::new_v4().as_bytes()[0]);
+    Duration::from_micros((10_000 << attempt) * chance / 512)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use devstack::testing::Document;
+    use poem::{
+        Endpoint, Request,
+        http::{Method, StatusCode, header},
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_document_has_the_paths_and_methods_of_the_program_and_no_others() {
+        let mut program = BTreeMap::new();
+        for (path, operations) in paths() {
+            let mut allowed = Vec::new();
+            let mut said = None;
+            for method in
+                [Method::DELETE, Method::GET, Method::HEAD, Method::PATCH, Method::POST, Method::PUT]
+            {
+                let request = Request::builder().method(method.clone()).finish();
+                // Without an `Api` an operation ends with an error of another kind.
+                match operations.call(request).await {
+                    Ok(response) if response.status() == StatusCode::METHOD_NOT_ALLOWED => {
+                        said = response.headers().get(header::ALLOW).cloned();
+                    }
+                    _ => allowed.push(method.to_string()),
+                }
+            }
+            let allowed = allowed.join(", ");
+            assert_eq!(said.unwrap(), allowed, "{path}");
+            program.insert(path, allowed);
+        }
+        assert_eq!(Document::new(documentation::json(OPENAPI).as_bytes()).operations(), program);
     }
 }

@@ -3,12 +3,8 @@
 use std::net::SocketAddr;
 
 use clap::{Args, Parser, Subcommand};
-use service::{
-    config::database::DatabaseArgs,
-    front::{FrontArgs, GateArgs},
-    shutdown::ShutdownArgs,
-    telemetry::TelemetryArgs,
-};
+use daemon::{config::database::DatabaseArgs, shutdown::ShutdownArgs, telemetry::TelemetryArgs};
+use web::front::{FrontArgs, GateArgs};
 
 use crate::{republish::RepublishArgs, request::CpfCheck};
 
@@ -77,4 +73,7 @@ pub struct HealthArgs {
     /// Where the program listens.
     #[arg(long, env = "LISTEN", default_value = "127.0.0.1:8000", value_name = "ADDRESS")]
     pub listen: SocketAddr,
+    /// The database of the process that is asked for; another one at this address is not it.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
 }

@@ -2,14 +2,12 @@
 //! outbox events in one transaction. Others learn of a change by its event.
 //!
 //! A request goes through [`api`] (the operations), [`request`] (what a client may send), [`store`] (all of
-//! the SQL) and [`answer`] or [`problems`] (what a client gets). [`describe`] says the same to the
-//! documentation. [`republish`] tells everybody's whole state once more.
+//! the SQL) and [`answer`] or [`problems`] (what a client gets). `openapi.yaml` says the same to
+//! clients. [`republish`] tells everybody's whole state once more.
 
 mod answer;
 pub mod api;
 pub mod config;
-mod describe;
-mod kind;
 mod problems;
 mod readiness;
 pub mod republish;
@@ -20,41 +18,57 @@ pub mod store;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use daemon::{
+    health::{Health, Identity},
+    shutdown::Shutdown,
+};
 use metrics_exporter_prometheus::PrometheusHandle;
 use outbox::Waker;
-use service::{config::database, front::Front, health::Health, shutdown::Shutdown};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::Connection;
+use web::front::Front;
 
 use crate::{
     api::Api,
     config::{MigrateArgs, RunArgs},
-    store::{Store, idempotency},
+    store::{Store, erase, idempotency},
 };
 
 /// How long the server lets one statement run.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a statement waits for a row that another transaction has locked.
+const LOCK_TIMEOUT: &str = "2s";
 /// Creating an index on a large table takes its time.
 const MIGRATION_TIMEOUT: Duration = Duration::from_hours(1);
-/// Connections for requests. Few: PostgreSQL writes fastest with about two per core and a disk's queue.
-const POOL_SIZE: u32 = 16;
+/// Connections for requests. Few: PostgreSQL writes fastest with about two per core and a disk's queue. Of these
+/// [`WRITES`](store::WRITES) may be writing.
+const POOL_SIZE: u32 = 20;
 
 /// Serves the API until `shutdown` is requested and what is under way has ended.
 pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shutdown) -> anyhow::Result<()> {
     let drain = args.shutdown.drain_timeout;
     let front = Front::new(args.listen, &args.front, 0)?;
-    let options = database::by_index(args.database.options("person-api", STATEMENT_TIMEOUT)?);
-    let health = Health::new();
+    let database = args.database.options("person-api", STATEMENT_TIMEOUT)?.by_index();
+    database.warn();
+    let database = database.with("lock_timeout", LOCK_TIMEOUT);
+    let health = Health::of(Identity::of("person-api").at(&database));
     // Before anybody can ask: what is not named yet is not waited for.
-    let database_health = health.part("database");
+    let (database_health, health_of_erasures) = (health.part("database"), health.part("erasures"));
+    health_of_erasures.ready();
     // Readiness and notices have connections of their own: they must not wait behind requests.
-    let aside = database::pool(options.clone(), 2);
+    let aside = database.pool(2);
     let waker = Waker::new();
-    let store = Store::new(database::pool(options, POOL_SIZE)).behind(args.gate.gate());
+    let store = Store::new(database.pool(POOL_SIZE)).behind(args.gate.gate());
     let api = Api::new(store, waker.clone()).checking(args.cpf_check);
-    let answered = shutdown.serve(front, health.add_to(api.routes(), metrics), drain)?;
+    let answered =
+        front.start(&shutdown, web::health::add_to(api.routes(), &health, metrics.as_ref()), drain)?;
 
-    shutdown
-        .spawn("database", readiness::watch(aside.clone(), database_health, shutdown.requested().clone()));
+    let (left, erasures, stop) = (aside.clone(), health_of_erasures, shutdown.requested().clone());
+    shutdown.spawn("erasures", async move {
+        erase::clean(left, erasures, stop).await;
+        Ok(())
+    });
+    let (writes, stop) = (api.ended_writes(), shutdown.requested().clone());
+    shutdown.spawn("database", readiness::watch(aside.clone(), database_health, writes, stop));
     let (kept, stop) = (aside.clone(), shutdown.requested().clone());
     shutdown.spawn("kept answers", async move {
         idempotency::clean(kept, stop).await;
@@ -76,8 +90,9 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
 
 /// Creates the schema or brings it up to date, then grants. Running it again changes nothing.
 pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
-    let options = args.database.options("person-api migrate", MIGRATION_TIMEOUT)?;
-    let mut conn = options.connect().await.context("cannot connect to the database")?;
+    let database = args.database.options("person-api migrate", MIGRATION_TIMEOUT)?;
+    let mut conn = database.connect().await.context("cannot connect to the database")?;
+    outbox::require_utf8(&mut conn).await?;
     schema::migrator().run(&mut conn).await.context("the schema person could not be migrated")?;
     for role in &args.grant_to {
         sqlx::query("SELECT person.grant_api($1::text::regrole)")

@@ -2,14 +2,15 @@
 
 use std::process::ExitCode;
 
+use daemon::{
+    config::{command::Verdict, file},
+    health::Identity,
+    shutdown::{self, Shutdown},
+    telemetry,
+};
 use person_api::{
     config::{Cli, Command, RunArgs},
     republish,
-};
-use service::{
-    config::{command::Verdict, file},
-    shutdown::{self, Shutdown},
-    telemetry,
 };
 
 #[tokio::main]
@@ -28,7 +29,10 @@ async fn start() -> anyhow::Result<Verdict> {
             telemetry::start(&args.common.telemetry)?;
             return republish::republish(&args).await;
         }
-        Command::Health(args) => service::health::probe(args.listen).await?,
+        Command::Health(args) => {
+            let asked = Identity::of("person-api").at_known(&args.database)?;
+            daemon::probes::health(args.listen, &asked).await?;
+        }
     }
     Ok(Verdict::Well)
 }

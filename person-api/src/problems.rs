@@ -1,19 +1,17 @@
-//! What can go wrong, by type; and for each operation, which of it.
+//! What can go wrong, by type.
 
 use std::time::Duration;
 
+use daemon::config::database::Failure as DatabaseFailure;
 use poem::http::StatusCode;
-use service::{
-    documentation::{Failure, Problems},
-    problem::{
-        INCOMPLETE_BODY, INVALID_FIELDS, Kind, OVERLOADED, Problem, SLOW_BODY, TOO_LARGE, UNAVAILABLE,
-    },
-};
+use web::problem::{Kind, OVERLOADED, Problem, UNAVAILABLE};
 
 use crate::store::{Refused, StoreError};
 
 /// When another try makes sense, while the database is away.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// When another try makes sense, while others write about the same person.
+const BUSY_AFTER: Duration = Duration::from_secs(1);
 
 /// A kind that another try does not help by itself.
 const fn kind(status: StatusCode, code: &'static str, title: &'static str, detail: &'static str) -> Kind {
@@ -69,6 +67,27 @@ const KEY_REUSED: Kind = kind(
     "This `Idempotency-Key` was used for another body. Nothing was stored. Take a new key for a new record.",
 );
 
+/// 410: a record that was created with this key went with its person.
+const KEY_SPENT: Kind = kind(
+    StatusCode::GONE,
+    "created-and-deleted",
+    "Created, and deleted since",
+    "A request with this `Idempotency-Key` created a record, and its person was deleted since. Nothing was stored. Take \
+     a new key for a new record.",
+);
+
+/// 503: a row of the person is locked.
+const PERSON_BUSY: Kind = Kind {
+    retry_after: Some(BUSY_AFTER),
+    ..kind(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "person-busy",
+        "The person is busy",
+        "Other requests are changing this person, or one of them takes long. Nothing was stored. Send it again after the \
+         time in `Retry-After`.",
+    )
+};
+
 /// 503: nobody knows whether a write was stored.
 const OUTCOME_UNKNOWN: Kind = Kind {
     retry_after: Some(RETRY_AFTER),
@@ -103,56 +122,8 @@ pub(crate) const UNSUPPORTED_CODING: Kind = kind(
     "Nothing was done. Send the body as it is, without a `Content-Encoding`.",
 );
 
-/// Of every request with a body.
-const BODY: &[&Kind] = &[
-    &MALFORMED_JSON,
-    &INCOMPLETE_BODY,
-    &SLOW_BODY,
-    &TOO_LARGE,
-    &UNSUPPORTED_MEDIA_TYPE,
-    &UNSUPPORTED_CODING,
-    &INVALID_FIELDS,
-];
-/// Of every write.
-const WRITE: &[&Kind] = &[&UNAVAILABLE, &OVERLOADED, &OUTCOME_UNKNOWN];
-/// Of every read.
-const READ: &[&Kind] = &[&INVALID_FIELDS, &UNAVAILABLE, &OVERLOADED];
-
-/// The operations, for what can go wrong with each.
-macro_rules! operations {
-    ($($(#[$doc:meta])* $name:ident: $kinds:expr;)*) => {
-        $(
-            $(#[$doc])*
-            #[derive(Debug)]
-            pub(crate) enum $name {}
-            impl Problems for $name {
-                const KINDS: &'static [&'static [&'static Kind]] = &$kinds;
-            }
-        )*
-    };
-}
-
-operations! {
-    /// `POST /person`
-    AddPerson: [BODY, WRITE, &[&CPF_EXISTS, &KEY_REUSED]];
-    /// `PATCH /person/{cpf}`
-    ChangePerson: [BODY, WRITE, &[&UNKNOWN_PERSON, &OTHER_STATE]];
-    /// `DELETE /person/{cpf}`
-    DeletePerson: [WRITE, &[&INVALID_FIELDS, &UNKNOWN_PERSON, &OTHER_STATE]];
-    /// `GET /person/{cpf}`, and the lists of items
-    ReadPerson: [READ, &[&UNKNOWN_PERSON]];
-    /// `POST` of an item
-    AddItem: [BODY, WRITE, &[&UNKNOWN_PERSON, &PERSON_INACTIVE, &OTHER_STATE, &KEY_REUSED]];
-    /// `PUT` of an item
-    ChangeItem: [BODY, WRITE, &[&UNKNOWN_PERSON, &UNKNOWN_ITEM, &OTHER_STATE]];
-    /// `DELETE` of an item
-    DeleteItem: [WRITE, &[&INVALID_FIELDS, &UNKNOWN_PERSON, &UNKNOWN_ITEM, &OTHER_STATE]];
-    /// `GET` of an item
-    ReadItem: [READ, &[&UNKNOWN_PERSON, &UNKNOWN_ITEM]];
-}
-
 /// What the database decided.
-impl<P> From<Refused> for Failure<P> {
+impl From<Refused> for Problem {
     fn from(refused: Refused) -> Self {
         let kind = match refused {
             Refused::UnknownPerson => &UNKNOWN_PERSON,
@@ -161,19 +132,54 @@ impl<P> From<Refused> for Failure<P> {
             Refused::Inactive => &PERSON_INACTIVE,
             Refused::OtherState => &OTHER_STATE,
             Refused::KeyReused => &KEY_REUSED,
+            Refused::KeySpent => &KEY_SPENT,
         };
         kind.into()
     }
 }
 
+/// What a client learns of a database that did not do as it was asked.
+fn unavailable(failure: DatabaseFailure) -> &'static str {
+    match failure {
+        DatabaseFailure::Conflict => {
+            "Other requests changed the same rows at the same time, several times in a row. Nothing was stored. Send \
+             the request again."
+        }
+        DatabaseFailure::Locked | DatabaseFailure::Cancelled => {
+            "The database did not finish the request in time: others may be working on the same rows. Nothing was \
+             stored. Send the request again later."
+        }
+        DatabaseFailure::ReadOnly => {
+            "The service's database takes no writes right now. Nothing was stored. Send the request again later."
+        }
+        DatabaseFailure::Resources => {
+            "The service's database has no disk space, memory or connections left. Nothing was stored. Send the \
+             request again later."
+        }
+        DatabaseFailure::Forbidden | DatabaseFailure::Pooler | DatabaseFailure::Login => {
+            "The service's database is not set up as the service needs it; its /ready says what is missing. Nothing \
+             was stored. Send the request again later."
+        }
+        DatabaseFailure::Away | DatabaseFailure::Restarting | DatabaseFailure::Defect => UNAVAILABLE.detail,
+    }
+}
+
 /// The database's failures. Logged here, once; the client learns only what it can act on.
-impl<P> From<StoreError> for Failure<P> {
+impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
-        let problem = match error {
+        match error {
             StoreError::Overloaded => OVERLOADED.problem(),
-            StoreError::Unavailable(_) => {
+            StoreError::Busy => PERSON_BUSY.problem(),
+            StoreError::Unavailable(failure, _) => {
                 tracing::warn!(%error, "a request was not served");
-                Problem::unavailable(RETRY_AFTER)
+                Problem { retry_after: Some(RETRY_AFTER), ..UNAVAILABLE.saying(unavailable(failure)) }
+            }
+            StoreError::CannotStore { what, .. } => {
+                tracing::warn!(%error, "a request was not served");
+                let detail = format!(
+                    "The database cannot store anything right now: {what}. Nothing was stored. Try again later."
+                );
+                Problem { retry_after: Some(RETRY_AFTER), ..UNAVAILABLE.saying(detail) }
             }
             StoreError::Unknown(_) => {
                 tracing::warn!(%error, "a request was not served");
@@ -183,7 +189,40 @@ impl<P> From<StoreError> for Failure<P> {
                 tracing::error!(%error, "a request failed");
                 Problem::internal()
             }
-        };
-        problem.into()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+    use web::{documentation, problem::KINDS};
+
+    use super::*;
+
+    #[test]
+    fn the_document_shows_problems_as_they_are_sent() {
+        let own = [
+            &UNKNOWN_PERSON,
+            &CPF_EXISTS,
+            &UNKNOWN_ITEM,
+            &PERSON_INACTIVE,
+            &OTHER_STATE,
+            &KEY_REUSED,
+            &KEY_SPENT,
+            &PERSON_BUSY,
+            &OUTCOME_UNKNOWN,
+            &MALFORMED_JSON,
+            &UNSUPPORTED_MEDIA_TYPE,
+            &UNSUPPORTED_CODING,
+        ];
+        let document: Value = serde_json::from_str(&documentation::json(crate::api::OPENAPI)).unwrap();
+        for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
+            let Some(code) = name.strip_prefix("problem.") else { continue };
+            let kind = own.iter().chain(KINDS).find(|kind| kind.code == code).expect(name);
+            for (field, sent) in serde_json::to_value(kind.problem()).unwrap().as_object().unwrap() {
+                assert_eq!(&schema["examples"][0][field], sent, "{name} {field}");
+            }
+        }
     }
 }

@@ -9,15 +9,15 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail};
-use events::Cpf;
-use serde_json::json;
-use service::{
+use daemon::{
     config::{
         SettingError,
         command::{CommandArgs, Verdict, bar, many, operator},
     },
     shutdown::Shutdown,
 };
+use events::Cpf;
+use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -186,9 +186,9 @@ async fn count(args: &RepublishArgs, conn: &mut PgConnection, source: &str) -> a
     Ok(Verdict::Well)
 }
 
-/// One at a time: by a lock that ends with the connection. The class is the ASCII codes of "prsn".
+/// One at a time: by a lock that ends with the connection.
 async fn alone(conn: &mut PgConnection) -> anyhow::Result<()> {
-    let locked: bool = sqlx::query_scalar("SELECT pg_try_advisory_lock(1886548846, 1)")
+    let locked: bool = sqlx::query_scalar("SELECT person.try_republish()")
         .fetch_one(&mut *conn)
         .await
         .map_err(|e| failed(&e))?;
@@ -233,7 +233,7 @@ impl Run<'_> {
             let batch = match self::batch(conn, progress, size).await {
                 Ok(batch) => batch,
                 // Somebody works on one of them: nobody else is to wait for that.
-                Err(error) if matches!(code(&error).as_deref(), Some("55P03" | "40P01")) => {
+                Err(error) if matches!(code(&error).as_deref(), Some("55P03" | "40P01" | "40001")) => {
                     attempts += 1;
                     if attempts == ATTEMPTS {
                         bail!(

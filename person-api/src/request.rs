@@ -2,28 +2,24 @@
 //! wrong type or against its rule is named, all of them at once, and then nothing is stored.
 
 mod body;
-mod condition;
+mod characters;
 mod cpf;
 mod fields;
-mod key;
-mod place;
+mod parameters;
 mod rules;
 
 use chrono::{DateTime, Utc};
 use events::{Cpf, Kind};
 use poem::Request;
 use rust_decimal::Decimal;
-use service::{documentation::Sent, problem::Problem};
 use uuid::Uuid;
+use web::problem::Problem;
 
 pub use self::cpf::CpfCheck;
 use self::fields::Fields;
 pub(crate) use self::{
-    body::{Body, Sendable},
-    condition::IfMatch,
-    key::IdempotencyKey,
-    place::{After, ItemId, Limit, PathCpf},
-    rules::{INVISIBLE, LINE_ENDS},
+    body::{JSON, MERGE_PATCH, body},
+    parameters::IdempotencyKey,
 };
 use crate::store::{ITEMS_MAX, PersonPatch, States};
 
@@ -48,12 +44,11 @@ impl NewPerson {
     pub(crate) fn parse(
         request: &Request,
         check: CpfCheck,
-        key: Sent<IdempotencyKey>,
         body: &[u8],
     ) -> Result<(Self, Option<IdempotencyKey>), Problem> {
-        let mut fields = Fields::read(body)?;
-        fields.query(request, &[]);
-        let key = fields.parameter(key);
+        let mut fields = Fields::read(request, body)?;
+        fields.parameters.only_query(&[]);
+        let key = fields.idempotency_key();
         let cpf = fields.required("cpf", |raw| check.check(rules::cpf(raw)?));
         let name = fields.required("name", |raw| rules::text(raw, 200));
         let address = fields.optional("address", |raw| rules::text(raw, 500));
@@ -63,23 +58,17 @@ impl NewPerson {
 }
 
 /// Parses the request of `PATCH /person/{cpf}`: a merge patch (RFC 7396), in which null clears.
-pub(crate) fn patch(
-    request: &Request,
-    cpf: Sent<PathCpf>,
-    if_match: Sent<IfMatch>,
-    body: &[u8],
-) -> Result<(Cpf, States, PersonPatch), Problem> {
-    let mut fields = Fields::read(body)?;
-    fields.query(request, &[]);
-    let cpf = fields.parameter(cpf);
-    let states = fields.parameter(if_match);
+pub(crate) fn patch(request: &Request, body: &[u8]) -> Result<(Cpf, States, PersonPatch), Problem> {
+    let mut fields = Fields::read(request, body)?;
+    fields.parameters.only_query(&[]);
+    let (cpf, states) = (fields.cpf(), fields.states());
     let patch = PersonPatch {
         name: fields.given("name", |raw| rules::text(raw, 200)),
         address: fields.given("address", rules::nullable(|raw| rules::text(raw, 500))),
         date_of_birth: fields.given("date_of_birth", rules::date_of_birth),
         status: fields.given("status", rules::status),
     };
-    fields.finish(|| Some((cpf?.0, IfMatch::states(states), patch)))
+    fields.finish(|| Some((cpf?, states, patch)))
 }
 
 /// Whom a change is about, and in which states.
@@ -113,61 +102,59 @@ impl Item {
     pub(crate) fn parse_new(
         request: &Request,
         kind: Kind,
-        cpf: Sent<PathCpf>,
-        (if_match, key): (Sent<IfMatch>, Sent<IdempotencyKey>),
         body: &[u8],
     ) -> Result<(Whose, Self, Option<IdempotencyKey>), Problem> {
-        let mut fields = Fields::read(body)?;
-        fields.query(request, &[]);
-        let cpf = fields.parameter(cpf);
-        let states = fields.parameter(if_match);
-        let key = fields.parameter(key);
+        let mut fields = Fields::read(request, body)?;
+        fields.parameters.only_query(&[]);
+        let (cpf, states, key) = (fields.cpf(), fields.states(), fields.idempotency_key());
         let item = Self::read(kind, &mut fields);
-        fields.finish(|| Some(((cpf?.0, IfMatch::states(states)), item?, key)))
+        fields.finish(|| Some(((cpf?, states), item?, key)))
     }
 
     /// Parses the request of `PUT /person/{cpf}/<kind>/{id}`.
     pub(crate) fn parse(
         request: &Request,
         kind: Kind,
-        place: (Sent<PathCpf>, Sent<ItemId>),
-        if_match: Sent<IfMatch>,
         body: &[u8],
     ) -> Result<((Cpf, Uuid), States, Self), Problem> {
-        let mut fields = Fields::read(body)?;
-        fields.query(request, &[]);
-        let (cpf, id) = (fields.parameter(place.0), fields.parameter(place.1));
-        let states = fields.parameter(if_match);
+        let mut fields = Fields::read(request, body)?;
+        fields.parameters.only_query(&[]);
+        let (cpf, id, states) = (fields.cpf(), fields.id(), fields.states());
         let item = Self::read(kind, &mut fields);
-        fields.finish(|| Some(((cpf?.0, id?.0), IfMatch::states(states), item?)))
+        fields.finish(|| Some(((cpf?, id?), states, item?)))
     }
 }
 
-/// Whose, without a body.
-pub(crate) fn person(
-    request: &Request,
-    cpf: Sent<PathCpf>,
-    if_match: Option<Sent<IfMatch>>,
-) -> Result<(Cpf, States), Problem> {
-    let mut fields = Fields::none();
-    fields.query(request, &[]);
-    let cpf = fields.parameter(cpf);
-    let states = if_match.and_then(|if_match| fields.parameter(if_match));
-    fields.finish(|| Some((cpf?.0, IfMatch::states(states))))
+/// Parses the request of `GET /person/{cpf}`.
+pub(crate) fn person(request: &Request) -> Result<Cpf, Problem> {
+    let mut fields = Fields::none(request);
+    fields.parameters.only_query(&[]);
+    let cpf = fields.cpf();
+    fields.finish(|| cpf)
 }
 
-/// Whose and which, without a body.
-pub(crate) fn item(
-    request: &Request,
-    cpf: Sent<PathCpf>,
-    id: Sent<ItemId>,
-    if_match: Option<Sent<IfMatch>>,
-) -> Result<((Cpf, Uuid), States), Problem> {
-    let mut fields = Fields::none();
-    fields.query(request, &[]);
-    let (cpf, id) = (fields.parameter(cpf), fields.parameter(id));
-    let states = if_match.and_then(|if_match| fields.parameter(if_match));
-    fields.finish(|| Some(((cpf?.0, id?.0), IfMatch::states(states))))
+/// Parses the request of `DELETE /person/{cpf}`.
+pub(crate) fn person_in_state(request: &Request) -> Result<Whose, Problem> {
+    let mut fields = Fields::none(request);
+    fields.parameters.only_query(&[]);
+    let (cpf, states) = (fields.cpf(), fields.states());
+    fields.finish(|| Some((cpf?, states)))
+}
+
+/// Parses the request of `GET /person/{cpf}/<kind>/{id}`.
+pub(crate) fn item(request: &Request) -> Result<(Cpf, Uuid), Problem> {
+    let mut fields = Fields::none(request);
+    fields.parameters.only_query(&[]);
+    let (cpf, id) = (fields.cpf(), fields.id());
+    fields.finish(|| Some((cpf?, id?)))
+}
+
+/// Parses the request of `DELETE /person/{cpf}/<kind>/{id}`.
+pub(crate) fn item_in_state(request: &Request) -> Result<((Cpf, Uuid), States), Problem> {
+    let mut fields = Fields::none(request);
+    fields.parameters.only_query(&[]);
+    let (cpf, id, states) = (fields.cpf(), fields.id(), fields.states());
+    fields.finish(|| Some(((cpf?, id?), states)))
 }
 
 /// Which part of a list.
@@ -181,17 +168,10 @@ pub(crate) struct Page {
 
 impl Page {
     /// Parses the request of `GET /person/{cpf}/<kind>`.
-    pub(crate) fn parse(
-        request: &Request,
-        cpf: Sent<PathCpf>,
-        limit: Sent<Limit>,
-        after: Sent<After>,
-    ) -> Result<(Cpf, Self), Problem> {
-        let mut fields = Fields::none();
-        let cpf = fields.parameter(cpf);
-        let limit = fields.parameter(limit).map_or(PAGE.min(ITEMS_MAX), |limit| limit.0);
-        let after = fields.parameter(after).map(|after| after.0);
-        fields.query(request, &["limit", "after"]);
-        fields.finish(|| Some((cpf?.0, Self { limit, after })))
+    pub(crate) fn parse(request: &Request) -> Result<(Cpf, Self), Problem> {
+        let mut fields = Fields::none(request);
+        let (cpf, limit, after) = (fields.cpf(), fields.limit(), fields.after());
+        fields.parameters.only_query(&["limit", "after"]);
+        fields.finish(|| Some((cpf?, Self { limit: limit.unwrap_or(PAGE.min(ITEMS_MAX)), after })))
     }
 }

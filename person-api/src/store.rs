@@ -2,10 +2,12 @@
 //! the aggregate's next version and the outbox event are committed together or not at all. Only erasing a
 //! person takes more ([`erase`]).
 
-mod erase;
+pub mod erase;
 pub mod idempotency;
 mod items;
 mod persons;
+mod turns;
+pub mod writes;
 
 use std::{
     future::Future,
@@ -13,13 +15,20 @@ use std::{
     time::Duration,
 };
 
-use service::front::Gate;
-use sqlx::{PgConnection, PgPool, Postgres, pool::PoolConnection};
+use daemon::config::database::Failure;
+use events::Cpf;
+pub use outbox::database::describe;
+use sqlx::{PgConnection, PgPool, Postgres, error::DatabaseError, pool::PoolConnection};
 use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
+use web::front::Gate;
 
 pub(crate) use self::items::{ASSET, DEBT, INCOME, ItemSql, Listed};
-pub use self::persons::PersonPatch;
+use self::{
+    idempotency::{Added, Keyed},
+    turns::{Turn, Turns},
+};
+pub use self::{persons::PersonPatch, turns::WRITES};
 
 /// How many items of each kind the answer to `GET /person/{cpf}` holds at most, and a page of them.
 pub const ITEMS_MAX: i32 = 1000;
@@ -87,6 +96,8 @@ pub enum Refused {
     OtherState,
     /// The key was used before, for another body.
     KeyReused,
+    /// The key was used before, for a record that went with its person.
+    KeySpent,
 }
 
 /// The states that a change is for (`If-Match`): a person's id and version each.
@@ -116,12 +127,23 @@ pub enum StoreError {
     /// As many requests use the database or wait for it as may; nothing was sent.
     #[error("as many requests need the database as may")]
     Overloaded,
-    /// The database does not answer, or gave the statement up; nothing was stored.
-    #[error("the database is not available: {0}")]
-    Unavailable(String),
+    /// Others write about the same person, and it takes too long; nothing was stored.
+    #[error("the person is busy")]
+    Busy,
+    /// The database does not respond, or gave the statement up; nothing was stored.
+    #[error("{1}")]
+    Unavailable(Failure, String),
     /// The connection was lost during a statement: a write may or may not have been stored.
     #[error("the database stopped answering: {0}")]
     Unknown(String),
+    /// The database answers, and cannot store anything at the moment; nothing was stored.
+    #[error("the database cannot store anything: {reason}")]
+    CannotStore {
+        /// What it lacks, for clients.
+        what: &'static str,
+        /// For operators.
+        reason: String,
+    },
     /// A defect of ours, or of the schema.
     #[error("the statement failed: {0}")]
     Failed(String),
@@ -131,7 +153,7 @@ impl StoreError {
     /// Of a read there is no outcome to be unsure of.
     fn of_a_read(self) -> Self {
         match self {
-            Self::Unknown(why) => Self::Unavailable(why),
+            Self::Unknown(why) => Self::Unavailable(Failure::Away, why),
             other => other,
         }
     }
@@ -142,12 +164,15 @@ impl StoreError {
 pub struct Store {
     pool: PgPool,
     gate: Gate,
+    turns: Turns,
 }
 
 /// A connection, and its place among those who need one.
 struct Connection {
     conn: PoolConnection<Postgres>,
     _place: OwnedSemaphorePermit,
+    /// Of a write.
+    _turn: Option<Turn>,
 }
 
 impl Deref for Connection {
@@ -167,7 +192,7 @@ impl DerefMut for Connection {
 impl Store {
     /// The pool's connections limit their statements themselves (`statement_timeout`).
     pub fn new(pool: PgPool) -> Self {
-        Self { pool, gate: Gate::default() }
+        Self { pool, gate: Gate::default(), turns: Turns::default() }
     }
 
     /// Takes no more requests at a time than `gate` lets in.
@@ -179,8 +204,24 @@ impl Store {
     /// Whatever goes wrong here, no statement was sent yet.
     async fn acquire(&self) -> Result<Connection, StoreError> {
         let place = self.gate.enter().ok_or(StoreError::Overloaded)?;
-        let conn = self.pool.acquire().await.map_err(|error| StoreError::Unavailable(describe(&error)))?;
-        Ok(Connection { conn, _place: place })
+        let unavailable = |error| StoreError::Unavailable(Failure::of(&error), describe(&error));
+        let conn = self.pool.acquire().await.map_err(unavailable)?;
+        Ok(Connection { conn, _place: place, _turn: None })
+    }
+
+    /// The answer that is kept under the key. A retry waits for nobody who writes.
+    async fn kept(&self, keyed: Option<&Keyed>) -> Result<Option<Added>, StoreError> {
+        if keyed.is_none() {
+            return Ok(None);
+        }
+        Keyed::find(keyed, &mut *self.acquire().await?).await
+    }
+
+    /// For a write about this person. It waits for its turn without a connection: those who write about one person
+    /// wait for each other in any case, and must not hold what others need meanwhile.
+    async fn acquire_for(&self, cpf: Cpf) -> Result<Connection, StoreError> {
+        let turn = self.turns.take(cpf).await?;
+        Ok(Connection { _turn: Some(turn), ..self.acquire().await? })
     }
 }
 
@@ -199,42 +240,32 @@ async fn bounded_by<T>(
         Err(_) => return Err(StoreError::Unknown("no answer in time".to_owned())),
     };
     let described = describe(&error);
-    Err(match &error {
-        sqlx::Error::Database(database) => match database.code().as_deref().unwrap_or_default() {
-            // The server says that it rolled the statement back, and that another try may do better:
-            // connection, transaction (deadlock), resources, lock timeout, operator; a standby.
-            code if ["08", "40", "53", "57"].contains(&code.get(..2).unwrap_or_default())
-                || ["55P03", "25006"].contains(&code) =>
-            {
-                StoreError::Unavailable(described)
-            }
-            _ => StoreError::Failed(described),
-        },
-        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::WorkerCrashed => {
-            StoreError::Unknown(described)
-        }
-        _ => StoreError::Failed(described),
+    let code = error.as_database_error().and_then(DatabaseError::code);
+    if let Some(what) = code.as_deref().and_then(lacks) {
+        return Err(StoreError::CannotStore { what, reason: described });
+    }
+    let failure = Failure::of(&error);
+    Err(match failure {
+        // A statement that was under way when the connection broke may have been committed.
+        Failure::Away => StoreError::Unknown(described),
+        // A row is locked for longer than a session waits for it.
+        Failure::Locked => StoreError::Busy,
+        Failure::Defect => StoreError::Failed(described),
+        // The server says that it rolled the statement back.
+        _ => StoreError::Unavailable(failure, described),
     })
 }
 
-/// What happened, for logs and for the readiness. PostgreSQL's messages may quote a row, and decoding
-/// errors a value, so only codes and names are taken from them.
-pub fn describe(error: &sqlx::Error) -> String {
-    match error {
-        sqlx::Error::Database(database) => {
-            let code = database.code().unwrap_or_default();
-            match database.constraint() {
-                Some(constraint) => format!("SQLSTATE {code}, constraint {constraint}"),
-                None => format!("SQLSTATE {code}"),
-            }
-        }
-        sqlx::Error::Io(error) => error.to_string(),
-        sqlx::Error::Tls(error) => format!("TLS: {error}"),
-        sqlx::Error::PoolTimedOut => "no connection in time".to_owned(),
-        sqlx::Error::PoolClosed => "the pool is closed".to_owned(),
-        sqlx::Error::Protocol(_) => "it does not speak the protocol".to_owned(),
-        _ => "its answer was not understood".to_owned(),
-    }
+/// What the server lacks to store anything, for whatever is sent to it. Not what is over in a moment: connections
+/// (53300).
+fn lacks(code: &str) -> Option<&'static str> {
+    Some(match code {
+        "53100" => "its disk is full",
+        "53200" => "it is out of memory",
+        "53400" => "a limit of its configuration is reached",
+        "58030" => "it cannot write its files",
+        _ => return None,
+    })
 }
 
 #[cfg(test)]

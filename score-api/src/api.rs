@@ -1,29 +1,28 @@
-//! The operations: from the request to the answer. Each is declared and documented where it is handled.
+//! The operations: from the request to the response. `openapi.yaml` describes them.
 
 use std::time::Duration;
 
-use poem::{Request, Route};
-use poem_openapi::OpenApi;
-use service::{
-    documentation::{self, Answer, Failure, Held, Sent},
-    front::Gate,
-    problem::OVERLOADED,
-};
+use poem::{EndpointExt, Request, Response, Route, endpoint::BoxEndpoint, get, handler, web::Data};
 use sqlx::PgPool;
 use tokio::sync::OwnedSemaphorePermit;
+use web::{
+    conditional::Conditional,
+    documentation,
+    front::Gate,
+    methods::only,
+    problem::{OVERLOADED, Problem},
+};
 
 use crate::{
-    answer::{self, Entries, Score},
-    describe::Tag,
-    problems::{ReadScore, UNKNOWN_PERSON},
+    answer,
+    problems::UNKNOWN_PERSON,
     read_model::{entries, scores::Scores},
-    request::{self, After, AfterEntry, Limit, PathCpf, Wait},
-    token::Token,
+    request::{self, After},
     waiters::Waiters,
 };
 
-/// What the documentation begins with.
-const ABOUT: &str = include_str!("api/about.md");
+/// The document of the API.
+pub(crate) const OPENAPI: &str = include_str!("../openapi.yaml");
 
 /// What answering takes.
 #[derive(Clone)]
@@ -37,54 +36,46 @@ pub(crate) struct Api {
     pub(crate) max_wait: Duration,
 }
 
-/// The operations, and their documentation.
-pub(crate) fn routes(api: Api) -> Route {
-    documentation::routes(api, "score-api", ABOUT)
+/// Each path with what is done there.
+fn paths() -> [(&'static str, BoxEndpoint<'static, Response>); 2] {
+    [
+        ("/:cpf/score", only("GET, HEAD", get(read_score))),
+        ("/:cpf/score/entries", only("GET, HEAD", get(read_entries))),
+    ]
 }
 
-#[OpenApi(tag = "Tag::Scores")]
-impl Api {
-    /// Read a person's score
-    ///
-    /// Of the newest life of the cpf.
-    #[oai(path = "/:cpf/score", method = "get")]
-    async fn score(
-        &self,
-        request: &Request,
-        cpf: Sent<PathCpf>,
-        after: Sent<Token>,
-        wait: Sent<Wait>,
-        #[oai(name = "If-None-Match")] _held: Sent<Held>,
-    ) -> Result<Answer<Score>, Failure<ReadScore>> {
-        let (cpf, after) = request::score(request, cpf, (after, wait), self.max_wait)?;
-        let _place = self.begin(after).await?;
-        let score = self.scores.newest_life(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
-        Ok(answer::score(request, &score)?)
-    }
+/// The operations, and their document beside them.
+pub(crate) fn routes(api: &Api) -> Route {
+    let routes = paths()
+        .into_iter()
+        .fold(Route::new(), |routes, (path, operations)| routes.at(path, operations.data(api.clone())));
+    documentation::add_to(routes, "score-api", OPENAPI)
+}
 
-    /// Read how a score came about, page by page
-    ///
-    /// One entry for each of the person's items, in the order in which they came. The scores of all of them sum
-    /// up to `score`, which is of the same state as the page. `next` leads from page to page; when another one
-    /// has another `version`, the person has changed meanwhile, and whoever sums up begins again.
-    #[oai(path = "/:cpf/score/entries", method = "get")]
-    #[expect(clippy::too_many_arguments, reason = "one for each parameter that is documented")]
-    async fn entries(
-        &self,
-        request: &Request,
-        cpf: Sent<PathCpf>,
-        limit: Sent<Limit>,
-        after_entry: Sent<AfterEntry>,
-        after: Sent<Token>,
-        wait: Sent<Wait>,
-        #[oai(name = "If-None-Match")] _held: Sent<Held>,
-    ) -> Result<Answer<Entries>, Failure<ReadScore>> {
-        let page = (limit, after_entry);
-        let (cpf, page, after) = request::entries(request, cpf, page, (after, wait), self.max_wait)?;
-        let _place = self.begin(after).await?;
-        let found = entries::entries(&self.pool, cpf, page).await?.ok_or(&UNKNOWN_PERSON)?;
-        Ok(answer::entries(request, cpf, page, found)?)
+/// `GET /{cpf}/score`
+#[handler]
+async fn read_score(request: &Request, Data(api): Data<&Api>) -> Result<Response, Problem> {
+    let (cpf, after) = request::score(request, api.max_wait)?;
+    let _place = api.begin(after).await?;
+    let score = api.scores.newest_life(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
+    answer::score(&Conditional::of(request), &score)
+}
+
+/// `GET /{cpf}/score/entries`
+#[handler]
+async fn read_entries(request: &Request, Data(api): Data<&Api>) -> Result<Response, Problem> {
+    let (cpf, page, after) = request::entries(request, api.max_wait)?;
+    let _place = api.begin(after).await?;
+    let conditional = Conditional::of(request);
+    if conditional.may_need_no_body() {
+        // One row, whatever the page has: it is read only when the state is a new one.
+        let score = api.scores.newest_life(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
+        if let Some(same) = conditional.without_body(answer::tag(&score)) {
+            return Ok(same);
+        }
     }
+    let found = entries::entries(&api.pool, cpf, page).await?.ok_or(&UNKNOWN_PERSON)?;
+    answer::entries(&conditional, cpf, page, found)
 }
 
 impl Api {
@@ -92,11 +83,38 @@ impl Api {
     /// the answer is read: it may contain more by then, and never less.
     ///
     /// A read that waits for nothing has a place among those that need the database instead.
-    async fn begin(&self, after: Option<After>) -> Result<Option<OwnedSemaphorePermit>, Failure<ReadScore>> {
+    async fn begin(&self, after: Option<After>) -> Result<Option<OwnedSemaphorePermit>, Problem> {
         let Some(After { token, wait }) = after else {
             return Ok(Some(self.gate.enter().ok_or(&OVERLOADED)?));
         };
         self.waiters.until_contained(token, wait).await?;
         Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use devstack::testing::Document;
+    use poem::{
+        Endpoint,
+        http::{Method, StatusCode},
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_document_has_the_paths_and_methods_of_the_program_and_no_others() {
+        let mut program = BTreeMap::new();
+        for (path, operations) in paths() {
+            // Without an `Api` an operation ends with an error; another method with a response.
+            assert!(operations.call(Request::default()).await.is_err(), "{path}");
+            let post = Request::builder().method(Method::POST).finish();
+            let response = operations.call(post).await.unwrap();
+            assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED, "{path}");
+            program.insert(path.to_owned(), response.header("allow").unwrap().to_owned());
+        }
+        assert_eq!(Document::new(documentation::json(OPENAPI).as_bytes()).operations(), program);
     }
 }

@@ -3,7 +3,6 @@
 
 mod answer;
 mod api;
-mod describe;
 mod problems;
 mod read_model;
 mod request;
@@ -12,19 +11,19 @@ mod waiters;
 
 use std::{net::SocketAddr, time::Duration};
 
-use metrics_exporter_prometheus::PrometheusHandle;
-use service::{
+use daemon::{
     config::{
-        database::{self, DatabaseArgs, Schema, wait_until_current},
+        database::{DatabaseArgs, Schema},
         duration,
     },
-    front::{Front, FrontArgs, GateArgs},
-    health::{Health, Part},
+    health::{Health, Identity, Part},
     shutdown::{Shutdown, ShutdownArgs},
     telemetry::TelemetryArgs,
 };
+use metrics_exporter_prometheus::PrometheusHandle;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
+use web::front::{Front, FrontArgs, GateArgs};
 
 use crate::{api::Api, read_model::scores::Scores, waiters::Waiters};
 
@@ -57,6 +56,9 @@ pub enum Command {
         /// Where it listens.
         #[command(flatten)]
         listen: ListenArgs,
+        /// The database of the process that is asked for; another one at this address is not it.
+        #[command(flatten)]
+        database: DatabaseArgs,
     },
 }
 
@@ -114,15 +116,16 @@ pub async fn run(
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     let front = Front::new(config.listen.listen, &config.front, config.wait.max_waiters)?;
-    let options = read_model::options(config.database.options("score-api", STATEMENT_TIMEOUT)?);
-    let pool = database::pool(options.clone(), CONNECTIONS);
+    let database = read_model::options(config.database.options("score-api", STATEMENT_TIMEOUT)?);
+    database.warn();
+    let pool = database.pool(CONNECTIONS);
 
-    let health = Health::new();
+    let health = Health::of(Identity::of("score-api").at(&database));
     let readiness = watch(pool.clone(), health.part("database"), shutdown.requested().clone());
     shutdown.spawn("readiness", readiness);
 
     let waiters = Waiters::new(front.room().waiting as usize, shutdown.requested().clone());
-    let (listen, look) = (waiters.clone().listen(options), waiters.clone().look(pool.clone()));
+    let (listen, look) = (waiters.clone().listen(database), waiters.clone().look(pool.clone()));
     shutdown.spawn("listening", async move {
         listen.await;
         Ok(())
@@ -134,22 +137,27 @@ pub async fn run(
 
     let scores = Scores::new(pool.clone(), &shutdown);
     let (gate, max_wait) = (config.gate.gate(), config.wait.max_wait);
-    let api = Api { scores, pool, gate, waiters, max_wait };
-    let routes = health.add_to(api::routes(api), metrics);
+    // The routes alone have what is in it: the task that reads scores ends when nothing is served any more.
+    let routes = api::routes(&Api { scores, pool, gate, waiters, max_wait });
+    let routes = web::health::add_to(routes, &health, metrics.as_ref());
     let drain = config.shutdown.drain_timeout;
-    shutdown.serve(front, routes, drain)?;
+    front.start(&shutdown, routes, drain)?;
     shutdown.finish(drain).await
 }
 
 /// Ready while the database answers and its schemas are current. A schema that is not ends the program,
 /// also when it is found so after a reconnect: waiting would not change it.
 async fn watch(pool: PgPool, database: Part, stop: CancellationToken) -> anyhow::Result<()> {
-    let schemas = read_model::schemas();
-    let waiting = |error: &sqlx::Error| database.waiting(read_model::reason(error));
-    while wait_until_current(&pool, &schemas, &stop, waiting).await? {
-        database.ready();
-        if stop.run_until_cancelled(tokio::time::sleep(PROBE_EVERY)).await.is_none() {
-            break;
+    let needs = read_model::needs();
+    if !needs.wait(&pool, &stop, |reason| database.waiting(reason)).await? {
+        return Ok(());
+    }
+    database.ready();
+    while stop.run_until_cancelled(tokio::time::sleep(PROBE_EVERY)).await.is_some() {
+        match needs.look(&pool).await {
+            Ok(()) => database.ready(),
+            Err(error) if error.passes() => database.waiting(error.to_string()),
+            Err(fatal) => return Err(fatal.into()),
         }
     }
     Ok(())

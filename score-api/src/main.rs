@@ -2,13 +2,13 @@
 
 use std::process::ExitCode;
 
-use score_api::{Cli, Command};
-use service::{
+use daemon::{
     config::file,
-    health,
+    health::Identity,
     shutdown::{self, Shutdown},
     telemetry,
 };
+use score_api::{Cli, Command};
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -18,7 +18,10 @@ async fn main() -> ExitCode {
 async fn start() -> anyhow::Result<()> {
     match file::parse::<Cli>()?.cli.command {
         Command::Run(config) => run(*config).await,
-        Command::Health { listen } => health::probe(listen.listen).await,
+        Command::Health { listen, database } => {
+            let asked = Identity::of("score-api").at_known(&database)?;
+            daemon::probes::health(listen.listen, &asked).await
+        }
     }
 }
 

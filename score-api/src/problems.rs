@@ -3,14 +3,7 @@
 use std::time::Duration;
 
 use poem::http::StatusCode;
-use poem_openapi::registry::MetaSchema;
-use service::{
-    documentation::{
-        Failure, Problems,
-        schema::{Field, integer},
-    },
-    problem::{INVALID_FIELDS, Kind, OVERLOADED, Problem, UNAVAILABLE},
-};
+use web::problem::{Kind, Problem, UNAVAILABLE};
 
 use crate::{
     read_model::ReadError,
@@ -54,41 +47,6 @@ const SHUTTING_DOWN: Kind = again(
     "This instance is ending and waits for nothing more. Ask again, and another one answers.",
 );
 
-/// What can go wrong when a score is read.
-#[derive(Debug)]
-pub(crate) enum ReadScore {}
-
-impl Problems for ReadScore {
-    const KINDS: &'static [&'static [&'static Kind]] = &[&[
-        &INVALID_FIELDS,
-        &UNKNOWN_PERSON,
-        &UNAVAILABLE,
-        &OVERLOADED,
-        &NOT_THERE_YET,
-        &TOO_MANY_WAITERS,
-        &SHUTTING_DOWN,
-    ]];
-
-    fn extensions(kind: &Kind) -> Vec<Field> {
-        if kind.code == NOT_THERE_YET.code { behind() } else { Vec::new() }
-    }
-}
-
-/// Where the read model stands.
-fn behind() -> Vec<Field> {
-    const HAS: &str = "The version that the read model contains; null when it has nothing of the person.";
-    const APPLIED: &str = "How long ago, in milliseconds, anything was applied to the read model, of whomever; \
-                           null when nothing was since this instance began to listen.";
-    let like = |example: i64, schema| MetaSchema { example: Some(example.into()), ..schema };
-    let nullable = |schema| MetaSchema { nullable: true, ..schema };
-    vec![
-        ("asked", true, like(5, integer(1.0, "The version that `after` names."))),
-        ("has", true, like(4, nullable(integer(1.0, HAS)))),
-        ("waited_ms", true, like(2001, integer(0.0, "How long this read has waited, in milliseconds."))),
-        ("last_applied_ms_ago", true, like(310, nullable(integer(0.0, APPLIED)))),
-    ]
-}
-
 /// Versions and times, and nothing of the person.
 fn not_there_yet(behind: &Behind) -> Problem {
     let extensions = [
@@ -101,11 +59,11 @@ fn not_there_yet(behind: &Behind) -> Problem {
 }
 
 /// Why a reader's write was not waited for to the end.
-impl From<Missed> for Failure<ReadScore> {
+impl From<Missed> for Problem {
     fn from(missed: Missed) -> Self {
         let kind = match missed {
-            Missed::Behind(behind) => return not_there_yet(&behind).into(),
-            Missed::Defect => return Problem::internal().into(),
+            Missed::Behind(behind) => return not_there_yet(&behind),
+            Missed::Defect => return Problem::internal(),
             Missed::Unavailable => &UNAVAILABLE,
             Missed::TooMany => &TOO_MANY_WAITERS,
             Missed::Ending => &SHUTTING_DOWN,
@@ -115,14 +73,45 @@ impl From<Missed> for Failure<ReadScore> {
 }
 
 /// The database's failures. A defect is logged here, once; the client learns only what it can act on.
-impl From<ReadError> for Failure<ReadScore> {
+impl From<ReadError> for Problem {
     fn from(error: ReadError) -> Self {
         match error {
-            ReadError::Unavailable => (&UNAVAILABLE).into(),
+            ReadError::Unavailable => UNAVAILABLE.problem(),
             ReadError::Defect(error) => {
                 tracing::error!(%error, "the score could not be read");
-                Problem::internal().into()
+                Problem::internal()
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+    use web::{documentation, problem::KINDS};
+
+    use super::*;
+
+    #[test]
+    fn the_document_shows_problems_as_they_are_sent() {
+        let own = [&UNKNOWN_PERSON, &NOT_THERE_YET, &TOO_MANY_WAITERS, &SHUTTING_DOWN];
+        let document: Value = serde_json::from_str(&documentation::json(crate::api::OPENAPI)).unwrap();
+        for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
+            let Some(code) = name.strip_prefix("problem.") else { continue };
+            let kind = own.iter().chain(KINDS).find(|kind| kind.code == code).expect(name);
+            for (field, sent) in serde_json::to_value(kind.problem()).unwrap().as_object().unwrap() {
+                assert_eq!(&schema["examples"][0][field], sent, "{name} {field}");
+            }
+        }
+    }
+
+    /// The example of `docs/http.md` is what a reader gets.
+    #[test]
+    fn the_page_shows_what_is_sent() {
+        let page = include_str!("../../docs/http.md");
+        let (_, rest) = page.split_once("of type `/problems/not-there-yet`:\n\n```json\n").unwrap();
+        let (shown, _) = rest.split_once("\n```").unwrap();
+        let behind = Behind { asked: 5, has: Some(4), waited_ms: 2001, last_applied_ms_ago: Some(310) };
+        assert_eq!(shown, serde_json::to_string(&not_there_yet(&behind)).unwrap());
     }
 }

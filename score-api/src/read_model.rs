@@ -7,10 +7,9 @@ pub(crate) mod scores;
 use std::{str::FromStr, sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
+use daemon::config::database::{Database, Failure, Needs, Schema};
+use outbox::database::Session;
 use rust_decimal::Decimal;
-use service::config::database::{Schema, by_index};
-use session::Session;
-use sqlx::postgres::PgConnectOptions;
 use uuid::Uuid;
 
 /// How long a read may take, waiting for a connection included. The pool alone would wait longer.
@@ -29,14 +28,25 @@ const VERSIONS: &str = "SELECT asked.id, (
 FROM unnest($1::uuid[]) AS asked (id)";
 
 /// How the read model is read.
-pub(crate) fn options(options: PgConnectOptions) -> PgConnectOptions {
-    by_index(options).options([
+pub(crate) fn options(database: Database) -> Database {
+    database
+        .by_index()
         // The role's rights say it too; this holds when somebody runs it under a greater one.
-        ("default_transaction_read_only", "on"),
+        .with("default_transaction_read_only", "on")
         // A page is read from an index in its order, and ends when it is full. While most persons have few
         // items, the planner would rather fetch all that a person has and sort them.
-        ("enable_bitmapscan", "off"),
-    ])
+        .with("enable_bitmapscan", "off")
+}
+
+/// What `run` needs of its database. A standby has it as well.
+pub(crate) fn needs() -> Needs {
+    const RIGHTS: &[(&str, &str)] = &[
+        ("score.model", "SELECT"),
+        ("score.person", "SELECT"),
+        ("score.entry", "SELECT"),
+        ("inbox.aggregate", "SELECT"),
+    ];
+    Needs { schemas: schemas().into(), writes: false, rights: RIGHTS }
 }
 
 /// The schemas `score` and `inbox`, as the score projector's migrations make them.
@@ -120,7 +130,7 @@ async fn in_time<T>(read: impl Future<Output = sqlx::Result<T>>) -> Result<T, Re
         Ok(Ok(read)) => Ok(read),
         Ok(Err(error)) if is_away(&error) => {
             // Readiness says it at a level that is read; once a request would be too often.
-            tracing::debug!(reason = reason(&error), "a read failed");
+            tracing::debug!(reason = outbox::database::reason(&error), "a read failed");
             Err(ReadError::Unavailable)
         }
         Ok(Err(error)) => Err(ReadError::Defect(error.into())),
@@ -128,43 +138,21 @@ async fn in_time<T>(read: impl Future<Output = sqlx::Result<T>>) -> Result<T, Re
     }
 }
 
-/// Whether the same read may succeed later: no connection, or SQLSTATE classes 08 (connection),
-/// 40 (rolled back), 53 (resources), 55 (not in this state), 57 (shutting down, or a timeout).
+/// Whether the same read may succeed later, or an operator has to do something first: readiness says what.
 fn is_away(error: &sqlx::Error) -> bool {
-    match error {
-        sqlx::Error::Io(_)
-        | sqlx::Error::Tls(_)
-        | sqlx::Error::Protocol(_)
-        | sqlx::Error::PoolTimedOut
-        | sqlx::Error::PoolClosed => true,
-        sqlx::Error::Database(error) => error
-            .code()
-            .is_some_and(|code| ["08", "40", "53", "55", "57"].iter().any(|class| code.starts_with(class))),
-        _ => false,
-    }
-}
-
-/// Why the database does not answer, for operators.
-pub(crate) fn reason(error: &sqlx::Error) -> String {
-    let reason = match error {
-        sqlx::Error::PoolTimedOut => "no connection within 5 s".to_owned(),
-        // Without where in its own source PostgreSQL raised it.
-        sqlx::Error::Database(error) => error.message().to_owned(),
-        other => other.to_string(),
-    };
-    format!("the database does not answer: {reason}")
+    Failure::of(error) != Failure::Defect
 }
 
 #[cfg(test)]
 mod tests {
-    use sqlx::{Connection, PgConnection};
+    use sqlx::PgConnection;
 
     use super::*;
 
     /// As the program connects, but to write.
     pub(crate) async fn connect(url: &str) -> PgConnection {
-        let options = options(url.parse().unwrap()).options([("default_transaction_read_only", "off")]);
-        PgConnection::connect_with(&options).await.unwrap()
+        let database = super::options(url.parse().unwrap());
+        database.with("default_transaction_read_only", "off").connect().await.unwrap()
     }
 
     /// However many persons there are, asking for some probes the index once for each; also while the

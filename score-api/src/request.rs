@@ -1,16 +1,15 @@
 //! The request, parsed once: whose score, and what it has to contain. Says all that is wrong at once.
 
-mod parameters;
-
 use std::time::Duration;
 
+use daemon::config;
 use poem::Request;
-use service::{
-    documentation::{Sent, only_query},
+use web::{
+    parameters::{Parameters, hyphenated},
     problem::{FieldError, Problem},
+    tag::Tag,
 };
 
-pub(crate) use self::parameters::{AfterEntry, Limit, PathCpf, Wait};
 use crate::{
     read_model::{
         Cpf,
@@ -29,65 +28,49 @@ pub(crate) struct After {
 }
 
 /// Whose score, and what it has to contain.
-pub(crate) fn score(
-    request: &Request,
-    cpf: Sent<PathCpf>,
-    after: (Sent<Token>, Sent<Wait>),
-    max_wait: Duration,
-) -> Result<(Cpf, Option<After>), Problem> {
-    let mut errors = Vec::new();
-    let cpf = cpf.read(&mut errors);
-    let after = contains(after, max_wait, &mut errors);
-    only_query(request, &["after", "wait"], &mut errors);
-    finish(errors, || Some((cpf?.0, after)))
+pub(crate) fn score(request: &Request, max_wait: Duration) -> Result<(Cpf, Option<After>), Problem> {
+    let mut parameters = Parameters::of(request);
+    let cpf = cpf(&mut parameters);
+    let after = after(&mut parameters, max_wait);
+    parameters.only_query(&["after", "wait"]);
+    parameters.finish(|| Some((cpf?, after)))
 }
 
 /// Whose entries, which of them, and what they have to contain.
-pub(crate) fn entries(
-    request: &Request,
-    cpf: Sent<PathCpf>,
-    (limit, after_entry): (Sent<Limit>, Sent<AfterEntry>),
-    after: (Sent<Token>, Sent<Wait>),
-    max_wait: Duration,
-) -> Result<(Cpf, Page, Option<After>), Problem> {
-    let mut errors = Vec::new();
-    let cpf = cpf.read(&mut errors);
-    let limit = limit.read(&mut errors).map_or(PAGE.min(entries::MAX), |limit| limit.0);
-    let page = Page { limit, after: after_entry.read(&mut errors).map(|after| after.0) };
-    let after = contains(after, max_wait, &mut errors);
-    only_query(request, &["limit", "after_entry", "after", "wait"], &mut errors);
-    finish(errors, || Some((cpf?.0, page, after)))
-}
-
-fn contains(
-    (after, wait): (Sent<Token>, Sent<Wait>),
-    max_wait: Duration,
-    errors: &mut Vec<FieldError>,
-) -> Option<After> {
-    if wait.given() && !after.given() {
-        errors.push(error("query: after", "is required with `wait`".into()));
-    }
-    let token = after.read(errors);
-    let wait = match wait.read(errors) {
-        None => Some(Duration::ZERO),
-        Some(Wait(wait)) => wait.filter(|wait| *wait <= max_wait),
+pub(crate) fn entries(request: &Request, max_wait: Duration) -> Result<(Cpf, Page, Option<After>), Problem> {
+    let mut parameters = Parameters::of(request);
+    let cpf = cpf(&mut parameters);
+    let limit = parameters.query("limit", |text| {
+        let limit = text.parse().ok().filter(|limit| (1..=entries::MAX).contains(limit));
+        limit.ok_or_else(|| format!("must be an integer from 1 to {}", entries::MAX).into())
+    });
+    let page = Page {
+        limit: limit.unwrap_or(PAGE.min(entries::MAX)),
+        after: parameters.query("after_entry", hyphenated),
     };
-    if wait.is_none() {
-        errors.push(error("query: wait", format!("must look like 500ms or 2s and be at most {max_wait:?}")));
-    }
-    Some(After { token: token?, wait: wait? })
+    let after = after(&mut parameters, max_wait);
+    parameters.only_query(&["limit", "after_entry", "after", "wait"]);
+    parameters.finish(|| Some((cpf?, page, after)))
 }
 
-fn error(pointer: &'static str, detail: String) -> FieldError {
-    FieldError { pointer: pointer.into(), detail: detail.into() }
+fn cpf(parameters: &mut Parameters<'_>) -> Option<Cpf> {
+    let rule = "must be a positive integer of at most 11 digits";
+    parameters.path("cpf", |text| text.parse().map_err(|()| rule.into()))
 }
 
-/// What was asked, if nothing is wrong with it.
-fn finish<T>(errors: Vec<FieldError>, asked: impl FnOnce() -> Option<T>) -> Result<T, Problem> {
-    if errors.is_empty()
-        && let Some(asked) = asked()
-    {
-        return Ok(asked);
+/// `after`, and `wait`, which means nothing without it.
+fn after(parameters: &mut Parameters<'_>, max_wait: Duration) -> Option<After> {
+    if parameters.has_query("wait") && !parameters.has_query("after") {
+        let detail = "is required with `wait`".into();
+        parameters.errors.push(FieldError { pointer: "query: after".into(), detail });
     }
-    Err(Problem::invalid(errors))
+    let token = parameters.query("after", |text| {
+        let tag = text.parse::<Tag>();
+        tag.map_err(|_| "must be an ETag of the person service: a person's id, a dot, and a version".into())
+    });
+    let wait = parameters.query("wait", |text| {
+        let wait = config::duration(text).ok().filter(|wait| *wait <= max_wait);
+        wait.ok_or_else(|| format!("must look like 500ms or 2s and be at most {max_wait:?}").into())
+    });
+    Some(After { token: token?.into(), wait: wait.unwrap_or_default() })
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use chrono::{DateTime, Utc};
-pub use service::config::command::{CommandArgs, Verdict};
-pub(crate) use service::config::command::{many, operator};
+pub use daemon::config::command::{CommandArgs, Verdict};
+pub(crate) use daemon::config::command::{many, operator};
 use sqlx::PgConnection;
 
 use crate::{

@@ -3,12 +3,13 @@
 use std::net::SocketAddr;
 
 use clap::{Args, Parser, Subcommand};
-use service::{
+use daemon::{
     config::{broker::BrokerArgs, database::DatabaseArgs},
-    front::FrontArgs,
+    probes::ProbeArgs,
     shutdown::ShutdownArgs,
     telemetry::TelemetryArgs,
 };
+use inbox::Publisher;
 
 use crate::{
     command::{held::HeldArgs, rejected::RejectedArgs},
@@ -57,6 +58,12 @@ pub struct RunArgs {
     /// The queue to consume from; its dead letters go to `<queue>.dead`. Both are declared.
     #[arg(long, env = "QUEUE", default_value = "score", value_name = "NAME")]
     pub queue: String,
+    /// A source to follow, and a user of the broker that publishes it: `person=outbox_relay_person`. May be
+    /// repeated, also for one source, as while its user is renamed; with commas between in the variable. Messages of
+    /// other sources, and of other users, are rejected. Without it every source is followed and every user
+    /// believed, with a warning: whoever may write to the exchange can then forge events.
+    #[arg(long, env = "SOURCE", value_delimiter = ',', value_name = "SOURCE=USER")]
+    pub source: Vec<Publisher>,
     /// After so many events refused in a row, with none applied in between, nothing more is consumed until
     /// one of them succeeds: it is the program that is broken, and not the events. 0 for never.
     #[arg(long, env = "MAX_REFUSED", default_value_t = 20, value_name = "COUNT")]
@@ -65,15 +72,22 @@ pub struct RunArgs {
     /// they are fewer. 0 for never.
     #[arg(long, env = "MAX_HELD", default_value_t = 10_000, value_name = "COUNT")]
     pub max_held: u32,
+    /// Of messages that cannot be applied so many are kept for each reason; further ones are only counted. 0 for
+    /// any number.
+    #[arg(long, env = "MAX_REJECTED", default_value_t = 10_000, value_name = "COUNT")]
+    pub max_rejected: u32,
+    /// So many events may wait for versions that have not arrived; further ones are rejected. 0 for any number.
+    #[arg(long, env = "MAX_GAPS", default_value_t = 1_000_000, value_name = "COUNT")]
+    pub max_gaps: u32,
     /// Where the database is.
     #[command(flatten)]
     pub database: DatabaseArgs,
     /// Where the broker is.
     #[command(flatten)]
     pub broker: BrokerArgs,
-    /// What clients may take.
+    /// Its health and its metrics.
     #[command(flatten)]
-    pub front: FrontArgs,
+    pub probes: ProbeArgs,
     /// How long to drain.
     #[command(flatten)]
     pub shutdown: ShutdownArgs,
@@ -103,4 +117,13 @@ pub struct HealthArgs {
     /// Where the program listens.
     #[arg(long, env = "LISTEN", default_value = "127.0.0.1:8004", value_name = "ADDRESS")]
     pub listen: SocketAddr,
+    /// The database of the process that is asked for; another one at this address is not it.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+    /// The queue that it consumes from.
+    #[arg(long, env = "QUEUE", default_value = "score", value_name = "NAME")]
+    pub queue: String,
+    /// The consumer of its live read model, if it should be a certain one: `score`, or `score-2` after a rebuild.
+    #[arg(long, value_name = "NAME")]
+    pub consumer: Option<String>,
 }

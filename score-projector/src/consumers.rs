@@ -4,13 +4,13 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::anyhow;
-use inbox::{Consumer, Sequencer, Topology};
-use outbox::Waker;
-use service::{config::SettingError, health::Part};
-use sqlx::{
-    PgPool,
-    postgres::{PgConnectOptions, PgPoolOptions},
+use daemon::{
+    config::{SettingError, database::Database},
+    health::{Health, Part},
 };
+use inbox::{Consumer, Sequencer, Sources, Topology};
+use outbox::Waker;
+use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{
     sync::{Notify, watch},
     task::JoinHandle,
@@ -34,18 +34,24 @@ const SHADOW_POOL_SIZE: u32 = 5;
 pub(crate) struct Consumers {
     pub(crate) pool: PgPool,
     /// As the pool's, for a shadow's pool of its own.
-    pub(crate) options: PgConnectOptions,
+    pub(crate) options: Database,
     pub(crate) queue: String,
     pub(crate) nodes: Vec<inbox::Node>,
     pub(crate) batch: u16,
     pub(crate) max_refused: u32,
     pub(crate) max_held: u32,
+    pub(crate) max_rejected: u32,
+    pub(crate) max_gaps: u32,
+    /// Whom they believe.
+    pub(crate) sources: Sources,
     /// Tells of the live model's commits.
     pub(crate) waker: Waker,
+    /// What the program says of itself: which consumer is the live model's.
+    pub(crate) known: Health,
     /// What the live model's consumer waits for.
-    pub(crate) health: [Part; 3],
+    pub(crate) health: [Part; 4],
     /// What somebody should look at in its inbox.
-    pub(crate) attention: [Part; 2],
+    pub(crate) attention: [Part; 3],
 }
 
 /// A consumer under way.
@@ -127,15 +133,19 @@ impl Consumers {
             batch: self.batch,
             max_refused: self.max_refused,
             max_held: self.max_held,
+            max_rejected: self.max_rejected,
+            max_gaps: self.max_gaps,
             ..inbox::Config::new(topology(&queue)?, self.nodes.clone(), format!("score-projector {name}"))
         };
         let model = Model::new(role, name.clone(), waker).on_replaced(changed);
-        let sequencer = Sequencer::new(&*name, pool.clone(), Projection::new(model));
+        let sequencer =
+            Sequencer::new(&*name, pool.clone(), Projection::new(model)).following(self.sources.clone());
         let consumer = Consumer::new(config, sequencer);
         let stop = CancellationToken::new();
         let until = stop.clone();
         let task = match role {
             Role::Live => {
+                self.known.is_known_as("consumer", &name);
                 let shown =
                     mirror(consumer.status(), self.health.clone(), self.attention.clone(), stop.clone());
                 tokio::spawn(async move {
@@ -154,11 +164,19 @@ impl Consumers {
     /// Whoever has a connection of this pool may write to the shadow, and says so by its lock: what
     /// removes a shadow waits until they are gone.
     fn shadow_pool(&self) -> PgPool {
+        let database = Role::Shadow.options(self.options.clone());
+        let options = database.options();
         PgPoolOptions::new()
             .max_connections(SHADOW_POOL_SIZE)
             .acquire_timeout(Duration::from_secs(5))
-            .after_connect(|conn, _| Box::pin(rebuild::hold_shadow(conn)))
-            .connect_lazy_with(Role::Shadow.options(self.options.clone()))
+            .after_connect(move |conn, _| {
+                let database = database.clone();
+                Box::pin(async move {
+                    database.prepare(conn).await?;
+                    rebuild::hold_shadow(conn).await
+                })
+            })
+            .connect_lazy_with(options)
     }
 }
 
@@ -178,19 +196,20 @@ pub(crate) fn topology(queue: &str) -> Result<Topology, SettingError> {
 /// Shows in the program's readiness what the consumer waits for, until `stop`.
 async fn mirror(
     mut status: watch::Receiver<inbox::Status>,
-    parts: [Part; 3],
-    attention: [Part; 2],
+    parts: [Part; 4],
+    attention: [Part; 3],
     stop: CancellationToken,
 ) {
     loop {
         let now = status.borrow_and_update().clone();
-        for (part, state) in parts.iter().zip([now.database, now.broker, now.consuming]) {
+        let consuming = now.consuming.and(now.applying);
+        for (part, state) in parts.iter().zip([now.database, now.broker, consuming, now.sources]) {
             match state {
                 Ok(()) => part.ready(),
                 Err(reason) => part.waiting(reason),
             }
         }
-        for (part, reason) in attention.iter().zip([now.holes, now.forks]) {
+        for (part, reason) in attention.iter().zip([now.holes, now.forks, now.limits]) {
             match reason {
                 Some(reason) => part.attention(reason),
                 None => part.ready(),

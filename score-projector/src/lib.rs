@@ -21,16 +21,15 @@ pub mod verify;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use metrics_exporter_prometheus::PrometheusHandle;
-use outbox::Waker;
-use poem::Route;
-use service::{
-    config::{SettingError, broker::BrokerArgs, database},
-    front::Front,
-    health::Health,
+use daemon::{
+    config::{SettingError, broker::BrokerArgs},
+    health::{Health, Identity},
+    probes,
     shutdown::Shutdown,
 };
-use sqlx::{ConnectOptions, Connection, PgConnection, migrate::Migrator};
+use metrics_exporter_prometheus::PrometheusHandle;
+use outbox::Waker;
+use sqlx::{Connection, PgConnection, migrate::Migrator};
 
 use crate::{
     config::{MigrateArgs, RunArgs},
@@ -53,25 +52,23 @@ const BATCH: u16 = 100;
 
 /// Consumes until `shutdown` is requested and what is under way has been acknowledged.
 pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shutdown) -> anyhow::Result<()> {
-    inbox::sabotage::check().map_err(|problem| SettingError::new(inbox::sabotage::VARIABLE, problem))?;
     let drain = args.shutdown.drain_timeout;
-    let front = Front::new(args.listen, &args.front, 0)?;
-    let options = database::by_index(args.database.options("score-projector", STATEMENT_TIMEOUT)?);
-    let pool = database::pool(Role::Live.options(options.clone()), POOL_SIZE);
+    let options = args.database.options("score-projector", STATEMENT_TIMEOUT)?.by_index();
+    options.warn();
+    let pool = Role::Live.options(options.clone()).pool(POOL_SIZE);
     consumers::topology(&args.queue)?;
-    let nodes = nodes(&args.broker)?;
-    let health = Health::new();
-    let [database, broker, consuming, holes, forks] =
-        ["database", "broker", "consuming", "holes", "forks"].map(|name| health.part(name));
-    shutdown.serve(front, health.add_to(Route::new(), metrics), drain)?;
+    let nodes = nodes(&args.broker, args.database.require_tls)?;
+    let identity = Identity::of("score-projector").with("queue", &args.queue).at(&options);
+    let health = Health::of(identity);
+    let [database, broker, consuming, sources, holes, forks, limits] =
+        ["database", "broker", "consuming", "sources", "holes", "forks", "limits"]
+            .map(|name| health.part(name));
+    probes::serve(&shutdown, args.listen, &args.probes, &health, metrics)?;
 
     // Without its schemas the program would only hold or refuse what it consumes.
     let stop = shutdown.requested().clone();
-    let needed = schema::needed();
-    let current = database::wait_until_current(&pool, &needed, &stop, |error| {
-        database.waiting(format!("the database does not answer: {error}"));
-    });
-    match current.await {
+    let needs = schema::needs();
+    match needs.wait(&pool, &stop, |reason| database.waiting(reason)).await {
         Ok(true) => {}
         Ok(false) => return shutdown.finish(drain).await,
         Err(error) => {
@@ -90,9 +87,13 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
         batch: BATCH,
         max_refused: args.max_refused,
         max_held: args.max_held,
+        max_rejected: args.max_rejected,
+        max_gaps: args.max_gaps,
+        sources: args.source.into_iter().collect(),
         waker: waker.clone(),
-        health: [database, broker, consuming],
-        attention: [holes, forks],
+        known: health,
+        health: [database, broker, consuming, sources],
+        attention: [holes, forks, limits],
     };
     let until = stop.clone();
     shutdown.spawn("waker", async move {
@@ -103,14 +104,17 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     shutdown.finish(drain).await
 }
 
-fn nodes(broker: &BrokerArgs) -> Result<Vec<inbox::Node>, SettingError> {
-    Ok(broker.nodes()?.into_iter().map(|node| inbox::Node::new(node.uri, node.tls)).collect())
+fn nodes(broker: &BrokerArgs, require_tls: bool) -> Result<Vec<inbox::Node>, SettingError> {
+    let nodes = broker.nodes(require_tls)?;
+    daemon::config::broker::warn(&nodes);
+    Ok(nodes.into_iter().map(|node| inbox::Node::new(node.uri, node.tls)).collect())
 }
 
 /// Creates the schemas or brings them up to date, then grants. Running it again changes nothing.
 pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
-    let options = args.database.options("score-projector migrate", MIGRATION_TIMEOUT)?;
-    let mut conn = options.connect().await.context("cannot connect to the database")?;
+    let database = args.database.options("score-projector migrate", MIGRATION_TIMEOUT)?;
+    let mut conn = database.connect().await.context("cannot connect to the database")?;
+    outbox::require_utf8(&mut conn).await?;
     apply(&mut conn, schema::SCHEMA, &schema::migrator()).await?;
     apply(&mut conn, inbox::SCHEMA, &inbox::migrator()).await?;
     for role in &args.grant_to {

@@ -2,15 +2,16 @@
 
 use std::process::ExitCode;
 
+use daemon::{
+    config::{command::Verdict, file},
+    health::Identity,
+    shutdown::{self, Shutdown},
+    telemetry,
+};
 use score_projector::{
     command::{held, rejected},
     config::{Cli, Command, RunArgs},
     digest, rebuild, verify,
-};
-use service::{
-    config::{command::Verdict, file},
-    shutdown::{self, Shutdown},
-    telemetry,
 };
 
 #[tokio::main]
@@ -45,7 +46,13 @@ async fn start() -> anyhow::Result<Verdict> {
             telemetry::start(&args.common.telemetry)?;
             return verify::verify(&args).await;
         }
-        Command::Health(args) => service::health::probe(args.listen).await?,
+        Command::Health(args) => {
+            let asked = Identity::of("score-projector")
+                .with("queue", args.queue)
+                .with_some("consumer", args.consumer)
+                .at_known(&args.database)?;
+            daemon::probes::health(args.listen, &asked).await?;
+        }
     }
     Ok(Verdict::Well)
 }

@@ -6,9 +6,10 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
+use daemon::config::database::Database;
 use inbox::Failure;
 use outbox::Waker;
-use sqlx::{FromRow, PgConnection, Postgres, Row, Transaction, postgres::PgConnectOptions};
+use sqlx::{FromRow, PgConnection, Postgres, Row, Transaction};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
@@ -31,12 +32,12 @@ impl Role {
     }
 
     /// Connections on which the tables of a model are those of the model in this role.
-    pub fn options(self, options: PgConnectOptions) -> PgConnectOptions {
+    pub fn options(self, options: Database) -> Database {
         let schema = match self {
             Self::Live => "score",
             Self::Shadow => "score_shadow",
         };
-        options.options([("search_path", schema)])
+        options.with("search_path", schema)
     }
 }
 

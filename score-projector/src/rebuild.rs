@@ -17,11 +17,12 @@ mod swap;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use inbox::Config;
-use service::config::{
+use daemon::config::{
     broker::BrokerArgs,
     command::{CommandArgs, Verdict},
 };
+use inbox::Config;
+use outbox::database::{Failure, again};
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 use tokio::time::Instant;
 
@@ -87,6 +88,12 @@ const BATCH: i64 = 10_000;
 pub async fn rebuild(args: &RebuildArgs) -> anyhow::Result<Verdict> {
     let mut conn =
         args.common.connect("score-projector rebuild", &schema::needed(), STATEMENT_TIMEOUT).await?;
+    if let RebuildAction::Start { broker, .. }
+    | RebuildAction::Swap { broker, .. }
+    | RebuildAction::Abort { broker } = &args.action
+    {
+        broker.nodes(args.common.database.require_tls)?;
+    }
     let verdict = match &args.action {
         RebuildAction::Start { queue, broker } => start::start(args, &mut conn, broker, queue).await,
         RebuildAction::Status => status::status(args, &mut conn).await,
@@ -100,7 +107,7 @@ pub async fn rebuild(args: &RebuildArgs) -> anyhow::Result<Verdict> {
 
 /// The lock of those who write to a shadow: shared by their connections, and taken alone by whoever
 /// removes its queue, since a consumer that still lives would declare it again.
-const SHADOW_LOCK: &str = "SELECT pg_advisory_lock_shared('score.model'::regclass::oid::int, 1)";
+const SHADOW_LOCK: &str = "SELECT score.hold_shadow()";
 
 /// For a connection that is to write to the shadow.
 pub(crate) async fn hold_shadow(conn: &mut PgConnection) -> sqlx::Result<()> {
@@ -130,7 +137,7 @@ async fn remove_queue(conn: &mut PgConnection, broker: &BrokerArgs, queue: &str)
 }
 
 fn config(broker: &BrokerArgs, queue: &str) -> anyhow::Result<Config> {
-    Ok(Config::new(consumers::topology(queue)?, nodes(broker)?, "score-projector rebuild"))
+    Ok(Config::new(consumers::topology(queue)?, nodes(broker, false)?, "score-projector rebuild"))
 }
 
 /// Removes a consumer's place in the inbox, in batches.
@@ -144,10 +151,7 @@ async fn remove_consumer(conn: &mut PgConnection, consumer: &str) -> anyhow::Res
          WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox.aggregate WHERE consumer = $1 LIMIT $2))",
     ] {
         loop {
-            let rows = sqlx::query(sql)
-                .bind(consumer)
-                .bind(BATCH)
-                .execute(&mut *conn)
+            let rows = again(async || sqlx::query(sql).bind(consumer).bind(BATCH).execute(&mut *conn).await)
                 .await
                 .with_context(|| format!("the place of {consumer} in the inbox was not removed"))?
                 .rows_affected();
@@ -160,12 +164,9 @@ async fn remove_consumer(conn: &mut PgConnection, consumer: &str) -> anyhow::Res
     Ok(removed)
 }
 
-/// Whether a lock was not given in time, or two waited for each other: another try may succeed.
+/// Whether a lock was not given in time, or another transaction was preferred: another try may succeed.
 fn is_lock(error: &sqlx::Error) -> bool {
-    error
-        .as_database_error()
-        .and_then(sqlx::error::DatabaseError::code)
-        .is_some_and(|code| code == "55P03" || code == "40P01")
+    matches!(Failure::of(error), Failure::Locked | Failure::Conflict)
 }
 
 /// For the rest of the transaction: what waits for a lock holds others up, so it waits shortly.

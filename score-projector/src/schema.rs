@@ -1,6 +1,6 @@
 //! The schemas in the score database: their migrations, and what a running program needs to find.
 
-use service::config::database::Schema;
+use daemon::config::database::{Needs, Schema};
 use sqlx::migrate::Migrator;
 
 /// The schema that holds the read model.
@@ -13,6 +13,33 @@ pub fn migrator() -> Migrator {
     migrator.dangerous_set_table_name("score.migration");
     migrator.create_schema(SCHEMA);
     migrator
+}
+
+/// What `run` needs of its database.
+pub fn needs() -> Needs {
+    const RIGHTS: &[(&str, &str)] = &[
+        ("score.person", "SELECT"),
+        ("score.person", "INSERT"),
+        ("score.person", "UPDATE"),
+        ("score.person", "DELETE"),
+        ("score.entry", "SELECT"),
+        ("score.entry", "INSERT"),
+        ("score.entry", "UPDATE"),
+        ("score.entry", "DELETE"),
+        ("score.model", "SELECT"),
+        ("score.chain", "SELECT"),
+        ("score.chain", "INSERT"),
+        ("score.chain", "UPDATE"),
+        ("inbox.aggregate", "SELECT"),
+        ("inbox.aggregate", "INSERT"),
+        ("inbox.aggregate", "UPDATE"),
+        ("inbox.held", "SELECT"),
+        ("inbox.held", "INSERT"),
+        ("inbox.held", "DELETE"),
+        ("inbox.rejected", "INSERT"),
+        ("outbox.event", "INSERT"),
+    ];
+    Needs { schemas: needed().into(), writes: true, rights: RIGHTS }
 }
 
 /// What has to be current before the program consumes: the read model, the inbox and the outbox.

@@ -3,10 +3,10 @@
 use std::{collections::BTreeSet, fmt::Write, time::Duration};
 
 use anyhow::Context;
+use daemon::config::command::{CommandArgs, Verdict, many};
 use futures_util::TryStreamExt;
 use rust_decimal::Decimal;
 use serde::Serialize;
-use service::config::command::{CommandArgs, Verdict, many};
 use sqlx::{Connection, FromRow, PgConnection, Row};
 use uuid::Uuid;
 

@@ -23,6 +23,9 @@ def before_call(context, case, kwargs):
         # A condition has tags, as its pattern says. (Of this header the tool minds no pattern.)
         if not re.fullmatch(r'\*|((W/)?"[!#-~]*"( *, *)?)+', headers.get("If-Match", "*")):
             headers["If-Match"] = "*"
+        # A cpf has no decimal point. (For JSON Schema 1.0 is an integer.)
+        if isinstance(case.body, dict) and isinstance(case.body.get("cpf"), float):
+            case.body["cpf"] = int(case.body["cpf"])
         # An amount has four decimals.
         if isinstance(case.body, dict) and isinstance(case.body.get("value"), float):
             case.body["value"] = round(case.body["value"], 4)

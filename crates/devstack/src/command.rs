@@ -1,19 +1,20 @@
 //! The commands of `devstack`.
 
-pub mod bench;
-pub mod chaos;
 pub mod demo;
 pub mod env;
 pub mod run;
 pub mod schemathesis;
 pub mod up;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::Context;
 
 /// The checkout: the folder of the workspace, from wherever in it the command was started.
-fn checkout() -> anyhow::Result<PathBuf> {
+pub fn checkout() -> anyhow::Result<PathBuf> {
     let here = std::env::current_dir().context("the folder you are in is gone")?;
     here.ancestors()
         .find(|folder| folder.join("crates/devstack/Cargo.toml").is_file())
@@ -22,6 +23,18 @@ fn checkout() -> anyhow::Result<PathBuf> {
 }
 
 /// Where `up` keeps its data.
-fn data() -> anyhow::Result<PathBuf> {
+pub fn data() -> anyhow::Result<PathBuf> {
     Ok(checkout()?.join(".devstack"))
+}
+
+/// Runs a command to its end. An error is said, and is exit code 1.
+pub fn exit(work: impl Future<Output = anyhow::Result<u8>>) -> ExitCode {
+    let done = tokio::runtime::Runtime::new().map_err(Into::into).and_then(|runtime| runtime.block_on(work));
+    match done {
+        Ok(code) => code.into(),
+        Err(error) => {
+            crate::say(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
 }

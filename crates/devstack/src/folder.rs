@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, DirBuilder, File, TryLockError},
-    io::{Read, Write},
+    io::{Read, Seek, SeekFrom, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
@@ -23,7 +23,7 @@ pub struct Folder {
     secrets: Secrets,
     // The order matters: the guard ends what is left before the lock goes.
     guard: Guard,
-    _lock: Option<Lock>,
+    lock: Option<Lock>,
 }
 
 impl Folder {
@@ -32,7 +32,7 @@ impl Folder {
         create(path, OPEN)?;
         let path = path.canonicalize()?;
         let lock = Lock::take(&path.join("lock"))?;
-        Ok(Self { secrets: Secrets::of(&path)?, guard: Guard::start(None)?, path, _lock: Some(lock) })
+        Ok(Self { secrets: Secrets::of(&path)?, guard: Guard::start(None)?, path, lock: Some(lock) })
     }
 
     /// A folder that is removed together with this value, also when this process is killed.
@@ -40,7 +40,7 @@ impl Folder {
         let path = std::env::temp_dir().join(format!("devstack-{}", Uuid::new_v4().simple()));
         let guard = Guard::start(Some(&path))?;
         create(&path, OPEN)?;
-        Ok(Self { secrets: Secrets::of(&path)?, guard, path, _lock: None })
+        Ok(Self { secrets: Secrets::of(&path)?, guard, path, lock: None })
     }
 
     /// Where it is, absolute.
@@ -65,12 +65,56 @@ impl Folder {
         Ok(path)
     }
 
-    /// Where the part `name` writes what it has to say. Begins anew with every stack.
-    pub fn log(&self, name: &str) -> anyhow::Result<PathBuf> {
+    /// Where the part `name` writes its log. Begins anew with every stack.
+    pub fn log(&self, name: &str) -> anyhow::Result<Log> {
         let path = self.part("log")?.join(format!("{name}.log"));
         File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(path)
+        Ok(Log { path, stays: self.lock.is_some() })
     }
+}
+
+/// A log's file.
+#[derive(Clone, Debug)]
+pub struct Log {
+    path: PathBuf,
+    /// Whether the file is there after the stack has ended. A message names no other.
+    stays: bool,
+}
+
+impl Log {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The log of a tool that works on the same part.
+    #[must_use]
+    pub fn beside(&self, tool: &str) -> Self {
+        Self { path: self.path.with_extension(format!("{tool}.log")), ..*self }
+    }
+
+    /// The end of what was written from the byte `begin` on, for a message: more of it if the file goes away.
+    pub fn last_words(&self, begin: u64) -> String {
+        let text = tail(&self.path, begin).unwrap_or_default();
+        let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        if lines.is_empty() {
+            return " without a word".to_owned();
+        }
+        let shown = if self.stays { 8 } else { 40 };
+        let last = lines[lines.len().saturating_sub(shown)..].join("\n    ");
+        let rest = if self.stays { format!("\n  all of it: {}", self.path.display()) } else { String::new() };
+        format!("\n    {last}{rest}")
+    }
+}
+
+/// The last 8 KiB of a file, but nothing from before `begin`.
+fn tail(path: &Path, begin: u64) -> std::io::Result<String> {
+    let mut file = File::open(path)?;
+    let end = file.metadata()?.len();
+    file.seek(SeekFrom::Start(begin.max(end.saturating_sub(8192)).min(end)))?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// The process that runs a stack in the folder `path`, if there is one.
@@ -89,7 +133,7 @@ fn create(path: &Path, mode: u32) -> anyhow::Result<()> {
 }
 
 /// Writes a file that only its owner may read.
-pub(crate) fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
+pub fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
     let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(path);
     file.and_then(|mut file| file.write_all(text.as_bytes()))
         .with_context(|| format!("cannot write {}", path.display()))
@@ -99,11 +143,11 @@ pub(crate) fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Secrets {
     /// Of PostgreSQL's superuser and of the programs' roles.
-    pub(crate) postgres: String,
+    pub postgres: String,
     /// Of RabbitMQ's administrator.
-    pub(crate) rabbitmq: String,
+    pub rabbitmq: String,
     /// Erlang's: whoever knows it may run code in the node.
-    pub(crate) cookie: String,
+    pub cookie: String,
 }
 
 impl Secrets {
@@ -162,4 +206,26 @@ fn pid_in(file: &mut File) -> String {
     let mut pid = String::new();
     let _unknown = file.read_to_string(&mut pid);
     pid
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_names_a_log_only_if_it_stays() {
+        let path = std::env::temp_dir().join(format!("devstack-log-{}", Uuid::new_v4().simple()));
+        let lines: Vec<String> = (1..=60).map(|n| format!("line {n}")).collect();
+        fs::write(&path, lines.join("\n")).unwrap();
+        let words = |stays| Log { path: path.clone(), stays }.last_words(0);
+        let name = path.display().to_string();
+        assert!(words(true).contains(&name) && !words(true).contains("line 52\n"));
+        assert!(
+            !words(false).contains(&name)
+                && words(false).contains("line 21\n")
+                && words(false).ends_with("line 60")
+        );
+        assert_eq!(Log { path: path.clone(), stays: false }.last_words(u64::MAX), " without a word");
+        fs::remove_file(&path).unwrap();
+    }
 }

@@ -7,15 +7,13 @@
 //!
 //! Linux only: it reads `/proc`, and `setpriv` (util-linux) arranges for the parent's death.
 
-pub mod bench;
-pub mod chaos;
 pub mod command;
 pub mod ending;
 pub mod folder;
 pub mod guard;
 pub mod ports;
 pub mod postgres;
-mod proc;
+pub mod proc;
 pub mod process;
 pub mod program;
 pub mod rabbitmq;
@@ -24,6 +22,7 @@ pub mod servers;
 pub mod stack;
 pub mod testing;
 pub mod tls;
+pub mod users;
 
 use std::io::Write;
 
@@ -34,7 +33,16 @@ pub fn say(line: &str) {
 }
 
 /// What a command was asked for.
-fn show(text: &str) {
+pub fn show(text: &str) {
     let mut output = std::io::stdout().lock();
     let _closed = output.write_all(text.as_bytes()).and_then(|()| output.flush());
+}
+
+/// The Rust that the documents print compiles.
+#[cfg(doctest)]
+mod documents {
+    #[doc = include_str!("../../../docs/writing.md")]
+    struct Writing;
+    #[doc = include_str!("../../../docs/subscribing.md")]
+    struct Subscribing;
 }

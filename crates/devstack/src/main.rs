@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use devstack::{command, guard, say};
+use devstack::{command, guard};
 
 /// A private PostgreSQL and RabbitMQ with the programs, for development and tests.
 #[derive(Debug, Parser)]
@@ -29,12 +29,6 @@ enum Command {
     Env,
     /// Play the sample requests through the running stack, or through one of its own, and check the score.
     Demo,
-    /// Measure the system next to what PostgreSQL and RabbitMQ do by themselves, on private durable servers,
-    /// and hold both against the goals; exit code 1 when one is missed. A release build is asked for.
-    Bench(command::bench::BenchArgs),
-    /// Let everything go wrong at once on private servers, to a seeded plan, while clients write; then hold
-    /// what was answered, stored and delivered against each other. Exit code 1 when a promise was broken.
-    Chaos(command::chaos::ChaosArgs),
     /// Hold the two APIs against the documents that they serve: schemathesis makes requests from those, right and
     /// wrong ones, for a stack of its own.
     Schemathesis(command::schemathesis::SchemathesisArgs),
@@ -49,25 +43,16 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
-        Command::Guard { mark, folder } => guard::stand(&mark, folder.as_deref()).map(|()| 0),
-        Command::Env => command::env::run().map(|()| 0),
-        Command::Up => wait_for(command::up::run()).map(|()| 0),
-        Command::Run { command } => wait_for(command::run::run(&command)),
-        Command::Demo => wait_for(command::demo::run()).map(|()| 0),
-        Command::Bench(args) => wait_for(command::bench::run(&args)),
-        Command::Chaos(args) => wait_for(command::chaos::run(&args)),
-        Command::Schemathesis(args) => wait_for(command::schemathesis::run(&args)),
-    };
-    match outcome {
-        Ok(code) => code.into(),
-        Err(error) => {
-            say(&format!("error: {error:#}"));
-            ExitCode::FAILURE
-        }
-    }
+    command::exit(run(Cli::parse().command))
 }
 
-fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    tokio::runtime::Runtime::new()?.block_on(work)
+async fn run(command: Command) -> anyhow::Result<u8> {
+    match command {
+        Command::Guard { mark, folder } => guard::stand(&mark, folder.as_deref()).map(|()| 0),
+        Command::Env => command::env::run().map(|()| 0),
+        Command::Up => command::up::run().await.map(|()| 0),
+        Command::Run { command } => Box::pin(command::run::run(&command)).await,
+        Command::Demo => command::demo::run().await.map(|()| 0),
+        Command::Schemathesis(args) => command::schemathesis::run(&args).await,
+    }
 }

@@ -13,7 +13,7 @@ use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    folder::{Folder, write_private},
+    folder::{Folder, Log, write_private},
     process::{Launch, Process, User},
     tls::Certificate,
 };
@@ -32,7 +32,7 @@ pub struct Postgres {
     durable: bool,
     settings: &'static [&'static str],
     mark: String,
-    log: PathBuf,
+    log: Log,
     process: Option<Process>,
 }
 
@@ -165,16 +165,17 @@ impl Postgres {
         }
     }
 
-    /// Starts `PgBouncer` before it, on `port`: it gives a session to each transaction anew, and swallows what
-    /// a connection asks for. `user` logs in with `password`.
+    /// Starts `PgBouncer` before it, on `port`. In the mode `transaction` it gives a session to each transaction
+    /// anew, in the mode `session` to each connection. `users` log in with `password`.
     pub async fn pooler(
         &self,
         folder: &Folder,
-        port: u16,
-        user: &str,
+        (port, mode): (u16, &str),
+        users: &[&str],
         password: &str,
     ) -> anyhow::Result<Process> {
-        let home = folder.part("pgbouncer")?;
+        let home = folder.part(&format!("pgbouncer-{mode}"))?;
+        let logins: Vec<_> = users.iter().map(|user| format!("\"{user}\" \"{password}\"\n")).collect();
         let users = home.join("users");
         let settings = [
             "[databases]".to_owned(),
@@ -185,12 +186,12 @@ impl Postgres {
             "unix_socket_dir =".to_owned(),
             "auth_type = plain".to_owned(),
             format!("auth_file = {}", users.display()),
-            "pool_mode = transaction".to_owned(),
-            "ignore_startup_parameters = extra_float_digits, options".to_owned(),
+            format!("pool_mode = {mode}"),
+            "default_pool_size = 40".to_owned(),
         ];
         let conf = home.join("pgbouncer.ini");
         write_private(&conf, &(settings.join("\n") + "\n"))?;
-        write_private(&users, &format!("\"{user}\" \"{password}\"\n"))?;
+        write_private(&users, &logins.concat())?;
         if let Some(user) = self.user {
             for path in [&home, &conf, &users] {
                 chown(path, Some(user.uid), Some(user.gid))?;
@@ -228,7 +229,7 @@ impl Postgres {
     }
 
     /// A program that comes with it. The server may be a link from elsewhere.
-    pub(crate) fn program(&self, name: &str) -> anyhow::Result<PathBuf> {
+    pub fn program(&self, name: &str) -> anyhow::Result<PathBuf> {
         let postgres = self.bin.join("postgres");
         let postgres =
             postgres.canonicalize().with_context(|| format!("{} is not there", postgres.display()))?;
@@ -236,12 +237,12 @@ impl Postgres {
     }
 
     /// The URL of `role`, without a database.
-    pub(crate) fn url_of(&self, role: &str) -> String {
+    pub fn url_of(&self, role: &str) -> String {
         self.url_through(role, self.port)
     }
 
     /// The URL of `role` by way of another port, where something in between listens.
-    pub(crate) fn url_through(&self, role: &str, port: u16) -> String {
+    pub fn url_through(&self, role: &str, port: u16) -> String {
         format!("postgres://{role}:{}@127.0.0.1:{port}", self.password)
     }
 

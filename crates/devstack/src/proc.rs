@@ -6,10 +6,10 @@ use rustix::process::{Pid, Signal};
 
 /// The variable that every process of a stack inherits. Its value names the stack, after those of the
 /// stacks around it, so that whoever cleans up finds all of them and nobody else's.
-pub(crate) const MARK: &str = "DEVSTACK_MARK";
+pub const MARK: &str = "DEVSTACK_MARK";
 
 /// `pid`'s children, their children and so on; parents come first.
-pub(crate) fn descendants(pid: Pid) -> Vec<Pid> {
+pub fn descendants(pid: Pid) -> Vec<Pid> {
     let mut children: HashMap<i32, Vec<Pid>> = HashMap::new();
     for (child, parent) in alive().filter_map(|pid| Some((pid, parent(pid)?))) {
         children.entry(parent).or_default().push(child);
@@ -24,12 +24,12 @@ pub(crate) fn descendants(pid: Pid) -> Vec<Pid> {
 }
 
 /// `pid`'s children, without theirs.
-pub(crate) fn children(pid: Pid) -> Vec<Pid> {
+pub fn children(pid: Pid) -> Vec<Pid> {
     alive().filter(|child| parent(*child) == Some(pid.as_raw_nonzero().get())).collect()
 }
 
 /// Processor time that a process, and its children that have ended, have taken, in the kernel's ticks.
-pub(crate) fn processor(pid: Pid) -> u64 {
+pub fn processor(pid: Pid) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // Behind the name: its own in the program and in the kernel, and its children's.
     let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields).split(' ');
@@ -37,7 +37,7 @@ pub(crate) fn processor(pid: Pid) -> u64 {
 }
 
 /// The processes that carry `mark`.
-pub(crate) fn marked(mark: &str) -> Vec<Pid> {
+pub fn marked(mark: &str) -> Vec<Pid> {
     let carries = |pid: &Pid| {
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         environment.split(|byte| *byte == 0).any(|variable| {
@@ -51,12 +51,12 @@ pub(crate) fn marked(mark: &str) -> Vec<Pid> {
 }
 
 /// Whether `pid` still runs. A zombie does not: it only waits for its parent to notice.
-pub(crate) fn runs(pid: Pid) -> bool {
+pub fn runs(pid: Pid) -> bool {
     stat(pid).is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
 }
 
 /// Sends `signal` to each; a process that has just ended needs none.
-pub(crate) fn signal(pids: &[Pid], signal: Signal) {
+pub fn signal(pids: &[Pid], signal: Signal) {
     for pid in pids {
         let _gone = rustix::process::kill_process(*pid, signal);
     }

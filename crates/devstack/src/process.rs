@@ -2,10 +2,9 @@
 
 use std::{
     ffi::OsStr,
-    fs::{self, File},
-    io::{Read, Seek, SeekFrom},
+    fs::File,
     os::unix::process::CommandExt,
-    path::{Path, PathBuf},
+    path::Path,
     process::{ExitStatus, Stdio},
     sync::{OnceLock, mpsc},
     time::Duration,
@@ -16,7 +15,10 @@ use rustix::process::{Pid, Signal};
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
-use crate::proc::{self, MARK};
+use crate::{
+    folder::Log,
+    proc::{self, MARK},
+};
 
 /// Another user, by number, for a program that refuses to run as root.
 #[derive(Clone, Copy, Debug)]
@@ -35,20 +37,20 @@ pub struct User {
 pub struct Launch {
     name: String,
     command: std::process::Command,
-    log: PathBuf,
+    log: Log,
     orphaned: Signal,
 }
 
 impl Launch {
     /// `program` in an environment that is empty but for what every process needs and for `mark`. When
-    /// its parent dies, it gets the signal `orphaned`; its output goes to the end of the file `log`.
+    /// its parent dies, it gets the signal `orphaned`; its output goes to the end of `log`.
     pub fn new(
         name: &str,
         program: &Path,
         user: Option<User>,
         orphaned: Signal,
         mark: &str,
-        log: PathBuf,
+        log: Log,
     ) -> Self {
         let mut command = std::process::Command::new("setpriv");
         command.args(["--pdeathsig", if orphaned == Signal::QUIT { "QUIT" } else { "KILL" }]);
@@ -86,8 +88,8 @@ impl Launch {
     /// Starts it in a process group of its own, so that the terminal's Ctrl-C reaches only its parent,
     /// which ends it in the right order.
     pub async fn spawn(mut self) -> anyhow::Result<Process> {
-        let log = File::options().create(true).append(true).open(&self.log);
-        let log = log.with_context(|| format!("cannot write {}", self.log.display()))?;
+        let log = File::options().create(true).append(true).open(self.log.path());
+        let log = log.with_context(|| format!("cannot write {}", self.log.path().display()))?;
         let begin = log.metadata()?.len();
         self.command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         let child = spawn_lasting(self.command).await.map_err(|error| {
@@ -119,7 +121,7 @@ pub struct Process {
     name: String,
     pid: Pid,
     child: Child,
-    log: PathBuf,
+    log: Log,
     begin: u64,
     orphaned: Signal,
 }
@@ -195,13 +197,7 @@ impl Process {
 
     /// What it wrote last, for a message.
     pub fn last_words(&self) -> String {
-        let text = tail(&self.log, self.begin).unwrap_or_default();
-        let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-        if lines.is_empty() {
-            return " without a word".to_owned();
-        }
-        let last = lines[lines.len().saturating_sub(8)..].join("\n    ");
-        format!("\n    {last}\n  all of it: {}", self.log.display())
+        self.log.last_words(self.begin)
     }
 
     fn failed(&self, status: ExitStatus) -> anyhow::Error {
@@ -217,16 +213,6 @@ impl Drop for Process {
             self.resume();
         }
     }
-}
-
-/// The last 8 KiB of a file, but nothing from before `begin`.
-fn tail(path: &Path, begin: u64) -> std::io::Result<String> {
-    let mut file = File::open(path)?;
-    let end = fs::metadata(path)?.len();
-    file.seek(SeekFrom::Start(begin.max(end.saturating_sub(8192)).min(end)))?;
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// Spawns from a thread that lives as long as this process: the kernel sends the signal of a parent's

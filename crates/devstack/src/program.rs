@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    folder::Folder,
+    folder::{Folder, Log},
     process::{Launch, Process},
 };
 
@@ -23,7 +23,7 @@ pub struct Program {
     env: Vec<(String, String)>,
     port: u16,
     mark: String,
-    log: PathBuf,
+    log: Log,
     process: Option<Process>,
 }
 
@@ -42,6 +42,15 @@ impl Program {
         })
     }
 
+    /// Takes the program of the same name from another folder.
+    #[must_use]
+    pub fn from(mut self, folder: &Path) -> Self {
+        if let Some(name) = self.file.file_name() {
+            self.file = folder.join(name);
+        }
+        self
+    }
+
     /// Adds arguments behind `run`.
     #[must_use]
     pub fn args<const N: usize>(mut self, args: [&str; N]) -> Self {
@@ -54,6 +63,11 @@ impl Program {
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.env.push((name.to_owned(), value.to_owned()));
         self
+    }
+
+    /// Sets a variable for the next start.
+    pub fn set_env(&mut self, name: &str, value: &str) {
+        self.env.push((name.to_owned(), value.to_owned()));
     }
 
     /// What it is called.
@@ -150,7 +164,7 @@ impl Program {
 }
 
 /// Why the program at `url` is not ready; `None` when it is.
-pub(crate) async fn not_ready(client: &reqwest::Client, url: &str) -> Option<String> {
+pub async fn not_ready(client: &reqwest::Client, url: &str) -> Option<String> {
     let ask = async {
         let answer = client.get(format!("{url}/ready")).send().await?;
         let ready = answer.status().is_success();
@@ -173,7 +187,7 @@ fn reasons(answer: &str) -> Option<String> {
 }
 
 /// A client for what listens on this machine: short timeouts, and no proxy in between.
-pub(crate) fn client() -> anyhow::Result<reqwest::Client> {
+pub fn client() -> anyhow::Result<reqwest::Client> {
     Ok(reqwest::Client::builder().timeout(Duration::from_secs(3)).no_proxy().build()?)
 }
 

@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    folder::{Folder, write_private},
+    folder::{Folder, Log, write_private},
     ports,
     process::{Launch, Process},
     program::client,
@@ -23,7 +23,7 @@ use crate::{
 /// because each cluster has its own epmd, the daemon that knows names.
 const NODE: &str = "devstack";
 /// Its administrator.
-const USER: &str = "devstack";
+pub const USER: &str = "devstack";
 
 /// A node that listens on 127.0.0.1 alone, with the management plugin, and with its data, its cookie,
 /// its home and its epmd in a stack's folder.
@@ -36,8 +36,8 @@ pub struct RabbitMq {
     ports: Ports,
     password: String,
     mark: String,
-    log: PathBuf,
-    epmd_log: PathBuf,
+    log: Log,
+    epmd_log: Log,
     process: Option<Process>,
     epmd: Option<Process>,
 }
@@ -123,7 +123,7 @@ impl RabbitMq {
     }
 
     /// From the next start on, it listens on `port` as well, with TLS, for clients that show a
-    /// certificate of the same authority.
+    /// certificate of the same authority. They may log in by that alone, as the user of its common name.
     pub fn encrypt(&self, port: u16, certificate: &Certificate) -> anyhow::Result<()> {
         let conf = self.home.join("rabbitmq.conf");
         let settings = [
@@ -134,8 +134,22 @@ impl RabbitMq {
             format!("ssl_options.keyfile = {}", certificate.key.display()),
             "ssl_options.verify = verify_peer".to_owned(),
             "ssl_options.fail_if_no_peer_cert = true".to_owned(),
+            "auth_mechanisms.1 = PLAIN".to_owned(),
+            "auth_mechanisms.2 = AMQPLAIN".to_owned(),
+            "auth_mechanisms.3 = EXTERNAL".to_owned(),
+            "ssl_cert_login_from = common_name".to_owned(),
         ];
+        let plugins = "[rabbitmq_management, rabbitmq_auth_mechanism_ssl].\n";
+        write_private(&self.home.join("enabled_plugins"), plugins)?;
         write_private(&conf, &(settings.join("\n") + "\n"))
+    }
+
+    /// It takes no larger bodies from now on, also when it is started again.
+    pub async fn limit_bodies(&self, bytes: usize) -> anyhow::Result<()> {
+        let conf = self.home.join("rabbitmq.conf");
+        let settings = format!("{}max_message_size = {bytes}\n", fs::read_to_string(&conf)?);
+        write_private(&conf, &settings)?;
+        self.control(&["eval", &format!("application:set_env(rabbit, max_message_size, {bytes}).")]).await
     }
 
     /// Starts it and waits until it answers.
@@ -178,7 +192,7 @@ impl RabbitMq {
         Ok(())
     }
 
-    fn launch(&self, name: &str, program: &Path, log: PathBuf) -> Launch {
+    fn launch(&self, name: &str, program: &Path, log: Log) -> Launch {
         let Ports { distribution, epmd, .. } = self.ports;
         let path = |name: &str| self.home.join(name);
         let node = self.node();
@@ -206,12 +220,22 @@ impl RabbitMq {
 
     /// The administrator's AMQP URL, without a virtual host.
     pub fn url(&self) -> String {
-        self.url_through(self.ports.amqp)
+        self.url_of(USER)
+    }
+
+    /// The same of one of the users that [`users`](crate::users) makes.
+    pub fn url_of(&self, user: &str) -> String {
+        self.url_through(user, self.ports.amqp)
     }
 
     /// The same by way of another port, where something in between listens.
-    pub(crate) fn url_through(&self, port: u16) -> String {
-        format!("amqp://{USER}:{}@127.0.0.1:{port}", self.password)
+    pub fn url_through(&self, user: &str, port: u16) -> String {
+        format!("amqp://{user}:{}@127.0.0.1:{port}", self.password)
+    }
+
+    /// Every user's password.
+    pub fn password(&self) -> &str {
+        &self.password
     }
 
     /// The port that it listens at.
@@ -250,13 +274,13 @@ impl RabbitMq {
     /// Runs `rabbitmqctl` with `args` against the node.
     pub async fn control(&self, args: &[&str]) -> anyhow::Result<()> {
         let program = self.server.with_file_name("rabbitmqctl");
-        self.launch("rabbitmqctl", &program, self.home.join("rabbitmqctl.log")).args(args).run().await
+        self.launch("rabbitmqctl", &program, self.log.beside("rabbitmqctl")).args(args).run().await
     }
 
     /// Runs a script that calls `rabbitmqctl`, with `args`, and with `input` as its standard input.
     pub async fn script(&self, script: &Path, args: &[&str], input: &Path) -> anyhow::Result<()> {
         let folders = self.server.parent().map(Path::to_owned).into_iter().chain(path());
-        self.launch("a script", Path::new("bash"), self.home.join("script.log"))
+        self.launch("a script", Path::new("bash"), self.log.beside("script"))
             .env("PATH", std::env::join_paths(folders)?)
             .args(["-c", "input=$1; shift; exec \"$@\" < \"$input\"", "-"])
             .args([input, script])

@@ -28,7 +28,7 @@ impl Setup {
     pub const QUIET: Self = Self { report: |_| (), ..Self::PASSING };
 
     /// The port `usual`, or any free one.
-    pub(crate) fn port(self, usual: u16) -> u16 {
+    pub fn port(self, usual: u16) -> u16 {
         if self.usual_ports { ports::usual(usual) } else { ports::free() }
     }
 }

@@ -12,6 +12,7 @@ use crate::{
     program::Program,
     roles,
     servers::{Servers, Setup},
+    users,
 };
 
 /// How long a program may take until it is ready.
@@ -50,6 +51,8 @@ pub struct Addresses {
     pub score_database_url: String,
     /// RabbitMQ, as the administrator.
     pub amqp_url: String,
+    /// RabbitMQ, as the user that has history replayed.
+    pub replay_amqp_url: String,
     /// Its management API, with name and password.
     pub rabbitmq_management_url: String,
     /// The relay of the database `person`.
@@ -62,13 +65,14 @@ pub struct Addresses {
 
 impl Addresses {
     /// The variables of `devstack env`.
-    pub fn variables(&self) -> [(&'static str, &str); 9] {
+    pub fn variables(&self) -> [(&'static str, &str); 10] {
         [
             ("PERSON_URL", &self.person_url),
             ("SCORE_URL", &self.score_url),
             ("PERSON_DATABASE_URL", &self.person_database_url),
             ("SCORE_DATABASE_URL", &self.score_database_url),
             ("AMQP_URL", &self.amqp_url),
+            ("REPLAY_AMQP_URL", &self.replay_amqp_url),
             ("RABBITMQ_MANAGEMENT_URL", &self.rabbitmq_management_url),
             ("PERSON_RELAY_URL", &self.person_relay_url),
             ("SCORE_RELAY_URL", &self.score_relay_url),
@@ -101,6 +105,7 @@ impl Stack {
     /// Starts the servers in `folder` and makes all schemas current; starts no program yet.
     pub async fn prepare(folder: Folder, setup: Setup) -> anyhow::Result<Self> {
         let servers = Servers::start(&folder, setup).await?;
+        users::make_all(&servers.rabbitmq, "%2f").await.context("the programs' users of RabbitMQ")?;
         let stack = Self::new(folder, servers, setup)?;
         stack.migrate().await?;
         Ok(stack)
@@ -121,13 +126,14 @@ impl Stack {
         })
     }
 
-    /// The five programs once more, at free ports, for other databases and another virtual host.
+    /// The five programs once more, at free ports, for other databases and another virtual host, where
+    /// [`users::make_all`] has made their users.
     pub fn programs_on(&self, databases: [&str; 2], vhost: &str) -> anyhow::Result<[Program; 5]> {
         programs(&self.folder, &self.servers, Setup::QUIET, databases, vhost)
     }
 
     /// Its servers and its folder alone, for programs of somebody else's making. The folder goes last.
-    pub(crate) fn into_servers(self) -> (Servers, Folder) {
+    pub fn into_servers(self) -> (Servers, Folder) {
         (self.servers, self.folder)
     }
 
@@ -196,6 +202,7 @@ impl Stack {
             person_database_url: database("person"),
             score_database_url: database("score"),
             amqp_url: format!("{}/%2f", self.servers.rabbitmq.url()),
+            replay_amqp_url: format!("{}/%2f", self.servers.rabbitmq.url_of(users::REPLAY)),
             rabbitmq_management_url: self.servers.rabbitmq.management_url(),
             person_relay_url: self.person_relay.url(),
             score_relay_url: self.score_relay.url(),
@@ -224,24 +231,26 @@ fn programs(
     [person, score]: [&str; 2],
     vhost: &str,
 ) -> anyhow::Result<[Program; 5]> {
-    let amqp = format!("{}/{vhost}", servers.rabbitmq.url());
+    let amqp = |user: &str| format!("{}/{vhost}", servers.rabbitmq.url_of(user));
     let program = |name: &str, file: &str, port: u16, role: &str, database: &str| {
         let url = format!("{}/{database}", servers.postgres.url_of(role));
         anyhow::Ok(Program::new(folder, name, file, setup.port(port))?.env("DATABASE_URL", &url))
     };
-    let relay = |name: &str, port: u16, database: &str| {
+    let relay = |name: &str, port: u16, database: &str, user: &str| {
         let relay = program(name, "outbox-relay", port, "outbox_relay", database)?;
-        anyhow::Ok(relay.env("AMQP_URL", &amqp).args(["--declare-exchange"]))
+        anyhow::Ok(relay.env("AMQP_URL", &amqp(user)))
     };
     Ok([
         program("person-api", "person-api", 8000, "person_api", person)?,
-        relay("person-relay", 8002, person)?,
-        program("score-projector", "score-projector", 8004, "score_projector", score)?.env("AMQP_URL", &amqp),
+        relay("person-relay", 8002, person, users::PERSON_RELAY)?,
+        program("score-projector", "score-projector", 8004, "score_projector", score)?
+            .env("AMQP_URL", &amqp(users::PROJECTOR))
+            .env("SOURCE", users::SOURCES),
         // Nobody follows scores yet.
-        relay("score-relay", 8003, score)?.args(["--unroutable", "score.*=drop"]),
+        relay("score-relay", 8003, score, users::SCORE_RELAY)?.args(["--unroutable", "score.*=drop"]),
         program("score-api", "score-api", 8001, "score_api", score)?,
     ])
 }
 
 /// The file with the addresses, while a stack runs.
-pub(crate) const ADDRESSES: &str = "addresses.json";
+pub const ADDRESSES: &str = "addresses.json";

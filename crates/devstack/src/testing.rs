@@ -8,12 +8,13 @@
 )]
 
 mod document;
+pub mod raw;
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use uuid::Uuid;
 
 pub use self::document::Document;
-use crate::servers::Servers;
+use crate::{servers::Servers, users};
 
 /// A superuser's URL of the private PostgreSQL, without a database.
 pub const POSTGRES_URL: &str = "DEVSTACK_POSTGRES_URL";
@@ -79,6 +80,20 @@ impl Place {
         let answer = reqwest::Client::new().put(url).send().await.expect("the private RabbitMQ answers");
         assert!(answer.status().is_success(), "the virtual host was not created: {}", answer.status());
         format!("{}/{vhost}", self.amqp)
+    }
+}
+
+impl Place {
+    /// Makes a user of the virtual host that an administrator's URL names, with a name of its own, and returns its
+    /// URL.
+    pub async fn broker_user(&self, amqp: &str, program: &str, rights: users::Rights<'_>) -> String {
+        let (_, address) = amqp.rsplit_once('@').expect("the URL has a host");
+        let (_, vhost) = address.rsplit_once('/').expect("the URL has a virtual host");
+        let user = format!("{vhost}_{program}");
+        users::make(&self.management, vhost, (&user, Roles::PASSWORD), rights)
+            .await
+            .expect("an administrator may make users");
+        format!("amqp://{user}:{}@{address}", Roles::PASSWORD)
     }
 }
 

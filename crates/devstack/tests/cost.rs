@@ -44,8 +44,8 @@ const SAVE_INTERVAL: Duration = Duration::from_millis(250);
 // The numbers leave a few bytes for pages that split and for times that end in zeros or do not.
 /// WAL bytes of an income: a version of the person, a row with two index entries, an event with two.
 const WAL_OF_A_WRITE: i64 = 1_340;
-/// The same, and the answer that is kept for a retry.
-const WAL_OF_A_KEYED_WRITE: i64 = 1_930;
+/// The same, and the answer that is kept for a retry, with the digest of its key.
+const WAL_OF_A_KEYED_WRITE: i64 = 2_060;
 /// Of applying an event: versions of the person, of the inbox's aggregate and of the score's chain, an entry,
 /// and an event that is published.
 const WAL_OF_APPLYING: i64 = 1_700;
@@ -112,8 +112,15 @@ async fn write_with_a_key(meter: &mut Meter, apis: &Apis) -> String {
 async fn written(meter: &mut Meter, title: &str, wal: i64) -> String {
     let writes = i64::try_from(PERSONS).unwrap();
     let mut work = meter.work("person", "person_api").await;
-    // The readiness, and the removal of old answers.
-    work.take(&["person.migration", "outbox.migration", "DELETE FROM person.idempotency"]);
+    // What each new connection sets: no more of them than there may be connections.
+    within(&format!("connections, {title}"), work.take(&["SELECT set_config("]).calls, SESSIONS);
+    // The readiness, and the removal of old answers and of what is left of deleted persons.
+    work.take(&[
+        "person.migration",
+        "outbox.migration",
+        "DELETE FROM person.idempotency",
+        "SELECT FROM person.person WHERE cpf IS NULL",
+    ]);
     let notices = work.take(&["pg_notify"]);
     within("notices", notices.calls, writes);
     within(&format!("WAL bytes, {title}"), work.wal_bytes() / writes, wal);
@@ -132,7 +139,7 @@ async fn relay(stack: &mut Stack, meter: &mut Meter) -> String {
     stop(&mut stack.person_relay).await;
 
     // However often it looks, it reads each event once, and that writes nothing.
-    let reads = work.take(&["FROM outbox.event WHERE position > $3"]);
+    let reads = work.take(&["FROM outbox.readable WHERE position > $3"]);
     assert_eq!((reads.rows, reads.wal_bytes), (EVENTS, 0), "rows read, and WAL of reading them");
     // The progress: so often in a time, however many events.
     let saves = work.take(&["SET low_water = $3"]);
@@ -140,8 +147,14 @@ async fn relay(stack: &mut Stack, meter: &mut Meter) -> String {
     within("progress stored", saves.calls, most);
     // What makes durable what was read before its writer's WAL was on disk: once for each read of something.
     let durable = work.take(&["pg_logical_emit_message"]).calls;
-    // Where the sequence stands, at each poll; whether there are partitions.
-    work.take(&["statement_timestamp()", "outbox.partition", "event_default"]);
+    // Where the sequence stands, at each poll; whether there are partitions, and something to erase.
+    work.take(&[
+        "statement_timestamp()",
+        "outbox.partition",
+        "event_default",
+        "outbox.erasure",
+        "keep_no_samples",
+    ]);
     assert_eq!(work.wal_bytes(), 0, "WAL of relaying, but for the progress: {}", work.shown());
     format!("relay: {EVENTS} events\n  {durable} times made sure that they are durable\n{}", work.shown())
 }
@@ -168,15 +181,27 @@ async fn project(stack: &mut Stack, meter: &mut Meter) -> String {
     }
 
     // The start, and what is asked now and then: whether the database is there, which models there are, what
-    // is held and rejected.
-    work.take(&["_catalog.pg_type", ".migration", "queue, since FROM score.model", "SELECT count(*)"]);
+    // is held and rejected, and whether something of it is to be erased.
+    work.take(&[
+        "_catalog.pg_type",
+        ".migration",
+        "queue, since FROM score.model",
+        "SELECT count(*)",
+        "erase_step",
+    ]);
     let there = work.0.extract_if(.., |statement| statement.query == "SELECT $1").map(|one| one.calls).sum();
     within(
         "asked whether the database is there",
         there,
         2 + i64::try_from(begin.elapsed().as_secs()).unwrap(),
     );
-    let transactions = work.0.iter().find(|statement| statement.query == "BEGIN").map_or(0, |b| b.calls);
+    let transactions =
+        work.0.iter().find(|statement| statement.query.starts_with("BEGIN ISOLATION")).map_or(0, |b| b.calls);
+    // The look for a pooler at the start, and whether the database takes writes.
+    work.take(&["service.mark", "SELECT coalesce(current_setting(", "SELECT pg_is_in_recovery()"]);
+    let set = work.take(&["set_config("]);
+    within("settings of new connections, and of the look for a pooler", set.calls, SESSIONS);
+    work.0.retain(|statement| !["BEGIN", "ROLLBACK"].contains(&&*statement.query));
     let notices = work.take(&["pg_notify"]);
     within("notices, to the relay and to the readers", notices.calls, 2 * transactions);
     // A message that came alone.

@@ -46,7 +46,7 @@ async fn the_samples_become_a_score() {
     answers.push(format!("GET /{CPF}/score/entries\n{}", entries.shown()));
     let document = apis.read("/openapi.json").await.json();
     for (schema, answer) in [("Score", &score), ("Entries", &entries)] {
-        let example = &document["components"]["schemas"][schema]["example"];
+        let example = &document["components"]["schemas"][schema]["examples"][0];
         assert_eq!(plainly(example), plainly(&answer.json()), "the example of {schema}");
     }
     insta::assert_snapshot!("answers", plain.name(&answers.join("\n")));

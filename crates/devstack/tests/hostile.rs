@@ -1,5 +1,5 @@
-//! Clients as bad as they come, against the real programs: who behaves well is answered all the while, memory
-//! stays bounded, and nothing that is sent is a 500.
+//! Clients as bad as they come, against the real programs: well-behaved clients are served all the while, memory stays
+//! bounded, every connection ends, and nothing that is sent is a 500.
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a panic in a test is the report")]
 
@@ -21,12 +21,13 @@ const DEADLINE: Duration = Duration::from_mins(2);
 const IDLE: usize = 10_000;
 /// Of each other kind of bad client.
 const EACH: usize = 20;
-/// Of those who ask for much and take nothing: what the program kept for all of them would be too much.
+/// Of clients that ask for the largest response and read nothing of it.
 const RELUCTANT: usize = 150;
 /// What the well-behaved client asks for at least while the others are at it.
 const REQUESTS: usize = 50;
-/// The most memory that a program may ever have had, in KiB; a debug build's.
-const MEMORY: u64 = 192 * 1024;
+/// The most memory that a program may ever have had, in KiB: what a debug build begins with, 100 KiB for each
+/// connection, and an unread response of up to 700 KiB for each client that reads nothing.
+const MEMORY: u64 = 32 * 1024 + 1024 * 100 + (RELUCTANT + EACH) as u64 * 700;
 
 /// A program under attack.
 struct Victim {
@@ -89,12 +90,14 @@ impl Victim {
             .unwrap()
             .env("DATABASE_URL", url)
             .env("LOG", "warn")
-            // Shorter than by default, so that places change hands while the test runs.
+            // Shorter than by default, so that bad clients come and go while the test runs.
             .env("HEADER_TIMEOUT", "2s")
-            .env("BODY_TIMEOUT", "2s");
+            .env("BODY_TIMEOUT", "2s")
+            .env("ANSWER_TIMEOUT", "2s")
+            .env("IDLE_TIMEOUT", "2s");
         if name == "score-api" {
-            // They have connections of their own beside the others, of which this is about.
-            program = program.env("MAX_WAITERS", "1000");
+            // Each of them is one more connection, and fewer would wait until one ends.
+            program = program.env("MAX_WAITERS", "100");
         }
         if !migrate.is_empty() {
             program.command(migrate, &[("DATABASE_URL", url)]).await.unwrap();
@@ -118,10 +121,24 @@ impl Victim {
         get(self.path, "connection: close\r\n")
     }
 
-    /// No request was a 500, and none of the program's own.
-    async fn has_no_defect(&self) {
+    async fn metrics(&self) -> String {
         let metrics = read(self.address, &get("/metrics", "connection: close\r\n")).await;
-        let metrics = String::from_utf8(metrics).unwrap();
+        String::from_utf8(metrics).unwrap()
+    }
+
+    /// Waits until no connection is open but the one that asks.
+    async fn until_all_are_gone(&self) {
+        let gone = async {
+            while !self.metrics().await.contains("\nhttp_connections 1\n") {
+                sleep(Duration::from_millis(100)).await;
+            }
+        };
+        timeout(DEADLINE, gone).await.expect("every connection ends");
+    }
+
+    /// No request was a 500.
+    async fn has_no_defect(&self) {
+        let metrics = self.metrics().await;
         assert!(metrics.contains("http_requests_total"), "{metrics}");
         let defect = metrics.lines().find(|line| line.contains("status=\"500\""));
         assert_eq!(defect, None);
@@ -245,7 +262,7 @@ fn oddities(path: &str, post_path: &str) -> Vec<(String, String)> {
     add("a body that is announced and too large", post(post_path, close, &" ".repeat(1 << 20)));
     add(
         "a body that was not asked for",
-        format!("GET {path} HTTP/1.1\r\nhost: a\r\n{close}content-length: 2\r\n\r\n{{}}"),
+        format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n{close}content-length: 2\r\n\r\n{{}}"),
     );
     let keys = "idempotency-key: a\r\nidempotency-key: b\r\n";
     add(
@@ -257,11 +274,14 @@ fn oddities(path: &str, post_path: &str) -> Vec<(String, String)> {
         ),
     );
     let matches = "if-match: \"a\"\r\nif-match: \"b\"\r\n";
-    add("two states", format!("DELETE {path} HTTP/1.1\r\nhost: a\r\n{matches}{close}\r\n"));
+    add("two states", format!("DELETE {path} HTTP/1.1\r\nhost: localhost\r\n{matches}{close}\r\n"));
     add("two conditions", get(path, &format!("if-none-match: \"a\"\r\nif-none-match: *\r\n{close}")));
     add("an upgrade", get(path, "connection: upgrade\r\nupgrade: websocket\r\nconnection: close\r\n"));
-    add("CONNECT", format!("CONNECT elsewhere:443 HTTP/1.1\r\nhost: a\r\n{close}\r\n"));
-    add("a method of 4 KiB", format!("{} {path} HTTP/1.1\r\nhost: a\r\n{close}\r\n", "M".repeat(4096)));
+    add("CONNECT", format!("CONNECT elsewhere:443 HTTP/1.1\r\nhost: localhost\r\n{close}\r\n"));
+    add(
+        "a method of 4 KiB",
+        format!("{} {path} HTTP/1.1\r\nhost: localhost\r\n{close}\r\n", "M".repeat(4096)),
+    );
     add("fifty at once", get(path, "").repeat(49) + &get(path, close));
     all
 }
@@ -289,7 +309,7 @@ async fn odd_requests_are_answered_for_what_they_are() {
 
 /// Again and again until it is told to end, whatever comes of each time.
 fn forever<F: Future<Output = std::io::Result<()>> + Send>(
-    crowd: &mut JoinSet<()>,
+    crowd: &mut JoinSet<Vec<TcpStream>>,
     stop: &CancellationToken,
     attack: impl Fn() -> F + Send + 'static,
 ) {
@@ -299,11 +319,13 @@ fn forever<F: Future<Output = std::io::Result<()>> + Send>(
             let _ = stop.run_until_cancelled(attack()).await;
             let _ = stop.run_until_cancelled(sleep(Duration::from_millis(20))).await;
         }
+        Vec::new()
     });
 }
 
-/// All kinds at the same time, until `stop`. `all` says that everybody has been there.
-fn besiege(victim: &Victim, stop: &CancellationToken, all: CancellationToken) -> JoinSet<()> {
+/// All kinds at the same time, until `stop`. `all` says that all of them have been there. What is still open is
+/// returned.
+fn besiege(victim: &Victim, stop: &CancellationToken, all: CancellationToken) -> JoinSet<Vec<TcpStream>> {
     let (address, path, post_path) = (victim.address, victim.path, victim.post);
     let mut crowd = JoinSet::new();
     for _ in 0..EACH {
@@ -327,7 +349,7 @@ fn besiege(victim: &Victim, stop: &CancellationToken, all: CancellationToken) ->
         forever(&mut crowd, stop, move || async move {
             let mut stream = TcpStream::connect(address).await?;
             let head = format!(
-                "POST {post_path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n\
+                "POST {post_path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
                  transfer-encoding: chunked\r\n\r\n"
             );
             stream.write_all(head.as_bytes()).await?;
@@ -335,6 +357,12 @@ fn besiege(victim: &Victim, stop: &CancellationToken, all: CancellationToken) ->
                 stream.write_all(format!("1000\r\n{}\r\n", " ".repeat(0x1000)).as_bytes()).await?;
                 sleep(Duration::from_millis(20)).await;
             }
+        });
+        // Sends one request, and keeps the connection.
+        forever(&mut crowd, stop, move || async move {
+            let mut stream = TcpStream::connect(address).await?;
+            stream.write_all(get(path, "").as_bytes()).await?;
+            stream.read_to_end(&mut Vec::new()).await.map(drop)
         });
         // Asks for a large page over and over, and reads nothing.
         forever(&mut crowd, stop, move || async move {
@@ -346,7 +374,7 @@ fn besiege(victim: &Victim, stop: &CancellationToken, all: CancellationToken) ->
     }
     for _ in 0..RELUCTANT {
         let large = victim.large;
-        // Asks for the largest answer over and over, and takes nothing.
+        // Asks for the largest response over and over, and reads nothing.
         forever(&mut crowd, stop, move || async move {
             let socket = TcpSocket::new_v4()?;
             socket.set_recv_buffer_size(4096)?;
@@ -358,22 +386,22 @@ fn besiege(victim: &Victim, stop: &CancellationToken, all: CancellationToken) ->
     }
     let stop = stop.clone();
     crowd.spawn(async move {
-        // Connects as fast as it can, and says nothing.
+        // Connects as fast as it can, sends nothing, and never closes.
         let mut idle = Vec::with_capacity(IDLE);
         while idle.len() < IDLE {
             match stop.run_until_cancelled(TcpStream::connect(address)).await {
                 Some(stream) => idle.extend(stream.ok()),
-                None => return,
+                None => return Vec::new(),
             }
         }
         all.cancel();
-        stop.cancelled().await;
+        idle
     });
     crowd
 }
 
-/// One who behaves well, and waits as long as it takes: every request is answered. Goes on until `all` of the
-/// others have been there.
+/// A client that behaves well, and waits as long as it takes: every request gets its response. Goes on until `all` of
+/// the others have been there.
 fn behaves(victim: &Victim, all: CancellationToken) -> JoinHandle<Duration> {
     let (address, request) = (victim.address, victim.get());
     tokio::spawn(async move {
@@ -404,13 +432,16 @@ fn behaves(victim: &Victim, all: CancellationToken) -> JoinHandle<Duration> {
 async fn siege(mut victim: Victim) {
     let before = victim.memory();
     let (stop, all) = (CancellationToken::new(), CancellationToken::new());
-    let mut crowd = besiege(&victim, &stop, all.clone());
+    let crowd = besiege(&victim, &stop, all.clone());
     let longest = behaves(&victim, all).await.expect("every request of the well-behaved is answered");
     for path in ["/live", "/ready", "/metrics"] {
         assert_eq!(ask(victim.address, &get(path, "connection: close\r\n")).await, [200], "{path}");
     }
     stop.cancel();
-    while crowd.join_next().await.is_some() {}
+    // Those who never close.
+    let idle = crowd.join_all().await;
+    victim.until_all_are_gone().await;
+    drop(idle);
     victim.has_no_defect().await;
     let after = victim.memory();
     eprintln!(

@@ -148,7 +148,7 @@ async fn the_options_of_migrate_grant_the_same() {
 }
 
 /// What no role may do, in either database.
-const ANYBODY: [&str; 10] = [
+const ANYBODY: [&str; 16] = [
     "CREATE SCHEMA mine",
     "CREATE TABLE outbox.mine ()",
     "CREATE TABLE public.mine ()",
@@ -159,6 +159,13 @@ const ANYBODY: [&str; 10] = [
     "SELECT lo_creat(-1)",
     "SELECT lo_create(0)",
     "SELECT lo_from_bytea(0, 'anything')",
+    // With these, whoever may only read could stop every writer, relay or migration.
+    "SELECT pg_advisory_lock(1)",
+    "SELECT pg_advisory_xact_lock(1869968482, 1)",
+    "SELECT pg_advisory_xact_lock_shared(1869968482, 3)",
+    "SELECT pg_try_advisory_lock(1869968492, 1)",
+    "SELECT pg_try_advisory_xact_lock_shared(1)",
+    "SELECT pg_advisory_unlock_all()",
 ];
 /// What a role may not do: database, program, statements.
 const REFUSED: [(&str, &str, &[&str]); 5] = [
@@ -177,7 +184,10 @@ const REFUSED: [(&str, &str, &[&str]); 5] = [
             "UPDATE outbox.relay SET low_water = 1000",
             "UPDATE outbox.source SET name = 'another'",
             "UPDATE person.migration SET success = false",
-            "UPDATE person.idempotency SET body = ''",
+            "SELECT outbox.erase_step(1)",
+            "DELETE FROM outbox.erasure",
+            "SELECT outbox.keep_erasures_out()",
+            "SELECT outbox.try_lead(1)",
             "TRUNCATE person.person CASCADE",
             "CREATE TABLE person.mine ()",
         ],
@@ -194,6 +204,8 @@ const REFUSED: [(&str, &str, &[&str]); 5] = [
             "DELETE FROM outbox.event",
             "TRUNCATE outbox.event",
             "SELECT outbox.erase('{person}', '{x}', '{2}')",
+            "INSERT INTO outbox.erasure (aggregate_type, aggregate_id, below, up_to) VALUES ('person', 'x', 1, 1)",
+            "SELECT outbox.erase_events('person', 'x', 0, 9, 9, 9)",
             "UPDATE outbox.source SET name = 'another'",
         ],
     ),
@@ -229,6 +241,8 @@ const REFUSED: [(&str, &str, &[&str]); 5] = [
                  VALUES ('score', 'x', 1, 'score.new', '{}')",
             "SELECT score.erase_old('{}')",
             "SELECT score.create_shadow()",
+            "SELECT score.hold_shadow()",
+            "SELECT * FROM inbox.erasure",
             "SELECT score.exchange_tables()",
             "CREATE TABLE score.mine ()",
         ],
@@ -258,4 +272,54 @@ async fn what_a_role_must_not_do_is_refused() {
         let refused = PgConnection::connect(&elsewhere).await.expect_err("a database of the other side");
         assert_eq!(refused.as_database_error().unwrap().code().unwrap(), "42501", "{refused}");
     }
+}
+
+/// ANALYZE keeps values of these columns beyond the end of their rows: nothing personal may be among them.
+#[tokio::test]
+async fn the_server_keeps_samples_of_nothing_personal() {
+    const SAMPLED: &str = "
+    SELECT c.oid::regclass || ': ' || string_agg(a.attname, ', ' ORDER BY a.attnum)
+    FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE c.relkind IN ('r', 'p') AND c.relname <> 'migration' AND a.attstattarget IS DISTINCT FROM 0
+      AND c.relnamespace::regnamespace::text IN ('person', 'score', 'score_shadow', 'inbox', 'outbox')
+      -- Of the type json no values are kept.
+      AND a.atttypid <> 'json'::regtype
+    GROUP BY c.oid ORDER BY c.oid::regclass::text";
+    for name in ["person", "score"] {
+        let mut side = Side::new(name).await;
+        if name == "score" {
+            // A model that is being built is a copy of the live one.
+            side.conn.execute("SELECT score.create_shadow(); SELECT score.keep_no_samples()").await.unwrap();
+        }
+        let sampled: Vec<String> = sqlx::query_scalar(SAMPLED).fetch_all(&mut side.conn).await.unwrap();
+        insta::assert_snapshot!(format!("what is sampled in {name}"), sampled.join("\n"));
+    }
+
+    // What was sampled before the columns were told to keep nothing goes when the roles are made again.
+    let mut side = Side::new("person").await;
+    let samples =
+        "SELECT count(*) FROM pg_stats s WHERE schemaname = 'person' AND s::text LIKE '%Brunhilde%'";
+    for sql in [
+        "INSERT INTO person.person (id, cpf, name, date_of_birth)
+         SELECT gen_random_uuid(), n, 'Brunhilde', now() FROM generate_series(1, 100) n",
+        "ANALYZE person.person",
+    ] {
+        side.conn.execute(sql).await.unwrap();
+    }
+    let count: i64 = sqlx::query_scalar(samples).fetch_one(&mut side.conn).await.unwrap();
+    assert_eq!(count, 0);
+    for sql in [
+        "ALTER TABLE person.person ALTER COLUMN name SET STATISTICS 100",
+        "ANALYZE person.person",
+        "ALTER TABLE person.person ALTER COLUMN name SET STATISTICS 0",
+        "DELETE FROM person.person",
+        "ANALYZE person.person",
+    ] {
+        side.conn.execute(sql).await.unwrap();
+    }
+    let count: i64 = sqlx::query_scalar(samples).fetch_one(&mut side.conn).await.unwrap();
+    assert_eq!(count, 1, "a sample outlives its rows, and a later ANALYZE");
+    Roles::make(&side.admin).await;
+    let count: i64 = sqlx::query_scalar(samples).fetch_one(&mut side.conn).await.unwrap();
+    assert_eq!(count, 0);
 }

@@ -1,5 +1,5 @@
 //! The event contract between the person service, the score service and whoever else subscribes:
-//! exchange names, event types and bodies. No I/O; `docs/EVENTS.md` says the same for other languages.
+//! exchange names, event types and bodies. No I/O; `docs/events.md` says the same for other languages.
 //!
 //! Bodies grow by addition only and readers ignore what they do not know, so nothing here denies
 //! unknown fields. `golden/` keeps a body of every shape ever published; a test parses them all.

@@ -1,11 +1,11 @@
-//! The samples in `docs/EVENTS.md` are what the types here read and write, field for field.
+//! The samples in `docs/events.md` are what the types here read and write, field for field.
 
 #![expect(clippy::unwrap_used, reason = "a panic in a test is the report")]
 
 use events::{Deleted, PersonEvent, Score};
 use serde_json::Value;
 
-const DOCUMENT: &str = include_str!("../../../docs/EVENTS.md");
+const DOCUMENT: &str = include_str!("../../../docs/events.md");
 
 /// Each sample with what its fence says after `json`: the type, and perhaps `erased`.
 fn samples() -> Vec<(&'static str, &'static str)> {

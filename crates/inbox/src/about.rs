@@ -8,21 +8,31 @@ use crate::Envelope;
 
 /// How long a UUID is, with its hyphens.
 const LENGTH: usize = 36;
+/// How many names are kept of a message. Its properties alone cannot have as many.
+const NAMES: usize = 1_000;
 
 /// The aggregate in the headers, as far as there is one, and every UUID in properties and body, in small
-/// letters.
-pub(crate) fn names(envelope: &Envelope) -> BTreeSet<String> {
+/// letters. Also up to where in the body these are all of them.
+pub(crate) fn names(envelope: &Envelope, properties: &str, body: &[u8]) -> (BTreeSet<String>, usize) {
     let headers = envelope.properties.headers().as_ref();
     let aggregate = match headers.and_then(|headers| headers.inner().get("aggregate_id")) {
         Some(AMQPValue::LongString(id)) => std::str::from_utf8(id.as_bytes()).ok(),
         Some(AMQPValue::ShortString(id)) => Some(id.as_str()),
         _ => None,
     };
-    // NUL cannot be stored, and no aggregate's id has one.
-    let aggregate = aggregate.filter(|id| !id.contains('\0')).map(str::to_owned);
-    let properties = envelope.properties_json().to_string();
-    let uuids = [properties.as_bytes(), &envelope.body].into_iter().flat_map(|bytes| bytes.windows(LENGTH));
-    uuids.filter_map(uuid).chain(aggregate).collect()
+    // NUL cannot be stored, and no aggregate's id has one, or is longer.
+    let aggregate = aggregate.filter(|id| !id.contains('\0') && id.len() <= 255).map(str::to_owned);
+    let mut names: BTreeSet<String> = properties.as_bytes().windows(LENGTH).filter_map(uuid).collect();
+    names.extend(aggregate);
+    for (start, window) in body.windows(LENGTH).enumerate() {
+        let Some(name) = uuid(window) else { continue };
+        if names.len() >= NAMES && !names.contains(&name) {
+            // Without the last byte it is none.
+            return (names, start + LENGTH - 1);
+        }
+        names.insert(name);
+    }
+    (names, body.len())
 }
 
 fn uuid(bytes: &[u8]) -> Option<String> {

@@ -3,9 +3,13 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use serde_json::Value;
+use shown::{quoted, shown};
 use sqlx::PgPool;
 
-use crate::save::Rejection;
+use crate::{
+    rejected::REASONS,
+    save::{NOT_KEPT, Rejection},
+};
 
 /// How many are named; the rest is counted.
 const NAMED: usize = 3;
@@ -32,6 +36,20 @@ struct Hole {
 pub(crate) struct Found {
     pub(crate) holes: Option<String>,
     pub(crate) forks: Option<String>,
+    pub(crate) forged: Option<String>,
+    /// Which limit is reached.
+    pub(crate) limits: Option<String>,
+    /// As many events wait for missing versions as may.
+    pub(crate) full: bool,
+}
+
+/// How much may be stored; 0 for any number.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Most {
+    /// Of messages that are rejected for one reason.
+    pub(crate) rejected: u32,
+    /// Of events that wait for missing versions.
+    pub(crate) gaps: u32,
 }
 
 /// Looks, and remembers what was logged.
@@ -42,24 +60,38 @@ pub(crate) struct Alarms<'a> {
     pub(crate) queue: &'a str,
     /// How long a hole may be open.
     pub(crate) after: Duration,
+    most: Most,
     logged: BTreeSet<Hole>,
 }
 
 impl<'a> Alarms<'a> {
-    pub(crate) fn new(consumer: &'a str, pool: &'a PgPool, queue: &'a str, after: Duration) -> Self {
-        Self { consumer, pool, queue, after, logged: BTreeSet::new() }
+    pub(crate) fn new(
+        consumer: &'a str,
+        pool: &'a PgPool,
+        queue: &'a str,
+        after: Duration,
+        most: Most,
+    ) -> Self {
+        Self { consumer, pool, queue, after, most, logged: BTreeSet::new() }
     }
 
     pub(crate) async fn look(&mut self) -> sqlx::Result<Found> {
-        let (gaps, forks) = self.count().await?;
-        Ok(Found { holes: self.holes(gaps).await?, forks: self.forks(forks).await? })
+        let counts = self.count().await?;
+        // The reasons of the two tables have no name in common.
+        let count = |of: &str| counts.iter().find(|(reason, _)| reason == of).map_or(0, |(_, count)| *count);
+        Ok(Found {
+            holes: self.holes(count("gap")).await?,
+            forks: self.forks(count(Rejection::Fork.as_str())).await?,
+            forged: self.forged(count(Rejection::WrongUser.as_str())).await?,
+            limits: self.limits(&counts),
+            full: reached(self.most.gaps, count("gap")),
+        })
     }
 
-    /// Counts what is held and rejected, by reason. Says how many wait for a gap, and how many forks there are.
-    async fn count(&self) -> sqlx::Result<(i64, i64)> {
-        let (malformed, fork) = (Rejection::Malformed.as_str(), Rejection::Fork.as_str());
+    /// Counts what is held and rejected, by reason.
+    async fn count(&self) -> sqlx::Result<Vec<(String, i64)>> {
         let held = ["gap", "behind", "trying", "poison"].map(|reason| ("inbox_held_events", reason));
-        let rejected = [malformed, fork].map(|reason| ("inbox_rejected_messages", reason));
+        let rejected = REASONS.map(|reason| ("inbox_rejected_messages", reason));
         let counts: Vec<(String, i64)> = sqlx::query_as(
             "SELECT reason, (SELECT count(*) FROM (SELECT FROM inbox.held
                                                    WHERE consumer = $1 AND reason = r.reason LIMIT $2) AS counted)
@@ -70,19 +102,39 @@ impl<'a> Alarms<'a> {
              FROM unnest($4::text[]) AS r (reason)",
         )
         .bind(self.consumer)
-        .bind(COUNTED + 1)
+        .bind(COUNTED.max(self.most.gaps.max(self.most.rejected).into()) + 1)
         .bind(held.map(|(_, reason)| reason))
         .bind(rejected.map(|(_, reason)| reason))
         .fetch_all(self.pool)
         .await?;
-        // The reasons of the two have no name in common.
-        let count = |of: &str| counts.iter().find(|(reason, _)| reason == of).map_or(0, |(_, count)| *count);
         for (gauge, reason) in held.into_iter().chain(rejected) {
-            #[expect(clippy::cast_precision_loss, reason = "at most ten thousand")]
+            let count = counts.iter().find(|(of, _)| of == reason).map_or(0, |(_, count)| *count);
+            #[expect(clippy::cast_precision_loss, reason = "as many as the limits allow")]
             metrics::gauge!(gauge, "consumer" => self.consumer.to_owned(), "reason" => reason)
-                .set(count(reason) as f64);
+                .set(count as f64);
         }
-        Ok((count("gap"), count(fork)))
+        Ok(counts)
+    }
+
+    /// Which limits are reached, and what can be done.
+    fn limits(&self, counts: &[(String, i64)]) -> Option<String> {
+        let Most { rejected, gaps } = self.most;
+        let texts: Vec<String> = counts
+            .iter()
+            .filter_map(|(reason, count)| match reason.as_str() {
+                "gap" if reached(gaps, *count) => Some(format!(
+                    "{gaps} events wait for missing versions, the limit: further ones are rejected. Find who sends \
+                     them, have the missing versions replayed, or raise the limit"
+                )),
+                "gap" | "behind" | "trying" | "poison" => None,
+                reason if reached(rejected, *count) => Some(format!(
+                    "{rejected} messages are kept that were rejected as {reason}, the limit: further ones are only \
+                     counted. Find who sends them (`rejected list`), then `rejected drop --reason {reason}`"
+                )),
+                _ => None,
+            })
+            .collect();
+        (!texts.is_empty()).then(|| texts.join("; "))
     }
 
     async fn holes(&mut self, gaps: i64) -> sqlx::Result<Option<String>> {
@@ -96,7 +148,7 @@ impl<'a> Alarms<'a> {
             tracing::warn!(
                 consumer = self.consumer,
                 source = hole.source,
-                aggregate = format_args!("{}/{}", hole.aggregate_type, hole.aggregate_id),
+                aggregate = %hole.aggregate(),
                 first = hole.first,
                 last = hole.last,
                 "versions are missing, and what comes after them waits"
@@ -106,13 +158,12 @@ impl<'a> Alarms<'a> {
         let Some(first) = holes.first() else { return Ok(None) };
         let named: Vec<String> = holes.iter().take(NAMED).map(Hole::describe).collect();
         Ok(Some(format!(
-            "versions are missing, and later ones wait for them: {}{}. `outbox-relay replay --aggregate {}/{} \
+            "versions are missing, and later ones wait for them: {}{}. `outbox-relay replay --aggregate {} \
              --to-queue {}` brings them, or a baseline",
             named.join("; "),
             more(count),
-            first.aggregate_type,
-            first.aggregate_id,
-            self.queue,
+            quoted(&format!("{}/{}", first.aggregate_type, first.aggregate_id)),
+            quoted(self.queue),
         )))
     }
 
@@ -133,7 +184,7 @@ impl<'a> Alarms<'a> {
                                = (a.consumer, a.source, a.aggregate_type, a.aggregate_id)
                              AND h.version > a.version
                            ORDER BY h.version LIMIT 1) AS held
-             WHERE a.consumer = $1 AND held.version > a.version + 1
+             WHERE a.consumer = $1 AND held.version - 1 > a.version
              ORDER BY since, aggregate_id LIMIT $4",
         )
         .bind(self.consumer)
@@ -167,13 +218,52 @@ impl<'a> Alarms<'a> {
     }
 }
 
+/// Whether there are as many as may be.
+fn reached(most: u32, count: i64) -> bool {
+    most > 0 && count >= i64::from(most)
+}
+
+impl Alarms<'_> {
+    /// Names the users of the last ones.
+    async fn forged(&self, count: i64) -> sqlx::Result<Option<String>> {
+        if count == 0 {
+            return Ok(None);
+        }
+        let last: Vec<String> = sqlx::query_scalar(
+            "SELECT detail FROM inbox.rejected WHERE consumer = $1 AND reason = 'wrong-user' AND detail <> $3
+             ORDER BY last_at DESC, id DESC LIMIT $2",
+        )
+        .bind(self.consumer)
+        .bind(i64::try_from(NAMED).unwrap_or(i64::MAX))
+        .bind(NOT_KEPT)
+        .fetch_all(self.pool)
+        .await?;
+        Ok(Some(format!(
+            "{} of a followed source did not come from its user: {}. They are kept and not applied. If the \
+             publisher's user was renamed, name it for the source, have what was rejected replayed, and drop it; \
+             if not, somebody forges events: `rejected list` shows them",
+            if count == 1 { "a message".to_owned() } else { format!("{} messages", counted(count)) },
+            Vec::from_iter(BTreeSet::from_iter(last)).join("; "),
+        )))
+    }
+}
+
 impl Hole {
     fn describe(&self) -> String {
-        let Self { source, aggregate_type, aggregate_id, first, last, .. } = self;
+        let (aggregate, source, Self { first, last, .. }) = (self.aggregate(), shown(&self.source), self);
         let versions =
             if first == last { format!("version {first}") } else { format!("versions {first} to {last}") };
-        format!("{aggregate_type}/{aggregate_id} of {source} lacks {versions}")
+        format!("{aggregate} of {source} lacks {versions}")
     }
+
+    fn aggregate(&self) -> String {
+        format!("{}/{}", shown(&self.aggregate_type), shown(&self.aggregate_id))
+    }
+}
+
+/// A count as far as it goes.
+fn counted(count: i64) -> String {
+    if count > COUNTED { format!("more than {COUNTED}") } else { count.to_string() }
 }
 
 /// The rest of those that are not named.
@@ -190,7 +280,7 @@ fn more(count: i64) -> String {
 fn name(properties: &str) -> Option<String> {
     let properties: Value = serde_json::from_str(properties).ok()?;
     let headers = properties.get("headers")?;
-    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let text = |value: &Value| shown(value.as_str().unwrap_or(&value.to_string())).to_string();
     let header = |name| headers.get(name).map(text);
     Some(format!(
         "{}/{} of {} at version {}",

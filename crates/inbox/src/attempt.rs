@@ -10,6 +10,7 @@ use crate::{
     chain::{Key, Reason},
     handler::describe,
     save::json_text,
+    schema::BEGIN,
     transaction::Stop,
 };
 
@@ -45,16 +46,20 @@ impl<H: Handler> Sequencer<H> {
         let attempts = match held {
             Some((Reason::Trying, attempts)) if survived => attempts,
             Some((Reason::Trying, attempts)) if attempts >= LIMIT => return Ok(None),
-            Some((Reason::Trying, attempts)) => attempts + 1,
+            Some((Reason::Trying, attempts)) => attempts.saturating_add(1),
             _ => 1,
         };
         let commit = async {
             // Explicit, since a connection whose user went away in BEGIN may be in a transaction already.
-            let mut tx = self.pool.begin().await?;
+            let mut tx = self.pool.begin_with(BEGIN).await?;
             self.keep(&mut *tx, event, Reason::Trying, None, attempts).await?;
             tx.commit().await
         };
-        commit.await.map_err(|error| Stop::Transient(describe(&error)))?;
+        commit.await.map_err(|error| match Stop::from(error) {
+            Stop::Conflict(reason) => Stop::Conflict(reason),
+            // Whatever it is, it is not the handler's.
+            other => Stop::Transient(other.reason()),
+        })?;
         Ok(Some(Attempt { key, version, attempts, held: held.is_some() }))
     }
 
@@ -72,7 +77,7 @@ impl<H: Handler> Sequencer<H> {
 
     async fn write_back(&self, attempt: &Attempt) -> sqlx::Result<()> {
         let Attempt { key, version, held, .. } = attempt;
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.pool.begin_with(BEGIN).await?;
         // Not while somebody else tries it.
         sqlx::query(
             "SELECT FROM inbox.aggregate
@@ -117,7 +122,7 @@ impl<H: Handler> Sequencer<H> {
         tracing::warn!(
             consumer = self.consumer,
             source = event.source,
-            aggregate = format_args!("{}/{}", event.aggregate_type, event.aggregate_id),
+            aggregate = format_args!("{}/{}", shown::shown(&event.aggregate_type), shown::shown(&event.aggregate_id)),
             version = event.version,
             event = %event.id,
             type_ = event.type_,

@@ -1,57 +1,104 @@
 //! When nothing succeeds any more, or too much is held, it is the handler that is broken and not the
 //! events: then nothing more is consumed, until one of those that it refused succeeds.
+//!
+//! One queue carries all sources of a consumer, so consuming cannot stop for one of them alone. It stops only
+//! when no source succeeds any more: what the handler refuses of one source never keeps another one's events
+//! back, short of the limit of what may be held.
 
-use std::sync::{MutexGuard, PoisonError};
+use std::{
+    collections::BTreeMap,
+    sync::{MutexGuard, PoisonError},
+};
 
 use crate::{
     Handler, Sequencer,
     attempt::NEVER_CAME_BACK,
     chain::Key,
+    sources::name,
     transaction::{Mode, Stop},
 };
 
-/// Events that were refused, with none applied in between.
+/// Sources that are remembered at most, where every source is followed.
+const SOURCES: usize = 1_000;
+
+/// What became of each source's last events.
 #[derive(Debug, Default)]
-pub(crate) struct Streak {
-    /// How many are too many; 0 for never.
+pub(crate) struct Streaks {
+    /// How many in a row are too many; 0 for never.
     limit: u32,
+    /// By the source's name.
+    of: BTreeMap<String, Streak>,
+}
+
+/// Events of a source that were refused, with none applied in between.
+#[derive(Debug, Default)]
+struct Streak {
     count: u32,
     error: String,
 }
 
-impl Streak {
+impl Streaks {
     pub(crate) fn limit(&mut self, limit: u32) {
         self.limit = limit;
     }
 
     /// One more was refused, or one of them again.
-    pub(crate) fn refused(&mut self, mode: Mode, error: String) {
-        self.count += u32::from(mode != Mode::Retry);
-        self.error = error;
+    pub(crate) fn refused(&mut self, mode: Mode, source: &str, error: String) {
+        if let Some(streak) = self.of(source) {
+            streak.count = streak.count.saturating_add(u32::from(mode != Mode::Retry));
+            streak.error = error;
+        }
     }
 
-    pub(crate) fn ended(&mut self) {
-        self.count = 0;
+    /// One was applied.
+    pub(crate) fn applied(&mut self, source: &str) {
+        if let Some(streak) = self.of(source) {
+            streak.count = 0;
+        }
+    }
+
+    fn ended(&mut self) {
+        self.of.values_mut().for_each(|streak| streak.count = 0);
+    }
+
+    fn of(&mut self, source: &str) -> Option<&mut Streak> {
+        let source = name(source);
+        if !self.of.contains_key(source) && self.of.len() < SOURCES {
+            self.of.insert(source.to_owned(), Streak::default());
+        }
+        self.of.get_mut(source)
+    }
+
+    /// Too many of one source were refused, and none of the others is known to succeed: of those `followed`, or
+    /// of all that have come.
+    fn broken(&self, followed: Option<&[&str]>) -> Option<String> {
+        let counts =
+            |(source, _): &(&String, &Streak)| followed.is_none_or(|all| all.contains(&source.as_str()));
+        let streaks: Vec<_> = self.of.iter().filter(counts).collect();
+        let (source, Streak { count, error }) = streaks.iter().max_by_key(|(_, streak)| streak.count)?;
+        let all_refused = streaks.iter().all(|(_, streak)| streak.count > 0)
+            && followed.is_none_or(|all| all.len() == streaks.len());
+        (self.limit > 0 && *count >= self.limit && all_refused).then(|| {
+            let of = if streaks.len() > 1 { format!(" of {source:?}, and the last of every other source") } else { String::new() };
+            format!(
+                "the handler refused {count} events in a row{of}, the last with: {error}; `held list` shows them"
+            )
+        })
     }
 }
 
 impl<H: Handler> Sequencer<H> {
-    pub(crate) fn streak(&self) -> MutexGuard<'_, Streak> {
-        self.streak.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn streaks(&self) -> MutexGuard<'_, Streaks> {
+        self.streaks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Why it is to be believed that the handler is broken.
     pub(crate) fn broken(&self) -> Option<String> {
-        let Streak { limit, count, error } = &*self.streak();
-        (*limit > 0 && count >= limit).then(|| {
-            format!(
-                "the handler refused {count} events in a row, the last with: {error}; `held list` shows them"
-            )
-        })
+        self.streaks().broken(self.sources.names().as_deref())
     }
 
-    /// Why no more may be held, when more than `limit` events are poison or wait behind it. A gap does
-    /// not count: it is filled from the queue alone.
+    /// Why no more may be held, when more than `limit` events of followed sources are poison or wait behind it.
+    /// A gap does not count: it is filled from the queue alone.
     pub(crate) async fn overfull(&self, limit: u32) -> sqlx::Result<Option<String>> {
         if limit == 0 {
             return Ok(None);
@@ -59,10 +106,13 @@ impl<H: Handler> Sequencer<H> {
         // No further than it has to be known.
         let count: i64 = sqlx::query_scalar(
             "SELECT count(*) FROM (SELECT FROM inbox.held
-                                   WHERE consumer = $1 AND reason IN ('poison', 'behind') LIMIT $2) AS counted",
+                                   WHERE consumer = $1 AND reason IN ('poison', 'behind')
+                                     AND ($3::text[] IS NULL OR split_part(source, '~', 1) = ANY ($3))
+                                   LIMIT $2) AS counted",
         )
         .bind(&self.consumer)
         .bind(i64::from(limit) + 1)
+        .bind(self.sources.names())
         .fetch_one(&self.pool)
         .await?;
         if count <= i64::from(limit) {
@@ -70,9 +120,11 @@ impl<H: Handler> Sequencer<H> {
         }
         let error: Option<String> = sqlx::query_scalar(
             "SELECT error FROM inbox.held WHERE consumer = $1 AND reason = 'poison'
+               AND ($2::text[] IS NULL OR split_part(source, '~', 1) = ANY ($2))
              ORDER BY first_at DESC LIMIT 1",
         )
         .bind(&self.consumer)
+        .bind(self.sources.names())
         .fetch_optional(&self.pool)
         .await?;
         let error = error.map(|error| format!(", the last with: {error}")).unwrap_or_default();
@@ -89,7 +141,7 @@ impl<H: Handler> Sequencer<H> {
             let Some(key) = self.refused(overfull.is_some()).await? else {
                 if overfull.is_none() {
                     // Somebody has seen to all of them.
-                    self.streak().ended();
+                    self.streaks().ended();
                     return Ok(None);
                 }
                 return Ok(Some(reason));
@@ -104,17 +156,19 @@ impl<H: Handler> Sequencer<H> {
     /// last ones, since those of before may be bad for themselves. One that ends the process is not
     /// among them.
     async fn refused(&self, all: bool) -> sqlx::Result<Option<Key>> {
-        let last = if all { i64::MAX } else { self.streak().limit.into() };
+        let last = if all { i64::MAX } else { self.streaks().limit.into() };
         let key: Option<(String, String, String)> = sqlx::query_as(
             "SELECT source, aggregate_type, aggregate_id
              FROM (SELECT source, aggregate_type, aggregate_id, last_at FROM inbox.held
                    WHERE consumer = $1 AND reason = 'poison' AND error <> $2
+                     AND ($4::text[] IS NULL OR split_part(source, '~', 1) = ANY ($4))
                    ORDER BY first_at DESC LIMIT $3) AS refused
              ORDER BY last_at LIMIT 1",
         )
         .bind(&self.consumer)
         .bind(NEVER_CAME_BACK)
         .bind(last)
+        .bind(self.sources.names())
         .fetch_optional(&self.pool)
         .await?;
         Ok(key.map(|(source, aggregate_type, aggregate_id)| Key { source, aggregate_type, aggregate_id }))

@@ -5,11 +5,7 @@ use std::{collections::BTreeMap, fmt};
 use chrono::TimeDelta;
 use uuid::Uuid;
 
-use crate::{
-    Event,
-    message::made_at,
-    sabotage::{self, Guard},
-};
+use crate::{Event, message::made_at};
 
 /// How much later an event must have been made than the last one applied to contradict it with a lower
 /// version. Clocks of two writers differ, and ids of one millisecond have no order; a real fork that
@@ -27,10 +23,17 @@ pub struct Key {
     pub aggregate_id: String,
 }
 
-/// As operators write it, whoever publishes it.
+/// For people, whoever publishes it: what a message could forge a line or move a terminal with is escaped.
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.aggregate_type, self.aggregate_id)
+        write!(f, "{}/{}", shown::shown(&self.aggregate_type), shown::shown(&self.aggregate_id))
+    }
+}
+
+impl Key {
+    /// As one word of a shell's command, as commands take it: `TYPE/ID`.
+    pub fn quoted(&self) -> String {
+        shown::quoted(&format!("{}/{}", self.aggregate_type, self.aggregate_id)).into_owned()
     }
 }
 
@@ -142,11 +145,10 @@ impl<'a> Chain<'a> {
 
     /// What to do with an event that has arrived.
     pub(crate) fn decide(&self, event: &Event) -> Decision {
-        let next = self.version + 1;
+        let next = self.version.saturating_add(1);
         if event.version < next {
             return match self.contradiction(event) {
                 Some(detail) => Decision::Fork(detail),
-                None if sabotage::is_off(Guard::Duplicates) => Decision::Apply,
                 None => Decision::Duplicate,
             };
         }
@@ -166,7 +168,7 @@ impl<'a> Chain<'a> {
 
     /// What is held for the next version.
     pub(crate) fn next(&self) -> Next<'_, 'a> {
-        let next = self.version + 1;
+        let next = self.version.saturating_add(1);
         match self.held.get(&next) {
             Some(held) => Next::Event(held),
             None if next > self.horizon => Next::Unknown,

@@ -5,28 +5,34 @@ use std::{
     time::{Duration, Instant},
 };
 
-use broker::Wire;
+use amqp::Wire;
 use lapin::{Connection, ConnectionProperties, tcp::OwnedTLSConfig, uri::AMQPUri};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     Handler, Part, Sequencer, Status, Topology,
-    alarms::{Alarms, Found},
+    alarms::{Alarms, Found, Most},
     backoff::Backoff,
+    erasure,
     handler::describe,
+    stall::Stall,
     subscription::{Subscription, Trouble, answer},
-    transaction::Stop,
 };
 
 /// How long connecting to one node may take, the handshake included.
 const CONNECT: Duration = Duration::from_secs(10);
 /// Seconds between heartbeats, unless the URL says otherwise: a dead peer is noticed within two.
 const HEARTBEAT: u16 = 10;
+/// Why nothing is consumed while nothing could be stored.
+const READ_ONLY: &str = "the database takes no writes: it is a standby, or default_transaction_read_only is set for \
+                         the role or the database; connect to the primary";
 /// How often an idle consumer asks whether the database is still there.
 const DATABASE_CHECK: Duration = Duration::from_secs(5);
 /// How often it is looked for what needs somebody's attention.
 const ALARMS: Duration = Duration::from_secs(5);
+/// How often it is looked whether messages wait without being applied.
+const STALLS: Duration = Duration::from_secs(1);
 /// A session that lived this long was a success, even if nothing came.
 const HEALTHY: Duration = Duration::from_secs(30);
 
@@ -89,12 +95,18 @@ pub struct Config {
     /// When more events than this were refused or wait behind one that was, nothing more is consumed
     /// until they are fewer. 0 for never.
     pub max_held: u32,
+    /// How many messages that cannot be applied are kept, for each reason; further ones are only counted.
+    /// 0 for any number.
+    pub max_rejected: u32,
+    /// How many events may wait for a version that has not arrived; further ones are rejected. 0 for any number.
+    pub max_gaps: u32,
     /// For how long versions may be missing before somebody should look.
     pub hole_after: Duration,
 }
 
 impl Config {
-    /// The defaults: 100 messages a transaction, 20 refused in a row, 10,000 held, and a minute.
+    /// The defaults: 100 messages a transaction, 20 refused in a row, 10,000 held, 10,000 rejected for a reason,
+    /// 1,000,000 that wait for missing versions, and a minute.
     pub fn new(topology: Topology, nodes: Vec<Node>, connection_name: impl Into<String>) -> Self {
         Self {
             topology,
@@ -103,6 +115,8 @@ impl Config {
             batch: 100,
             max_refused: 20,
             max_held: 10_000,
+            max_rejected: 10_000,
+            max_gaps: 1_000_000,
             hole_after: Duration::from_mins(1),
         }
     }
@@ -115,13 +129,17 @@ pub struct Consumer<H> {
     config: Config,
     sequencer: Sequencer<H>,
     status: watch::Sender<Status>,
+    /// Of the queue and of its dead letters.
+    stalls: [Stall; 2],
 }
 
 impl<H: Handler> Consumer<H> {
     /// Nothing happens before [`run`](Self::run).
     pub fn new(config: Config, sequencer: Sequencer<H>) -> Self {
-        sequencer.streak().limit(config.max_refused);
-        Self { config, sequencer, status: watch::Sender::new(Status::starting()) }
+        sequencer.streaks().limit(config.max_refused);
+        sequencer.limits.set_rejected(config.max_rejected);
+        let status = watch::Sender::new(Status::starting());
+        Self { config, sequencer, status, stalls: Default::default() }
     }
 
     /// What it waits for, now and later.
@@ -132,7 +150,15 @@ impl<H: Handler> Consumer<H> {
     /// Consumes until `stop`. Then the transaction under way is finished and acknowledged, and what
     /// else was received is given back.
     pub async fn run(self, stop: CancellationToken) {
-        tokio::join!(Box::pin(self.consume(&stop)), self.watch(&stop));
+        if self.sequencer.sources.is_all() {
+            tracing::warn!(
+                consumer = self.sequencer.consumer,
+                "every source is followed and every user of the broker believed: whoever may write to the exchange \
+                 can forge events. Name the sources and the users that publish them"
+            );
+        }
+        let erased = erasure::keep(&self.sequencer.pool, &self.sequencer.consumer, &stop);
+        tokio::join!(Box::pin(self.consume(&stop)), self.watch(&stop), self.watch_stalls(&stop), erased);
     }
 
     async fn consume(&self, stop: &CancellationToken) {
@@ -186,8 +212,8 @@ impl<H: Handler> Consumer<H> {
                     self.set(|status| &mut status.database, Ok(()));
                     self.set(|status| &mut status.consuming, Err(reason));
                 }
-                Err(Stop::Transient(reason) | Stop::Failed(reason)) => {
-                    self.set(|status| &mut status.database, Err(reason));
+                Err(stop) => {
+                    self.set(|status| &mut status.database, Err(stop.reason()));
                 }
             }
         }
@@ -222,9 +248,10 @@ impl<H: Handler> Consumer<H> {
         // Whichever ends ends the others, each after the work it has begun.
         let session = stop.child_token();
         let settled = || progress.store(true, Ordering::Relaxed);
+        let [of_main, of_dead] = &self.stalls;
         let (main, dead, database) = tokio::join!(
-            Box::pin(ending(&session, main.run(&self.sequencer, &session, settled))),
-            Box::pin(ending(&session, dead.run(&self.sequencer, &session, settled))),
+            Box::pin(ending(&session, main.run(&self.sequencer, &session, of_main, settled))),
+            Box::pin(ending(&session, dead.run(&self.sequencer, &session, of_dead, settled))),
             ending(&session, self.watch_database(&session)),
         );
         if let Err(trouble) = answer(connection.close(200, "bye".into())).await {
@@ -242,7 +269,7 @@ impl<H: Handler> Consumer<H> {
             // lapin's own recovery stays off: it is this loop that begins anew.
             let properties = ConnectionProperties::default()
                 .with_connection_name(self.config.connection_name.as_str().into());
-            match tokio::time::timeout(CONNECT, broker::connect(uri, tls, properties)).await {
+            match tokio::time::timeout(CONNECT, amqp::connect(uri, tls, properties)).await {
                 Ok(Ok(connected)) => {
                     *node = n;
                     return Ok(connected);
@@ -255,10 +282,22 @@ impl<H: Handler> Consumer<H> {
         Err(trouble)
     }
 
+    /// Whether the database answers, and takes writes: on the connection that the next transaction has.
     async fn ask_database(&self) -> Result<(), Trouble> {
-        let question = sqlx::query("SELECT 1").execute(&self.sequencer.pool);
+        let session = &self.sequencer.session;
+        let question = async {
+            let mut conn = session.take().await?;
+            let read_only: bool = sqlx::query_scalar(
+                "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean",
+            )
+            .fetch_one(&mut *conn)
+            .await?;
+            session.keep(conn);
+            Ok(read_only)
+        };
         let answer = match tokio::time::timeout(CONNECT, question).await {
-            Ok(Ok(_)) => Ok(()),
+            Ok(Ok(false)) => Ok(()),
+            Ok(Ok(true)) => Err(READ_ONLY.to_owned()),
             Ok(Err(error)) => Err(describe(&error)),
             Err(_) => Err(format!("the database did not answer within {CONNECT:?}")),
         };
@@ -288,19 +327,31 @@ impl<H: Handler> Consumer<H> {
     async fn watch(&self, stop: &CancellationToken) {
         let queue = self.config.topology.queue().as_str();
         let Sequencer { consumer, pool, .. } = &self.sequencer;
-        let mut alarms = Alarms::new(consumer, pool, queue, self.config.hole_after);
+        let most = Most { rejected: self.config.max_rejected, gaps: self.config.max_gaps };
+        let mut alarms = Alarms::new(consumer, pool, queue, self.config.hole_after, most);
         while stop.run_until_cancelled(tokio::time::sleep(ALARMS)).await.is_some() {
             match alarms.look().await {
-                Ok(Found { holes, forks }) => {
+                Ok(Found { holes, forks, forged, limits, full }) => {
+                    self.sequencer.limits.set_full(full);
+                    self.set(|status| &mut status.sources, forged.map_or(Ok(()), Err));
                     self.status.send_if_modified(|status| {
-                        let modified = (&status.holes, &status.forks) != (&holes, &forks);
-                        (status.holes, status.forks) = (holes, forks);
+                        let modified =
+                            (&status.holes, &status.forks, &status.limits) != (&holes, &forks, &limits);
+                        (status.holes, status.forks, status.limits) = (holes, forks, limits);
                         modified
                     });
                 }
                 // Who consumes says so.
                 Err(error) => tracing::debug!(error = describe(&error), "no look at what is held"),
             }
+        }
+    }
+
+    /// Says when messages wait without being applied.
+    async fn watch_stalls(&self, stop: &CancellationToken) {
+        while stop.run_until_cancelled(tokio::time::sleep(STALLS)).await.is_some() {
+            let stalled = self.stalls.iter().find_map(Stall::reason);
+            self.set(|status| &mut status.applying, stalled.map_or(Ok(()), Err));
         }
     }
 

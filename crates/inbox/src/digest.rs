@@ -12,7 +12,7 @@ pub struct Digest {
     pub bucket: i32,
     /// How many there are.
     pub aggregates: i64,
-    /// The sum of their last versions.
+    /// The sum of their last versions, modulo 2^63.
     pub versions: i64,
     /// A hash of ids and last versions, in any order.
     pub hash: i64,

@@ -58,6 +58,15 @@ pub enum Failure {
     /// the broker delivers the event again. Not counted as an attempt.
     #[error("{0}")]
     Transient(String),
+    /// The database rolled the transaction back in favour of another one (a deadlock or a serialization failure, class
+    /// 40). It is tried again at once, a few times, and is then like [`Failure::Transient`].
+    #[error("{0}")]
+    Conflict(String),
+    /// The database ended a statement because it took longer than this consumer allows (SQLSTATE 57014). The
+    /// same work would end the same way, so it is tried in smaller parts; an event that takes too long twice,
+    /// although it is alone and the database answers quickly otherwise, is held with this text.
+    #[error("{0}")]
+    TooLong(String),
 }
 
 impl Failure {
@@ -67,20 +76,39 @@ impl Failure {
     }
 }
 
-/// Transient when the database is at fault (see [`is_transient`]), poison when the statement is.
+/// Transient when the database is at fault (see [`is_transient`]), a conflict when another transaction was preferred,
+/// poison when the statement is at fault, and too long when it was ended by our own limit.
 impl From<sqlx::Error> for Failure {
     fn from(error: sqlx::Error) -> Self {
-        if is_transient(&error) { Self::Transient(describe(&error)) } else { Self::Poison(describe(&error)) }
+        let reason = describe(&error);
+        match error {
+            error if is_too_long(&error) => Self::TooLong(reason),
+            error if is_conflict(&error) => Self::Conflict(reason),
+            error if is_transient(&error) => Self::Transient(reason),
+            _ => Self::Poison(reason),
+        }
     }
+}
+
+/// Whether the server ended a statement that took longer than the session allows. A limit of our own is no fault of the
+/// database that passes.
+pub(crate) fn is_too_long(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref() == Some("57014")
+}
+
+/// Whether the server rolled the transaction back in favour of another one: a deadlock or a serialization failure.
+pub(crate) fn is_conflict(error: &sqlx::Error) -> bool {
+    outbox::database::Failure::of(error) == outbox::database::Failure::Conflict
 }
 
 /// Whether the same statement may succeed later: the connection broke, or SQLSTATE says so. The classes
 /// are 08 connection, 40 rollback (deadlock, serialization), 53 resources, 57 operator intervention
-/// (shutdown, timeout), and 55P03, a lock that was not available.
+/// (shutdown, timeout), 55P03, a lock that was not available, and 25006, a server that takes no writes.
 pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Database(db) => db.code().is_some_and(|code| {
-            code == "55P03" || ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class))
+            ["55P03", "25006"].contains(&&*code)
+                || ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class))
         }),
         sqlx::Error::Io(_)
         | sqlx::Error::Tls(_)
@@ -98,6 +126,8 @@ pub(crate) fn describe(error: &sqlx::Error) -> String {
         return match error {
             sqlx::Error::Io(error) => format!("the connection to the database broke: {}", error.kind()),
             sqlx::Error::PoolTimedOut => "the database gave no connection in time".to_owned(),
+            // Its own words may name hosts.
+            sqlx::Error::Tls(_) => outbox::database::reason(error),
             sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) | sqlx::Error::Encode(_) => {
                 "a value does not fit its type".to_owned()
             }
@@ -105,10 +135,16 @@ pub(crate) fn describe(error: &sqlx::Error) -> String {
         };
     };
     let mut text = format!("database error {}", db.code().unwrap_or_default());
+    if is_too_long(error) {
+        text.push_str(" (a statement took longer than statement_timeout allows)");
+    }
     for (label, name) in [("table", db.table()), ("constraint", db.constraint())] {
         if let Some(name) = name {
             text = format!("{text}, {label} {name}");
         }
     }
-    text
+    match db.code().as_deref().and_then(outbox::database::meaning) {
+        Some(meaning) => format!("{text}: {meaning}"),
+        None => text,
+    }
 }

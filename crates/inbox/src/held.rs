@@ -4,10 +4,13 @@
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::{Map, Value};
-use sqlx::{PgConnection, Postgres, Transaction, types::Json};
+use sqlx::{PgConnection, Postgres, Transaction};
 use uuid::Uuid;
 
-use crate::{chain::Key, ledger::Ledger};
+use crate::{
+    chain::Key,
+    ledger::{Ledger, UNREADABLE},
+};
 
 /// Held events that wait for the same thing.
 #[derive(Clone, Debug, Serialize, sqlx::FromRow)]
@@ -145,7 +148,7 @@ cause AS (
     FROM waiting w LEFT JOIN tried t USING (source, aggregate_type, aggregate_id)
     GROUP BY 1, 2)
 SELECT c.reason, c.error, c.events, c.aggregates, c.attempts, c.first_at, c.last_at,
-       a.source, a.aggregate_type, a.aggregate_id, a.version + 1 AS version,
+       a.source, a.aggregate_type, a.aggregate_id, least(a.version, 9223372036854775806) + 1 AS version,
        sum(c.events) OVER ()::bigint AS all_events, count(*) OVER () AS all_groups
 FROM cause c JOIN inbox.aggregate a
   ON (a.consumer, a.source, a.aggregate_type, a.aggregate_id) = ($1, c.oldest[2], c.oldest[3], c.oldest[4])
@@ -211,7 +214,7 @@ pub async fn event(
         sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(consumer).bind(id).fetch_optional(&mut *conn).await?;
     let Some(event) = found else { return Ok(None) };
     let sql = "
-        SELECT h.headers, a.version AS applied, (SELECT count(*) FROM inbox.held b
+        SELECT h.headers::text AS headers, a.version AS applied, (SELECT count(*) FROM inbox.held b
                    WHERE (b.consumer, b.source, b.aggregate_type, b.aggregate_id)
                        = (h.consumer, h.source, h.aggregate_type, h.aggregate_id) AND b.version > h.version) AS behind,
                CASE WHEN $6 THEN h.payload END AS body
@@ -228,7 +231,7 @@ pub async fn event(
         .await?;
     Ok(rest.map(|rest| Shown {
         event,
-        headers: rest.headers.0,
+        headers: serde_json::from_str(&rest.headers).unwrap_or_else(|_| unreadable()),
         applied: rest.applied,
         behind: rest.behind,
         body: rest.body.map(text),
@@ -237,10 +240,15 @@ pub async fn event(
 
 #[derive(sqlx::FromRow)]
 struct Rest {
-    headers: Json<Map<String, Value>>,
+    headers: String,
     applied: i64,
     behind: i64,
     body: Option<Vec<u8>>,
+}
+
+/// Stands for headers that were stored before they had a limit, and are nested too deep to be read.
+fn unreadable() -> Map<String, Value> {
+    Map::from_iter([("…".to_owned(), UNREADABLE.into())])
 }
 
 /// The held events of this version of an aggregate: one of each source that has it.
@@ -295,8 +303,8 @@ pub(crate) async fn due(
          WHERE consumer = $1 AND (source, aggregate_type, aggregate_id) > ($2, $3, $4)
            AND ($5::text IS NULL OR (aggregate_type, aggregate_id) = ($5, $6))
            AND ($7::text IS NULL OR reason = $7) AND ($8::text IS NULL OR position($8 IN error) > 0)
-           AND (reason IN ('poison', 'trying') OR version = (
-                SELECT a.version + 1 FROM inbox.aggregate a
+           AND (reason IN ('poison', 'trying') OR version - 1 = (
+                SELECT a.version FROM inbox.aggregate a
                 WHERE (a.consumer, a.source, a.aggregate_type, a.aggregate_id)
                     = (h.consumer, h.source, h.aggregate_type, h.aggregate_id)))
          GROUP BY source, aggregate_type, aggregate_id

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
-use sqlx::{Postgres, Transaction, types::Json};
+use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
@@ -14,10 +14,15 @@ use crate::{
 /// How many held events of an aggregate are looked at in one transaction.
 pub(crate) const NEAR: usize = 64;
 
+/// The error of a held event whose stored headers cannot be read.
+pub(crate) const UNREADABLE: &str = "its stored headers cannot be read: they are nested too deep";
+
 /// The chains that a transaction has locked, by aggregate.
 pub(crate) struct Ledger<'a> {
     pub(crate) consumer: &'a str,
     pub(crate) chains: BTreeMap<Key, Chain<'a>>,
+    /// Held events whose stored headers cannot be read, as they were written before headers had a limit.
+    pub(crate) unreadable: Vec<(Key, i64)>,
 }
 
 /// Keys as one array a column, for `unnest`.
@@ -46,7 +51,7 @@ impl<'a> Ledger<'a> {
         keys: &BTreeSet<Key>,
     ) -> sqlx::Result<Self> {
         if keys.is_empty() {
-            return Ok(Self { consumer, chains: BTreeMap::new() });
+            return Ok(Self { consumer, chains: BTreeMap::new(), unreadable: Vec::new() });
         }
         let (sources, types, ids) = columns(keys.iter());
         sqlx::query(
@@ -85,7 +90,30 @@ impl<'a> Ledger<'a> {
                 (Key { source, aggregate_type, aggregate_id }, Chain::new(version, last_event_id))
             })
             .collect();
-        Ok(Self { consumer, chains })
+        Ok(Self { consumer, chains, unreadable: Vec::new() })
+    }
+
+    /// Which of `keys` there are already.
+    pub(crate) async fn known(
+        tx: &mut Transaction<'_, Postgres>,
+        consumer: &str,
+        keys: &BTreeSet<Key>,
+    ) -> sqlx::Result<BTreeSet<Key>> {
+        let (sources, types, ids) = columns(keys.iter());
+        let known: Vec<Key> = sqlx::query_as(
+            "SELECT k.source, k.aggregate_type, k.aggregate_id
+             FROM unnest($2::text[], $3::text[], $4::text[]) AS k (source, aggregate_type, aggregate_id)
+             WHERE EXISTS (SELECT FROM inbox.aggregate
+                           WHERE (consumer, source, aggregate_type, aggregate_id)
+                               = ($1, k.source, k.aggregate_type, k.aggregate_id))",
+        )
+        .bind(consumer)
+        .bind(sources)
+        .bind(types)
+        .bind(ids)
+        .fetch_all(&mut **tx)
+        .await?;
+        Ok(known.into_iter().collect())
     }
 
     /// Reads what is held: of each chain the lowest versions, and those of `events`. Only under the
@@ -159,9 +187,9 @@ impl<'a> Ledger<'a> {
         Ok(())
     }
 
-    /// Reads held events whole.
+    /// Reads held events whole. One that is `unreadable` comes without its headers.
     pub(crate) async fn events(
-        &self,
+        &mut self,
         tx: &mut Transaction<'_, Postgres>,
         wanted: &[(&Key, i64)],
     ) -> sqlx::Result<BTreeMap<(Key, i64), Event>> {
@@ -172,7 +200,7 @@ impl<'a> Ledger<'a> {
         let versions: Vec<i64> = wanted.iter().map(|(_, version)| *version).collect();
         let rows: Vec<HeldRow> = sqlx::query_as(
             "SELECT k.source, k.aggregate_type, k.aggregate_id, k.version, h.event_id, h.type, h.occurred_at,
-                    h.headers, h.payload
+                    h.headers::text AS headers, h.payload
              FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[])
                   AS k (source, aggregate_type, aggregate_id, version),
                   LATERAL (SELECT event_id, type, occurred_at, headers, payload FROM inbox.held
@@ -186,7 +214,38 @@ impl<'a> Ledger<'a> {
         .bind(versions)
         .fetch_all(&mut **tx)
         .await?;
-        Ok(rows.into_iter().map(Event::from).map(|e| ((Key::from(&e), e.version), e)).collect())
+        let mut events = BTreeMap::new();
+        for row in rows {
+            let (event, readable) = row.event();
+            let place = (Key::from(&event), event.version);
+            if !readable {
+                self.unreadable.push(place.clone());
+            }
+            events.insert(place, event);
+        }
+        Ok(events)
+    }
+
+    /// Writes that a held event cannot be read.
+    pub(crate) async fn unread(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        key: &Key,
+        version: i64,
+    ) -> sqlx::Result<()> {
+        sqlx::query(
+            "UPDATE inbox.held SET reason = 'poison', error = $6, attempts = attempts + 1, last_at = now()
+             WHERE (consumer, source, aggregate_type, aggregate_id, version) = ($1, $2, $3, $4, $5)",
+        )
+        .bind(self.consumer)
+        .bind(&key.source)
+        .bind(&key.aggregate_type)
+        .bind(&key.aggregate_id)
+        .bind(version)
+        .bind(UNREADABLE)
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
     }
 
     /// Takes note of an event that was applied.
@@ -227,22 +286,26 @@ struct HeldRow {
     #[sqlx(rename = "type")]
     type_: String,
     occurred_at: Option<chrono::DateTime<chrono::Utc>>,
-    headers: Json<Map<String, Value>>,
+    headers: String,
     payload: Vec<u8>,
 }
 
-impl From<HeldRow> for Event {
-    fn from(row: HeldRow) -> Self {
-        Self {
-            id: row.event_id,
-            source: row.source,
-            aggregate_type: row.aggregate_type,
-            aggregate_id: row.aggregate_id,
-            version: row.version,
-            type_: row.type_,
-            occurred_at: row.occurred_at,
-            headers: row.headers.0,
-            payload: row.payload,
-        }
+impl HeldRow {
+    /// The event, and whether its headers can be read.
+    fn event(self) -> (Event, bool) {
+        let headers: Option<Map<String, Value>> = serde_json::from_str(&self.headers).ok();
+        let readable = headers.is_some();
+        let event = Event {
+            id: self.event_id,
+            source: self.source,
+            aggregate_type: self.aggregate_type,
+            aggregate_id: self.aggregate_id,
+            version: self.version,
+            type_: self.type_,
+            occurred_at: self.occurred_at,
+            headers: headers.unwrap_or_default(),
+            payload: self.payload,
+        };
+        (event, readable)
     }
 }

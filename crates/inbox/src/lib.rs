@@ -17,20 +17,24 @@ mod breaker;
 mod chain;
 mod consumer;
 mod digest;
+mod erasure;
 mod failpoint;
 mod handler;
 pub mod held;
+mod kept;
 mod ledger;
+mod limits;
 mod message;
 mod plan;
 mod queues;
 mod redrive;
 pub mod rejected;
-pub mod sabotage;
 mod save;
 mod schema;
 mod sequencer;
 mod skip;
+mod sources;
+mod stall;
 mod status;
 mod subscription;
 mod topology;
@@ -46,5 +50,11 @@ pub use redrive::{NotDone, Redrive, Redriven, Redrives, Refused};
 pub use schema::{SCHEMA, migrator};
 pub use sequencer::{Interrupted, Outcome, Sequencer};
 pub use skip::Skip;
+pub use sources::{InvalidPublisher, Publisher, Sources};
 pub use status::{Part, Status};
 pub use topology::{InvalidTopology, Topology};
+
+/// The README's program compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -53,12 +53,30 @@ pub enum Malformed {
     /// It is there, but not what it should be.
     #[error("{0} is not {1}")]
     Invalid(&'static str, &'static str),
+    /// Its headers are none that an event has.
+    #[error("its headers {0}")]
+    Headers(&'static str),
+    /// Its body is larger than that of any event.
+    #[error("its body is larger than 16 MiB")]
+    Large,
 }
+
+/// The largest body of an event, as the outbox has it: RabbitMQ's own default for a message from 4.0 on.
+const LARGEST_BODY: usize = 16 * 1024 * 1024;
+/// How deep a header's value may be nested.
+const DEPTH: usize = 4;
+/// How many headers an event may have, without those that the broker adds.
+const HEADERS: usize = 100;
+/// How much of a rejected message's headers is kept, as JSON.
+const KEPT_HEADERS: usize = 16 * 1024;
+/// Stands for what is nested deeper than it may be.
+const TOO_DEEP: &str = "(nested too deep; not kept)";
 
 /// The headers that become fields of an [`Event`].
 const AGGREGATE_HEADERS: [&str; 3] = ["aggregate_type", "aggregate_id", "aggregate_version"];
 const TEXT: &str = "a text of 1 to 255 bytes without NUL";
-const VERSION: &str = "an integer of at least 1";
+/// The last integer is none, so that every version has a next one.
+const VERSION: &str = "an integer from 1 to 2^63 - 2";
 
 impl From<Delivery> for Envelope {
     fn from(delivery: Delivery) -> Self {
@@ -87,6 +105,10 @@ impl Envelope {
             AMQPValue::ByteArray(value) => text(name, value.as_slice()),
             _ => Err(Malformed::Invalid(name, TEXT)),
         };
+        received(headers)?;
+        if self.body.len() > LARGEST_BODY {
+            return Err(Malformed::Large);
+        }
         // A flag of another type would be a jump or an erasure that is overlooked.
         for name in ["baseline", "erased", "replayed"] {
             if !matches!(headers.inner().get(name), None | Some(AMQPValue::Boolean(_))) {
@@ -109,13 +131,13 @@ impl Envelope {
                 .filter(|(name, _)| {
                     !AGGREGATE_HEADERS.contains(&name.as_str()) && !name.as_str().starts_with("x-")
                 })
-                .map(|(name, value)| (name.as_str().to_owned(), to_json(value)))
+                .map(|(name, value)| (name.as_str().to_owned(), to_json(value, DEPTH)))
                 .collect(),
             payload: self.body.clone(),
         })
     }
 
-    /// Everything but the body, for people who look at a rejected message.
+    /// Everything but the body, for people who look at a rejected message. Bounded, in bytes and in depth.
     pub(crate) fn properties_json(&self) -> Value {
         let p = &self.properties;
         let text = |value: &Option<lapin::types::ShortString>| value.as_ref().map(|v| v.as_str().to_owned());
@@ -132,7 +154,7 @@ impl Envelope {
             "reply_to": text(p.reply_to()),
             "expiration": text(p.expiration()),
             "user_id": text(p.user_id()),
-            "headers": p.headers().as_ref().map(table),
+            "headers": p.headers().as_ref().map(kept),
         });
         if let Some(all) = all.as_object_mut() {
             all.retain(|_, value| !value.is_null());
@@ -216,7 +238,7 @@ fn version(value: &AMQPValue) -> Result<i64, Malformed> {
     };
     digits
         .map_or_else(|| integer(value), |d| std::str::from_utf8(d).ok()?.parse().ok())
-        .filter(|version| *version >= 1)
+        .filter(|version| (1..i64::MAX).contains(version))
         .ok_or(Malformed::Invalid("aggregate_version", VERSION))
 }
 
@@ -233,12 +255,65 @@ fn integer(value: &AMQPValue) -> Option<i64> {
     }
 }
 
-fn table(table: &FieldTable) -> Value {
-    table.inner().iter().map(|(name, value)| (name.as_str().to_owned(), to_json(value))).collect()
+/// Whether all of the headers arrived, and are such as an event may have.
+fn received(headers: &FieldTable) -> Result<(), Malformed> {
+    match headers.inner().get(amqp::REMOVED) {
+        None => {}
+        // Only the broker's own note of where the message has been.
+        Some(AMQPValue::FieldTable(removed))
+            if removed.inner().keys().all(|name| name.as_str() == "x-death") => {}
+        Some(_) => {
+            return Err(Malformed::Headers("could not be received whole; `x-removed` names what is missing"));
+        }
+    }
+    let mut own =
+        headers.inner().iter().filter(|(name, _)| !name.as_str().starts_with("x-")).map(|(_, value)| value);
+    if own.clone().count() > HEADERS {
+        return Err(Malformed::Headers("are more than 100"));
+    }
+    if own.any(|value| is_deep(value, DEPTH)) {
+        return Err(Malformed::Headers("are nested more than 4 levels deep"));
+    }
+    Ok(())
 }
 
-fn to_json(value: &AMQPValue) -> Value {
+/// Whether a value is nested in more than so many levels.
+fn is_deep(value: &AMQPValue, levels: usize) -> bool {
+    match (value, levels.checked_sub(1)) {
+        (AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_), None) => true,
+        (AMQPValue::FieldArray(all), Some(levels)) => {
+            all.as_slice().iter().any(|value| is_deep(value, levels))
+        }
+        (AMQPValue::FieldTable(all), Some(levels)) => {
+            all.inner().values().any(|value| is_deep(value, levels))
+        }
+        _ => false,
+    }
+}
+
+/// The headers of a rejected message, as far as they are kept.
+fn kept(headers: &FieldTable) -> Value {
+    let mut kept = Map::new();
+    let mut room = KEPT_HEADERS;
+    for (name, value) in headers.inner() {
+        let value = to_json(value, DEPTH);
+        let bytes = name.as_str().len() + value.to_string().len();
+        let Some(rest) = room.checked_sub(bytes) else { continue };
+        room = rest;
+        kept.insert(name.as_str().to_owned(), value);
+    }
+    let missing = headers.inner().len() - kept.len();
+    if missing > 0 {
+        kept.insert("…".to_owned(), format!("({missing} more, too large to be kept)").into());
+    }
+    kept.into()
+}
+
+/// With at most so many levels of arrays and tables.
+fn to_json(value: &AMQPValue, levels: usize) -> Value {
+    let within = levels.saturating_sub(1);
     match value {
+        AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_) if levels == 0 => TOO_DEEP.into(),
         AMQPValue::Boolean(b) => json!(b),
         AMQPValue::Float(f) => json!(f),
         AMQPValue::Double(f) => json!(f),
@@ -246,9 +321,13 @@ fn to_json(value: &AMQPValue) -> Value {
         AMQPValue::ShortString(s) => json!(s.as_str()),
         AMQPValue::LongString(s) => bytes(s.as_bytes()),
         AMQPValue::ByteArray(b) => bytes(b.as_slice()),
-        AMQPValue::FieldArray(all) => all.as_slice().iter().map(to_json).collect(),
+        AMQPValue::FieldArray(all) => all.as_slice().iter().map(|value| to_json(value, within)).collect(),
         AMQPValue::Timestamp(seconds) => json!(seconds),
-        AMQPValue::FieldTable(all) => table(all),
+        AMQPValue::FieldTable(all) => all
+            .inner()
+            .iter()
+            .map(|(name, value)| (name.as_str().to_owned(), to_json(value, within)))
+            .collect(),
         AMQPValue::Void => Value::Null,
         number => integer(number).map_or(Value::Null, Value::from),
     }

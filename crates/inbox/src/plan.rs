@@ -1,25 +1,41 @@
 //! What one transaction will do, decided in memory before anything is called or written.
 
+use std::borrow::Cow;
+
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    Envelope, Event, Malformed, Outcome,
+    Envelope, Event, Outcome, Sources,
     chain::{Decision, Held, Key, Next, Reason},
+    kept::Kept,
     ledger::Ledger,
     save::{Rejected, Rejection},
     transaction::{Mode, Stop},
 };
 
+/// Why an event that came too early is rejected.
+const TOO_MANY: &str =
+    "earlier versions have not arrived, and as many events wait for such as may: have the aggregate replayed";
+
 /// A message, parsed once for all tries.
 pub(crate) struct Message<'a> {
     pub(crate) envelope: &'a Envelope,
-    pub(crate) event: Result<Event, Malformed>,
+    /// The event in it, or why it is rejected.
+    pub(crate) event: Result<Event, (Rejection, String)>,
+    /// What is kept of it when it is none.
+    kept: Option<Kept<'a>>,
 }
 
 impl<'a> Message<'a> {
-    pub(crate) fn new(envelope: &'a Envelope) -> Self {
-        Self { envelope, event: envelope.event() }
+    /// Who sent it comes first: what is foreign is not looked into.
+    pub(crate) fn new(envelope: &'a Envelope, sources: &Sources) -> Self {
+        let event = match sources.refuse(envelope) {
+            Some(refused) => Err(refused),
+            None => envelope.event().map_err(|malformed| (Rejection::Malformed, malformed.to_string())),
+        };
+        let kept = event.as_ref().err().map(|(reason, _)| Kept::of(envelope, *reason));
+        Self { envelope, event, kept }
     }
 }
 
@@ -42,6 +58,8 @@ pub(crate) struct Plan<'a> {
     mode: Mode,
     /// How many held events may still be applied.
     budget: usize,
+    /// No more may wait for a version that has not arrived.
+    full: bool,
     /// What to apply, in this order.
     pub(crate) due: Vec<Due<'a>>,
     /// Aggregates with held events that may be next, but for which the budget did not last.
@@ -51,11 +69,12 @@ pub(crate) struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    pub(crate) fn new(ledger: Ledger<'a>, mode: Mode, budget: usize) -> Self {
+    pub(crate) fn new(ledger: Ledger<'a>, mode: Mode, budget: usize, full: bool) -> Self {
         Self {
             ledger,
             mode,
             budget,
+            full,
             due: Vec::new(),
             unfinished: Vec::new(),
             rejected: Vec::new(),
@@ -67,13 +86,22 @@ impl<'a> Plan<'a> {
     pub(crate) fn message(&mut self, message: &'a Message<'a>) -> Result<(), Stop> {
         let event = match &message.event {
             Ok(event) => event,
-            Err(malformed) => {
-                self.outcome.rejected += 1;
-                self.reject(message.envelope, None, Rejection::Malformed, malformed.to_string());
+            Err((reason, detail)) => {
+                *match reason {
+                    Rejection::Foreign => &mut self.outcome.foreign,
+                    Rejection::WrongUser => &mut self.outcome.wrong_user,
+                    _ => &mut self.outcome.rejected,
+                } += 1;
+                self.reject(message, None, *reason, detail.clone());
                 return Ok(());
             }
         };
         let key = Key::from(event);
+        if self.full && !self.ledger.chains.contains_key(&key) {
+            self.outcome.rejected += 1;
+            self.reject(message, Some(event), Rejection::Malformed, TOO_MANY.to_owned());
+            return Ok(());
+        }
         match self.ledger.chain(&key)?.decide(event) {
             Decision::Duplicate => self.outcome.duplicates += 1,
             Decision::Tried if self.mode == Mode::Together => {
@@ -81,9 +109,13 @@ impl<'a> Plan<'a> {
             }
             Decision::Fork(detail) => {
                 self.outcome.forks += 1;
-                self.reject(message.envelope, Some(event), Rejection::Fork, detail.to_owned());
+                self.reject(message, Some(event), Rejection::Fork, detail.to_owned());
             }
             Decision::Apply | Decision::Tried => self.apply(&key, event.version, event.id, Some(event))?,
+            Decision::Hold if self.full && self.ledger.chain(&key)?.waits() == Reason::Gap => {
+                self.outcome.rejected += 1;
+                self.reject(message, Some(event), Rejection::Malformed, TOO_MANY.to_owned());
+            }
             Decision::Hold => {
                 self.outcome.held += 1;
                 let held = Held { id: event.id, reason: Reason::Gap, attempts: 0, received: Some(event) };
@@ -99,7 +131,7 @@ impl<'a> Plan<'a> {
         let mode = self.mode;
         loop {
             let chain = self.ledger.chain(key)?;
-            let version = chain.version + 1;
+            let version = chain.version.saturating_add(1);
             let (id, received) = match chain.next() {
                 Next::Nothing => return Ok(()),
                 Next::Event(held) if !mode.takes(held.reason) => return Ok(()),
@@ -130,16 +162,20 @@ impl<'a> Plan<'a> {
 
     fn reject(
         &mut self,
-        envelope: &'a Envelope,
+        message: &'a Message<'a>,
         event: Option<&'a Event>,
         reason: Rejection,
         detail: String,
     ) {
-        self.rejected.push(Rejected { envelope, event, reason, detail });
+        let kept = match &message.kept {
+            Some(kept) => Cow::Borrowed(kept),
+            None => Cow::Owned(Kept::of(message.envelope, reason)),
+        };
+        self.rejected.push(Rejected { kept, event, reason, detail });
     }
 
     /// The events to apply, whole.
-    pub(crate) async fn events(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<Vec<Event>> {
+    pub(crate) async fn events(&mut self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<Vec<Event>> {
         let held: Vec<_> =
             self.due.iter().filter(|due| due.received.is_none()).map(|due| (&due.key, due.version)).collect();
         let mut held = self.ledger.events(tx, &held).await?;
@@ -150,6 +186,11 @@ impl<'a> Plan<'a> {
                 None => held.remove(&(due.key.clone(), due.version)).ok_or(sqlx::Error::RowNotFound),
             })
             .collect()
+    }
+
+    /// How often the event that is due was tried before.
+    pub(crate) fn attempts(&self) -> i32 {
+        self.due.first().and_then(|due| due.held).map_or(0, |(_, attempts)| attempts)
     }
 
     /// That the only event is tried has been stored.

@@ -28,7 +28,7 @@ async fn at_some_node(
             let properties =
                 ConnectionProperties::default().with_connection_name(config.connection_name.as_str().into());
             let (uri, tls) = node.clone().into_parts();
-            let (connection, _wire) = answer(broker::connect(uri, tls, properties)).await?;
+            let (connection, _wire) = answer(amqp::connect(uri, tls, properties)).await?;
             let channel = answer(connection.create_channel()).await?;
             work(&channel).await?;
             answer(channel.close(200, "bye".into())).await?;

@@ -2,9 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    mem,
     time::Duration,
 };
 
+use outbox::database::Attempts;
 use serde::Serialize;
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
@@ -14,7 +16,8 @@ use crate::{
     chain::{Chain, Key, Next, Reason},
     handler::describe,
     held::{self, Filter},
-    ledger::Ledger,
+    ledger::{Ledger, UNREADABLE},
+    schema::BEGIN,
     transaction::Stop,
 };
 
@@ -94,6 +97,9 @@ pub enum NotDone {
     /// It passes.
     #[error("{0}; try again later")]
     Transient(String),
+    /// The server preferred another transaction each time.
+    #[error("{0}; it was tried {ATTEMPTS} times; try again later", ATTEMPTS = outbox::database::ATTEMPTS)]
+    Conflict(String),
     /// It does not.
     #[error("{0}")]
     Failed(String),
@@ -117,8 +123,9 @@ impl From<sqlx::Error> for NotDone {
 impl From<Stop> for NotDone {
     fn from(stop: Stop) -> Self {
         match stop {
-            Stop::Transient(reason) => Self::Transient(reason),
-            Stop::Failed(reason) => Self::Failed(reason),
+            Stop::Transient(reason) | Stop::TooLong(reason) => Self::Transient(reason),
+            Stop::Conflict(reason) => Self::Conflict(reason),
+            stop => Self::Failed(stop.reason()),
         }
     }
 }
@@ -183,15 +190,21 @@ impl<H: Handler> Sequencer<H> {
         Ok(all)
     }
 
-    /// One transaction.
+    /// One transaction, and again when the server preferred another one.
     async fn some(&self, key: &Key, batch: usize, dry_run: bool) -> Result<Redriven, NotDone> {
-        let work = async {
-            let (mut tx, mut ledger) = self.lock(key).await?;
-            let done = self.next(&mut tx, &mut ledger, key, batch, dry_run).await?;
-            self.end(tx, &done, dry_run).await?;
-            Ok(done)
-        };
-        within(work).await
+        let mut attempts = Attempts::default();
+        loop {
+            let work = async {
+                let (mut tx, mut ledger) = self.lock(key).await?;
+                let done = self.next(&mut tx, &mut ledger, key, batch, dry_run).await?;
+                self.end(tx, &done, dry_run).await?;
+                Ok(done)
+            };
+            let done = within(work).await;
+            if !matches!(done, Err(NotDone::Conflict(_))) || !attempts.again().await {
+                return done;
+            }
+        }
     }
 
     /// Begins a transaction with the lock on one aggregate.
@@ -199,7 +212,8 @@ impl<H: Handler> Sequencer<H> {
         &self,
         key: &Key,
     ) -> Result<(Transaction<'static, Postgres>, Ledger<'_>), NotDone> {
-        let mut tx = self.pool.begin().await.map_err(|error| NotDone::Transient(describe(&error)))?;
+        let mut tx =
+            self.pool.begin_with(BEGIN).await.map_err(|error| NotDone::Transient(describe(&error)))?;
         self.handler.begin(&mut tx).await.map_err(Stop::from)?;
         let mut ledger = Ledger::lock(&mut tx, &self.consumer, &BTreeSet::from([key.clone()])).await?;
         ledger.read_held(&mut tx, &[]).await?;
@@ -222,21 +236,30 @@ impl<H: Handler> Sequencer<H> {
         while applied < batch.max(1) {
             let Some(version) = turn(ledger.chain(key)?) else { break };
             let Some(event) = ledger.events(tx, &[(key, version)]).await?.into_values().next() else { break };
-            if version > ledger.chain(key)?.version + 1 && !event.jumps() {
+            if version > ledger.chain(key)?.version.saturating_add(1) && !event.jumps() {
                 break;
             }
-            match self.handle_alone(tx, &event).await {
+            let readable = mem::take(&mut ledger.unreadable).is_empty();
+            let handled =
+                if readable { self.handle_alone(tx, &event).await } else { Err(Failure::poison(UNREADABLE)) };
+            match handled {
                 Ok(()) => {
                     ledger.chain(key)?.advance(version, event.id);
                     ledger.applied(&event)?;
                     applied += 1;
                 }
-                Err(Failure::Transient(reason)) => return Err(NotDone::Transient(reason)),
+                Err(Failure::Conflict(reason)) => return Err(NotDone::Conflict(reason)),
+                Err(Failure::Transient(reason) | Failure::TooLong(reason)) => {
+                    return Err(NotDone::Transient(reason));
+                }
                 Err(Failure::Poison(error)) => {
+                    if !readable && !dry_run {
+                        ledger.unread(tx, key, version).await?;
+                    }
                     if let Some(held) = ledger.chain(key)?.held.get_mut(&version) {
                         held.reason = Reason::Poison;
-                        held.attempts += 1;
-                        if !dry_run {
+                        held.attempts = held.attempts.saturating_add(1);
+                        if readable && !dry_run {
                             self.refuse(tx, &event, &error, held.attempts).await?;
                         }
                     }
@@ -284,7 +307,7 @@ pub(crate) async fn within<T>(work: impl Future<Output = Result<T, NotDone>>) ->
 
 /// The held event to try: the next one, or else the first that was refused, which may jump.
 fn turn(chain: &Chain<'_>) -> Option<i64> {
-    let next = chain.version + 1;
+    let next = chain.version.saturating_add(1);
     if chain.held.contains_key(&next) {
         return Some(next);
     }

@@ -3,9 +3,15 @@
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::Value;
-use sqlx::{PgConnection, types::Json};
+use sqlx::PgConnection;
 
-use crate::held::text;
+use crate::{held::text, save::Rejection};
+
+/// Why a message is rejected.
+pub const REASONS: [&str; 4] = {
+    let [malformed, fork, foreign, wrong_user] = Rejection::ALL;
+    [malformed.as_str(), fork.as_str(), foreign.as_str(), wrong_user.as_str()]
+};
 
 /// How many are dropped in one statement.
 const BATCH: i64 = 10_000;
@@ -13,7 +19,7 @@ const BATCH: i64 = 10_000;
 /// Messages that were rejected for the same reason.
 #[derive(Clone, Debug, Serialize, sqlx::FromRow)]
 pub struct Group {
-    /// `malformed` or `fork`.
+    /// One of [`REASONS`].
     pub reason: String,
     /// In words.
     pub detail: String,
@@ -43,7 +49,7 @@ pub struct Groups {
 pub struct Rejected {
     /// Its number.
     pub id: i64,
-    /// `malformed` or `fork`.
+    /// One of [`REASONS`].
     pub reason: String,
     /// In words.
     pub detail: String,
@@ -60,9 +66,11 @@ pub struct Rejected {
     /// When its properties and its body were erased, because what it tells of has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub erased_at: Option<DateTime<Utc>>,
-    /// How long its body is.
-    pub bytes: i32,
-    /// Its body, where it was asked for: text, or else hexadecimal.
+    /// How long its body was.
+    pub bytes: i64,
+    /// How much of it is kept.
+    pub kept_bytes: i32,
+    /// The part of its body that is kept, where it was asked for: text, or else hexadecimal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body: Option<String>,
 }
@@ -101,17 +109,19 @@ pub async fn message(
         reason: String,
         detail: String,
         routing_key: String,
-        properties: Json<Value>,
+        properties: String,
         times: i64,
         first_at: DateTime<Utc>,
         last_at: DateTime<Utc>,
         erased_at: Option<DateTime<Utc>>,
-        bytes: i32,
+        bytes: i64,
+        kept_bytes: i32,
         body: Option<Vec<u8>>,
     }
     let row: Option<Row> = sqlx::query_as(
-        "SELECT reason, detail, routing_key, properties, times, first_at, last_at, erased_at,
-                octet_length(body) AS bytes, CASE WHEN $3 THEN body END AS body
+        "SELECT reason, detail, routing_key, properties::text AS properties, times, first_at, last_at, erased_at,
+                coalesce(bytes, octet_length(body)) AS bytes, octet_length(body) AS kept_bytes,
+                CASE WHEN $3 THEN body END AS body
          FROM inbox.rejected WHERE consumer = $1 AND id = $2",
     )
     .bind(consumer)
@@ -124,12 +134,14 @@ pub async fn message(
         reason: row.reason,
         detail: row.detail,
         routing_key: row.routing_key,
-        properties: row.properties.0,
+        // What was stored before it had a limit may be nested too deep to be read.
+        properties: serde_json::from_str(&row.properties).unwrap_or(Value::Null),
         times: row.times,
         first_at: row.first_at,
         last_at: row.last_at,
         erased_at: row.erased_at,
         bytes: row.bytes,
+        kept_bytes: row.kept_bytes,
         body: row.body.map(text),
     }))
 }
@@ -154,6 +166,7 @@ pub async fn drop(conn: &mut PgConnection, consumer: &str, filter: &Filter) -> s
         .fetch_one(&mut *conn)
         .await?;
     let mut dropped = 0;
+    let mut attempts = outbox::database::Attempts::default();
     loop {
         let some = sqlx::query(
             "DELETE FROM inbox.rejected WHERE id IN (
@@ -168,11 +181,15 @@ pub async fn drop(conn: &mut PgConnection, consumer: &str, filter: &Filter) -> s
         .bind(&filter.reason)
         .bind(BATCH)
         .execute(&mut *conn)
-        .await?
-        .rows_affected();
+        .await;
+        if outbox::database::is_conflict(&some) && attempts.again().await {
+            continue;
+        }
+        let some = some?.rows_affected();
         if some == 0 {
             return Ok(dropped);
         }
+        attempts = outbox::database::Attempts::default();
         dropped += some;
     }
 }

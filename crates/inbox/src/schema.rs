@@ -6,8 +6,12 @@ pub const SCHEMA: &str = "inbox";
 /// The inbox's migrations. Their record is kept in `inbox.migration`, so that the inbox can be added to
 /// any database, whatever migrates the rest of it.
 pub fn migrator() -> Migrator {
-    let mut migrator = sqlx::migrate!("../../migrations/inbox");
+    let mut migrator = sqlx::migrate!("./migrations");
     migrator.dangerous_set_table_name("inbox.migration");
     migrator.create_schema(SCHEMA);
     migrator
 }
+
+/// Begins a transaction as the inbox's statements rely on it, whatever the defaults of the database or the role are:
+/// under another isolation, what another consumer has just committed would be a failure instead of a duplicate.
+pub(crate) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";

@@ -1,13 +1,14 @@
-use std::{collections::BTreeSet, ops::AddAssign, slice, sync::Mutex};
+use std::{collections::BTreeSet, ops::AddAssign, slice, sync::Mutex, time::Duration};
 
-use session::Session;
+use outbox::database::Session;
 use sqlx::PgPool;
 
 use crate::{
-    Envelope, Handler,
-    breaker::Streak,
+    Envelope, Handler, Sources,
+    breaker::Streaks,
     chain::Key,
     ledger::NEAR,
+    limits::Limits,
     plan::Message,
     transaction::{Mode, Stop, Work},
 };
@@ -23,7 +24,7 @@ use crate::{
 /// | *v* > *n* + 1 | held; a baseline or the aggregate's own deletion jumps instead |
 /// | the handler refuses it | held with the error; later ones wait behind it |
 /// | the database or the handler cannot now | nothing is changed; to be delivered again |
-/// | it is no event | stored as it came |
+/// | it is no event, or from a source or user that is not followed | stored as it came |
 ///
 /// `consumer` is part of every key: consumers with different names do not see each other, and any number
 /// of processes with the same name share the work.
@@ -36,8 +37,12 @@ pub struct Sequencer<H> {
     pub(crate) handler: H,
     /// Attempts that were interrupted, which could not be written: this process lives, so they do not count.
     pub(crate) survived: Mutex<BTreeSet<(Key, i64)>>,
-    /// How many events were refused in a row.
-    pub(crate) streak: Mutex<Streak>,
+    /// How many events of each source were refused in a row.
+    pub(crate) streaks: Mutex<Streaks>,
+    /// Whom it believes.
+    pub(crate) sources: Sources,
+    /// How much it stores.
+    pub(crate) limits: Limits,
 }
 
 /// What became of messages.
@@ -53,6 +58,10 @@ pub struct Outcome {
     pub poison: u64,
     /// No events.
     pub rejected: u64,
+    /// From sources that are not followed.
+    pub foreign: u64,
+    /// Of a followed source, from a user that does not publish it.
+    pub wrong_user: u64,
     /// Suspected forks.
     pub forks: u64,
 }
@@ -64,9 +73,14 @@ impl AddAssign for Outcome {
         self.held += other.held;
         self.poison += other.poison;
         self.rejected += other.rejected;
+        self.foreign += other.foreign;
+        self.wrong_user += other.wrong_user;
         self.forks += other.forks;
     }
 }
+
+/// A database that takes longer for a tiny commit is slow with everything.
+const QUICK: Duration = Duration::from_secs(1);
 
 /// Why messages were not settled. Deliver those from `settled` on again.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -91,8 +105,17 @@ impl<H: Handler> Sequencer<H> {
             pool,
             handler,
             survived: Mutex::default(),
-            streak: Mutex::default(),
+            streaks: Mutex::default(),
+            sources: Sources::default(),
+            limits: Limits::default(),
         }
+    }
+
+    /// Follows these sources alone, as published by their users. What it has stored already it believes.
+    #[must_use]
+    pub fn following(mut self, sources: Sources) -> Self {
+        self.sources = sources;
+        self
     }
 
     /// Settles `messages`, in their order. They are taken in one transaction; when that fails for one
@@ -100,7 +123,8 @@ impl<H: Handler> Sequencer<H> {
     /// bad event costs nobody else, and about twice the logarithm of the batch. Everything that is reported as
     /// settled is committed, and may be acknowledged.
     pub async fn apply(&self, messages: &[Envelope]) -> Result<Outcome, Interrupted> {
-        let messages: Vec<Message<'_>> = messages.iter().map(Message::new).collect();
+        let messages: Vec<Message<'_>> =
+            messages.iter().map(|message| Message::new(message, &self.sources)).collect();
         let mut outcome = Outcome::default();
         let mut settled = 0;
         let mut parts = vec![messages.as_slice()];
@@ -114,7 +138,7 @@ impl<H: Handler> Sequencer<H> {
                         return Err(Interrupted { settled, reason, refused: false });
                     }
                 }
-                Err(Stop::Failed(reason)) if part.len() > 1 => {
+                Err(Stop::Failed(reason) | Stop::TooLong(reason)) if part.len() > 1 => {
                     tracing::debug!(
                         reason,
                         messages = part.len(),
@@ -132,13 +156,13 @@ impl<H: Handler> Sequencer<H> {
     /// Settles one message whose handler may end the process. That it is tried is committed before the
     /// handler runs, and an event whose handler has not come back three times is held as poison.
     pub async fn attempt(&self, message: &Envelope) -> Result<Outcome, Interrupted> {
-        let message = Message::new(message);
+        let message = Message::new(message, &self.sources);
         let settled = async {
-            let (outcome, mut unfinished) = self.transaction(Work::suspect(&message)).await?;
+            let (outcome, mut unfinished) = self.alone(Work::suspect(&message)).await?;
             let mut outcome = outcome;
             // What it freed is as suspect as itself.
             while !unfinished.is_empty() {
-                let (one, rest) = self.transaction(Work::one_held(&unfinished, Mode::Attempt)).await?;
+                let (one, rest) = self.alone(Work::one_held(&unfinished, Mode::Attempt)).await?;
                 outcome += one;
                 unfinished = rest;
             }
@@ -149,8 +173,7 @@ impl<H: Handler> Sequencer<H> {
 
     /// Tries again the event that stops an aggregate, and applies what waits behind it.
     pub(crate) async fn retry(&self, key: &Key) -> Result<Outcome, Stop> {
-        let (mut outcome, unfinished) =
-            self.transaction(Work::one_held(slice::from_ref(key), Mode::Retry)).await?;
+        let (mut outcome, unfinished) = self.alone(Work::one_held(slice::from_ref(key), Mode::Retry)).await?;
         outcome += self.drain(unfinished).await?;
         Ok(outcome)
     }
@@ -159,9 +182,11 @@ impl<H: Handler> Sequencer<H> {
     /// that failed goes into a savepoint at once, which most messages that come alone need not pay for.
     async fn settle(&self, messages: &[Message<'_>], several: bool) -> Result<Outcome, Stop> {
         let settled = match messages {
-            [message] if several => self.transaction(Work::alone(message)).await,
+            [message] if several => self.alone(Work::alone(message)).await,
             _ => match (self.transaction(Work::messages(messages)).await, messages) {
-                (Err(Stop::Failed(_)), [message]) => self.transaction(Work::alone(message)).await,
+                (Err(Stop::Failed(_) | Stop::TooLong(_)), [message]) => {
+                    self.alone(Work::alone(message)).await
+                }
                 (settled, _) => settled,
             },
         };
@@ -175,16 +200,41 @@ impl<H: Handler> Sequencer<H> {
         let mut outcome = Outcome::default();
         let mut budget = NEAR;
         while !unfinished.is_empty() {
-            match self.transaction(Work::held(&unfinished, budget)).await {
+            let work = Work::held(&unfinished, budget);
+            let drained = if budget == 1 { self.alone(work).await } else { self.transaction(work).await };
+            match drained {
                 Ok((freed, rest)) => {
                     outcome += freed;
                     unfinished = rest;
                     budget = NEAR.min(budget * 2);
                 }
-                Err(Stop::Failed(_)) if budget > 1 => budget /= 2,
+                Err(Stop::Failed(_) | Stop::TooLong(_)) if budget > 1 => budget /= 2,
                 Err(stop) => return Err(stop),
             }
         }
         Ok(outcome)
+    }
+
+    /// A transaction for one event. When it takes longer than it may, it is tried once more, and then the event is held
+    /// with the reason: the limit is our own, and the same attempt would end the same way for ever, while everybody
+    /// waits. Unless the database is slow with anything: then it is nobody's fault, and passes.
+    async fn alone(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Stop> {
+        let mut done = self.transaction(work).await;
+        for again in [true, false] {
+            let Err(Stop::TooLong(reason)) = done else { return done };
+            if !self.is_quick().await {
+                return Err(Stop::Transient(reason));
+            }
+            tracing::warn!(consumer = self.consumer, reason, again, "one event alone took too long");
+            let work = if again { work } else { Work { refuse: Some(&reason), ..work } };
+            done = self.transaction(work).await;
+        }
+        done
+    }
+
+    /// Whether the database commits something small in no time.
+    async fn is_quick(&self) -> bool {
+        let commit = sqlx::query("SELECT pg_logical_emit_message(true, 'inbox', '')").execute(&self.pool);
+        matches!(tokio::time::timeout(QUICK, commit).await, Ok(Ok(_)))
     }
 }

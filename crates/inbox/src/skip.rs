@@ -1,5 +1,6 @@
 //! Giving up a held event, on somebody's word.
 
+use outbox::database::Attempts;
 use serde_json::{Value, json};
 
 use crate::{
@@ -28,30 +29,14 @@ impl<H: Handler> Sequencer<H> {
     /// version rises and the chain stays whole, and `inbox.skipped` remembers it. Then what waited behind
     /// it is applied.
     pub async fn skip(&self, skip: &Skip<'_>) -> Result<Redriven, NotDone> {
-        let key = &skip.event.aggregate;
-        let version = skip.event.version;
-        let work = async {
-            let (mut tx, mut ledger) = self.lock(key).await?;
-            let chain = ledger.chain(key)?;
-            let held = chain.held.get(&version).filter(|held| held.id == skip.event.event_id);
-            let Some(held) = held else { return Err(NotDone::Gone) };
-            if version != chain.version + 1 || !held.reason.blocks() {
-                return Err(NotDone::NotNext(chain.version));
+        let (key, version) = (&skip.event.aggregate, skip.event.version);
+        let mut attempts = Attempts::default();
+        let mut all = loop {
+            let done = within(self.skip_once(skip)).await;
+            if !matches!(done, Err(NotDone::Conflict(_))) || !attempts.again().await {
+                break done?;
             }
-            let event = ledger.events(&mut tx, &[(key, version)]).await?.into_values().next();
-            let Some(event) = event else { return Err(NotDone::Gone) };
-            match self.handle_alone(&mut tx, &erased(&event)).await {
-                Ok(()) => {}
-                Err(Failure::Transient(reason)) => return Err(NotDone::Transient(reason)),
-                Err(Failure::Poison(reason)) => return Err(NotDone::Refused(reason)),
-            }
-            ledger.skip(&mut tx, key, version, skip.by, skip.why).await?;
-            ledger.chain(key)?.advance(version, event.id);
-            let done = self.next(&mut tx, &mut ledger, key, skip.batch, skip.dry_run).await?;
-            self.end(tx, &done, skip.dry_run).await?;
-            Ok(done)
         };
-        let mut all = within(work).await?;
         if all.unfinished && !skip.dry_run {
             let more = self.bring_on(key, skip.batch, false).await?;
             all = Redriven { from: all.from, applied: all.applied + more.applied, ..more };
@@ -69,6 +54,35 @@ impl<H: Handler> Sequencer<H> {
             );
         }
         Ok(all)
+    }
+
+    /// One transaction: the event is given up, and some of what waited behind it is applied.
+    async fn skip_once(&self, skip: &Skip<'_>) -> Result<Redriven, NotDone> {
+        let (key, version) = (&skip.event.aggregate, skip.event.version);
+        let (mut tx, mut ledger) = self.lock(key).await?;
+        let chain = ledger.chain(key)?;
+        let held = chain.held.get(&version).filter(|held| held.id == skip.event.event_id);
+        let Some(held) = held else { return Err(NotDone::Gone) };
+        if version != chain.version.saturating_add(1) || !held.reason.blocks() {
+            return Err(NotDone::NotNext(chain.version));
+        }
+        let event = ledger.events(&mut tx, &[(key, version)]).await?.into_values().next();
+        let Some(event) = event else { return Err(NotDone::Gone) };
+        // Its erased form needs no headers.
+        ledger.unreadable.clear();
+        match self.handle_alone(&mut tx, &erased(&event)).await {
+            Ok(()) => {}
+            Err(Failure::Conflict(reason)) => return Err(NotDone::Conflict(reason)),
+            Err(Failure::Transient(reason) | Failure::TooLong(reason)) => {
+                return Err(NotDone::Transient(reason));
+            }
+            Err(Failure::Poison(reason)) => return Err(NotDone::Refused(reason)),
+        }
+        ledger.skip(&mut tx, key, version, skip.by, skip.why).await?;
+        ledger.chain(key)?.advance(version, event.id);
+        let done = self.next(&mut tx, &mut ledger, key, skip.batch, skip.dry_run).await?;
+        self.end(tx, &done, skip.dry_run).await?;
+        Ok(done)
     }
 }
 

@@ -12,13 +12,12 @@ use lapin::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    Envelope, Handler, Interrupted, Sequencer,
-    sabotage::{self, Guard},
-};
+use crate::{Envelope, Handler, Interrupted, Sequencer, stall::Stall};
 
 /// How long the broker may take for one answer.
 const ANSWER: Duration = Duration::from_secs(10);
+/// A transaction takes no further message when the bodies of those that it has are as large as this together.
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// From this many returns on, the third delivery, a message is taken alone: it may be what ends its
 /// consumers, and then the others need not come back with it.
 const SUSPECT: i64 = 2;
@@ -32,9 +31,17 @@ pub(crate) enum Trouble {
     Handler(String),
 }
 
+impl Trouble {
+    fn reason(&self) -> &str {
+        match self {
+            Self::Broker(reason) | Self::Database(reason) | Self::Handler(reason) => reason,
+        }
+    }
+}
+
 impl From<lapin::Error> for Trouble {
     fn from(error: lapin::Error) -> Self {
-        Self::Broker(error.to_string())
+        Self::Broker(amqp::describe(&error))
     }
 }
 
@@ -82,14 +89,24 @@ impl Subscription {
         mut self,
         sequencer: &Sequencer<H>,
         stop: &CancellationToken,
+        stall: &Stall,
         progress: impl Fn(),
     ) -> Result<(), Trouble> {
         let ended = loop {
             match self.next_batch(stop).await {
-                Ok(Some(batch)) => match self.settle(sequencer, batch).await {
-                    Ok(()) => progress(),
-                    Err(trouble) => break Err(trouble),
-                },
+                Ok(Some(batch)) => {
+                    stall.begin();
+                    match self.settle(sequencer, stall, batch).await {
+                        Ok(()) => {
+                            stall.settled();
+                            progress();
+                        }
+                        Err(trouble) => {
+                            stall.interrupted(trouble.reason());
+                            break Err(trouble);
+                        }
+                    }
+                }
                 Ok(None) => break Ok(()),
                 Err(trouble) => break Err(trouble),
             }
@@ -107,7 +124,7 @@ impl Subscription {
     fn why(&mut self) -> Option<String> {
         while let Some(Some(next)) = self.deliveries.next().now_or_never() {
             if let Err(error) = next {
-                return Some(error.to_string());
+                return Some(amqp::describe(&error));
             }
         }
         None
@@ -121,7 +138,7 @@ impl Subscription {
         let Some(first) = stop.run_until_cancelled(self.deliveries.next()).await else { return Ok(None) };
         let first = delivered(first)?;
         let mut all = vec![first];
-        while all.len() < self.batch && !is_suspect(&all[0]) {
+        while all.len() < self.batch && bytes(&all) < BATCH_BYTES && !is_suspect(&all[0]) {
             let Some(next) = self.deliveries.next().now_or_never() else { break };
             // Trouble now is trouble for those received, too: without the channel nothing can be
             // acknowledged, and they come again.
@@ -139,25 +156,19 @@ impl Subscription {
     async fn settle<H: Handler>(
         &self,
         sequencer: &Sequencer<H>,
+        stall: &Stall,
         batch: Vec<Delivery>,
     ) -> Result<(), Trouble> {
         let tags: Vec<u64> = batch.iter().map(|delivery| delivery.delivery_tag).collect();
-        if sabotage::is_off(Guard::Commit)
-            && let Some(last) = tags.last()
-        {
-            answer(self.channel.basic_ack(*last, BasicAckOptions { multiple: true })).await?;
-        }
         let suspect = self.dead || batch.first().is_some_and(is_suspect);
         let messages: Vec<Envelope> = batch.into_iter().map(Envelope::from).collect();
         let applied = match messages.as_slice() {
             [message] if suspect => sequencer.attempt(message).await,
             messages => sequencer.apply(messages).await,
         };
-        if sabotage::is_off(Guard::Commit) {
-            return applied.map(drop).map_err(|interrupted| Trouble::Database(interrupted.reason));
-        }
         let settled = applied.as_ref().map_or_else(|interrupted| interrupted.settled, |_| tags.len());
         if let Some(last) = settled.checked_sub(1).and_then(|last| tags.get(last)) {
+            stall.settled();
             answer(self.channel.basic_ack(*last, BasicAckOptions { multiple: true })).await?;
         }
         if let Some(reason) = sequencer.broken() {
@@ -191,8 +202,17 @@ impl Subscription {
 fn delivered(next: Option<lapin::Result<Delivery>>) -> Result<Delivery, Trouble> {
     match next {
         Some(delivery) => Ok(delivery?),
-        None => Err(Trouble::Broker("the broker cancelled the subscription: its queue was deleted".into())),
+        None => Err(Trouble::Broker(
+            "the broker cancelled the subscription: the queue was deleted, or a message was not acknowledged \
+             within the broker's consumer_timeout"
+                .into(),
+        )),
     }
+}
+
+/// How large the bodies are together.
+fn bytes(batch: &[Delivery]) -> usize {
+    batch.iter().map(|delivery| delivery.data.len()).sum()
 }
 
 fn is_suspect(delivery: &Delivery) -> bool {

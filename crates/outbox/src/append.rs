@@ -26,6 +26,11 @@ pub struct NewEvent {
 pub const MAX_PAYLOAD: usize = 16 * 1024 * 1024;
 /// Headers have at most so many bytes, as JSON: a frame must hold them. The schema says so too.
 pub const MAX_HEADERS: usize = 64 * 1024;
+/// So many headers at most. The schema says so too.
+pub const MAX_HEADER_COUNT: usize = 64;
+/// So deep at most: a header's value is at depth 1, and what an array or an object in it has is one deeper. The
+/// schema says so too.
+pub const MAX_HEADER_DEPTH: usize = 4;
 
 /// Why events were not appended. After an error of the database the transaction is aborted, as after any
 /// failed statement.
@@ -102,6 +107,9 @@ pub async fn append(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> 
 /// What the relay would refuse later is its writer's error now.
 fn check(event: &NewEvent) -> Result<(), AppendError> {
     let unfit = |rule| Err(AppendError::Unfit { id: event.id, type_: event.type_, rule });
+    if event.version == i64::MAX {
+        return unfit("its version is the last that there is, which has no next one".to_owned());
+    }
     let payload = event.payload.get().len();
     if payload > MAX_PAYLOAD {
         return unfit(format!("its body has {payload} bytes, and at most {MAX_PAYLOAD} are allowed"));
@@ -111,8 +119,35 @@ fn check(event: &NewEvent) -> Result<(), AppendError> {
     if bytes > MAX_HEADERS {
         return unfit(format!("its headers have {bytes} bytes, and at most {MAX_HEADERS} are allowed"));
     }
-    match ["CC", "BCC"].into_iter().find(|name| headers.contains_key(*name)) {
-        Some(name) => unfit(format!("RabbitMQ takes a header named {name} for more routing keys")),
-        None => Ok(()),
+    headers_rule(headers).map_or(Ok(()), unfit)
+}
+
+/// Which rule of the contract headers break, but for that of their size; none when they keep all.
+pub fn headers_rule(headers: &Map<String, Value>) -> Option<String> {
+    let count = headers.len();
+    if count > MAX_HEADER_COUNT {
+        return Some(format!("it has {count} headers, and at most {MAX_HEADER_COUNT} are allowed"));
+    }
+    for (name, value) in headers {
+        if matches!(name.as_str(), "CC" | "BCC") {
+            return Some(format!("it has a header named {name}, which RabbitMQ takes for more routing keys"));
+        }
+        if name.len() > 255 {
+            return Some("a header's name is longer than 255 bytes".to_owned());
+        }
+        if is_deeper(value, MAX_HEADER_DEPTH - 1) {
+            return Some(format!("a header is nested more than {MAX_HEADER_DEPTH} deep"));
+        }
+    }
+    None
+}
+
+/// Whether something lies more than `levels` below a value. Looks no deeper than that.
+fn is_deeper(value: &Value, levels: usize) -> bool {
+    let deeper = |inner: &Value| levels == 0 || is_deeper(inner, levels - 1);
+    match value {
+        Value::Array(values) => values.iter().any(deeper),
+        Value::Object(values) => values.values().any(deeper),
+        _ => false,
     }
 }

@@ -13,7 +13,10 @@ pub struct Ended {
 
 /// Erases what the outbox holds of aggregates that end in this transaction, published or not: bodies become
 /// `{"id", "erased": true}`, headers say `erased`, and positions, versions and types stay. Returns how many
-/// events it were. Takes the same time however many partitions' worth of others there are.
+/// events that were. Takes the same time however many partitions' worth of others there are.
+///
+/// Of an aggregate with more than some thousand events the rest is only noted, in `outbox.erasure`: readers of
+/// `outbox.readable` get the erased form at once, and a running relay rewrites the rows step by step.
 ///
 /// The aggregates' rows must be locked before, by an earlier statement: nobody appends to them any more then.
 pub async fn erase(tx: &mut Transaction<'_, Postgres>, ended: &[Ended]) -> sqlx::Result<u64> {

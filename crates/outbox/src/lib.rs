@@ -5,11 +5,19 @@
 //! `INSERT INTO outbox.event`: this crate is a convenience, the schema is the contract.
 
 mod append;
+pub mod database;
 mod erase;
 mod schema;
 mod wake;
 
-pub use append::{AppendError, MAX_HEADERS, MAX_PAYLOAD, NewEvent, append};
+pub use append::{
+    AppendError, MAX_HEADER_COUNT, MAX_HEADER_DEPTH, MAX_HEADERS, MAX_PAYLOAD, NewEvent, append, headers_rule,
+};
 pub use erase::{Ended, erase};
-pub use schema::{SCHEMA, Source, SourceError, install, migrator, source};
+pub use schema::{SCHEMA, Source, SourceError, install, migrator, require_utf8, source};
 pub use wake::{CHANNEL, Waker};
+
+/// The README's program compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -8,7 +8,7 @@ pub const SCHEMA: &str = "outbox";
 /// The outbox's migrations. Their record is kept in `outbox.migration`, so that the outbox can be
 /// added to any database, whatever migrates the rest of it.
 pub fn migrator() -> Migrator {
-    let mut migrator = sqlx::migrate!("../../migrations/outbox");
+    let mut migrator = sqlx::migrate!("./migrations");
     migrator.dangerous_set_table_name("outbox.migration");
     migrator.create_schema(SCHEMA);
     migrator
@@ -54,6 +54,16 @@ pub enum SourceError {
          lower-case letters, digits, '-' or '_'"
     )]
     Invalid(String),
+    /// Texts would be other ones than their writers meant, or bytes that are none.
+    #[error(
+        "this database has the encoding {encoding}, and the outbox needs UTF8: its events are UTF-8. Create the \
+         database anew: CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, and move its contents there \
+         with pg_dump"
+    )]
+    Encoding {
+        /// The server's name of it.
+        encoding: String,
+    },
     /// The migrations did not run.
     #[error("the outbox schema could not be installed: {0}")]
     Migrate(#[from] sqlx::migrate::MigrateError),
@@ -63,6 +73,7 @@ pub enum SourceError {
 }
 
 /// Installs the outbox, or brings it up to date, and names its source. Running it again changes nothing.
+/// Afterwards the session has `standard_conforming_strings` on, which the migrations rely on.
 pub async fn install(conn: &mut PgConnection, name: &str) -> Result<Source, SourceError> {
     let valid = name.len() <= 63
         && name.starts_with(|c: char| c.is_ascii_lowercase())
@@ -70,6 +81,8 @@ pub async fn install(conn: &mut PgConnection, name: &str) -> Result<Source, Sour
     if !valid {
         return Err(SourceError::Invalid(name.to_owned()));
     }
+    require_utf8(conn).await?;
+    sqlx::query("SET standard_conforming_strings = on").execute(&mut *conn).await?;
     migrator().run(&mut *conn).await?;
     sqlx::query("INSERT INTO outbox.source (name) VALUES ($1) ON CONFLICT DO NOTHING")
         .bind(name)
@@ -81,6 +94,13 @@ pub async fn install(conn: &mut PgConnection, name: &str) -> Result<Source, Sour
     } else {
         Err(SourceError::Taken { stored: stored.name, asked: name.to_owned() })
     }
+}
+
+/// Refuses a database whose texts are not UTF-8.
+pub async fn require_utf8(conn: &mut PgConnection) -> Result<(), SourceError> {
+    let encoding: String =
+        sqlx::query_scalar("SELECT current_setting('server_encoding')").fetch_one(conn).await?;
+    if encoding == "UTF8" { Ok(()) } else { Err(SourceError::Encoding { encoding }) }
 }
 
 /// Reads who publishes from this database.

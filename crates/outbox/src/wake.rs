@@ -1,6 +1,6 @@
 use std::{sync::Arc, time::Duration};
 
-use session::Session;
+use crate::database::Session;
 use sqlx::PgPool;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;

@@ -171,7 +171,7 @@ async fn append_refuses_what_no_message_could_carry() {
     insta::assert_snapshot!(said.join("\n"), @r"
     event ID of type thing.changed cannot be published: its body has 16777218 bytes, and at most 16777216 are allowed
     event ID of type thing.changed cannot be published: its headers have 65544 bytes, and at most 65536 are allowed
-    event ID of type thing.changed cannot be published: RabbitMQ takes a header named BCC for more routing keys
+    event ID of type thing.changed cannot be published: it has a header named BCC, which RabbitMQ takes for more routing keys
     ");
 }
 
@@ -328,7 +328,7 @@ async fn a_writer_can_append_and_nothing_else() {
             "SELECT name FROM outbox.relay",
             "CREATE TABLE outbox.mine ()",
             "SELECT outbox.add_partition(1000)",
-            "SELECT outbox.retire_partition('event_1', now(), true)",
+            "SELECT outbox.retire_partition('event_1', now() + interval '1 day', true)",
             "SELECT outbox.erase('{thing}', '{a}', '{2}')",
         ],
     )
@@ -361,7 +361,7 @@ async fn a_relay_reads_events_and_writes_only_its_own_tables() {
             "TRUNCATE outbox.event_1",
             "SELECT * FROM outbox.partition",
             "SELECT outbox.add_partition(1000)",
-            "SELECT outbox.retire_partition('event_1', now(), true)",
+            "SELECT outbox.retire_partition('event_1', now() + interval '1 day', true)",
             "UPDATE outbox.source SET incarnation = 2",
             "SELECT outbox.erase('{thing}', '{a}', '{2}')",
         ],

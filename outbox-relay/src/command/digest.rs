@@ -10,9 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
+use daemon::config::database;
 use serde_json::json;
-use service::config::database;
+use shown::{quoted, shown};
 
 use self::{
     compare::{Findings, Kind, Verdicts, differing},
@@ -41,7 +42,8 @@ pub struct DigestArgs {
     /// has any of.
     #[arg(long, value_name = "TYPE")]
     pub aggregate_type: Vec<String>,
-    /// Compare with what this consumer has applied, by its name in its inbox.
+    /// Compare with what this consumer has applied, by its name in its inbox, or by the name of one that it has
+    /// replaced.
     #[arg(long, value_name = "NAME")]
     pub consumer: Option<String>,
     /// A file that holds the PostgreSQL URL of the consumer's inbox, instead of the variable
@@ -49,7 +51,7 @@ pub struct DigestArgs {
     #[arg(long, env = "INBOX_DATABASE_URL_FILE", value_name = "PATH")]
     pub inbox_database_url_file: Option<PathBuf>,
     /// How long the consumer may take to get what the outbox had at the start.
-    #[arg(long, default_value = "10s", value_parser = service::config::duration, value_name = "DURATION")]
+    #[arg(long, default_value = "10s", value_parser = daemon::config::duration, value_name = "DURATION")]
     pub wait: Duration,
     /// How many aggregates are named at most.
     #[arg(long, default_value = "20", value_name = "N")]
@@ -58,7 +60,7 @@ pub struct DigestArgs {
 
 /// Prints the outbox's digest, or compares it with a consumer's.
 pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
-    let Some(consumer) = &args.consumer else { return print(args).await };
+    let Some(asked) = &args.consumer else { return print(args).await };
     let inbox = database::options(
         "INBOX_DATABASE_URL",
         args.inbox_database_url_file.as_ref(),
@@ -68,6 +70,7 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
     let mut start = Side::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
     let mut end = Side::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
     let mut inbox = Side::new(CommandArgs::reach_at(inbox).await.context("the inbox")?).await?;
+    let consumer = &inbox.current(asked).await?;
     start.look().await?;
     let source = start.source().await?;
     let inbox_of = Inbox { consumer: consumer.clone(), source: source.clone() };
@@ -81,7 +84,9 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
         "ahead": findings.of(Kind::Ahead), "unknown": findings.of(Kind::Unknown),
         "retired": findings.of(Kind::Retired), "named": findings.named,
     });
-    args.common.answer(&answer, || text(&findings, consumer, &source))?;
+    let name =
+        if asked == consumer { consumer.clone() } else { format!("{consumer}, which has replaced {asked},") };
+    args.common.answer(&answer, || text(&findings, &name, &source))?;
     Ok(if wrong == 0 { Verdict::Well } else { Verdict::NotWell })
 }
 
@@ -109,7 +114,8 @@ async fn print(args: &DigestArgs) -> anyhow::Result<Verdict> {
             let aggregates = many(sums.aggregates, "aggregate");
             let _ = writeln!(
                 text,
-                "  {type_}{part}: {aggregates}, versions {}, hash {}",
+                "  {}{part}: {aggregates}, versions {}, hash {}",
+                shown(type_),
                 sums.versions,
                 sums.hash()
             );
@@ -145,7 +151,12 @@ impl Comparison<'_> {
             inbox.look().await?;
             let theirs = inbox.digest(Some(&self.inbox_of), self.buckets).await?;
             if theirs.is_empty() && self.args.aggregate_type.is_empty() && !first.is_empty() {
-                self.nobody(inbox).await?;
+                let known = inbox.sources().await?;
+                if !self.begins_anew(&known) || Instant::now() >= deadline {
+                    return Err(self.nobody(&known));
+                }
+                tokio::time::sleep(PAUSE.min(deadline.saturating_duration_since(Instant::now()))).await;
+                continue;
             }
             end.look().await?;
             let now = end.source().await?;
@@ -184,19 +195,29 @@ impl Comparison<'_> {
         if told.is_empty() { present.cloned().collect() } else { told.iter().cloned().collect() }
     }
 
+    /// Whether the consumer has what the source published as an earlier incarnation: then it is behind.
+    fn begins_anew(&self, known: &[Inbox]) -> bool {
+        let name = |source: &str| source.split('~').next().map(str::to_owned);
+        known.iter().any(|known| {
+            known.consumer == self.inbox_of.consumer && name(&known.source) == name(&self.inbox_of.source)
+        })
+    }
+
     /// An inbox without a row of the source would agree with anything.
-    async fn nobody(&self, inbox: &mut Side) -> anyhow::Result<()> {
+    fn nobody(&self, known: &[Inbox]) -> anyhow::Error {
         let Inbox { consumer, source } = &self.inbox_of;
-        let there: Vec<String> = inbox
-            .sources()
-            .await?
-            .into_iter()
-            .map(|known| format!("{} of {}", known.consumer, known.source))
+        let there: Vec<String> = known
+            .iter()
+            .map(|known| format!("{} of {}", shown(&known.consumer), shown(&known.source)))
             .collect();
+        let ask = |known: &&Inbox| known.source == *source;
+        let ask =
+            known.iter().find(ask).map(|known| format!("ask for --consumer {}; ", quoted(&known.consumer)));
         let there = if there.is_empty() { "nothing".to_owned() } else { there.join(", ") };
-        bail!(
-            "the consumer {consumer} has received nothing of {source} in this inbox, which has: {there}; to have \
-             it compared all the same, say of which --aggregate-type"
+        anyhow!(
+            "the consumer {consumer} has received nothing of {source} in this inbox, which has: {there}; {}to have \
+             it compared all the same, say of which --aggregate-type",
+            ask.unwrap_or_default()
         )
     }
 }
@@ -214,7 +235,9 @@ fn text(findings: &Findings, consumer: &str, source: &str) -> String {
         let _ = writeln!(
             text,
             "  {}: {here} with versions {} in the outbox, {there} with versions {} in the inbox",
-            type_.aggregate_type, type_.versions, type_.applied_versions
+            shown(&type_.aggregate_type),
+            type_.versions,
+            type_.applied_versions
         );
     }
     let mut found = Kind::ALL.into_iter().filter(|kind| findings.of(*kind) > 0).peekable();
@@ -227,7 +250,7 @@ fn text(findings: &Findings, consumer: &str, source: &str) -> String {
             many(i64::try_from(count).unwrap_or(i64::MAX), "aggregate")
         );
         for fault in findings.named.iter().filter(|fault| fault.kind == kind) {
-            let _ = writeln!(text, "  {}", fault.text());
+            let _ = writeln!(text, "  {}", shown(&fault.text()));
         }
         // Said once where it is the same.
         if found.peek().is_none_or(|next| next.advice() != kind.advice()) {

@@ -3,13 +3,16 @@
 
 mod broker;
 mod checks;
+mod settings;
+mod versions;
 
 use std::{fmt::Write as _, time::Duration};
 
 use anyhow::anyhow;
+use daemon::config::broker::BrokerArgs;
 use lapin::types::ShortString;
 use serde::Serialize;
-use service::config::broker::BrokerArgs;
+use shown::shown;
 use sqlx::Connection;
 
 use super::{CommandArgs, Verdict, many};
@@ -105,14 +108,16 @@ struct Report {
 /// Examines the database, its relays and the broker. What it finds is an answer, not an error; a
 /// database that cannot be reached is one.
 pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
-    let nodes = broker::nodes(&args.broker)?;
+    let nodes = broker::nodes(&args.broker, args.common.database.require_tls)?;
     let mut conn = args.common.reach("outbox-relay doctor", STATEMENT_TIMEOUT).await?;
-    let database = checks::database(&mut conn, args.name.as_deref());
+    let mut second = args.common.reach("outbox-relay doctor", STATEMENT_TIMEOUT).await?;
+    let database = checks::database(&mut conn, &mut second, args.name.as_deref());
     let mut checks = tokio::time::timeout(TIMEOUT, database)
         .await
         .map_err(|_| anyhow!("the database did not answer within {TIMEOUT:?}"))??;
     // The server need not keep a session while the broker takes its time.
-    let _ = tokio::time::timeout(CLOSE_TIMEOUT, conn.close()).await;
+    let closed = async { tokio::join!(conn.close(), second.close()) };
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, closed).await;
     checks.extend(broker::checks(nodes, &args.exchange).await);
     let report = Report::new(checks);
     args.common.answer(&report, || report.text())?;
@@ -139,9 +144,9 @@ impl Report {
     fn text(&self) -> String {
         let mut text = format!("{}\n", self.verdict);
         for Check { name, state, finding, advice } in &self.checks {
-            let _ = writeln!(text, "{:<8} {name}: {finding}", state.as_str());
+            let _ = writeln!(text, "{:<8} {}: {}", state.as_str(), shown(name), shown(finding));
             if let Some(advice) = advice {
-                let _ = writeln!(text, "         -> {advice}");
+                let _ = writeln!(text, "         -> {}", shown(advice));
             }
         }
         text

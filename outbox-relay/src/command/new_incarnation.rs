@@ -1,10 +1,11 @@
 //! `new-incarnation`: after a restore or a failover that lost commits, every chain of versions begins anew.
 
 use anyhow::{Context, anyhow};
+use outbox::database::again;
 use serde_json::json;
 use sqlx::Connection;
 
-use super::{CommandArgs, Verdict, connect};
+use super::{CommandArgs, Verdict, connect, not_done};
 use crate::config::STATEMENT_TIMEOUT;
 
 /// Settings of `new-incarnation`.
@@ -26,23 +27,27 @@ pub async fn new_incarnation(args: &NewIncarnationArgs) -> anyhow::Result<Verdic
     let mut after = before.clone();
     after.incarnation += 1;
     if args.yes {
-        let mut tx = conn.begin().await.context("nothing was changed")?;
-        for sql in [
-            // What somebody has still to publish will be published under the new one.
-            "UPDATE outbox.source SET incarnation = incarnation + 1, since = now(),
-                 from_position = coalesce((SELECT min(low_water) FROM outbox.relay), 0)",
-            "UPDATE outbox.relay SET epoch = epoch + 1",
-        ] {
-            sqlx::query(sql).execute(&mut *tx).await.map_err(|error| match error.as_database_error() {
-                Some(db) if db.code().as_deref() == Some("42501") => anyhow!(
-                    "this role may not change the source; nothing was changed; connect as the owner of the \
-                     schema outbox"
-                ),
-                _ => anyhow!(error).context("nothing was changed"),
-            })?;
-        }
-        after = outbox::source(&mut tx).await?;
-        tx.commit().await.context("it is unknown whether the change was stored; look with --json")?;
+        let raised = again(async || {
+            let mut tx = conn.begin().await?;
+            for sql in [
+                // What somebody has still to publish will be published under the new one.
+                "UPDATE outbox.source SET incarnation = incarnation + 1, since = now(),
+                     from_position = coalesce((SELECT min(low_water) FROM outbox.relay), 0)",
+                "UPDATE outbox.relay SET epoch = epoch + 1",
+            ] {
+                sqlx::query(sql).execute(&mut *tx).await?;
+            }
+            tx.commit().await
+        });
+        raised.await.map_err(|error| match error.as_database_error() {
+            Some(db) if db.code().as_deref() == Some("42501") => anyhow!(
+                "this role may not change the source; nothing was changed; connect as the owner of the schema outbox"
+            ),
+            _ => not_done(error, "nothing was changed"),
+        })?;
+        after = outbox::source(&mut conn)
+            .await
+            .context("the incarnation was raised; what it is now, --json tells")?;
     }
     let (old, new) = (before.to_string(), after.to_string());
     args.common.answer(&json!({"before": old, "after": new, "done": args.yes}), || {

@@ -4,15 +4,20 @@ use std::{collections::BTreeMap, fmt::Write};
 
 use anyhow::{Context, bail};
 use chrono::{DateTime, Utc};
+use outbox::database::again;
 use serde::Serialize;
 use serde_json::json;
-use sqlx::PgConnection;
+use shown::shown;
+use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use super::{CommandArgs, Verdict, connect, many, state, status::time};
+use super::{CommandArgs, Verdict, connect, many, not_done, state, status::time};
 use crate::{
     config::{STATEMENT_TIMEOUT, relay_name},
-    unroutable::matches,
+    leader::MAX_DROPPED,
+    row::Made,
+    rules::matches,
+    waiting,
 };
 
 /// Settings of `parked`.
@@ -41,7 +46,8 @@ pub enum ParkedAction {
     },
     /// Have the relay try them now. Events that no queue takes are tried with all others of their type.
     Retry(Selection),
-    /// Give them up: they are never published. Receivers that follow versions will miss them.
+    /// Give them up: they are never published. Receivers that follow versions will miss them. Of events that wait, the
+    /// first of each aggregate can be chosen; then the next one is tried.
     Drop {
         /// Which ones.
         #[command(flatten)]
@@ -63,7 +69,7 @@ pub struct Selection {
     #[arg(long = "type", value_name = "PATTERN")]
     pub type_: Option<String>,
     /// Events with this reason.
-    #[arg(long, value_parser = ["unroutable", "refused"])]
+    #[arg(long, value_parser = ["unroutable", "refused", "nacked", "silent"])]
     pub reason: Option<String>,
     /// All of them.
     #[arg(long, conflicts_with_all = ["id", "type_", "reason"])]
@@ -81,15 +87,36 @@ struct Aside {
     #[sqlx(rename = "type")]
     #[serde(rename = "type")]
     type_: String,
+    /// `parked`, or `waiting`: then later events of its aggregate wait behind it.
+    state: String,
     reason: String,
     detail: String,
     attempts: i32,
-    created_at: DateTime<Utc>,
+    created_at: Made,
     parked_at: DateTime<Utc>,
     last_attempt_at: DateTime<Utc>,
     /// None: only by hand.
     next_attempt_at: Option<DateTime<Utc>>,
 }
+
+/// Events of a type that wait.
+#[derive(Debug, Serialize, sqlx::FromRow)]
+struct Waiting {
+    #[sqlx(rename = "type")]
+    #[serde(rename = "type")]
+    type_: String,
+    events: i64,
+    since: DateTime<Utc>,
+    /// Why the first of them was not taken; none when it was not tried yet.
+    detail: Option<String>,
+    next_attempt_at: Option<DateTime<Utc>>,
+}
+
+/// What waits, by type.
+const WAITING: &str = "
+SELECT type, count(*) AS events, min(parked_at) AS since, min(detail) FILTER (WHERE detail <> '') AS detail,
+       min(next_attempt_at) AS next_attempt_at
+FROM outbox.parked WHERE relay = $1 AND state = 'waiting' GROUP BY type ORDER BY type";
 
 impl Selection {
     fn takes(&self, event: &Aside) -> bool {
@@ -103,17 +130,24 @@ impl Selection {
 pub async fn parked(args: &ParkedArgs) -> anyhow::Result<Verdict> {
     let mut conn = connect(&args.common, "parked", STATEMENT_TIMEOUT).await?;
     state::known(&mut conn, &args.name).await?;
-    // Without bodies; as many rows as --max-parked allows, by the primary key.
-    let sql = "SELECT position, id, aggregate_type, aggregate_id, version, type, reason, detail, attempts,
+    // Without bodies; as many rows as --max-parked allows, and of what waits, the first of each aggregate.
+    let sql =
+        "SELECT position, id, aggregate_type, aggregate_id, version, type, state, reason, detail, attempts,
                       created_at, parked_at, last_attempt_at, next_attempt_at
-               FROM outbox.parked WHERE relay = $1 ORDER BY position";
-    let events: Vec<Aside> = sqlx::query_as(sql)
+               FROM outbox.parked
+               WHERE relay = $1 AND (state = 'parked' OR next_attempt_at IS NOT NULL)
+               ORDER BY position LIMIT 100000";
+    let mut events: Vec<Aside> = sqlx::query_as(sql)
         .bind(&args.name)
         .fetch_all(&mut conn)
         .await
         .context("what is set aside could not be read")?;
     match &args.action {
-        ParkedAction::List => list(args, &events),
+        ParkedAction::List => {
+            let waiting = sqlx::query_as(WAITING).bind(&args.name).fetch_all(&mut conn).await;
+            events.retain(|event| event.state == "parked");
+            list(args, &events, &waiting.context("what waits could not be read")?)
+        }
         ParkedAction::Show { id } => show(args, &events, *id),
         ParkedAction::Retry(selection) => retry(args, &mut conn, &select(events, selection)).await,
         ParkedAction::Drop { selection, yes } => {
@@ -128,7 +162,7 @@ fn select(mut events: Vec<Aside>, selection: &Selection) -> Vec<Aside> {
 }
 
 /// By reason, type and what was said, with the oldest of each, which is the one that is tried.
-fn list(args: &ParkedArgs, events: &[Aside]) -> anyhow::Result<Verdict> {
+fn list(args: &ParkedArgs, events: &[Aside], waiting: &[Waiting]) -> anyhow::Result<Verdict> {
     let mut groups: BTreeMap<(&str, &str, &str), (usize, &Aside)> = BTreeMap::new();
     for event in events {
         // What was refused says the event's own id.
@@ -143,23 +177,35 @@ fn list(args: &ParkedArgs, events: &[Aside]) -> anyhow::Result<Verdict> {
                    "attempts": oldest.attempts, "next_attempt_at": oldest.next_attempt_at})
         })
         .collect();
-    args.common.answer(&json!({"relay": args.name, "events": events.len(), "groups": answer}), || {
-        if groups.is_empty() {
+    let told = json!({"relay": args.name, "events": events.len(), "groups": answer, "waiting": waiting});
+    args.common.answer(&told, || {
+        if groups.is_empty() && waiting.is_empty() {
             return format!("{}: nothing is set aside", args.name);
         }
         let mut text = format!("{}: {} set aside\n", args.name, many(count(events), "event"));
         for ((reason, type_, _), (count, oldest)) in &groups {
             let _ = writeln!(
                 text,
-                "  {count} of type {type_}, {reason}, the oldest since {}: {}\n    {}",
+                "  {count} of type {}, {reason}, the oldest since {}: {}\n    {}",
+                shown(type_),
                 time(Some(oldest.parked_at)),
-                oldest.detail,
+                shown(&oldest.detail),
                 next(oldest)
+            );
+        }
+        for kind in waiting {
+            let _ = writeln!(
+                text,
+                "  {} of type {} waiting, and later events of their aggregates behind them, the oldest since {}: {}",
+                kind.events,
+                kind.type_,
+                time(Some(kind.since)),
+                kind.detail.as_deref().unwrap_or("not tried yet")
             );
         }
         text
     })?;
-    Ok(if events.is_empty() { Verdict::Well } else { Verdict::NotWell })
+    Ok(if events.is_empty() && waiting.is_empty() { Verdict::Well } else { Verdict::NotWell })
 }
 
 fn show(args: &ParkedArgs, events: &[Aside], id: Uuid) -> anyhow::Result<Verdict> {
@@ -171,17 +217,18 @@ fn show(args: &ParkedArgs, events: &[Aside], id: Uuid) -> anyhow::Result<Verdict
     };
     args.common.answer(event, || {
         format!(
-            "event {} of type {}, position {}\n  of {}/{}, version {}, made {}\n  set aside {} as {}: {}\n  {}",
+            "event {} of type {}, position {}\n  of {}/{}, version {}, made {}\n  {} {} as {}: {}\n  {}",
             event.id,
-            event.type_,
+            shown(&event.type_),
             event.position,
-            event.aggregate_type,
-            event.aggregate_id,
+            shown(&event.aggregate_type),
+            shown(&event.aggregate_id),
             event.version,
-            time(Some(event.created_at)),
+            event.created_at,
+            if event.state == "waiting" { "waiting since" } else { "set aside" },
             time(Some(event.parked_at)),
             event.reason,
-            event.detail,
+            shown(&event.detail),
             next(event)
         )
     })?;
@@ -195,16 +242,13 @@ async fn retry(args: &ParkedArgs, conn: &mut PgConnection, events: &[Aside]) -> 
     let sql = "UPDATE outbox.parked p SET next_attempt_at = now()
                WHERE relay = $1
                  AND (position = ANY ($2)
-                      OR reason = 'unroutable'
+                      OR reason = 'unroutable' AND state = 'parked'
                          AND EXISTS (SELECT FROM outbox.parked s
                                      WHERE s.relay = $1 AND s.position = ANY ($2) AND s.reason = 'unroutable'
                                        AND s.type = p.type AND s.aggregate_type = p.aggregate_type))";
-    let due = sqlx::query(sql)
-        .bind(&args.name)
-        .bind(&positions)
-        .execute(conn)
+    let due = again(async || sqlx::query(sql).bind(&args.name).bind(&positions).execute(&mut *conn).await)
         .await
-        .context("nothing was changed")?
+        .map_err(|error| not_done(error, "nothing was changed"))?
         .rows_affected();
     args.common.answer(&json!({"relay": args.name, "selected": events.len(), "due": due}), || {
         if due == 0 {
@@ -224,12 +268,21 @@ async fn drop(
 ) -> anyhow::Result<Verdict> {
     let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
     if yes {
-        sqlx::query("DELETE FROM outbox.parked WHERE relay = $1 AND position = ANY ($2)")
-            .bind(&args.name)
-            .bind(&positions)
-            .execute(conn)
-            .await
-            .context("nothing was dropped")?;
+        // Dropped, and noted, so that trace can tell what became of them.
+        let sql = "WITH gone AS (SELECT unnest($2::bigint[]) AS position)
+                   UPDATE outbox.relay SET dropped_by_hand = (
+                       SELECT range_agg(range) FROM (
+                           SELECT range FROM unnest(dropped_by_hand + (SELECT range_agg(int8range(position, position, '[]'))
+                                                                       FROM gone)) AS o (range)
+                           ORDER BY range DESC LIMIT $3) newest)
+                   WHERE name = $1 AND EXISTS (SELECT FROM gone)";
+        let dropped = again(async || {
+            let mut tx = conn.begin().await?;
+            waiting::gone(&mut tx, &args.name, &positions).await?;
+            sqlx::query(sql).bind(&args.name).bind(&positions).bind(MAX_DROPPED).execute(&mut *tx).await?;
+            tx.commit().await
+        });
+        dropped.await.map_err(|error| not_done(error, "nothing was dropped"))?;
         for event in events {
             tracing::warn!(relay = args.name, event = %event.id, type_ = event.type_, "dropped by hand");
         }

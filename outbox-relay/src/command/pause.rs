@@ -1,10 +1,10 @@
 //! `pause` and `resume`: a relay name publishes nothing until it is told to go on.
 
-use anyhow::Context;
 use chrono::{DateTime, Utc};
+use outbox::database::again;
 use serde_json::json;
 
-use super::{CommandArgs, Verdict, connect, operator, state, status::time};
+use super::{CommandArgs, Verdict, connect, not_done, operator, state, status::time};
 use crate::config::{STATEMENT_TIMEOUT, relay_name};
 
 /// Since when and by whom it was paused, and whether somebody leads.
@@ -55,7 +55,9 @@ async fn change(args: &PauseArgs, sql: &'static str, by: &str, pause: bool) -> a
     let mut conn = connect(&args.common, if pause { "pause" } else { "resume" }, STATEMENT_TIMEOUT).await?;
     state::known(&mut conn, name).await?;
     let (since, who, led): Before =
-        sqlx::query_as(sql).bind(name).bind(by).fetch_one(&mut conn).await.context("nothing was changed")?;
+        again(async || sqlx::query_as(sql).bind(name).bind(by).fetch_one(&mut conn).await)
+            .await
+            .map_err(|error| not_done(error, "nothing was changed"))?;
     let led = led == Some(true);
     let before = since.map(|since| {
         let who = who.as_deref().map_or(String::new(), |who| format!(" by {who}"));

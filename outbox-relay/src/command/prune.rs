@@ -18,7 +18,7 @@ pub struct PruneArgs {
     #[command(flatten)]
     pub common: CommandArgs,
     /// Keep what is younger than this.
-    #[arg(long, env = "KEEP", value_parser = service::config::duration, value_name = "DURATION")]
+    #[arg(long, env = "KEEP", value_parser = daemon::config::duration, value_name = "DURATION")]
     pub keep: Duration,
     /// Also where an aggregate has no newer baseline: its history cannot be replayed then.
     #[arg(long)]

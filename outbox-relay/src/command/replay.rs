@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use chrono::{DateTime, Utc};
+use daemon::{config::broker::BrokerArgs, shutdown::Shutdown};
 use futures_util::TryStreamExt;
 use lapin::{
     ExchangeKind,
@@ -16,20 +17,21 @@ use lapin::{
     types::{FieldTable, ShortString},
 };
 use serde_json::json;
-use service::{config::broker::BrokerArgs, shutdown::Shutdown};
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{CommandArgs, Verdict, connect, many, state};
 use crate::{
-    broker::{Link, Nodes},
+    broker::{BrokerError, Link, Nodes},
+    budget::Budget,
     config::relay_name,
     pause::Pause,
-    publish::{Fate, publish},
-    reader::{Event, Row},
+    publish::{Fate, Guards, Published, Sender, StandsStill, publish},
+    reader::Event,
     relay::exchange,
-    unroutable::matches,
+    row::{self, Row},
+    rules::matches,
 };
 
 /// Events of one page at most, and bytes of them, but for an event that is larger by itself.
@@ -37,14 +39,22 @@ const PAGE: usize = 100;
 const PAGE_BYTES: usize = 16 << 20;
 /// Events of the first page: the server sends all of a page, whatever is taken of it.
 const FIRST_PAGE: usize = 10;
-/// How many times in a row a page may fail before the replay gives up.
+/// How many times in a row retries may be in vain before the replay ends.
 const ATTEMPTS: usize = 8;
+/// How many events in a row the broker may refuse for themselves before the replay ends.
+const REFUSED: u64 = 100;
+/// While the replay waits, its row says this often that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(10);
+/// It waits no shorter for the retry budget.
+const SHORTEST_WAIT: Duration = Duration::from_millis(10);
 /// How often the replay says where it is.
 const REPORT: Duration = Duration::from_secs(1);
 /// Finding the first event of a time may read an index over everything.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(5);
 /// What the broker is asked for beside publishing takes no longer.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// When the broker answers nothing for so long, it does not answer for what it was sent.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// Settings of `replay`.
 #[derive(Debug, clap::Args)]
@@ -85,11 +95,12 @@ pub struct Range {
     /// Up to this position.
     #[arg(long, value_name = "POSITION")]
     pub to: Option<i64>,
-    /// Made at or after this time (RFC 3339).
-    #[arg(long, value_name = "TIME")]
+    /// Made at or after this time: RFC 3339, a date (2026-11-27, in UTC), `today`, `yesterday`, or a duration
+    /// (24h) for so long ago.
+    #[arg(long, value_parser = super::when::time, value_name = "TIME")]
     pub since: Option<DateTime<Utc>>,
     /// Made before this time.
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_parser = super::when::time, value_name = "TIME")]
     pub until: Option<DateTime<Utc>>,
     /// Of this aggregate: TYPE/ID.
     #[arg(long, value_parser = aggregate)]
@@ -113,7 +124,7 @@ fn aggregate(text: &str) -> Result<(String, String), &'static str> {
 /// has settled: the rest it will publish itself.
 const READ: &str = "
 SELECT e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload::text, e.headers, e.created_at
-FROM outbox.event e
+FROM outbox.readable e
 WHERE e.position BETWEEN $1 AND $2 AND NOT $3::int8multirange @> e.position
   AND ($4::timestamptz IS NULL OR e.created_at >= $4) AND ($5::timestamptz IS NULL OR e.created_at < $5)
   AND ($6::text IS NULL OR (e.aggregate_type, e.aggregate_id) = ($6, $7))
@@ -126,7 +137,38 @@ struct Progress {
     events: u64,
     unroutable: u64,
     refused: u64,
+    /// Where to go on.
     next: i64,
+    /// How many of those that were published are published again then.
+    again: usize,
+    /// How many events in a row the broker refused, and from which position on.
+    refused_in_a_row: Option<(u64, i64)>,
+}
+
+impl Progress {
+    /// The broker refused an event for itself. An error when it has taken nothing for long: then it is not the events.
+    fn refused(&mut self, event: &Event, why: &str) -> anyhow::Result<()> {
+        let (count, first) = self.refused_in_a_row.unwrap_or((0, event.position));
+        self.refused_in_a_row = Some((count + 1, first));
+        if count + 1 < REFUSED {
+            return Ok(());
+        }
+        bail!(
+            "the broker refused {REFUSED} events in a row, from position {first} on, the last of type {}: {why}; remove \
+             the cause, or leave these events out with --type",
+            event.type_
+        )
+    }
+
+    /// Where to go on, and what comes twice.
+    fn go_on(&self) -> String {
+        let next = self.next;
+        match self.again {
+            0 => format!("go on with --from {next}"),
+            1 => format!("go on with --from {next} (1 of them is published again then)"),
+            again => format!("go on with --from {next} ({again} of them are published again then)"),
+        }
+    }
 }
 
 /// Replays, and says what came of it. Ctrl-C ends it after the page that is under way.
@@ -150,7 +192,10 @@ pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
     }
     let ended = run.pages(&mut conn, &mut progress, Shutdown::on_signals()?.requested()).await;
     let left = run.end(&mut conn).await;
-    let finished = ended.with_context(|| format!("stopped; go on with: --from {}", progress.next))?;
+    let finished = ended.with_context(|| {
+        let published = many(i64::try_from(progress.events).unwrap_or(i64::MAX), "event");
+        format!("stopped with {published} published; {}", progress.go_on())
+    })?;
     left?;
     let answer = json!({
         "finished": finished, "dry_run": args.dry_run, "events": progress.events,
@@ -164,10 +209,10 @@ pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
             let _ = write!(text, "; {} more, which no queue takes", progress.unroutable);
         }
         if progress.refused > 0 {
-            let _ = write!(text, "; {} more, which the broker or AMQP refuses", progress.refused);
+            let _ = write!(text, "; {} more, which cannot be published (the log says why)", progress.refused);
         }
         if !finished {
-            let _ = write!(text, "; interrupted: go on with --from {}", progress.next);
+            let _ = write!(text, "; interrupted: {}", progress.go_on());
         }
         text
     })?;
@@ -233,18 +278,26 @@ impl Run<'_> {
     ) -> anyhow::Result<bool> {
         let (began, mut reported, mut first) = (Instant::now(), Instant::now(), None);
         while !stop.is_cancelled() {
-            let events = self.read(conn, progress.next).await?;
-            let Some(last) = events.last().map(|event| event.position) else { return Ok(true) };
-            let first = *first.get_or_insert(events[0].position);
+            let rows = self.read(conn, progress.next).await?;
+            let Some(last) = rows.last().map(Row::position) else { return Ok(true) };
+            let first = *first.get_or_insert(rows[0].position());
+            let (events, unreadable) = row::split(rows);
+            for row in unreadable {
+                progress.refused += 1;
+                tracing::warn!(position = row.position, why = row.reason, "not replayed");
+            }
             let chosen: Vec<Event> = events.into_iter().filter(|event| self.takes(event)).collect();
             match &mut self.target {
                 None => progress.events += chosen.len() as u64,
                 Some(target) => {
-                    let row = (self.id, &mut *conn);
-                    target.publish(&self.source, chosen, progress, row, stop).await?;
+                    let mut alive = Alive { id: self.id, conn: &mut *conn, said: Instant::now() };
+                    if !target.publish(&self.source, chosen, progress, &mut alive, stop).await? {
+                        return Ok(false);
+                    }
                 }
             }
-            progress.next = last + 1;
+            let Some(next) = last.checked_add(1) else { return Ok(true) };
+            progress.next = next;
             if self.target.is_some() {
                 sqlx::query(
                     "UPDATE outbox.replay SET next_position = $2, heartbeat_at = now() WHERE id = $1",
@@ -267,7 +320,7 @@ impl Run<'_> {
         Ok(false)
     }
 
-    async fn read(&mut self, conn: &mut PgConnection, from: i64) -> anyhow::Result<Vec<Event>> {
+    async fn read(&mut self, conn: &mut PgConnection, from: i64) -> anyhow::Result<Vec<Row>> {
         let range = &self.args.range;
         let (type_, id) = range.aggregate.clone().unzip();
         // At most ten seconds' worth: who stores no progress for a minute counts as dead.
@@ -282,17 +335,16 @@ impl Run<'_> {
             .bind(id)
             .bind(i64::try_from(page)?)
             .fetch(conn);
-        let (mut events, mut bytes) = (Vec::new(), 0);
+        let (mut page, mut bytes) = (Vec::new(), 0);
         while let Some(row) = rows.try_next().await.context("the events could not be read")? {
-            let event = Event::from(row);
-            bytes += event.size();
-            events.push(event);
+            bytes += row.size();
+            page.push(row);
             if bytes >= PAGE_BYTES {
                 break;
             }
         }
-        self.page = if bytes < PAGE_BYTES { PAGE.min(self.page * 2) } else { events.len() };
-        Ok(events)
+        self.page = if bytes < PAGE_BYTES { PAGE.min(self.page * 2) } else { page.len() };
+        Ok(page)
     }
 
     fn takes(&self, event: &Event) -> bool {
@@ -307,12 +359,14 @@ struct Target {
     exchange: ShortString,
     queue: Option<ShortString>,
     link: Link,
+    /// What may be tried again: the relay's own rule.
+    budget: Budget,
 }
 
 impl Target {
     async fn open(args: &ReplayArgs, id: Uuid) -> anyhow::Result<Self> {
         let nodes = Nodes {
-            nodes: args.broker.nodes()?,
+            nodes: args.broker.nodes(args.common.database.require_tls)?,
             exchange: args.exchange.clone(),
             declare: false,
             name: "outbox-relay replay".to_owned(),
@@ -324,7 +378,7 @@ impl Target {
             None => args.exchange.clone(),
         };
         let link = nodes.connect(0).await?;
-        let target = Self { nodes, exchange, queue, link };
+        let target = Self { nodes, exchange, queue, link, budget: Budget::new(Instant::now()) };
         target.lead_to_queue().await?;
         Ok(target)
     }
@@ -347,87 +401,177 @@ impl Target {
             .with_context(|| format!("the broker did not answer within {TIMEOUT:?}"))?
             .with_context(|| {
                 format!(
-                    "the queue {queue} cannot be led to; it has to exist, and the user of AMQP_URL may configure, \
-                     write and read outbox-replay.* and write the queue"
+                    "the queue {queue} does not exist, or this user may not bind to it; the user of AMQP_URL needs \
+                     configure, write and read on outbox-replay.*, and write on the queue"
                 )
             })
     }
 
-    /// Publishes a page, each aggregate's events in their order; what is refused for now is tried again.
-    /// Meanwhile the row of the replay says that it lives.
+    /// Publishes a page, each aggregate's events in their order. What is not taken is tried again within the retry
+    /// budget, until the broker takes nothing of it for long. False when it was interrupted.
     async fn publish(
         &mut self,
         source: &str,
         mut events: Vec<Event>,
         progress: &mut Progress,
-        (id, conn): (Uuid, &mut PgConnection),
+        alive: &mut Alive<'_>,
         stop: &CancellationToken,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<bool> {
         for event in &mut events {
             event.headers.get_or_insert_default().insert("replayed".to_owned(), true.into());
         }
-        let mut left: Vec<&Event> = events.iter().collect();
-        let (mut pause, mut attempts, mut alone) = (Pause::default(), 0, false);
-        while !left.is_empty() {
-            let rest = beyond_window(&mut left, alone);
-            let sent = left.len();
-            let why = match publish(&self.link, &self.exchange, source, &left, || true).await {
-                Ok(fates) => {
-                    let mut again = Vec::new();
-                    for (event, fate) in left.into_iter().zip(fates) {
-                        match fate {
-                            Fate::Confirmed => progress.events += 1,
-                            Fate::Unroutable if self.queue.is_some() => bail!("the queue is gone"),
-                            Fate::Unroutable => progress.unroutable += 1,
-                            Fate::Refused { why, .. } => {
-                                progress.refused += 1;
-                                tracing::warn!(event = %event.id, why, "not replayed");
-                            }
-                            Fate::Nacked => again.push(event),
-                        }
-                    }
-                    // Whoever takes at least some is slow, and not stuck.
-                    if again.len() < sent {
-                        attempts = 0;
-                        pause.reset();
-                    }
-                    left = again;
-                    let nacked = !left.is_empty();
-                    left.extend(rest);
-                    if !nacked {
-                        continue;
-                    }
-                    "the broker takes no more for now; is a queue at its limit?".to_owned()
-                }
-                Err(crate::broker::BrokerError::Refused(why)) if left.len() == 1 => {
-                    progress.refused += 1;
-                    tracing::warn!(event = %left[0].id, why, "not replayed");
-                    left = rest;
-                    self.reconnect().await?;
-                    continue;
-                }
-                Err(error) => {
-                    alone |= matches!(error, crate::broker::BrokerError::Refused(_));
-                    left.extend(rest);
-                    error.to_string()
-                }
-            };
-            attempts += 1;
-            if attempts > ATTEMPTS || stop.is_cancelled() {
-                bail!("{why}");
+        let mut page = Page::new(&events);
+        let published = self.publish_page(source, &mut page, progress, alive, stop).await;
+        if let Some(first) = page.first_left() {
+            // What was refused in a row may be taken once the cause is gone.
+            let first = progress.refused_in_a_row.map_or(first, |(_, refused)| refused.min(first));
+            progress.next = first;
+            progress.again = page.published.iter().filter(|position| **position >= first).count();
+        }
+        published
+    }
+
+    async fn publish_page(
+        &mut self,
+        source: &str,
+        page: &mut Page<'_>,
+        progress: &mut Progress,
+        alive: &mut Alive<'_>,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<bool> {
+        let (mut pause, mut rounds) = (Pause::default(), 0);
+        while !page.left.is_empty() {
+            if stop.is_cancelled() {
+                return Ok(false);
             }
-            pause.wait(stop).await;
-            sqlx::query("UPDATE outbox.replay SET heartbeat_at = now() WHERE id = $1")
-                .bind(id)
-                .execute(&mut *conn)
-                .await
-                .context("the replay could not say that it lives")?;
             if !self.link.channel.status().connected() {
                 // The next attempt tells, when this one cannot.
                 let _ = self.reconnect().await;
             }
+            let window = page.window(&mut self.budget, Instant::now());
+            if window.is_empty() {
+                let until = self.budget.next().saturating_duration_since(Instant::now());
+                alive.wait(until.max(SHORTEST_WAIT), stop).await?;
+                continue;
+            }
+            let round = self.round(source, &window, page, progress).await?;
+            if round.taken {
+                rounds = 0;
+                pause.reset();
+            }
+            let Some(why) = round.why else { continue };
+            if round.tried && !round.taken {
+                rounds += 1;
+            }
+            if rounds > ATTEMPTS {
+                bail!("{why}");
+            }
+            if !round.taken {
+                alive.wait(pause.step(), stop).await?;
+            }
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// Publishes one window, and takes out of the page what is settled.
+    async fn round(
+        &mut self,
+        source: &str,
+        window: &[&Event],
+        page: &mut Page<'_>,
+        progress: &mut Progress,
+    ) -> anyhow::Result<Round> {
+        let guards = Guards {
+            allowed: &|| true,
+            heard: &|| {},
+            stands_still: StandsStill::GiveUp(&|still| still >= SILENCE),
+        };
+        let sender = Sender { link: &self.link, exchange: &self.exchange, source };
+        let Published { fates, ended } = publish(sender, &self.link.channel, window, &guards).await;
+        // The only one that it can be.
+        let culprit = match &ended {
+            Some(BrokerError::Refused(why)) if fates.iter().filter(|fate| fate.is_none()).count() == 1 => {
+                Some(why.clone())
+            }
+            _ => None,
+        };
+        let mut round = Round { tried: false, taken: false, why: None };
+        for (event, fate) in window.iter().zip(fates) {
+            let fate = fate.or_else(|| culprit.clone().map(|why| Fate::Refused { why, certain: false }));
+            let tried = page.tried.contains(&event.position);
+            round.tried |= tried;
+            match fate {
+                Some(Fate::Unroutable) if self.queue.is_some() => bail!("the queue is gone"),
+                Some(fate @ (Fate::Confirmed | Fate::Unroutable)) => {
+                    round.taken |= tried;
+                    if tried {
+                        self.budget.succeeded(event.size());
+                    }
+                    progress.refused_in_a_row = None;
+                    if fate == Fate::Confirmed {
+                        progress.events += 1;
+                        page.published.push(event.position);
+                    } else {
+                        progress.unroutable += 1;
+                    }
+                    page.settle(event);
+                }
+                Some(Fate::Refused { why, certain }) => {
+                    // What was not sent has cost the broker nothing, and says nothing of others.
+                    if !certain {
+                        self.budget.failed();
+                        progress.refused(event, &why)?;
+                    }
+                    tracing::warn!(event = %event.id, why, "not replayed");
+                    progress.refused += 1;
+                    page.settle(event);
+                }
+                Some(Fate::Nacked) => {
+                    page.again(event, &mut self.budget);
+                    round.why = Some(format!(
+                        "the broker refuses event {} of type {} for now; is a queue at its limit?",
+                        event.id, event.type_
+                    ));
+                }
+                Some(Fate::Silent) => {
+                    page.again(event, &mut self.budget);
+                    round.why = Some(format!(
+                        "the broker does not answer for event {} of type {}; has a queue lost the majority of its \
+                         nodes?",
+                        event.id, event.type_
+                    ));
+                }
+                None => page.again(event, &mut self.budget),
+            }
+        }
+        match ended {
+            None => {}
+            Some(BrokerError::Refused(why)) => {
+                // Which event it is, is found out one by one.
+                if culprit.is_none() {
+                    page.alone = true;
+                    round.why = Some(format!("the broker refused: {why}"));
+                }
+                self.reopen().await;
+            }
+            Some(error @ BrokerError::Silent(_)) => {
+                round.why.get_or_insert_with(|| error.to_string());
+                self.reopen().await;
+            }
+            Some(error) => {
+                // One of several events may have ended it again.
+                page.alone |= round.tried;
+                round.why = Some(self.link.reason(error).await.to_string());
+            }
+        }
+        Ok(round)
+    }
+
+    /// Another channel, on the same connection if that is still there. If there is none, the next round connects.
+    async fn reopen(&mut self) {
+        if self.link.condition().is_err() || self.link.reopen().await.is_err() {
+            let _ = self.reconnect().await;
+        }
     }
 
     async fn reconnect(&mut self) -> anyhow::Result<()> {
@@ -445,20 +589,96 @@ impl Target {
     }
 }
 
-/// Leaves in `left` what is published at once, and returns the rest: of each aggregate one event, so that
-/// none overtakes another that is tried again; and of each id one, by which a returned message is known.
-fn beyond_window<'a>(left: &mut Vec<&'a Event>, alone: bool) -> Vec<&'a Event> {
-    let (mut aggregates, mut ids, mut rest) = (HashSet::new(), HashSet::new(), Vec::new());
-    left.retain(|event: &&'a Event| {
-        let event: &'a Event = event;
-        let first = aggregates.insert((&event.aggregate_type, &event.aggregate_id)) && ids.insert(event.id);
-        let taken = first && !(alone && aggregates.len() > 1);
-        if !taken {
-            rest.push(event);
+/// What a window came to.
+struct Round {
+    /// It had an event that was tried before.
+    tried: bool,
+    /// One of those was taken.
+    taken: bool,
+    /// Why something of it has to be tried again.
+    why: Option<String>,
+}
+
+/// A page that is being published.
+struct Page<'a> {
+    /// What is not settled, in order of position.
+    left: Vec<&'a Event>,
+    /// Positions of what was tried before: from then on it is a retry.
+    tried: HashSet<i64>,
+    /// Positions of what the broker has.
+    published: Vec<i64>,
+    /// The broker refused one of several events: from then on each goes out by itself.
+    alone: bool,
+}
+
+impl<'a> Page<'a> {
+    fn new(events: &'a [Event]) -> Self {
+        Self { left: events.iter().collect(), tried: HashSet::new(), published: Vec::new(), alone: false }
+    }
+
+    /// What is published at once: of each aggregate its first event, so that none overtakes another that is tried
+    /// again; of each id one, by which a returned message is known; and no more retries than the budget allows.
+    fn window(&self, budget: &mut Budget, now: Instant) -> Vec<&'a Event> {
+        let (mut aggregates, mut ids, mut window) = (HashSet::new(), HashSet::new(), Vec::new());
+        for event in &self.left {
+            let first =
+                aggregates.insert((&event.aggregate_type, &event.aggregate_id)) && ids.insert(event.id);
+            if first && (!self.tried.contains(&event.position) || budget.take(event.size(), now)) {
+                window.push(*event);
+                if self.alone {
+                    break;
+                }
+            }
         }
-        taken
-    });
-    rest
+        window
+    }
+
+    /// It was not taken, or it is not known.
+    fn again(&mut self, event: &Event, budget: &mut Budget) {
+        if !self.tried.insert(event.position) {
+            budget.failed();
+        }
+    }
+
+    fn settle(&mut self, event: &Event) {
+        self.left.retain(|left| left.position != event.position);
+    }
+
+    fn first_left(&self) -> Option<i64> {
+        self.left.first().map(|event| event.position)
+    }
+}
+
+/// The replay's row, which says that it lives: retention keeps away from what it has still to read.
+struct Alive<'a> {
+    id: Uuid,
+    conn: &'a mut PgConnection,
+    /// When it was said last.
+    said: Instant,
+}
+
+impl Alive<'_> {
+    /// Waits, or ends early when `stop` says so, and says meanwhile that the replay lives.
+    async fn wait(&mut self, pause: Duration, stop: &CancellationToken) -> anyhow::Result<()> {
+        let mut left = pause;
+        loop {
+            let part = left.min(HEARTBEAT);
+            stop.run_until_cancelled(tokio::time::sleep(part)).await;
+            // Waits for the retry budget are much shorter.
+            if self.said.elapsed() >= HEARTBEAT / 10 {
+                self.said = Instant::now();
+                sqlx::query("UPDATE outbox.replay SET heartbeat_at = now() WHERE id = $1")
+                    .bind(self.id)
+                    .execute(&mut *self.conn)
+                    .await
+                    .context("the replay could not say that it lives")?;
+            }
+            left -= part;
+            if left.is_zero() || stop.is_cancelled() {
+                return Ok(());
+            }
+        }
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "for a rate it is exact enough")]
@@ -485,13 +705,19 @@ mod tests {
         };
         let events =
             [event(1, "a", 1), event(2, "b", 2), event(3, "a", 3), event(4, "c", 2), event(5, "d", 5)];
-        let split = |alone| {
-            let mut left: Vec<&Event> = events.iter().collect();
-            let rest = beyond_window(&mut left, alone);
-            let positions = |events: Vec<&Event>| events.iter().map(|e| e.position).collect::<Vec<_>>();
-            (positions(left), positions(rest))
+        let now = Instant::now();
+        let split = |alone, tried: &[i64], budget: &mut Budget| {
+            let mut page = Page::new(&events);
+            page.alone = alone;
+            page.tried.extend(tried);
+            page.window(budget, now).iter().map(|event| event.position).collect::<Vec<_>>()
         };
-        assert_eq!(split(false), (vec![1, 2, 5], vec![3, 4]));
-        assert_eq!(split(true), (vec![1], vec![2, 3, 4, 5]));
+        assert_eq!(split(false, &[], &mut Budget::new(now)), [1, 2, 5]);
+        assert_eq!(split(true, &[], &mut Budget::new(now)), [1]);
+        // Without a budget for its retry, an event keeps back those behind it, and no others.
+        let mut spent = Budget::new(now);
+        while spent.take(0, now) {}
+        assert_eq!(split(false, &[1], &mut spent), [2, 5]);
+        assert_eq!(split(true, &[1], &mut spent), [2]);
     }
 }

@@ -6,16 +6,22 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use chrono::{DateTime, Utc};
 use serde::Serialize;
+use shown::shown;
 use sqlx::PgConnection;
 
 use super::{
     CommandArgs, Verdict, connect, many, span,
-    state::{self, Backlog, LockHolder, MAX_COUNT, Parked, RelayRow, State, Waiting},
+    state::{
+        self, Backlog, LockHolder, MAX_COUNT, NotTaken, Parked, RelayRow, State, Waiting, WaitingEvents,
+    },
 };
-use crate::config::{STATEMENT_TIMEOUT, relay_name};
+use crate::{
+    config::{STATEMENT_TIMEOUT, relay_name},
+    row::Made,
+};
 
 /// Rates are what changes within so long.
 const SAMPLE: Duration = Duration::from_secs(1);
@@ -42,7 +48,7 @@ pub struct StatusArgs {
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
-    let interval = service::config::duration(text)?;
+    let interval = daemon::config::duration(text)?;
     if interval >= Duration::from_millis(100) {
         Ok(interval)
     } else {
@@ -72,7 +78,10 @@ struct RelayStatus {
     rate: Option<Rate>,
     open: Open,
     parked: Parked,
+    /// Events that wait in the database.
+    waiting_events: WaitingEvents,
     paused: Option<Paused>,
+    /// What the leader waits for.
     waiting: Vec<Waiting>,
 }
 
@@ -105,7 +114,7 @@ struct BacklogStatus {
     events: Option<i64>,
     /// Positions handed out and not settled: never less than the events, and cheap to know.
     at_most: i64,
-    oldest_created_at: Option<DateTime<Utc>>,
+    oldest_created_at: Option<Made>,
     age_seconds: Option<f64>,
 }
 
@@ -193,7 +202,7 @@ async fn look(args: &StatusArgs, conn: &mut PgConnection) -> anyhow::Result<Stat
     let name = args.name.as_deref();
     let state = async {
         let state =
-            state::look(conn, name).await.context("the database does not tell where the relays stand")?;
+            state::look(conn, name).await.map_err(|error| anyhow!(outbox::database::reason(&error)))?;
         match name {
             Some(name) if state.relays.is_empty() => state::known(conn, name).await.map(|()| state),
             _ => Ok(state),
@@ -246,9 +255,9 @@ fn progress(state: &State) -> Vec<Progress> {
 
 impl Status {
     fn new(state: State, before: &[Progress]) -> Self {
-        let relays = state.relays.into_iter().map(|(row, backlog, parked)| {
+        let relays = state.relays.into_iter().map(|(row, backlog, not_taken)| {
             let before = before.iter().find(|before| before.name == row.name);
-            RelayStatus::new(row, &backlog, parked, before)
+            RelayStatus::new(row, &backlog, not_taken, before)
         });
         Self { in_recovery: state.in_recovery, relays: relays.collect(), lock_holders: state.holders }
     }
@@ -271,16 +280,16 @@ impl Status {
             text.push_str("no relay has run on this database yet; start outbox-relay run\n");
         }
         for relay in &self.relays {
-            let _ = writeln!(text, "relay {}: {}", relay.name, relay.leader_text());
+            let _ = writeln!(text, "relay {}: {}", relay.name, shown(&relay.leader_text()));
             for (what, said) in relay.lines() {
-                let _ = writeln!(text, "  {what:<9} {said}");
+                let _ = writeln!(text, "  {what:<9} {}", shown(&said));
             }
         }
         if !self.lock_holders.is_empty() {
             text.push_str("the outbox lock is held by\n");
         }
         for holder in self.lock_holders.iter().take(SHOWN_HOLDERS) {
-            let _ = writeln!(text, "  {}", holder_text(holder));
+            let _ = writeln!(text, "  {}", shown(&holder_text(holder)));
         }
         if let Some(more) = self.lock_holders.len().checked_sub(SHOWN_HOLDERS).filter(|more| *more > 0) {
             let _ = writeln!(text, "  and {more} more, all younger");
@@ -290,7 +299,8 @@ impl Status {
 }
 
 impl RelayStatus {
-    fn new(row: RelayRow, backlog: &Backlog, parked: Parked, before: Option<&Progress>) -> Self {
+    fn new(row: RelayRow, backlog: &Backlog, not_taken: NotTaken, before: Option<&Progress>) -> Self {
+        let NotTaken { parked, waiting: waiting_events } = not_taken;
         let leads = row.is_led();
         // Zero when the sequence is behind, which doctor tells.
         let at_most = (row.mark - row.settled()).max(0);
@@ -312,8 +322,8 @@ impl RelayStatus {
             backlog: BacklogStatus {
                 events,
                 at_most: at_most.max(events.unwrap_or(0)),
-                oldest_created_at: backlog.oldest.map(|(at, _)| at),
-                age_seconds: backlog.oldest.map(|(_, age)| tenths(age.max(0.0))),
+                oldest_created_at: backlog.oldest,
+                age_seconds: backlog.age.map(|age| tenths(age.max(0.0))),
             },
             open: Open {
                 ranges: row.open_ranges,
@@ -321,6 +331,7 @@ impl RelayStatus {
                 missing: (backlog.open <= MAX_COUNT).then_some(row.open_positions - backlog.open),
             },
             parked,
+            waiting_events,
             paused: row.paused_at.map(|since| Paused { since, by: row.paused_by }),
             // Of a leader that is gone, it tells nothing.
             waiting: if leads { row.waiting.0 } else { Vec::new() },
@@ -329,7 +340,10 @@ impl RelayStatus {
     }
 
     fn is_well(&self) -> bool {
-        self.leader.is_some() && self.waiting.is_empty() && self.parked.all() == 0
+        self.leader.is_some()
+            && self.waiting.is_empty()
+            && self.parked.all() == 0
+            && self.waiting_events.is_empty()
     }
 
     fn leader_text(&self) -> String {
@@ -360,9 +374,14 @@ impl RelayStatus {
             lines.push(("open", self.open.text()));
         }
         if self.parked.all() > 0 {
-            let Parked { unroutable, refused } = self.parked;
-            let said = format!("{unroutable} unroutable, {refused} refused (outbox-relay parked list)");
-            lines.push(("parked", said));
+            lines.push(("parked", format!("{} (outbox-relay parked list)", self.parked.text())));
+        }
+        if !self.waiting_events.is_empty() {
+            let said = self.waiting_events.text();
+            let once = "the relay publishes them once they are taken (outbox-relay parked list)";
+            lines.push(("waiting", format!("{said}; {once}")));
+            let groups = self.waiting_events.groups.iter();
+            lines.extend(groups.map(|group| ("", format!("{}; {}", group.text(), group.advice()))));
         }
         if let Some(paused) = &self.paused {
             let by = paused.by.as_ref().map_or(String::new(), |by| format!(" by {by}"));
@@ -379,7 +398,10 @@ impl BacklogStatus {
     fn text(&self) -> String {
         let count = match self.events {
             Some(0) if self.at_most > 0 => {
-                return format!("no event is stored, {} may still come", many(self.at_most, "position"));
+                let positions = many(self.at_most, "position");
+                return format!(
+                    "none; {positions} without an event, of transactions that are open or were rolled back"
+                );
             }
             Some(0) => return "none".to_owned(),
             Some(events) => many(events, "event"),

@@ -6,10 +6,16 @@ use anyhow::Context;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::json;
-use sqlx::PgConnection;
+use shown::shown;
+use sqlx::{PgConnection, types::Json};
 use uuid::Uuid;
 
-use super::{CommandArgs, Verdict, connect, status::time};
+use super::{
+    CommandArgs, Verdict, connect,
+    state::{SILENCE, Waiting},
+    status::time,
+};
+use crate::{leader::MAX_DROPPED, row::Made};
 
 /// Without a time to look at, every event is looked at.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
@@ -67,19 +73,39 @@ struct Stored {
     aggregate_type: String,
     aggregate_id: String,
     version: i64,
-    created_at: DateTime<Utc>,
+    created_at: Made,
 }
 
 /// How far a relay is with an event, as of the relay's last word.
 #[derive(Debug, Serialize, sqlx::FromRow)]
 struct Fate {
     relay: String,
-    /// `waiting`, `under way`, `parked` or `settled`.
+    /// `waiting`, `under way`, `waits`, `parked`, `confirmed`, `dropped by hand`, `dropped by rule`; or `settled`, where
+    /// it is not known how.
     state: String,
     /// Why it was set aside.
     detail: Option<String>,
     /// When it is tried again; none by hand only.
     next_attempt_at: Option<DateTime<Utc>>,
+    /// What the relay said that it waits for, as of its last heartbeat.
+    waiting: Json<Vec<Waiting>>,
+    /// Whether a relay leads that says so.
+    led: bool,
+}
+
+impl Fate {
+    /// What its relay waits for, for people.
+    fn reasons(&self) -> String {
+        if !self.led {
+            return "; no relay of this name leads now".to_owned();
+        }
+        let reasons: Vec<String> = self
+            .waiting
+            .iter()
+            .map(|Waiting { part, reason, seconds }| format!("{part}: {reason} (for {seconds} s)"))
+            .collect();
+        if reasons.is_empty() { String::new() } else { format!("; the relay waits: {}", reasons.join("; ")) }
+    }
 }
 
 /// By the BRIN index on the time, or, without a time, everything.
@@ -96,11 +122,18 @@ WHERE aggregate_type = $1 AND aggregate_id = $2 ORDER BY version DESC LIMIT $3";
 /// What is aside was settled as well, so that comes first. Between the low-water mark and the last
 /// position read, the open ranges are what is not settled.
 const FATES: &str = "
-SELECT r.name AS relay, p.detail, p.next_attempt_at,
-       CASE WHEN p.position IS NOT NULL THEN 'parked'
+SELECT r.name AS relay, p.detail, p.next_attempt_at, r.waiting,
+       coalesce(r.heartbeat_at > clock_timestamp() - $2 * interval '1 second', false) AS led,
+       CASE WHEN p.state = 'waiting' THEN 'waits'
+            WHEN p.position IS NOT NULL THEN 'parked'
             WHEN $1 > r.high THEN 'waiting'
             WHEN $1 > r.low_water AND r.open @> $1 THEN 'under way'
-            ELSE 'settled' END AS state
+            WHEN r.dropped_by_hand @> $1 THEN 'dropped by hand'
+            WHEN r.dropped_by_rule @> $1 THEN 'dropped by rule'
+            WHEN $1 <= r.told_from THEN 'settled'
+            WHEN $1 < lower(r.dropped_by_rule) AND (SELECT count(*) FROM unnest(r.dropped_by_rule)) >= $3
+              OR $1 < lower(r.dropped_by_hand) AND (SELECT count(*) FROM unnest(r.dropped_by_hand)) >= $3 THEN 'settled'
+            ELSE 'confirmed' END AS state
 FROM outbox.relay r LEFT JOIN outbox.parked p ON p.relay = r.name AND p.position = $1
 ORDER BY r.name";
 
@@ -110,7 +143,12 @@ pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
     let stored = find(&mut conn, args).await.context("the outbox could not be searched")?;
     let mut events: Vec<(Stored, Vec<Fate>)> = Vec::with_capacity(stored.len());
     for event in stored {
-        let fates = sqlx::query_as(FATES).bind(event.position).fetch_all(&mut conn).await;
+        let fates = sqlx::query_as(FATES)
+            .bind(event.position)
+            .bind(SILENCE)
+            .bind(MAX_DROPPED)
+            .fetch_all(&mut conn)
+            .await;
         events.push((event, fates.context("the relays' progress could not be read")?));
     }
     let answer: Vec<_> =
@@ -152,8 +190,10 @@ fn made(id: Uuid) -> Option<DateTime<Utc>> {
 fn not_found(args: &TraceArgs) -> String {
     match &args.what {
         What::Aggregate(type_, id) => format!(
-            "no event of {type_}/{id} is stored here: it belongs to another database, its transaction did \
-             not commit, or its partition was retired"
+            "no event of {}/{} is stored here: it belongs to another database, its transaction did \
+             not commit, or its partition was retired",
+            shown(type_),
+            shown(id)
         ),
         What::Event(id) => {
             let scanned = "it belongs to another database, its transaction did not commit, or its partition \
@@ -175,25 +215,44 @@ fn text(event: &Stored, fates: &[Fate]) -> String {
     let mut text = format!(
         "event {} of type {}\n  of {}/{}, version {}, position {}, made {}\n",
         event.id,
-        event.type_,
-        event.aggregate_type,
-        event.aggregate_id,
+        shown(&event.type_),
+        shown(&event.aggregate_type),
+        shown(&event.aggregate_id),
         event.version,
         event.position,
-        time(Some(event.created_at))
+        event.created_at
     );
     for fate in fates {
         let said = match &*fate.state {
-            "waiting" => "not read yet".to_owned(),
-            "under way" => "read, and not settled yet; outbox-relay status tells what for".to_owned(),
+            "waiting" => format!("not read yet{}", fate.reasons()),
+            "under way" => format!("read, and not confirmed yet{}", fate.reasons()),
+            "waits" if fate.next_attempt_at.is_none() => {
+                "waits behind an earlier event of its aggregate that is not taken".to_owned()
+            }
+            "waits" => {
+                let why = fate.detail.as_deref().unwrap_or_default();
+                format!("waits, and later events of its aggregate behind it: {why}; tried again by itself")
+            }
             "parked" => {
                 let next = fate.next_attempt_at.map_or_else(
                     || format!("only by hand: outbox-relay parked retry --id {}", event.id),
                     |at| format!("by itself at {}, or when the oldest of its type is taken", time(Some(at))),
                 );
-                format!("set aside: {}; tried again {next}", fate.detail.as_deref().unwrap_or_default())
+                format!(
+                    "set aside: {}; tried again {next}",
+                    shown(fate.detail.as_deref().unwrap_or_default())
+                )
             }
-            _ => "settled: confirmed by the broker, or dropped by a rule or by hand".to_owned(),
+            "confirmed" => "confirmed by the broker".to_owned(),
+            "dropped by hand" => {
+                "given up by hand (outbox-relay parked drop); it was not published".to_owned()
+            }
+            "dropped by rule" => {
+                "no queue took it, and a rule let it go (--unroutable '...=drop'); nobody has it".to_owned()
+            }
+            _ => {
+                "settled, and it is not known how: the relay began after it, or it is too long ago".to_owned()
+            }
         };
         let _ = writeln!(text, "  relay {}: {said}", fate.relay);
     }

@@ -45,7 +45,7 @@ async fn the_database() {
     let load = field.load();
     sleep(WHILE).await;
     field.servers.postgres.stop(&CancellationToken::new()).await;
-    field.says(fault, "the database is away").await;
+    field.says(fault, "the database does not answer").await;
     field.servers.postgres.start().await.unwrap();
     sleep(WHILE).await;
     load.stop().await;
@@ -61,7 +61,7 @@ async fn the_database() {
     let load = field.load();
     sleep(WHILE).await;
     field.servers.postgres.abort().await;
-    field.says(fault, "the database is away").await;
+    field.says(fault, "the database does not answer").await;
     field.servers.postgres.start().await.unwrap();
     sleep(WHILE).await;
     load.stop().await;
@@ -87,7 +87,7 @@ async fn the_database() {
     };
     limit(&field, 1).await;
     field.end_sessions().await;
-    field.says(fault, "too many connections").await;
+    field.says(fault, "no connection is left").await;
     limit(&field, -1).await;
     sleep(WHILE).await;
     load.stop().await;
@@ -98,7 +98,7 @@ async fn the_database() {
     sleep(WHILE).await;
     let mut locker = field.stack.admin.acquire().await.unwrap();
     locker.execute("BEGIN; LOCK TABLE outbox.event IN ACCESS EXCLUSIVE MODE").await.unwrap();
-    field.says(fault, "statement timeout").await;
+    field.says(fault, "longer than statement_timeout").await;
     locker.execute("ROLLBACK").await.unwrap();
     drop(locker);
     sleep(WHILE).await;
@@ -124,8 +124,8 @@ async fn the_database() {
     // A relay behind a pooler that shares sessions would lead by nobody's lock.
     let url = &field.stack.database_url;
     let user: sqlx::postgres::PgConnectOptions = url.parse().unwrap();
-    let (port, name) = (ports::free(), user.get_username());
-    let pooler = field.servers.postgres.pooler(&field.folder, port, name, DATABASE_PASSWORD).await.unwrap();
+    let (port, name, pg) = (ports::free(), user.get_username(), &field.servers.postgres);
+    let pooler = pg.pooler(&field.folder, (port, "transaction"), &[name], DATABASE_PASSWORD).await.unwrap();
     let (_, database) = url.rsplit_once('/').unwrap();
     let url = format!("postgres://{name}:{DATABASE_PASSWORD}@127.0.0.1:{port}/{database}");
     let said = output(field.run().env("DATABASE_URL", url).env("LISTEN", "127.0.0.1:0")).await;

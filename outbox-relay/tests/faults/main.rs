@@ -18,6 +18,7 @@ mod broker;
 mod cluster;
 mod database;
 mod field;
+mod isolation;
 mod process;
 mod standby;
 mod tls;

@@ -38,7 +38,7 @@ async fn a_synchronous_standby_is_promoted() {
     let load = field.load();
     sleep(3 * WHILE).await;
     field.servers.postgres.kill().await;
-    field.says(fault, "the database is away").await;
+    field.says(fault, "the database does not answer").await;
     // As when an address moves before the standby knows that it is the primary.
     field.database.switch(&standby.url());
     field.says(fault, "in recovery").await;

@@ -11,9 +11,10 @@ use devstack::{
     tls::{Authority, Certificate},
 };
 use reqwest::Method;
+use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
-use crate::stack::{BROKER_PASSWORD, Relay, Stack, eventually, output};
+use crate::stack::{BROKER_PASSWORD, Relay, Stack, Subscriber, eventually, output};
 
 /// The same user and name at another address, with a query.
 fn at(url: &str, scheme: &str, host: &str, port: u16, query: &str) -> String {
@@ -52,7 +53,7 @@ async fn both_connections_are_encrypted_and_verified() {
     fs::write(&password, BROKER_PASSWORD).unwrap();
     stack.manage(Method::DELETE, &format!("users/{}", stack.vhost), None).await;
     for _ in 0..2 {
-        rabbitmq.script(&script, &[&stack.vhost, &stack.vhost], &password).await.unwrap();
+        rabbitmq.script(&script, &[&stack.vhost, &stack.vhost, "relay"], &password).await.unwrap();
     }
 
     let database = |host: &str, authority: &Certificate| {
@@ -113,7 +114,47 @@ async fn both_connections_are_encrypted_and_verified() {
         println!("{what}: {told}");
         assert!(relay.terminate().await.success());
     }
+    let own = [stack.vhost.as_str(), "relay", "relay"];
+    rabbitmq.script(&script, &own, &password).await.unwrap();
+    let url = broker("localhost", &server, Some(&client));
+    let external = |user: &str| {
+        let user = format!("//{user}:");
+        format!("{}&auth_mechanism=external", url.replace(&format!("//{}:", stack.vhost), &user))
+    };
+    under_the_certificates_name(&stack, &mut subscriber, &run, &right.0, external).await;
     drop(stack);
     rabbitmq.stop(&CancellationToken::new()).await;
     postgres.stop(&CancellationToken::new()).await;
+}
+
+/// By a certificate alone the broker takes the user from there, whatever the URL says: under a name that is not the
+/// broker's nothing is published, and nothing set aside.
+async fn under_the_certificates_name(
+    stack: &Stack,
+    subscriber: &mut Subscriber,
+    run: &impl Fn(&str, &str) -> Command,
+    database: &str,
+    external: impl Fn(&str) -> String,
+) {
+    let mut named = Relay::ready(&mut run(database, &external("relay"))).await;
+    stack.append(1..2, 1, &["thing.changed"]).await;
+    subscriber.until(|messages| messages.len() == 2).await;
+    let user = subscriber.messages[1].properties.user_id().clone();
+    assert_eq!(user.map(|user| user.to_string()).as_deref(), Some("relay"));
+    assert!(named.terminate().await.success());
+
+    let mut misnamed = Relay::start(&mut run(database, &external("somebody"))).await;
+    stack.append(2..9, 1, &["thing.changed"]).await;
+    misnamed.waits("by another name than \"somebody\"").await;
+    let sql = "SELECT (SELECT low_water FROM outbox.relay), (SELECT count(*) FROM outbox.parked)";
+    let (published, parked): (i64, i64) = sqlx::query_as(sql).fetch_one(&stack.admin).await.unwrap();
+    assert_eq!((published, parked), (2, 0));
+    let mut doctor = stack.command("doctor");
+    let said = output(doctor.env("DATABASE_URL", database).env("AMQP_URL", external("somebody"))).await;
+    assert!(said.contains("rabbitmqctl list_connections"), "{said}");
+    assert!(misnamed.terminate().await.success());
+
+    let mut named = Relay::ready(&mut run(database, &external("relay"))).await;
+    subscriber.until(|messages| messages.len() == 9).await;
+    assert!(named.terminate().await.success());
 }

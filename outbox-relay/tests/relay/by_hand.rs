@@ -47,6 +47,30 @@ async fn pause_and_resume() {
     assert_told!([unknown, paused, resumed].join("\n\n"));
 }
 
+/// A leader sets an event aside and is killed before it stores that. The next one reads the event again, which an
+/// operator has dropped meanwhile.
+#[tokio::test]
+async fn what_was_dropped_does_not_come_back() {
+    let stack = Stack::new("hand_dropped").await;
+    let mut subscriber = stack.subscribe("thing.*").await;
+    // As before the schema knew of such headers.
+    stack.admin.execute("ALTER TABLE outbox.event DROP CONSTRAINT event_headers_fit").await.unwrap();
+    let append =
+        "INSERT INTO outbox.event (id, aggregate_type, aggregate_id, version, type, payload, headers) VALUES
+             ('01890000-0000-7000-8000-000000000001', 'thing', 'a', 1, 'thing.new', '{\"n\": 0}', '{\"CC\": \"queue\"}')";
+    let killed = Relay::start(stack.command("run").env("OUTBOX_RELAY_FAILPOINT", "park:1")).await;
+    stack.writer.execute(append).await.unwrap();
+    eventually("it is killed", async || killed.get("live").await.is_none().then_some(())).await;
+    assert!(said(&stack, &["parked drop --all --yes"]).await.contains("1 event dropped"));
+    let relay = Relay::ready(&mut stack.command("run")).await;
+    stack.append(0..1, 1, &["thing.new"]).await;
+    subscriber.complete(1).await;
+    stack.settled("default", 2).await;
+    relay.counts(1, 0).await;
+    let later = said(&stack, &["parked list", "trace --scan 01890000-0000-7000-8000-000000000001"]).await;
+    assert!(later.contains("nothing is set aside") && later.contains("given up by hand"), "{later}");
+}
+
 #[tokio::test]
 async fn parked() {
     let stack = Stack::new("hand_parked").await;
@@ -58,6 +82,8 @@ async fn parked() {
              ('01890000-0000-7000-8000-000000000001', 'thing', 'a', 1, 'thing.new', '{\"n\": 0}', '{\"CC\": \"queue\"}'),
              ('01890000-0000-7000-8000-000000000002', 'thing', 'b', 1, 'score.new', '{\"n\": 1}', NULL),
              ('01890000-0000-7000-8000-000000000003', 'thing', 'c', 1, 'score.new', '{\"n\": 2}', NULL)";
+    // As before the schema knew of such headers.
+    stack.admin.execute("ALTER TABLE outbox.event DROP CONSTRAINT event_headers_fit").await.unwrap();
     stack.writer.execute(append).await.unwrap();
     // What somebody takes tells that somebody listens.
     let mut n = 0;

@@ -24,6 +24,7 @@ async fn help() {
         "resume",
         "new-incarnation",
         "prune",
+        "forget",
         "health",
     ] {
         let mut program = program();

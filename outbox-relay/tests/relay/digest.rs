@@ -16,17 +16,23 @@ struct Inbox {
 
 impl Inbox {
     async fn new() -> Self {
+        Self::with(&[
+            include_str!("../../../migrations/inbox/0001_inbox.sql"),
+            include_str!("../../../migrations/inbox/0002_lookup.sql"),
+            include_str!("../../../migrations/inbox/0005_digest.sql"),
+        ])
+        .await
+    }
+
+    /// With some of its migrations.
+    async fn with(migrations: &[&'static str]) -> Self {
         let url = devstack::testing::database("digest_inbox").await;
         let admin = PgPool::connect(&url).await.unwrap();
         let (_, place) = url.rsplit_once('@').unwrap();
         let (_, database) = url.rsplit_once('/').unwrap();
-        for sql in [
-            "CREATE SCHEMA inbox; CREATE TABLE inbox.migration (version bigint)",
-            include_str!("../../../migrations/inbox/0001_inbox.sql"),
-            include_str!("../../../migrations/inbox/0002_lookup.sql"),
-            include_str!("../../../migrations/inbox/0005_digest.sql"),
-        ] {
-            admin.execute(sql).await.unwrap();
+        admin.execute("CREATE SCHEMA inbox; CREATE TABLE inbox.migration (version bigint)").await.unwrap();
+        for sql in migrations {
+            admin.execute(*sql).await.unwrap();
         }
         let role = format!(
             "CREATE ROLE {database}_reader LOGIN PASSWORD '{DATABASE_PASSWORD}';
@@ -105,6 +111,55 @@ async fn both_sides_sum_up_to_the_same() {
     insta::assert_snapshot!(shown);
 }
 
+/// Writers may use any version up to 2^63 - 2, and what is erased may have the last one.
+#[tokio::test]
+async fn sums_of_the_largest_versions_agree() {
+    const OLD: &str = include_str!("../../../migrations/inbox/0005_digest.sql");
+    const SUMS: &str = include_str!("../../../migrations/inbox/0007_kept.sql");
+    let inbox = [
+        include_str!("../../../migrations/inbox/0001_inbox.sql"),
+        include_str!("../../../migrations/inbox/0002_lookup.sql"),
+    ];
+    let stack = Stack::new("digest_extreme").await;
+    let old = Inbox::with(&[inbox[0], inbox[1], OLD]).await;
+    let inbox = Inbox::with(&[inbox[0], inbox[1], OLD, SUMS]).await;
+    let extreme = "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers)
+                   SELECT t, t || n, v, 'any.new', '{}', h::jsonb
+                   FROM (VALUES ('two', 1, 9223372036854775806, NULL), ('two', 2, 2, NULL),
+                                ('three', 1, 9223372036854775806, NULL), ('three', 2, 9223372036854775806, NULL),
+                                ('three', 3, 9223372036854775806, NULL),
+                                ('last', 1, 9223372036854775807, '{\"erased\": true}'), ('last', 2, 1, NULL),
+                                ('fits', 1, 9223372036854775806, NULL), ('fits', 2, 1, NULL)) AS e (t, n, v, h)";
+    stack.writer.execute(extreme).await.unwrap();
+    inbox.follow(&stack, "person", "").await;
+    old.follow(&stack, "person", "").await;
+    let sums = async |pool: &PgPool, digest: &str| -> Vec<String> {
+        let sql = format!("SELECT row_to_json(d)::text FROM {digest} d ORDER BY 1");
+        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(pool).await.unwrap()
+    };
+    for buckets in [1, 2, 1024] {
+        assert_eq!(
+            sums(&stack.admin, &format!("outbox.digest({buckets})")).await,
+            sums(&inbox.admin, &format!("inbox.digest('copy', 'person', {buckets})")).await
+        );
+    }
+    // Equal rows settle everything: no list is gone through. An older inbox that cannot add up says what to do.
+    let mut shown = said(&stack, &inbox, "").await;
+    for arguments in ["--buckets 1", "--buckets 1024", "--json --buckets 1"] {
+        shown += &said(&stack, &inbox, &format!("{COMPARE} {arguments}")).await;
+    }
+    shown += "# An inbox of before the sum had its limit\n";
+    shown += &said(&stack, &old, &format!("{COMPARE} --buckets 1")).await;
+    // An outbox of before its sum was like the inbox's is right all the same, by its lists.
+    let before = include_str!("../../../migrations/outbox/0008_rows.sql");
+    let at = before.find("CREATE OR REPLACE FUNCTION outbox.digest(").unwrap();
+    let end = at + before[at..].find("\n$$;").unwrap() + 4;
+    stack.admin.execute(&before[at..end]).await.unwrap();
+    shown += "# An outbox of before that\n";
+    shown += &said(&stack, &inbox, &format!("{COMPARE} --json --buckets 1")).await;
+    insta::assert_snapshot!(shown);
+}
+
 #[tokio::test]
 async fn what_differs_is_named() {
     let (stack, inbox) = (Stack::new("digest_differs").await, Inbox::new().await);
@@ -148,6 +203,39 @@ async fn what_differs_is_named() {
     shown += "\n\n## a database without an inbox\n";
     shown += &output(&mut program).await;
     insta::assert_snapshot!(shown);
+}
+
+/// Whoever knows a consumer by the name that it began with finds it, and one that nobody knows is told of the right one.
+#[tokio::test]
+async fn a_consumer_that_was_replaced() {
+    let (stack, inbox) = (Stack::new("digest_replaced").await, Inbox::new().await);
+    stack.append(0..20, 4, &["thing.new"]).await;
+    inbox.follow(&stack, "person", "").await;
+    // The rows of the one before stay for a while.
+    let old =
+        "INSERT INTO inbox.aggregate (consumer, source, aggregate_type, aggregate_id, version, last_event_id)
+               VALUES ('first', 'person', 'thing', 'a1', 1, gen_random_uuid())";
+    inbox.admin.execute(old).await.unwrap();
+    let stranger = said(&stack, &inbox, "--consumer stranger --wait 0s").await;
+    assert!(
+        stranger.contains("exit code: 1") && stranger.contains("ask for --consumer copy; "),
+        "{stranger}"
+    );
+    inbox.admin.execute(include_str!("../../../migrations/inbox/0010_successor.sql")).await.unwrap();
+    let replaced = "INSERT INTO inbox.successor (consumer, replaced_by) VALUES ('first', 'second'), ('second', 'copy'),
+                                                                            ('ring', 'around'), ('around', 'ring')";
+    inbox.admin.execute(replaced).await.unwrap();
+    for (consumer, expected) in [
+        ("first", "exit code: 0\ncopy, which has replaced first, has what person published"),
+        ("second", "exit code: 0\ncopy, which has replaced second, has what person published"),
+        ("copy", "exit code: 0\ncopy has what person published"),
+        ("first --json", "\"consumer\": \"copy\""),
+        // Somebody's hand: it ends all the same.
+        ("ring", "exit code: 1\noutbox-relay: the consumer ring has received nothing of person"),
+    ] {
+        let shown = said(&stack, &inbox, &format!("--wait 0s --consumer {consumer}")).await;
+        assert!(shown.contains(expected), "{consumer}: {shown}");
+    }
 }
 
 /// Beside writers and a subscriber that is a little behind: it ends, it ends well, and a single lost event is

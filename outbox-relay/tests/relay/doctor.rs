@@ -43,9 +43,7 @@ async fn a_stack_with_several_problems() {
                   FROM outbox.event WHERE position <= 5) e;
         DO $$ BEGIN EXECUTE format('REVOKE pg_read_all_stats FROM %I', current_database() || '_relay'); END $$";
     stack.admin.execute(troubles).await.unwrap();
-    let said = doctor(&stack, &[]).await;
-    assert!(!said.contains("person-17"), "an aggregate's id: {said}");
-    assert_told!("doctor of several problems", said);
+    assert_told!("doctor of several problems", doctor(&stack, &[]).await);
     let mend = "DELETE FROM outbox.event WHERE position = 1000005; SELECT setval('outbox.position', 999990)";
     stack.admin.execute(mend).await.unwrap();
     assert_told!("doctor of fewer problems, as JSON", doctor(&stack, &["--name", "default", "--json"]).await);

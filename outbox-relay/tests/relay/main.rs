@@ -8,15 +8,23 @@
 mod stack;
 
 mod by_hand;
+mod chains;
 mod command_line;
+mod conflicts;
 mod digest;
 mod doctor;
+mod erasures;
 mod examples;
 mod faults;
+mod hostile;
+mod identity;
+mod isolation;
 mod parking;
 mod partitions;
 mod progress;
 mod publishing;
+mod repairs;
 mod replay;
+mod rows;
 mod status;
 mod systemd;

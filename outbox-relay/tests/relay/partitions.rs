@@ -1,5 +1,8 @@
 //! Partitions are made ahead and retired while the relay runs.
 
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, TimeDelta, Utc};
 use sqlx::Executor;
 
 use crate::stack::{Relay, Stack, eventually, output};
@@ -61,7 +64,12 @@ async fn prune() {
     stack.append(10..20, 1, &["thing.new"]).await;
     subscriber.complete(20).await;
     stack.settled("default", 1_000_010).await;
-    stack.admin.execute("UPDATE outbox.event SET created_at = now() - interval '2 days'").await.unwrap();
+    // An imported event is at the end, and says that it is old.
+    stack.admin.execute("UPDATE outbox.event SET created_at = '2019-01-01Z'").await.unwrap();
+    let young = output(stack.command("prune").args(["--keep", "1d", "--without-baseline"])).await;
+    assert!(young.contains("event_1: kept: it is full only since 20"), "{young}");
+    let age = "UPDATE outbox.partition_age SET full_since = now() - interval '2 days'";
+    assert_eq!(stack.admin.execute(age).await.unwrap().rows_affected(), 1);
     let mut said = Vec::new();
     for arguments in [
         &["--keep", "3d"][..],
@@ -72,8 +80,51 @@ async fn prune() {
         &[],
     ] {
         let answer = output(stack.command("prune").args(arguments)).await;
-        let answer: Vec<&str> = answer.lines().map(|l| l.split(" of 20").next().unwrap()).collect();
+        let answer: Vec<&str> = answer.lines().map(|l| l.split(" since 20").next().unwrap()).collect();
         said.push(format!("## {}\n{}", arguments.join(" "), answer.join("\n")));
     }
     insta::assert_snapshot!(said.join("\n\n"));
+}
+
+/// Partitions and erasures are looked after every ten seconds, each over a connection of its own that stays, and that is
+/// replaced when the server has ended it.
+#[tokio::test]
+async fn each_task_keeps_its_connection() {
+    let stack = Stack::new("relay_connections").await;
+    let _relay = Relay::ready(&mut stack.command("run")).await;
+    let sessions = async || -> BTreeMap<String, (i32, DateTime<Utc>)> {
+        let sql = "SELECT application_name, pid, query_start FROM pg_stat_activity
+                   WHERE datname = current_database() AND application_name LIKE 'outbox-relay%'
+                     AND query_start IS NOT NULL";
+        let rows: Vec<(String, i32, DateTime<Utc>)> =
+            sqlx::query_as(sql).fetch_all(&stack.admin).await.unwrap();
+        let count = rows.len();
+        let sessions: BTreeMap<_, _> = rows.into_iter().map(|(name, pid, at)| (name, (pid, at))).collect();
+        assert_eq!(sessions.len(), count, "two sessions have one name");
+        sessions
+    };
+    let names = ["outbox-relay", "outbox-relay erasures", "outbox-relay partitions", "outbox-relay wake-up"];
+    let first = eventually("each task has its session", async || {
+        let sessions = sessions().await;
+        sessions.keys().eq(names.iter()).then_some(sessions)
+    })
+    .await;
+    for name in ["outbox-relay erasures", "outbox-relay partitions"] {
+        let (pid, at) = first[name];
+        let again = eventually("the next round", async || {
+            let session = sessions().await.get(name).copied();
+            session.filter(|(_, again)| *again > at + TimeDelta::seconds(5))
+        })
+        .await;
+        assert_eq!(again.0, pid, "{name}: a new connection for each round");
+        sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&stack.admin).await.unwrap();
+    }
+    eventually("both are replaced", async || {
+        let sessions = sessions().await;
+        names[1..3]
+            .iter()
+            .all(|name| sessions.get(*name).is_some_and(|(pid, _)| *pid != first[*name].0))
+            .then_some(())
+    })
+    .await;
 }

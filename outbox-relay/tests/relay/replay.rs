@@ -34,7 +34,11 @@ async fn to_one_queue_alone() {
     stack.channel().await.queue_declare("late".into(), options, FieldTable::default()).await.unwrap();
 
     let forbidden = replay(&stack, "--all --to-queue late").await;
-    assert!(forbidden.contains("exit code: 1") && forbidden.contains("may configure"), "{forbidden}");
+    assert!(
+        forbidden.contains("exit code: 1")
+            && forbidden.contains("needs configure, write and read on outbox-replay.*"),
+        "{forbidden}"
+    );
     let rights = json!({"configure": r"^outbox-replay\.", "read": r"^outbox-replay\.",
                         "write": format!(r"^(outbox-replay\..*|late|{EXCHANGE})$")});
     let path = format!("permissions/{0}/{0}", stack.vhost);
@@ -163,4 +167,110 @@ async fn a_full_queue_gets_history_in_order() {
     };
     let (said, ()) = tokio::join!(replay(&stack, "--all --to-queue late"), slow_reader);
     assert!(said.contains("exit code: 0\n300 events replayed"), "{said}");
+}
+
+/// How often each event of a type came.
+fn copies(messages: &[Message], key: &str) -> HashMap<i64, usize> {
+    let mut copies = HashMap::new();
+    for message in messages.iter().filter(|message| message.key == key) {
+        *copies.entry(message.number()).or_default() += 1;
+    }
+    copies
+}
+
+/// A replay to everybody, of whom one has a full queue: what that refuses is tried again within the relay's budget, so
+/// that the others get few copies, and then the replay ends, with a word on where to go on.
+#[tokio::test]
+async fn beside_a_full_queue() {
+    let stack = Stack::new("replay_beside_full").await;
+    let mut well = stack.subscribe("#").await;
+    // Pages grow: after some bills comes one with orders of as many aggregates, and between them one aggregate's bills,
+    // each of which is taken.
+    for n in 0..180_i64 {
+        let order = n >= 70 && n % 10 == 0;
+        sqlx::query(
+            "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+             VALUES ('thing', $1, $2, $3, json_build_object('n', $4))",
+        )
+        .bind(if order { format!("o{n}") } else { "bill".to_owned() })
+        .bind(if order { 1 } else { n + 1 })
+        .bind(if order { "order.new" } else { "bill.new" })
+        .bind(n)
+        .execute(&stack.writer)
+        .await
+        .unwrap();
+    }
+    let _relay = Relay::ready(&mut stack.command("run")).await;
+    well.count(180).await;
+    stack.settled("default", 180).await;
+    let mut limits = FieldTable::default();
+    limits.insert("x-max-length".into(), AMQPValue::LongInt(1));
+    limits.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    stack.bind("full", "order.new", limits).await;
+
+    let began = std::time::Instant::now();
+    let said = replay(&stack, "--all").await;
+    let seconds = usize::try_from(began.elapsed().as_secs()).unwrap() + 1;
+    assert!(said.contains("exit code: 1\n"), "{said}");
+    assert!(said.contains("is a queue at its limit?"), "{said}");
+    // Nothing that was not published lies before that.
+    let (_, next) = said.split_once("--from ").unwrap();
+    let next: i64 = next.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
+    assert!((71..=180).contains(&next), "{said}");
+    // What came last tells that all has come.
+    stack.append(1_000..1_001, 1, &["mark.new"]).await;
+    well.until(|messages| messages.iter().any(|message| message.key == "mark.new")).await;
+    // The relay's own copy, the first try, and the budget.
+    let orders: usize = copies(&well.messages, "order.new").values().sum();
+    assert!(orders <= 11 + 11 + 10 + 10 * seconds, "{orders} copies of 11 orders in {seconds} s: {said}");
+
+    // Once the queue is emptied, it goes on where it said.
+    let mut full = stack.consume("full").await;
+    let said = replay(&stack, &format!("--from {next}")).await;
+    assert!(said.contains("exit code: 0\n"), "{said}");
+    full.until(|messages| copies(messages, "order.new").len() == 11).await;
+}
+
+/// The broker refuses some events for themselves: they are counted, and the others come. When it refuses everything, the
+/// replay ends instead of trying all of history.
+#[tokio::test]
+async fn with_refused_messages() {
+    let stack = Stack::new("replay_refused").await;
+    let mut all = stack.subscribe("#").await;
+    stack.append(0..300, 300, &["order.new", "order.new", "bill.new"]).await;
+    let _relay = Relay::ready(&mut stack.command("run")).await;
+    all.count(300).await;
+    stack.settled("default", 300).await;
+    let path = format!("topic-permissions/{0}/{0}", stack.vhost);
+    let permit = async |write: &str| {
+        let rights = json!({"exchange": EXCHANGE, "write": write, "read": ""});
+        stack.manage(reqwest::Method::PUT, &path, Some(rights)).await;
+    };
+    permit(r"^order\.").await;
+    // The bills up to there are 10.
+    let said = replay(&stack, "--all --to 30").await;
+    assert!(
+        said.contains(
+            "exit code: 3\n20 events replayed; 10 more, which cannot be published (the log says why)"
+        ),
+        "{said}"
+    );
+    all.until(|messages| {
+        (0..30).filter(|n| n % 3 < 2).all(|n| copies(&messages[300..], "order.new").contains_key(&n))
+    })
+    .await;
+    permit("^nothing$").await;
+    let said = replay(&stack, "--all").await;
+    insta::with_settings!({filters => vec![(r"'?replay_refused_[0-9a-f]*'?", "VHOST")]}, {
+        insta::assert_snapshot!(said, @"
+        ## replay --all
+        exit code: 1
+        outbox-relay: stopped with 0 events published; go on with --from 1: the broker refused 100 events in a row, from position 1 on, the last of type order.new: ACCESS_REFUSED - access to topic 'order.new' in exchange 'event_dispatcher' in vhost VHOST refused for this user; remove the cause, or leave these events out with --type
+        ");
+    });
+    permit(".*").await;
+    let said = replay(&stack, "--from 1").await;
+    assert!(said.contains("exit code: 0\n300 events replayed"), "{said}");
+    let times = copies(&all.messages, "order.new");
+    assert!(times.values().all(|times| *times <= 3), "{times:?}");
 }

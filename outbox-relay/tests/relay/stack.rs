@@ -360,6 +360,13 @@ impl Relay {
         (value("outbox_relay_published_total").await, value("outbox_relay_dropped_total").await)
     }
 
+    /// How many it has published and dropped, once that is so: it counts an event after its database knows.
+    pub(crate) async fn counts(&self, published: u64, dropped: u64) {
+        let wanted = (published.to_string(), dropped.to_string());
+        let what = format!("{wanted:?} are counted");
+        eventually(&what, async || (self.counted().await == wanted).then_some(())).await;
+    }
+
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }

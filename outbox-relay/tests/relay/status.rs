@@ -2,6 +2,7 @@
 
 use std::{process::Stdio, time::Duration};
 
+use lapin::types::{AMQPValue, FieldTable};
 use serde_json::Value;
 use sqlx::{Connection, Executor};
 use tokio::{
@@ -72,6 +73,72 @@ async fn a_relay_that_is_not_well() {
     assert_told!("status of a relay that is not well", stable.await);
     assert_told!("status of a relay that is not well, as JSON", status(&stack, &["--json"]).await);
     open.close().await.unwrap();
+}
+
+/// Rows of `outbox.parked` that wait: of the first of each aggregate it is told for what, and what to do.
+#[tokio::test]
+async fn events_that_wait() {
+    let stack = Stack::new("status_waiting").await;
+    let rows = "
+        INSERT INTO outbox.relay (name, low_water, high) VALUES ('default', 0, 0), ('large', 0, 0);
+        INSERT INTO outbox.parked (relay, position, id, aggregate_type, aggregate_id, version, type, created_at,
+                                   reason, detail, attempts, parked_at, next_attempt_at, state)
+        SELECT 'default', position, format('00000000-0000-7000-8000-%s', lpad(position::text, 12, '0'))::uuid, 'thing',
+               aggregate, version, type, now(), reason, detail, 3, timestamptz '2026-01-02 03:04:05Z',
+               CASE WHEN version = 1 THEN timestamptz '2026-01-02 03:09:05Z' END, 'waiting'
+        FROM (VALUES (1, 'a', 1, 'order.new', 'nacked', 'a queue is full'),
+                     (2, 'a', 2, 'order.changed', 'behind', ''),
+                     (3, 'b', 1, 'order.new', 'nacked', 'a queue is full'),
+                     (4, 'c', 1, 'bill.new', 'refused', 'it is too large'),
+                     (5, 'd', 1, 'bill.new', 'silent', 'no response'),
+                     (6, 'e', 1, 'audit.seen', 'unroutable', 'no queue takes it'),
+                     (7, 'f', 1, 'audit.seen', 'behind', ''),
+                     (8, 'b', 2, 'order.changed', 'behind', ''))
+             AS row (position, aggregate, version, type, reason, detail);
+        INSERT INTO outbox.parked (relay, position, id, aggregate_type, aggregate_id, version, type, created_at,
+                                   reason, detail, parked_at, next_attempt_at, state)
+        SELECT 'large', n, gen_random_uuid(), 'thing', n, 1, 'audit.seen', now(), 'unroutable', 'no queue takes it',
+               timestamptz '2026-01-02 03:04:05Z', now(), 'waiting'
+        FROM generate_series(1, 10001) n";
+    stack.admin.execute(rows).await.unwrap();
+    assert_told!("status of events that wait", status(&stack, &["--name", "default"]).await);
+    assert_told!(
+        "status of events that wait, as JSON",
+        status(&stack, &["--name", "default", "--json"]).await
+    );
+    assert_told!("status of more events than are counted", status(&stack, &["--name", "large"]).await);
+    let doctor = output(&mut stack.command("doctor")).await;
+    let lines: Vec<&str> = doctor.lines().skip_while(|line| !line.contains(", waiting events: ")).collect();
+    assert_told!("doctor of events that wait", lines[..2].join("\n"));
+}
+
+/// A relay alone is well, but what waits is not.
+#[tokio::test]
+async fn a_relay_with_a_full_queue_tells_what_waits() {
+    let stack = Stack::new("status_full").await;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
+    arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    stack.bind("full", "thing.*", arguments).await;
+    let mut well = stack.subscribe("bill.new").await;
+    let _relay = Relay::ready(&mut stack.command("run")).await;
+    stack.append(0..20, 10, &["thing.new"]).await;
+    sqlx::query(
+        "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+         VALUES ('thing', 'bill', 1, 'bill.new', '{}')",
+    )
+    .execute(&stack.writer)
+    .await
+    .unwrap();
+    well.count(1).await;
+    let said = eventually("it tells what waits", async || {
+        let said = status(&stack, &[]).await;
+        said.contains("begin with thing.new, nacked: the broker refuses").then_some(said)
+    })
+    .await;
+    assert!(said.starts_with("exit code: 3"), "{said}");
+    let doctor = output(&mut stack.command("doctor")).await;
+    assert!(doctor.contains("warning  relay default, waiting events: "), "{doctor}");
 }
 
 /// More than is counted, of a relay that has never run: told all the same, and quickly.

@@ -6,9 +6,9 @@ use uuid::Uuid;
 
 /// Locks the next persons, in the order of their ids, by the primary key. Whoever waits here for one of them
 /// holds those before it, while the API's writers hold one person each and wait for none: so nobody can wait
-/// in a circle.
+/// in a circle. Who has no cpf is deleted, and their items are being removed.
 pub(crate) const LOCK: &str = "
-SELECT id FROM person.person WHERE id > $1 AND id <= $2 ORDER BY id LIMIT $3 FOR UPDATE";
+SELECT id FROM person.person WHERE id > $1 AND id <= $2 AND cpf IS NOT NULL ORDER BY id LIMIT $3 FOR UPDATE";
 
 /// The baselines of persons whose rows are locked. A statement of its own: it sees what was committed when
 /// it began, so it must begin under the locks. With the lock inside it, it would wait for a writer and then
@@ -82,7 +82,10 @@ pub(super) async fn lock_one(
     cpf: Option<Cpf>,
 ) -> sqlx::Result<Option<Uuid>> {
     let lock = match id {
-        Some(id) => sqlx::query_scalar("SELECT id FROM person.person WHERE id = $1 FOR UPDATE").bind(id),
+        Some(id) => {
+            sqlx::query_scalar("SELECT id FROM person.person WHERE id = $1 AND cpf IS NOT NULL FOR UPDATE")
+                .bind(id)
+        }
         None => sqlx::query_scalar("SELECT id FROM person.person WHERE cpf = $1 FOR UPDATE")
             .bind(cpf.map(Cpf::get)),
     };
@@ -121,7 +124,7 @@ FROM person.republish";
 const BEGIN: &str = "
 INSERT INTO person.republish (source, after_id, to_id, total, started_by)
 SELECT $1, $2, coalesce((SELECT id FROM person.person ORDER BY id DESC LIMIT 1), $2),
-       (SELECT count(*) FROM person.person), $3
+       (SELECT count(cpf) FROM person.person), $3
 ON CONFLICT (singleton) DO UPDATE
 SET source = excluded.source, after_id = excluded.after_id, to_id = excluded.to_id, total = excluded.total,
     persons = 0, too_large = 0, started_at = now(), started_by = excluded.started_by, finished_at = NULL
@@ -151,9 +154,11 @@ pub(super) async fn store(tx: &mut Transaction<'_, Postgres>, batch: &Batch) -> 
 
 /// How many persons there are above `after`, and up to `to` if there is an end.
 pub(super) async fn count(conn: &mut PgConnection, after: Uuid, to: Option<Uuid>) -> sqlx::Result<i64> {
-    sqlx::query_scalar("SELECT count(*) FROM person.person WHERE id > $1 AND ($2::uuid IS NULL OR id <= $2)")
-        .bind(after)
-        .bind(to)
-        .fetch_one(conn)
-        .await
+    sqlx::query_scalar(
+        "SELECT count(cpf) FROM person.person WHERE id > $1 AND ($2::uuid IS NULL OR id <= $2)",
+    )
+    .bind(after)
+    .bind(to)
+    .fetch_one(conn)
+    .await
 }

@@ -8,8 +8,8 @@ use serde::{
     de::{MapAccess, Visitor},
 };
 use serde_json::value::RawValue;
-use service::{
-    documentation::{Sent, only_query},
+use web::{
+    parameters::Parameters,
     problem::{FieldError, Problem},
 };
 
@@ -22,16 +22,16 @@ const ERRORS_MAX: usize = 50;
 /// So many characters of an unknown name are shown at most.
 const NAME_MAX: usize = 50;
 
-/// The fields of a body that nobody asked for yet, and what was wrong with the others.
+/// The parameters of a request and the fields of its body that are not read yet, and what is wrong with the others.
 pub(super) struct Fields<'a> {
     rest: Vec<(Cow<'a, str>, &'a RawValue)>,
-    errors: Vec<FieldError>,
+    pub(super) parameters: Parameters<'a>,
 }
 
 impl<'a> Fields<'a> {
     /// Reads a JSON object. Values stay as they are written, so that no number goes through a float;
     /// they are skipped without recursion, so that depth costs nothing.
-    pub(super) fn read(body: &'a [u8]) -> Result<Self, Problem> {
+    pub(super) fn read(request: &'a Request, body: &'a [u8]) -> Result<Self, Problem> {
         let text = std::str::from_utf8(body).map_err(|_| malformed("It is not UTF-8."))?;
         if text.trim().is_empty() {
             return Err(malformed("It is empty."));
@@ -45,18 +45,12 @@ impl<'a> Fields<'a> {
         }
         // What can still fail is a name with half a surrogate pair.
         let Object(rest) = serde_json::from_str(value.get()).map_err(|error| not_json(&error))?;
-        Ok(Self { rest, errors: Vec::new() })
+        Ok(Self { rest, parameters: Parameters::of(request) })
     }
 
     /// Of a request without a body.
-    pub(super) fn none() -> Self {
-        Self { rest: Vec::new(), errors: Vec::new() }
-    }
-
-    /// The parameters of the query that there may be. Any other is refused: to ignore one would be to do
-    /// something else than what was asked for.
-    pub(super) fn query(&mut self, request: &Request, known: &[&str]) {
-        only_query(request, known, &mut self.errors);
+    pub(super) fn none(request: &'a Request) -> Self {
+        Self { rest: Vec::new(), parameters: Parameters::of(request) }
     }
 
     /// A field that must be there and follow its rule. `None` stands for an error that is kept.
@@ -96,30 +90,21 @@ impl<'a> Fields<'a> {
         self.rest.extract_if(.., |(other, _)| other == name).map(|(_, raw)| raw).collect()
     }
 
-    /// A parameter beside the body. `None` stands for one that is absent, or for an error that is kept.
-    pub(super) fn parameter<P>(&mut self, sent: Sent<P>) -> Option<P> {
-        sent.read(&mut self.errors)
-    }
-
     /// Adds an error.
     fn reject(&mut self, error: FieldError) {
-        self.errors.push(error);
+        self.parameters.errors.push(error);
     }
 
     /// What `build` makes of the fields, when nothing was wrong and nothing is left.
     pub(super) fn finish<T>(mut self, build: impl FnOnce() -> Option<T>) -> Result<T, Problem> {
-        self.errors.extend(self.rest.iter().map(|(name, _)| field(name, "is not known here")));
-        if self.errors.is_empty()
-            && let Some(whole) = build()
-        {
-            return Ok(whole);
-        }
-        let more = self.errors.len().saturating_sub(ERRORS_MAX);
+        let errors = &mut self.parameters.errors;
+        errors.extend(self.rest.iter().map(|(name, _)| field(name, "is not known here")));
+        let more = errors.len().saturating_sub(ERRORS_MAX);
         if more > 0 {
-            self.errors.truncate(ERRORS_MAX);
+            errors.truncate(ERRORS_MAX);
             self.reject(FieldError { pointer: "#".into(), detail: format!("has {more} more errors").into() });
         }
-        Err(Problem::invalid(self.errors))
+        self.parameters.finish(build)
     }
 }
 

@@ -8,6 +8,8 @@ use events::{Cpf, Status};
 use rust_decimal::Decimal;
 use serde_json::value::RawValue;
 
+use super::characters;
+
 type Parsed<T> = Result<T, Cow<'static, str>>;
 
 /// A JSON string. Half a surrogate pair (`"\ud800"`) is well-formed JSON but no text.
@@ -19,29 +21,23 @@ fn string(raw: &RawValue) -> Parsed<String> {
 }
 
 /// A line of text with something to see in it. Control characters have no place in it, and PostgreSQL
-/// stores no NUL at all.
+/// stores no NUL at all. What changes the direction of text would show another text than the one that is stored.
 pub(super) fn text(raw: &RawValue, max: usize) -> Parsed<String> {
     let text = string(raw)?;
-    if text.chars().any(|c| c.is_control() || LINE_ENDS.contains(&c)) {
+    if text.chars().any(characters::ends_or_controls) {
         return Err("must not contain control characters or line breaks".into());
     }
-    if text.chars().all(|c| c.is_whitespace() || INVISIBLE.contains(&c)) {
-        return Err("must not be blank".into());
+    if text.chars().any(characters::turns) {
+        return Err("must not contain characters that change the direction of text".into());
+    }
+    if !text.chars().any(characters::shows) {
+        return Err("must contain a visible character".into());
     }
     if text.chars().count() > max {
         return Err(format!("must not be longer than {max} characters").into());
     }
     Ok(text)
 }
-
-/// What ends a line and is no control character.
-pub(crate) const LINE_ENDS: [char; 2] = ['\u{2028}', '\u{2029}'];
-
-/// What shows nothing by itself and is no white space: soft hyphens, joiners, marks of direction.
-pub(crate) const INVISIBLE: [char; 12] = [
-    '\u{ad}', '\u{180e}', '\u{200b}', '\u{200c}', '\u{200d}', '\u{200e}', '\u{200f}', '\u{2060}', '\u{2800}',
-    '\u{3164}', '\u{fe0f}', '\u{feff}',
-];
 
 /// Null, or what follows the rule.
 pub(super) fn nullable<T>(

@@ -19,10 +19,21 @@ const SOON: Duration = Duration::from_secs(2);
 /// How many of them are removed at a time.
 const BATCH: i64 = 1000;
 
-/// By the primary key.
+/// By the digest of the key, under which a kept answer stays when its person is deleted, emptied. A person whose items
+/// are still being removed has no cpf, and their answers are as good as emptied.
 pub(super) const FIND: &str = "
-SELECT request = $4, location, etag, body FROM person.idempotency
-WHERE caller = $1 AND route = $2 AND key = $3";
+SELECT kept.route = '' OR person.cpf IS NULL AS spent, kept.request = $4 AS same, kept.location, kept.etag, kept.body
+FROM person.idempotency kept LEFT JOIN person.person ON person.id = kept.person_id
+WHERE person.key_digest(kept.caller, kept.route, kept.key) = person.key_digest($1, $2, $3)";
+
+/// What is left of a kept answer whose person is deleted: that its key was used. For an `UPDATE` of it.
+macro_rules! spent {
+    () => {
+        "caller = '', route = '', key = encode(person.key_digest(caller, route, key), 'hex'),
+        request = '', person_id = NULL, location = '', etag = '', body = ''"
+    };
+}
+pub(super) use spent;
 
 /// By the index on the age. Whoever is being erased just now is left to that.
 pub(super) const REMOVE: &str = "
@@ -76,14 +87,12 @@ impl Keyed {
     ) -> Result<Option<Added>, StoreError> {
         let Some(Self { caller, route, key, request }) = keyed else { return Ok(None) };
         let find = sqlx::query_as(FIND).bind(caller).bind(route).bind(key).bind(request);
-        let kept: Option<(bool, String, String, String)> =
+        let kept: Option<(bool, bool, String, String, String)> =
             bounded(find.fetch_optional(conn)).await.map_err(StoreError::of_a_read)?;
-        Ok(kept.map(|(same, location, etag, body)| {
-            if same {
-                Added::Before(Answer { location, etag, body })
-            } else {
-                Added::Refused(Refused::KeyReused)
-            }
+        Ok(kept.map(|(spent, same, location, etag, body)| match (spent, same) {
+            (true, _) => Added::Refused(Refused::KeySpent),
+            (false, true) => Added::Before(Answer { location, etag, body }),
+            (false, false) => Added::Refused(Refused::KeyReused),
         }))
     }
 
@@ -122,7 +131,8 @@ pub async fn clean(pool: PgPool, stop: CancellationToken) {
     let mut pause = SOON;
     while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
         pause = INTERVAL;
-        match remove_old(&pool).await {
+        let Some(removed) = stop.run_until_cancelled(remove_old(&pool)).await else { return };
+        match removed {
             Ok(0) => {}
             Ok(removed) => tracing::info!(removed, "kept answers were removed"),
             Err(error) => tracing::warn!(error = describe(&error), "kept answers could not be removed"),

@@ -99,7 +99,7 @@ WITH target AS MATERIALIZED (
     SELECT $3, $4, $5, $6, person_id, replace($7, '{id}', id::text), '\"' || person_id || '.' || version || '\"',
            replace(replace($8, '{id}', id::text), '{version}', version::text)
     FROM next WHERE $5 IS NOT NULL
-    ON CONFLICT (caller, route, key) DO NOTHING
+    ON CONFLICT DO NOTHING
     RETURNING person_id
 ), person AS (
     UPDATE person.person SET version = next.version
@@ -255,10 +255,10 @@ impl Store {
         place: String,
         keyed: Option<Keyed>,
     ) -> Result<Added, StoreError> {
-        let mut conn = self.acquire().await?;
-        if let Some(kept) = Keyed::find(keyed.as_ref(), &mut conn).await? {
+        if let Some(kept) = self.kept(keyed.as_ref()).await? {
             return Ok(kept);
         }
+        let mut conn = self.acquire_for(cpf).await?;
         let insert = sqlx::query_as(sql.add).bind(cpf.get()).bind(new.value);
         let (ids, versions) = states.columns();
         let mut insert = Keyed::bind(keyed.as_ref(), insert, place + "/{id}").bind(ids).bind(versions);
@@ -288,7 +288,7 @@ impl Store {
         states: States,
         item: Item,
     ) -> Result<Result<Change, Refused>, StoreError> {
-        let mut conn = self.acquire().await?;
+        let mut conn = self.acquire_for(cpf).await?;
         let (ids, versions) = states.columns();
         let mut change =
             sqlx::query_as(sql.change).bind(cpf.get()).bind(id).bind(ids).bind(versions).bind(item.value);
@@ -306,7 +306,7 @@ impl Store {
         (cpf, id): (Cpf, Uuid),
         states: States,
     ) -> Result<Result<Change, Refused>, StoreError> {
-        let mut conn = self.acquire().await?;
+        let mut conn = self.acquire_for(cpf).await?;
         let (ids, versions) = states.columns();
         let delete = sqlx::query_as(sql.delete).bind(cpf.get()).bind(id).bind(ids).bind(versions);
         let outcome: Outcome = bounded(delete.fetch_optional(&mut *conn)).await?;

@@ -28,7 +28,7 @@ WITH person AS (
     SELECT $5, $6, $7, $8, id, $9, '\"' || id || '.' || version || '\"',
            replace(replace($10, '{id}', id::text), '{version}', version::text)
     FROM person WHERE $7 IS NOT NULL
-    ON CONFLICT (caller, route, key) DO NOTHING
+    ON CONFLICT DO NOTHING
     RETURNING person_id
 ), event AS (
     INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
@@ -106,6 +106,9 @@ FROM person.person,
                FROM person.debt WHERE person_id = person.id ORDER BY id LIMIT $2 + 1) item) AS items OFFSET 0) debts
 WHERE person.cpf = $1";
 
+/// Which state a person is in.
+pub(super) const STATE: &str = "SELECT id, version FROM person.person WHERE cpf = $1";
+
 /// What a merge patch changes: what is none stays.
 #[derive(Clone, Debug, Default)]
 pub struct PersonPatch {
@@ -122,10 +125,10 @@ pub struct PersonPatch {
 impl Store {
     /// Stores a person, unless the cpf exists; or finds the answer that was kept under the key.
     pub async fn add_person(&self, new: NewPerson, keyed: Option<Keyed>) -> Result<Added, StoreError> {
-        let mut conn = self.acquire().await?;
-        if let Some(kept) = Keyed::find(keyed.as_ref(), &mut conn).await? {
+        if let Some(kept) = self.kept(keyed.as_ref()).await? {
             return Ok(kept);
         }
+        let mut conn = self.acquire_for(new.cpf).await?;
         let insert =
             sqlx::query_as(ADD).bind(new.cpf.get()).bind(new.name).bind(new.address).bind(new.date_of_birth);
         let insert = Keyed::bind(keyed.as_ref(), insert, format!("/person/{}", new.cpf.get()));
@@ -150,7 +153,7 @@ impl Store {
         states: States,
         patch: PersonPatch,
     ) -> Result<Result<Change, Refused>, StoreError> {
-        let mut conn = self.acquire().await?;
+        let mut conn = self.acquire_for(cpf).await?;
         let (ids, versions) = states.columns();
         let change = sqlx::query_as(CHANGE)
             .bind(cpf.get())
@@ -168,6 +171,13 @@ impl Store {
             Some((_, _, false, _, _)) => Err(Refused::OtherState),
             Some((id, version, true, changed, _)) => Ok(Change::of(id, id, version, changed)),
         })
+    }
+
+    /// The person's id and version; `None` when there is no such person.
+    pub async fn state(&self, cpf: Cpf) -> Result<Option<(Uuid, i64)>, StoreError> {
+        let mut conn = self.acquire().await?;
+        let select = sqlx::query_as(STATE).bind(cpf.get());
+        bounded(select.fetch_optional(&mut *conn)).await.map_err(StoreError::of_a_read)
     }
 
     /// Reads a person with their items; `None` when there is no such person.

@@ -38,9 +38,12 @@ async fn statements_use_indexes_only() {
             "bigint, uuid[], bigint[], text, boolean, text, timestamptz, text",
             "1, NULL, NULL, 'n', false, NULL, NULL, NULL",
         ),
+        ("read a person's state", persons::STATE, "bigint", "1"),
         ("read a person", persons::READ, "bigint, integer", "1, 1000"),
         ("lock to erase", erase::LOCK, "bigint, uuid[], bigint[]", "1, NULL, NULL"),
-        ("delete a person", erase::DELETE, "uuid", "gen_random_uuid()"),
+        ("delete a person", erase::DELETE, "uuid, bigint", "gen_random_uuid(), 1000"),
+        ("find whose there is something left", erase::EMPTIED, "bigint", "16"),
+        ("remove what is left of a person", erase::REMOVE, "uuid, bigint", "gen_random_uuid(), 1000"),
         (
             "add an income",
             INCOME.add,

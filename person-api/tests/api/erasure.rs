@@ -126,8 +126,9 @@ async fn nothing_is_in_the_log_or_the_metrics() {
     program.post(&format!("{path}/asset"), r#"{"type": "Nibelungenhort", "value": -1}"#).await;
     program.get(&path).await;
     program.get(&format!("{path}/asset?limit=1&after=Brunhilde")).await;
-    let deleted =
-        program.send(&format!("DELETE {path} HTTP/1.1\r\nhost: person\r\nconnection: close\r\n\r\n")).await;
+    let deleted = program
+        .send(&format!("DELETE {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"))
+        .await;
     assert!(crate::support::answer(deleted).await.contains("\"deleted\""));
     program.post(&format!("{path}/asset"), ASSET).await;
     let metrics = program.get("/metrics").await;

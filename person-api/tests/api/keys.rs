@@ -40,7 +40,7 @@ async fn ask(program: &Program, method: &str, path: &str, headers: &[&str], body
     let headers = [headers, &[""]].concat().join("\r\n");
     let length = body.len();
     let request = format!(
-        "{method} {path} HTTP/1.1\r\nhost: person\r\nconnection: close\r\ncontent-type: application/json\r\n\
+        "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n\
          content-length: {length}\r\n{headers}\r\n{body}"
     );
     answer(program.send(&request).await).await

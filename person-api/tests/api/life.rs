@@ -148,7 +148,6 @@ async fn what_is_refused_changes_nothing() {
         ("somebody was faster: delete an item", with(plain(Method::DELETE, &income), "if-match", &first)),
         ("another life", with(plain(Method::DELETE, "/person/11111"), "if-match", &other)),
         ("what is no state", with(plain(Method::DELETE, "/person/11111"), "if-match", "\"1\"")),
-        ("a weak one", with(plain(Method::DELETE, "/person/11111"), "if-match", &format!("W/{now}"))),
         (
             "in two lines, none of them right",
             with(with(plain(Method::DELETE, "/person/11111"), "if-match", &first), "if-match", &other),
@@ -281,7 +280,8 @@ async fn the_state_that_is_meant_is_compared_under_the_lock() {
         let (app, request) = (std::sync::Arc::clone(&app), with(request, "if-match", &state));
         waiting.spawn(async move { app.call(request).await.status().as_u16() });
     }
-    database.until_blocked(4).await;
+    // Two of one person's writes wait at the database, the others before it.
+    database.until_blocked(2).await;
     holder.commit().await.unwrap();
     assert_eq!(waiting.join_all().await, [412; 4]);
 }

@@ -1,4 +1,4 @@
-//! What the program writes down of its requests: what `docs/LOGGING.md` says, and nothing personal.
+//! What the program writes down of its requests: what `docs/operating/log.md` says, and nothing personal.
 
 use serde_json::Value;
 use tokio::io::AsyncReadExt;
@@ -21,7 +21,7 @@ async fn a_request_is_one_line_with_the_fields_of_the_document() {
     program.post("/person", PERSON).await;
     let trace = "0af7651916cd43dd8448eb211c80319c";
     let request = format!(
-        "GET /person/11111/debt?limit=1 HTTP/1.1\r\nhost: person\r\nconnection: close\r\nx-request-id: the-client's\r\n\
+        "GET /person/11111/debt?limit=1 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx-request-id: the-client's\r\n\
          traceparent: 00-{trace}-b7ad6b7169203331-01\r\n\r\n"
     );
     let mut answer = String::new();
@@ -43,7 +43,7 @@ async fn a_request_is_one_line_with_the_fields_of_the_document() {
     program.terminate();
     let (_, log) = program.ended().await;
     let lines = requests(&log);
-    let document = include_str!("../../../docs/LOGGING.md");
+    let document = include_str!("../../../docs/operating/log.md");
     let (_, table) = document.split_once("## A request").unwrap();
     let (table, _) = table.split_once("\n## ").unwrap();
     let documented = table.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
@@ -79,7 +79,7 @@ async fn nothing_personal_is_written_down_whatever_is_sent() {
     let sent = |method: &str, path: &str, headers: &str, body: &str| {
         let length = body.len();
         format!(
-            "{method} {path} HTTP/1.1\r\nhost: person\r\nconnection: close\r\ncontent-length: {length}\r\n\
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {length}\r\n\
              authorization: Bearer s3cr3t-k3y\r\ncookie: a=s3cr3t-k3y\r\nuser-agent: Brunhilde\r\n\
              referer: /person/{CPF}\r\nx-request-id: {CPF}\r\ntraceparent: 00-{CPF}\r\n{headers}\r\n{body}"
         )

@@ -151,7 +151,7 @@ async fn sigterm_lets_what_is_under_way_end() {
 async fn a_half_sent_request_does_not_hold_the_end_up() {
     let database = Database::new().await;
     let program = Program::start(&database.url(None)).await;
-    let half = program.send("POST /person HTTP/1.1\r\nhost: person\r\ncontent-le").await;
+    let half = program.send("POST /person HTTP/1.1\r\nhost: localhost\r\ncontent-le").await;
     // Connections are taken in their order, so the half one is served by now.
     program.get("/live").await;
     program.terminate();

@@ -72,15 +72,64 @@ async fn a_retry_does_not_fail_for_what_came_later() {
     app.call(patch).await;
     assert_eq!(whole(app.call(keyed("/person/11111/debt", DEBT, "k")).await).await, first);
     assert_eq!(app.call(post("/person/11111/debt", DEBT)).await.status().as_u16(), 409);
-    // But for erasure: nothing of the person is left, so nothing can be found.
+    // But for erasure: nothing of the answer is left but that its key was used.
     app.call(plain(Method::DELETE, "/person/11111")).await;
-    assert_eq!(app.call(keyed("/person/11111/debt", DEBT, "k")).await.status().as_u16(), 404);
+    assert_eq!(app.call(keyed("/person/11111/debt", DEBT, "k")).await.status().as_u16(), 410);
+}
+
+/// What was deleted is not created again by a client that did not hear the first answer.
+#[tokio::test]
+async fn a_key_creates_nothing_again_after_its_person_was_deleted() {
+    let database = Database::new().await;
+    let app = database.app();
+    let retries = [
+        ("the person", "/person", PERSON, "of-the-person"),
+        (
+            "the person, with another body",
+            "/person",
+            r#"{"cpf": 11111, "name": "x", "date_of_birth": "2019-06-15"}"#,
+            "of-the-person",
+        ),
+        ("a debt", "/person/11111/debt", DEBT, "of-a-debt"),
+        ("a debt, by another spelling of the path", "/person/011111/debt", DEBT, "of-a-debt"),
+    ];
+    app.call(keyed("/person", PERSON, "of-the-person")).await;
+    app.call(keyed("/person/11111/debt", DEBT, "of-a-debt")).await;
+    app.call(keyed("/person", &PERSON.replace("11111", "22222"), "of-another")).await;
+    app.call(plain(Method::DELETE, "/person/11111")).await;
+    let mut shown = String::new();
+    let mut redactions = Redactions::default();
+    for (name, path, body, key) in retries {
+        shown += &redactions.apply(&exchange(&app, name, keyed(path, body, key)).await);
+    }
+    insta::assert_snapshot!("a_key_of_a_deleted_person", shown);
+    // Nor in another life of the cpf, whose own keys are its own.
+    app.call(keyed("/person", PERSON, "of-the-next-life")).await;
+    for (name, path, body, key) in retries {
+        assert_eq!(app.call(keyed(path, body, key)).await.status().as_u16(), 410, "{name}");
+    }
+    for (path, body, key) in [
+        ("/person", &*PERSON.replace("11111", "22222"), "of-another"),
+        ("/person", PERSON, "of-the-next-life"),
+        ("/person/11111/debt", DEBT, "a-new-one"),
+    ] {
+        assert_eq!(app.call(keyed(path, body, key)).await.status().as_u16(), 201, "{key}");
+    }
+    let persons = "SELECT count(*) FROM person.person";
+    assert_eq!(sqlx::query_scalar::<_, i64>(persons).fetch_one(&database.admin).await.unwrap(), 2);
+    // A day later nobody knows the keys any more.
+    let old = "UPDATE person.idempotency SET created_at = created_at - interval '25 hours' WHERE route = ''";
+    sqlx::query(old).execute(&database.admin).await.unwrap();
+    let role = sqlx::PgPool::connect(&database.url(None)).await.unwrap();
+    assert_eq!(idempotency::remove_old(&role).await.unwrap(), 2);
+    app.call(plain(Method::DELETE, "/person/11111")).await;
+    assert_eq!(app.call(keyed("/person", PERSON, "of-the-person")).await.status().as_u16(), 201);
 }
 
 #[tokio::test]
 async fn a_key_belongs_to_its_caller() {
     use poem::{EndpointExt, endpoint::BoxEndpoint};
-    use service::front::{Caller, Keys, guarded};
+    use web::front::{Caller, Keys, guarded};
 
     let database = Database::new().await;
     let api = database.api(Duration::from_secs(30), Waker::new());

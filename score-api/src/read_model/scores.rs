@@ -1,8 +1,8 @@
 //! The scores of readers who come together: while a query is under way those who come gather, and the next
 //! one is for all of them. So the busier it gets, the less a reader costs.
 
-use service::shutdown::Shutdown;
-use session::Session;
+use daemon::shutdown::Shutdown;
+use outbox::database::Session;
 use sqlx::{FromRow, PgConnection, PgPool, Row};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -101,7 +101,7 @@ async fn newest_lives(conn: &mut PgConnection, cpfs: Vec<i64>) -> sqlx::Result<V
 mod tests {
     use std::time::Duration;
 
-    use service::config::database::pool;
+    use daemon::config::database::Database;
 
     use super::*;
     use crate::read_model::{schemas, tests::connect};
@@ -109,8 +109,8 @@ mod tests {
     /// Without its task no score would ever be read again, while the database, and so readiness, is fine.
     #[tokio::test]
     async fn the_process_ends_with_the_task_that_reads() {
-        let (shutdown, options) = (Shutdown::new(), "postgres://nowhere.invalid".parse().unwrap());
-        drop(Scores::new(pool(options, 1), &shutdown));
+        let (shutdown, nowhere) = (Shutdown::new(), "postgres://nowhere.invalid");
+        drop(Scores::new(nowhere.parse::<Database>().unwrap().pool(1), &shutdown));
         let end = timeout(Duration::from_secs(10), shutdown.finish(Duration::from_secs(1)));
         let error = end.await.expect("the process lives on").unwrap_err();
         assert_eq!(format!("{error:#}"), "the task scores failed: it ended although nobody asked it to");

@@ -2,7 +2,8 @@
 
 use std::{sync::PoisonError, time::Duration};
 
-use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
+use daemon::config::database::Database;
+use sqlx::postgres::{PgListener, PgPoolOptions};
 use tokio::time::{Instant, sleep};
 
 use super::Waiters;
@@ -17,10 +18,9 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 
 impl Waiters {
     /// Listens until the process is to end, over a connection of its own.
-    pub(crate) async fn listen(self, options: PgConnectOptions) {
+    pub(crate) async fn listen(self, database: Database) {
         let listen = async {
-            let pool =
-                PgPoolOptions::new().max_connections(1).acquire_timeout(TIMEOUT).connect_lazy_with(options);
+            let pool = database.pool_of(PgPoolOptions::new().max_connections(1).acquire_timeout(TIMEOUT));
             let mut pause = PAUSE.0;
             loop {
                 match tokio::time::timeout(TIMEOUT, connect(&pool)).await {

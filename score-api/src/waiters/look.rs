@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use session::Session;
+use outbox::database::Session;
 use sqlx::PgPool;
 use tokio::time::{Instant, sleep, sleep_until};
 

@@ -6,13 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ::shown::shown as escaped;
 use anyhow::{Context, bail};
 use inbox::{
     Redrive, Redriven, Redrives, Sequencer, Skip,
     held::{self, Filter, Group, Groups, HeldEvent, Shown, Skipped},
 };
 use serde_json::json;
-use service::config::database;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -172,9 +172,9 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
 
 /// What applies events in `run` does it here, too. Nobody is woken: the relay and the readers look by themselves.
 fn sequencer(args: &HeldArgs, consumer: String) -> anyhow::Result<Sequencer<Projection>> {
-    let options = args.common.database.options("score-projector held", STATEMENT_TIMEOUT)?;
+    let database = args.common.database.options("score-projector held", STATEMENT_TIMEOUT)?;
     let role = args.which.role();
-    let pool = database::pool(role.options(options), 2);
+    let pool = role.options(database).pool(2);
     let model = Model::new(role, consumer, None);
     Ok(Sequencer::new(model.consumer().to_owned(), pool, Projection::new(model)))
 }
@@ -209,18 +209,21 @@ fn causes(consumer: &str, held: &Groups, which: Which) -> String {
         let of =
             format!("{events} of {}, {reason} since {}", many(*aggregates, "aggregate"), time(*first_at));
         let _ = match &group.error {
-            Some(error) => writeln!(text, "  {of}, tried {}: {error}", many(group.attempts, "time")),
+            Some(error) => {
+                writeln!(text, "  {of}, tried {}: {}", many(group.attempts, "time"), escaped(error))
+            }
             None if reason == "gap" => writeln!(text, "  {of}: an earlier version has not arrived"),
             None => writeln!(text, "  {of}, tried {}", many(group.attempts, "time")),
         };
         let todo = if reason == "gap" {
             format!(
-                "outbox-relay replay --aggregate {oldest} --to-queue QUEUE, at the source {}",
-                oldest.source
+                "outbox-relay replay --aggregate {} --to-queue QUEUE, at the source {}",
+                oldest.quoted(),
+                escaped(&oldest.source)
             )
         } else {
             let shadow = if which.shadow { " --shadow" } else { "" };
-            format!("score-projector held redrive --aggregate {oldest}{shadow}")
+            format!("score-projector held redrive --aggregate {}{shadow}", oldest.quoted())
         };
         let _ = writeln!(text, "    {oldest} waits for version {version}: {todo}");
     }
@@ -250,6 +253,7 @@ async fn list_events(
         let mut text = String::new();
         for event in &events {
             let HeldEvent { event_id, aggregate, version, type_, .. } = event;
+            let type_ = escaped(type_);
             let _ = writeln!(text, "{event_id} {aggregate} version {version}, {type_}, {}", waits(event));
         }
         if let Some(next) = next {
@@ -267,7 +271,8 @@ fn waits(event: &HeldEvent) -> String {
         (None, 0) => since,
         (None, attempts) => format!("{since}, tried {}", many(attempts, "time")),
         (Some(error), attempts) => {
-            format!("{since}, tried {}, last at {}: {error}", many(attempts, "time"), time(event.last_at))
+            let (tried, last, error) = (many(attempts, "time"), time(event.last_at), escaped(error));
+            format!("{since}, tried {tried}, last at {last}: {error}")
         }
     }
 }
@@ -286,12 +291,13 @@ async fn show(
     if let Some(skipped) = held::skipped(conn, consumer, id).await.context("it cannot be read")? {
         args.common.answer(&skipped, || {
             let Skipped { event_id, aggregate, version, type_, skipped_by, why, .. } = &skipped;
-            let error = skipped.error.as_deref().unwrap_or("it did not come back");
+            let error = escaped(skipped.error.as_deref().unwrap_or("it did not come back"));
+            let (type_, skipped_by, why) = (escaped(type_), escaped(skipped_by), escaped(why));
             let at = time(skipped.skipped_at);
             format!(
                 "event {event_id} of type {type_}\n  of {aggregate}, version {version}, published by {}\n  \
                  skipped {at} by {skipped_by}: {why}\n  what the handler had said: {error}",
-                aggregate.source
+                escaped(&aggregate.source)
             )
         })?;
         return Ok(Verdict::Well);
@@ -305,15 +311,15 @@ fn one(shown: &Shown) -> String {
         "event {} of type {}\n  of {}, version {}, published by {}; applied is version {applied}\n  {}\n  \
          {} behind it\n",
         event.event_id,
-        event.type_,
+        escaped(&event.type_),
         event.aggregate,
         event.version,
-        event.aggregate.source,
+        escaped(&event.aggregate.source),
         waits(event),
         many(*behind, "event"),
     );
     let _ = match body {
-        Some(body) => writeln!(text, "{body}"),
+        Some(body) => writeln!(text, "{}", body.replace('\n', "\n  ")),
         None => writeln!(text, "  its body has {}; --body shows it", many(event.bytes, "byte")),
     };
     text
@@ -333,7 +339,7 @@ fn redriven(all: &Redrives, dry_run: bool) -> String {
     };
     for (error, count) in &all.errors {
         let aggregates = many(i64::try_from(*count).unwrap_or(i64::MAX), "aggregate");
-        let _ = writeln!(text, "  {aggregates} stopped again: {error}");
+        let _ = writeln!(text, "  {aggregates} stopped again: {}", escaped(error));
     }
     for one in &all.each {
         let _ = writeln!(text, "  {}", became(one));
@@ -365,6 +371,7 @@ async fn chosen(conn: &mut PgConnection, consumer: &str, args: &SkipArgs) -> any
         (None, Some((type_, id)), Some(version)) => {
             let mut found = held::at(conn, consumer, type_, id, version).await?;
             if found.len() > 1 {
+                let (type_, id) = (escaped(type_), escaped(id));
                 bail!("several sources have a version {version} of {type_}/{id}: name it by --event");
             }
             found.pop()
@@ -388,6 +395,7 @@ async fn skip(
     let answer = json!({"skipped": skip.yes, "event": event, "by": by, "why": skip.why, "after": after});
     args.common.answer(&answer, || {
         let HeldEvent { event_id, aggregate, version, type_, .. } = event;
+        let type_ = escaped(type_);
         let event = format!("event {event_id} of type {type_}, version {version} of {aggregate}");
         let after = became(&after);
         if skip.yes {

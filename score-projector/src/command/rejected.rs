@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use ::shown::shown as escaped;
 use anyhow::{Context, bail};
 use inbox::rejected::{self, Filter, Group, Groups, Rejected};
 use serde_json::json;
@@ -55,7 +56,7 @@ pub struct Selection {
     #[arg(long, value_name = "NUMBER")]
     pub id: Vec<i64>,
     /// Messages with this reason.
-    #[arg(long, value_parser = ["malformed", "fork"])]
+    #[arg(long, value_parser = rejected::REASONS)]
     pub reason: Option<String>,
     /// All of them.
     #[arg(long, conflicts_with_all = ["id", "reason"])]
@@ -97,14 +98,22 @@ fn reasons(consumer: &str, rejected: &Groups) -> String {
     let mut text = format!("{consumer}: {} rejected\n", many(rejected.messages, "message"));
     for Group { reason, detail, messages, deliveries, last_at, newest, .. } in &rejected.groups {
         let came = many(*deliveries, "time");
-        let _ = writeln!(text, "  {messages} {reason}, came {came}, last at {}: {detail}", time(*last_at));
+        let _ = writeln!(
+            text,
+            "  {messages} {reason}, came {came}, last at {}: {}",
+            time(*last_at),
+            escaped(detail)
+        );
         let _ = writeln!(text, "    score-projector rejected show {newest}");
     }
     text
 }
 
 fn one(message: &Rejected) -> String {
-    let Rejected { id, reason, detail, routing_key, properties, times, .. } = message;
+    let Rejected { id, reason, times, .. } = message;
+    let (detail, routing_key) = (escaped(&message.detail), escaped(&message.routing_key));
+    let properties = message.properties.to_string();
+    let properties = escaped(&properties);
     let mut text = format!(
         "message {id}, {reason}: {detail}\n  routing key {routing_key}\n  came {}, first at {}, last at {}\n  {properties}\n",
         many(*times, "time"),
@@ -113,10 +122,19 @@ fn one(message: &Rejected) -> String {
     );
     let _ = match (&message.body, message.erased_at) {
         (_, Some(at)) => writeln!(text, "  erased at {}: what it told of has ended", time(at)),
-        (Some(body), _) => writeln!(text, "{body}"),
-        (None, _) => writeln!(text, "  its body has {}; --body shows it", many(message.bytes, "byte")),
+        (Some(body), _) => writeln!(text, "{}", body.replace('\n', "\n  ")),
+        (None, _) => {
+            writeln!(text, "  its body has {}; --body shows {}", many(message.bytes, "byte"), shown(message))
+        }
     };
     text
+}
+
+fn shown(message: &Rejected) -> String {
+    if i64::from(message.kept_bytes) == message.bytes {
+        return "it".to_owned();
+    }
+    format!("the first {}, which are kept", many(message.kept_bytes, "byte"))
 }
 
 async fn drop(

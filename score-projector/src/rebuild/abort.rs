@@ -1,6 +1,7 @@
 use anyhow::{Context, bail};
+use daemon::config::{broker::BrokerArgs, command::Verdict};
+use outbox::database::again;
 use serde_json::json;
-use service::config::{broker::BrokerArgs, command::Verdict};
 use sqlx::{Connection, PgConnection};
 
 use super::{LOCK_ATTEMPTS, RebuildArgs, is_lock, limit_locks, pause, remove_consumer, remove_queue};
@@ -28,7 +29,8 @@ pub(super) async fn abort(
     let Some(queue) = queue else { bail!("score.model names no queue of {consumer}") };
     remove_queue(conn, broker, &queue).await?;
     remove_consumer(conn, &consumer).await?;
-    sqlx::query("DELETE FROM score.model WHERE role = 'ending'").execute(conn).await?;
+    again(async || sqlx::query("DELETE FROM score.model WHERE role = 'ending'").execute(&mut *conn).await)
+        .await?;
     args.common.answer(&json!({"aborted": consumer}), || {
         format!("{consumer} is gone, with its queue and its place in the inbox")
     })?;

@@ -1,6 +1,7 @@
 use anyhow::Context;
+use daemon::config::command::{Verdict, many};
+use outbox::database::again;
 use serde_json::json;
-use service::config::command::{Verdict, many};
 use sqlx::PgConnection;
 
 use super::{RebuildArgs, remove_consumer};
@@ -12,12 +13,13 @@ pub(super) async fn drop(args: &RebuildArgs, conn: &mut PgConnection) -> anyhow:
         args.common.answer(&json!({"dropped": null}), || "no old model is kept".to_owned())?;
         return Ok(Verdict::Well);
     };
-    sqlx::query("DROP SCHEMA IF EXISTS score_old CASCADE")
-        .execute(&mut *conn)
+    // A projector that erases an aggregate of both models may be in its way.
+    again(async || sqlx::query("DROP SCHEMA IF EXISTS score_old CASCADE").execute(&mut *conn).await)
         .await
         .context("the old model's tables were not dropped")?;
     let rows = remove_consumer(conn, &old.consumer).await?;
-    sqlx::query("DELETE FROM score.model WHERE role = 'old'").execute(conn).await?;
+    again(async || sqlx::query("DELETE FROM score.model WHERE role = 'old'").execute(&mut *conn).await)
+        .await?;
     args.common.answer(&json!({"dropped": old.consumer, "rows": rows}), || {
         let rows = many(i64::try_from(rows).unwrap_or(i64::MAX), "row");
         format!("the old model {} is gone, and {rows} of its consumer in the inbox", old.consumer)

@@ -1,6 +1,6 @@
 use anyhow::{Context, bail};
+use daemon::config::{broker::BrokerArgs, command::Verdict};
 use serde_json::json;
-use service::config::{broker::BrokerArgs, command::Verdict};
 use sqlx::{Connection, PgConnection};
 
 use super::{RebuildArgs, config};
@@ -33,6 +33,8 @@ pub(super) async fn start(
         .execute(&mut *tx)
         .await
         .context("the shadow was not made; it takes the owner of the schema score")?;
+    // Copied tables keep samples of what is personal unless they are told not to.
+    sqlx::query("SELECT score.keep_no_samples()").execute(&mut *tx).await?;
     sqlx::query("INSERT INTO score.model (role, consumer, queue) VALUES ('shadow', $1, $2)")
         .bind(&consumer)
         .bind(&queue)

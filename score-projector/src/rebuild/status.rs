@@ -1,7 +1,7 @@
 use std::{fmt::Write, time::Duration};
 
+use daemon::config::command::{Verdict, many, span};
 use serde_json::json;
-use service::config::command::{Verdict, many, span};
 use sqlx::PgConnection;
 use tokio::time::Instant;
 

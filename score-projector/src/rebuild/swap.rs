@@ -1,11 +1,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use serde_json::json;
-use service::config::{
+use daemon::config::{
     broker::BrokerArgs,
     command::{Verdict, many},
 };
+use serde_json::json;
 use sqlx::{Acquire, Connection, PgConnection, Postgres, Transaction};
 use tokio::time::Instant;
 
@@ -134,6 +134,12 @@ async fn exchange(
             .execute(&mut *tx)
             .await?;
     }
+    // Whoever asks for the consumer by its name goes on to get the live one.
+    sqlx::query("INSERT INTO inbox.successor (consumer, replaced_by) VALUES ($1, $2)")
+        .bind(&live.consumer)
+        .bind(&shadow.consumer)
+        .execute(&mut *tx)
+        .await?;
     tx.commit().await?;
     Ok((difference, published))
 }

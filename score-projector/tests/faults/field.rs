@@ -7,6 +7,8 @@ use std::{
 
 use devstack::{
     folder::Folder,
+    ports,
+    postgres::Postgres,
     servers::{Servers, Setup},
     testing::Place,
 };
@@ -21,7 +23,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::stack::{PROGRAM, Stack, id, item, person, properties, until};
+use crate::stack::{PROGRAM, PUBLISHER, Stack, id, item, person, properties, until};
 
 /// Persons whose events are published under load.
 const PERSONS: u32 = 20;
@@ -36,7 +38,7 @@ pub(crate) struct Field {
     pub(crate) versions: i64,
     pub(crate) servers: Servers,
     // Last, because it waits for what is left of the others.
-    _folder: Folder,
+    folder: Folder,
 }
 
 /// A running projector, killed when it is dropped.
@@ -137,7 +139,7 @@ impl Field {
         let servers = Servers::start(&folder, Setup::QUIET).await.unwrap();
         let place = Place::of(&servers);
         let stack = Stack::on(&place, name).await;
-        Self { stack, place, programs: Vec::new(), versions: 0, servers, _folder: folder }
+        Self { stack, place, programs: Vec::new(), versions: 0, servers, folder }
     }
 
     pub(crate) fn vhost(&self) -> &str {
@@ -146,11 +148,17 @@ impl Field {
 
     /// Starts a projector, that dies at `failpoint` if it is not empty.
     pub(crate) fn start(&self, failpoint: &str) -> Program {
+        self.start_at(&self.stack.database, failpoint)
+    }
+
+    /// One that has its read model elsewhere.
+    pub(crate) fn start_at(&self, database: &str, failpoint: &str) -> Program {
         let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         let process = Command::new(PROGRAM)
             .args(["run", "--listen", &listen])
-            .env("DATABASE_URL", &self.stack.database)
-            .env("AMQP_URL", &self.stack.amqp)
+            .env("DATABASE_URL", database)
+            .env("AMQP_URL", &self.stack.broker)
+            .env("SOURCE", format!("person={PUBLISHER}"))
             .env("INBOX_FAILPOINT", failpoint)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -263,6 +271,15 @@ impl Field {
             Ok(answer) => answer.json().await.unwrap_or_default(),
             Err(_) => Value::Null,
         }
+    }
+
+    /// A standby of the database's server, which follows it once it is started.
+    pub(crate) async fn standby(&self) -> Postgres {
+        self.servers.postgres.standby(&self.folder, ports::free()).await.unwrap()
+    }
+
+    pub(crate) async fn consumers(&self, queue: &str) -> Option<u64> {
+        self.manage(Method::GET, &format!("queues/{}/{queue}", self.vhost())).await["consumers"].as_u64()
     }
 
     pub(crate) async fn messages(&self, queue: &str) -> Option<u64> {

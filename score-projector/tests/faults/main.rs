@@ -13,3 +13,4 @@ mod stack;
 
 mod field;
 mod scenarios;
+mod standby;

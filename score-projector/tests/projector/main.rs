@@ -6,6 +6,7 @@
 mod batch;
 mod by_hand;
 mod cli;
+mod hostile;
 mod projection;
 mod rebuild;
 mod rebuild_under_load;

@@ -108,6 +108,13 @@ async fn a_live_model_that_is_wrong_is_repaired_by_the_swap() {
     .await
     .unwrap();
     insta::assert_snapshot!(format!("{text}published by the swap:\n{}", events.join("\n")));
+    // By the name that it had before, too, it is found.
+    let now: Vec<String> =
+        sqlx::query_scalar("SELECT inbox.current_consumer(unnest(ARRAY['score', 'score-2', 'other']))")
+            .fetch_all(&stack.pool)
+            .await
+            .unwrap();
+    assert_eq!(now, ["score-2", "score-2", "other"]);
     assert_eq!(stack.queues().await, ["score", "score.dead"], "the shadow's queue is gone");
 
     // The live queue goes on, under the new name.

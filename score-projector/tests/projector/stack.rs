@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use devstack::testing::{Place, Roles};
+use devstack::{
+    testing::{Place, Roles},
+    users::Rights,
+};
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties,
     options::{BasicPublishOptions, ConfirmSelectOptions},
@@ -19,11 +22,17 @@ use uuid::Uuid;
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_score-projector");
 
+/// As whom events are published: the administrator of the private servers.
+pub(crate) const PUBLISHER: &str = "devstack";
+
 /// How long anything may take on a busy machine.
 pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
 
 pub(crate) struct Stack {
+    /// As the administrator, who publishes the events.
     pub(crate) amqp: String,
+    /// As the program's own user.
+    pub(crate) broker: String,
     /// As the superuser, to look.
     pub(crate) pool: PgPool,
     /// As the superuser, who owns the schemas.
@@ -75,7 +84,8 @@ impl Stack {
         let connection = Connection::connect(&amqp, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        Self { amqp, pool, admin, database, channel, connection, log: Mutex::default() }
+        let broker = place.broker_user(&amqp, "projector", Rights::Subscriber("score")).await;
+        Self { amqp, broker, pool, admin, database, channel, connection, log: Mutex::default() }
     }
 
     /// Starts the program; it has declared its queue when it is ready.
@@ -85,7 +95,8 @@ impl Stack {
             Command::new(PROGRAM)
                 .args(["run", "--listen", &listen])
                 .env("DATABASE_URL", &self.database)
-                .env("AMQP_URL", &self.amqp)
+                .env("AMQP_URL", &self.broker)
+                .env("SOURCE", format!("person={PUBLISHER}"))
                 .stderr(Stdio::null())
                 .spawn()
                 .unwrap(),
@@ -154,7 +165,7 @@ impl Stack {
     /// A command of the schemas' owner: its exit code and what it says.
     pub(crate) fn owner(&self, arguments: &[&str]) -> (i32, String) {
         let mut command = Command::new(PROGRAM);
-        command.args(arguments).env("DATABASE_URL", &self.admin).env("AMQP_URL", &self.amqp);
+        command.args(arguments).env("DATABASE_URL", &self.admin).env("AMQP_URL", &self.broker);
         let output = command.env("RUST_LOG", "off").output().unwrap();
         let mut said = String::from_utf8(output.stdout).unwrap();
         said += &String::from_utf8(output.stderr).unwrap();
@@ -244,6 +255,7 @@ pub(crate) fn properties(id: Uuid, type_: &str, person: Uuid, version: i64, body
         .with_message_id(id.to_string().into())
         .with_type(type_.into())
         .with_app_id("person".into())
+        .with_user_id(PUBLISHER.into())
         .with_timestamp(1_767_225_600)
         .with_delivery_mode(2)
         .with_headers(headers)

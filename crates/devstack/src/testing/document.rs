@@ -1,4 +1,6 @@
-//! Every answer that any test gets is one that the documentation names.
+//! Every response that any test gets is one that the API's document names.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use reqwest::{
     Method, StatusCode,
@@ -19,6 +21,29 @@ impl Document {
     /// Of the document as text.
     pub fn new(json: &[u8]) -> Self {
         Self(serde_json::from_slice(json).expect("the document is JSON"))
+    }
+
+    /// Its paths as routes have them (`/person/:cpf`), each with its methods as `Allow` lists them. A path that takes GET
+    /// takes HEAD.
+    pub fn operations(&self) -> BTreeMap<String, String> {
+        let paths = self.0["paths"].as_object().expect("the document has paths");
+        let of = |(path, item): (&String, &Value)| {
+            let fields = item.as_object().expect("a path is an object").keys();
+            let operations = fields.filter(|name| *name != "parameters");
+            let mut methods: BTreeSet<_> = operations.map(|method| method.to_uppercase()).collect();
+            if methods.contains("GET") {
+                methods.insert("HEAD".to_owned());
+            }
+            let methods: Vec<_> = methods.into_iter().collect();
+            (path.replace('{', ":").replace('}', ""), methods.join(", "))
+        };
+        paths.iter().map(of).collect()
+    }
+
+    /// What a reference leads to, or the value itself.
+    fn resolved<'a>(&'a self, value: &'a Value) -> &'a Value {
+        let Some(reference) = value["$ref"].as_str() else { return value };
+        self.0.pointer(reference.trim_start_matches('#')).expect("a reference leads to something")
     }
 
     /// What it says of this operation; none of paths and methods that are none.
@@ -42,7 +67,7 @@ impl Document {
             return;
         };
         let what = format!("{method} {path}: {status}");
-        let documented = &operation["responses"][status.as_str()];
+        let documented = self.resolved(&operation["responses"][status.as_str()]);
         assert!(documented.is_object(), "{what} is not documented");
         for header in HEADERS.into_iter().filter(|header| headers.contains_key(*header)) {
             assert!(documented["headers"][header].is_object(), "{what}: {header} is not documented");

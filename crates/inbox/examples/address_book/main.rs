@@ -3,19 +3,20 @@
 //! It needs a database of its own and a broker, and declares everything else:
 //!
 //! ```sh
-//! export DATABASE_URL=postgres://… AMQP_URL=amqp://…
+//! export DATABASE_URL=postgres://… AMQP_URL=amqp://… SOURCE=person=outbox_relay_person
 //! address_book            # consume until SIGTERM; ready or not at http://127.0.0.1:8010
 //! address_book held       # what waits, and why
 //! address_book redrive    # apply it again, after the program was fixed
 //! ```
 //!
 //! What is its own is the table in `migrations` and the handler; the rest is the same for every subscriber.
-//! `docs/SUBSCRIBING.md` explains both.
+//! `docs/subscribing.md` explains both.
 
 use std::env;
 
 use inbox::{
-    Config, Consumer, Event, Failure, Handler, Node, Redrive, Sequencer, Status, Topology,
+    Config, Consumer, Event, Failure, Handler, InvalidPublisher, Node, Publisher, Redrive, Sequencer,
+    Sources, Status, Topology,
     held::{self, Filter},
 };
 use sqlx::{PgPool, Postgres, Transaction};
@@ -75,7 +76,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let pool = PgPool::connect(&env::var("DATABASE_URL")?).await?;
     inbox::migrator().run(&pool).await?;
     sqlx::migrate!("examples/address_book/migrations").run(&pool).await?;
-    let sequencer = Sequencer::new(NAME, pool.clone(), AddressBook);
+    let sequencer = Sequencer::new(NAME, pool.clone(), AddressBook).following(sources()?);
     match env::args().nth(1).as_deref() {
         None => run(sequencer).await?,
         Some("held") => {
@@ -89,6 +90,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(other) => return Err(format!("{other} is neither held nor redrive").into()),
     }
     Ok(())
+}
+
+/// Who publishes what it follows, as `SOURCE=USER` with commas between; without any, whoever may write to the exchange
+/// is believed.
+fn sources() -> Result<Sources, InvalidPublisher> {
+    let named = env::var("SOURCE").unwrap_or_default();
+    named.split(',').filter(|publisher| !publisher.is_empty()).map(str::parse::<Publisher>).collect()
 }
 
 /// Consumes until SIGTERM or Ctrl-C; then what is under way is committed and acknowledged.

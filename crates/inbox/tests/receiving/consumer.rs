@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use inbox::{Config, Consumer, Envelope, Node, Sequencer, Status, Topology};
+use inbox::{Config, Consumer, Envelope, Node, Sequencer, Sources, Status, Topology};
 use lapin::{
     Channel, Connection, ConnectionProperties,
     options::{
-        BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicPublishOptions, BasicRejectOptions,
+        BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, BasicRejectOptions,
         ConfirmSelectOptions, QueueDeleteOptions,
     },
     tcp::OwnedTLSConfig,
@@ -18,13 +18,13 @@ use sqlx::PgPool;
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{Recorder, database, event, tables, typed, until};
+use crate::support::{Recorder, database, event, from, sources, tables, typed, until};
 
 /// A virtual host, a database, and a consumer between them that can be started and stopped.
 pub(crate) struct World {
-    amqp: String,
+    pub(crate) amqp: String,
     pub(crate) pool: PgPool,
-    channel: Channel,
+    pub(crate) channel: Channel,
     _connection: Connection,
 }
 
@@ -44,16 +44,25 @@ impl World {
     }
 
     /// A consumer whose first node does not exist.
-    fn start(&self, handler: Recorder) -> Running {
+    pub(crate) fn start(&self, handler: Recorder) -> Running {
         self.start_with(handler, |config| config)
     }
 
     pub(crate) fn start_with(&self, handler: Recorder, set: impl FnOnce(Config) -> Config) -> Running {
+        self.start_following(Sources::default(), handler, set)
+    }
+
+    pub(crate) fn start_following(
+        &self,
+        sources: Sources,
+        handler: Recorder,
+        set: impl FnOnce(Config) -> Config,
+    ) -> Running {
         let nodes = ["amqp://127.0.0.1:1/none", &self.amqp]
             .map(|url| Node::new(url.parse().unwrap(), OwnedTLSConfig::default()));
         let topology = Topology::new("events", "events.by_aggregate", "things", &["thing"]).unwrap();
         let config = set(Config { batch: 20, ..Config::new(topology, nodes.to_vec(), "receiving") });
-        let sequencer = Sequencer::new("things", self.pool.clone(), handler);
+        let sequencer = Sequencer::new("things", self.pool.clone(), handler).following(sources);
         let consumer = Consumer::new(config, sequencer);
         let (status, stop) = (consumer.status(), CancellationToken::new());
         let task = tokio::spawn(consumer.run(stop.clone()));
@@ -69,6 +78,11 @@ impl World {
             .unwrap()
             .await
             .unwrap();
+    }
+
+    /// As whom it publishes.
+    pub(crate) fn user(&self) -> &str {
+        self.amqp.split_once("://").unwrap().1.split_once(':').unwrap().0
     }
 
     /// A consumer of the test's own, to fail deliveries with.
@@ -93,6 +107,12 @@ impl World {
 
     fn vhost(&self) -> &str {
         self.amqp.rsplit('/').next().unwrap()
+    }
+
+    /// How many consumers a queue has, as far as the broker says.
+    pub(crate) async fn consumers(&self, queue: &str) -> Option<u64> {
+        let queue = management(&format!("queues/{}/{queue}", self.vhost())).await;
+        queue["consumers"].as_u64()
     }
 
     /// How many messages are in a queue, with those that are being delivered.
@@ -240,10 +260,16 @@ async fn it_always_consumes_again() {
 #[tokio::test]
 async fn dead_letters_keep_their_place() {
     let world = World::new("dead").await;
-    let mut running = world.start(Recorder::new("things"));
+    // The user of the broker stays with a message: through both exchanges, redelivered and dead-lettered.
+    let start = || {
+        let followed = sources(&[&format!("things={}", world.user())]);
+        world.start_following(followed, Recorder::new("things"), |config| config)
+    };
+    let event = |version| from(event("a", version, ""), "things", world.user());
+    let mut running = start();
     running.until_consuming().await;
     running.stop().await;
-    world.publish(event("a", 1, "")).await;
+    world.publish(event(1)).await;
 
     // Failed deliveries use the limit up, as consumers that die do.
     let mut failing = world.consume().await;
@@ -265,14 +291,16 @@ async fn dead_letters_keep_their_place() {
 
     // Its successors wait for it, and it is taken from the dead letters.
     for version in 2..=5 {
-        world.publish(event("a", version, "")).await;
+        world.publish(event(version)).await;
     }
-    let mut running = world.start(Recorder::new("things"));
+    let mut running = start();
     running.until_consuming().await;
     world.until_version("a", 5).await;
     running.stop().await;
     let expected: Vec<_> = (1..=5).map(|version| ("a".to_owned(), version)).collect();
     assert_eq!(world.applied().await, expected);
+    let sql = "SELECT count(*) FROM inbox.rejected";
+    assert_eq!(sqlx::query_scalar::<_, i64>(sql).fetch_one(&world.pool).await.unwrap(), 0);
     until("the dead letters are settled", async || world.messages("things.dead").await == 0).await;
 }
 
@@ -287,14 +315,16 @@ async fn a_message_that_came_back_twice_is_taken_alone() {
     }
     for _ in 0..2 {
         let mut failing = world.consume().await;
-        let mut last = None;
+        let mut received = Vec::new();
         for _ in 0..10 {
-            last = failing.next().await;
+            received.push(failing.next().await.unwrap().unwrap());
         }
-        // Given back once nothing can be delivered to this consumer again.
+        // Given back once nothing can be delivered to this consumer again. By a reject: since RabbitMQ 4 a nack
+        // counts as no failed delivery.
         world.channel.basic_cancel(failing.tag(), BasicCancelOptions::default()).await.unwrap();
-        let all = BasicNackOptions { multiple: true, requeue: true };
-        last.unwrap().unwrap().nack(all).await.unwrap();
+        for message in received {
+            message.reject(BasicRejectOptions { requeue: true }).await.unwrap();
+        }
     }
     for version in 1..=10 {
         world.publish(event("b", version, "")).await;

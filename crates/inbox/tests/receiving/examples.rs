@@ -6,9 +6,10 @@ use std::{
     process::{Child, Command, ExitStatus, Stdio},
 };
 
+use devstack::{testing::Place, users::Rights};
 use inbox::Envelope;
 use lapin::{
-    Channel, Connection, ConnectionProperties,
+    BasicProperties, Channel, Connection, ConnectionProperties,
     options::{BasicPublishOptions, ConfirmSelectOptions},
     types::{AMQPValue, FieldTable, ShortString},
 };
@@ -16,11 +17,13 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::support::{typed, until};
+use crate::support::{from, typed, until};
 
 /// A virtual host, an empty database, and events of persons.
-struct World {
-    amqp: String,
+pub(crate) struct World {
+    pub(crate) amqp: String,
+    /// As a subscriber's own user.
+    broker: String,
     database: String,
     pool: PgPool,
     channel: Channel,
@@ -28,7 +31,7 @@ struct World {
 }
 
 /// A running program, killed when it is dropped.
-struct Program(Child);
+pub(crate) struct Program(Child);
 
 impl Drop for Program {
     fn drop(&mut self) {
@@ -53,23 +56,32 @@ impl Program {
 }
 
 impl World {
-    async fn new(name: &str) -> Self {
+    pub(crate) async fn new(name: &str) -> Self {
         let amqp = devstack::testing::virtual_host(name).await;
         let connection = Connection::connect(&amqp, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
         let database = devstack::testing::database(name).await;
         let pool = PgPool::connect(&database).await.unwrap();
-        Self { amqp, database, pool, channel, _connection: connection }
+        let queue = if name.ends_with("python") { "contacts" } else { "address-book" };
+        let broker = Place::around().broker_user(&amqp, "subscriber", Rights::Subscriber(queue)).await;
+        Self { amqp, broker, database, pool, channel, _connection: connection }
     }
 
     fn start(&self, program: &mut Command) -> Program {
-        program.env("DATABASE_URL", &self.database).env("AMQP_URL", &self.amqp);
-        Program(program.stdout(Stdio::null()).spawn().unwrap())
+        program.env("AMQP_URL", &self.broker);
+        program.env("SOURCE", "others=nobody,person=nobody,person=devstack");
+        self.start_into(program, Stdio::null())
+    }
+
+    /// Starts it, with its standard output there.
+    pub(crate) fn start_into(&self, program: &mut Command, output: impl Into<Stdio>) -> Program {
+        program.env("DATABASE_URL", &self.database);
+        Program(program.stdout(output).spawn().unwrap())
     }
 
     /// Waits until somebody consumes from the queue.
-    async fn until_consumed(&self, queue: &str) {
+    pub(crate) async fn until_consumed(&self, queue: &str) {
         let server = std::env::var(devstack::testing::MANAGEMENT_URL).unwrap();
         let (_, vhost) = self.amqp.rsplit_once('/').unwrap();
         let url = format!("{server}/api/queues/{vhost}/{queue}");
@@ -80,7 +92,7 @@ impl World {
         .await;
     }
 
-    async fn publish(&self, envelope: &Envelope) {
+    pub(crate) async fn publish(&self, envelope: &Envelope) {
         let key = envelope.routing_key.as_str().into();
         let options = BasicPublishOptions { mandatory: true, ..Default::default() };
         let properties = envelope.properties.clone();
@@ -113,6 +125,14 @@ impl World {
             // A body that cannot be read, and one that waits behind it.
             event("person.new", joe, 1, &json!({"id": joe, "address": "abc"}), None),
             event("person.changed", joe, 2, &name(joe, "Joe of 2"), None),
+            // Nobody may forge an event: a followed source by another user, by none, and a source of its own.
+            from(
+                event("person.baseline", ann, 9, &name(ann, "forged"), Some("baseline")),
+                "others",
+                "devstack",
+            ),
+            anonymous(event("person.deleted", ann, 9, &json!({"id": ann}), None)),
+            from(event("person.changed", ann, 6, &name(ann, "forged"), None), "persons", "devstack"),
             event("person.changed", ann, 6, &name(ann, "Ann of 6"), None),
         ] {
             self.publish(&event).await;
@@ -130,21 +150,33 @@ impl World {
     }
 }
 
-fn id(n: u128) -> Uuid {
+pub(crate) fn id(n: u128) -> Uuid {
     Uuid::from_u128(0x0198_c0de_0000_7000_8000_0000_0000_0000 + n)
 }
 
-fn event(type_: &str, person: Uuid, version: i64, body: &Value, flag: Option<&str>) -> Envelope {
+pub(crate) fn event(type_: &str, person: Uuid, version: i64, body: &Value, flag: Option<&str>) -> Envelope {
     let flags: Vec<&str> = flag.into_iter().collect();
     let mut envelope = typed(type_, &person.to_string(), version, &body.to_string(), &flags);
     let mut headers: FieldTable = envelope.properties.headers().clone().unwrap();
     headers.insert("aggregate_type".into(), AMQPValue::LongString("person".into()));
-    envelope.properties = envelope.properties.with_headers(headers).with_app_id(ShortString::from("person"));
+    envelope.properties = envelope.properties.with_headers(headers);
+    from(envelope, "person", "devstack")
+}
+
+/// Without the user that the broker verifies.
+fn anonymous(mut envelope: Envelope) -> Envelope {
+    let old = std::mem::take(&mut envelope.properties);
+    let text = |text: &Option<ShortString>| text.clone().unwrap();
+    envelope.properties = BasicProperties::default()
+        .with_message_id(text(old.message_id()))
+        .with_type(text(old.kind()))
+        .with_app_id(text(old.app_id()))
+        .with_headers(old.headers().clone().unwrap());
     envelope
 }
 
 /// A Python that has what the example needs, which crates/devstack/install sees to.
-fn python() -> Command {
+pub(crate) fn python() -> Command {
     for python in ["python3", "/usr/bin/python3"] {
         let asked = Command::new(python).args(["-c", "import pika, psycopg2"]).output();
         if asked.is_ok_and(|asked| asked.status.success()) {

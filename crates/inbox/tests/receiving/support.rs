@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use inbox::{Envelope, Event, Failure, Handler};
+use inbox::{Envelope, Event, Failure, Handler, Publisher, Sources};
 use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable},
@@ -169,6 +169,17 @@ pub(crate) fn typed(type_: &str, aggregate: &str, version: i64, body: &str, flag
         .with_timestamp(1_767_225_600)
         .with_headers(headers);
     Envelope { routing_key: type_.to_owned(), properties, body: body.as_bytes().to_vec() }
+}
+
+/// The same message from another source, by a user of the broker.
+pub(crate) fn from(mut envelope: Envelope, source: &str, user: &str) -> Envelope {
+    envelope.properties = envelope.properties.with_app_id(source.into()).with_user_id(user.into());
+    envelope
+}
+
+/// The sources that these texts name.
+pub(crate) fn sources(publishers: &[&str]) -> Sources {
+    publishers.iter().map(|publisher| publisher.parse::<Publisher>().unwrap()).collect()
 }
 
 /// The same event under another id, made `seconds` later.

@@ -73,7 +73,7 @@ impl Fault {
     pub(super) fn text(&self) -> String {
         let Self { aggregate, .. } = self;
         match (self.applied, self.version) {
-            (Some(applied), Some(version)) if applied + 1 == version => {
+            (Some(applied), Some(version)) if version.checked_sub(1) == Some(applied) => {
                 format!("{aggregate}: at version {applied}; {version} is missing")
             }
             (Some(applied), Some(version)) if applied < version => {
@@ -135,8 +135,9 @@ impl Findings {
     pub(super) fn add_type(&mut self, type_: &str, outbox: &Digest, inbox: &Digest) {
         let total = |digest: &Digest| {
             let sums = digest.iter().filter(|((of, _), _)| of == type_).map(|(_, sums)| sums);
-            sums.fold((0, 0), |(aggregates, versions), sums| {
-                (aggregates + sums.aggregates, versions + sums.versions)
+            sums.fold((0, 0_i64), |(aggregates, versions), sums| {
+                // Modulo 2^63, as each of them is.
+                (aggregates + sums.aggregates, versions.wrapping_add(sums.versions) & i64::MAX)
             })
         };
         let ((aggregates, versions), (applied, applied_versions)) = (total(outbox), total(inbox));

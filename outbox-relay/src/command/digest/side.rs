@@ -10,7 +10,7 @@ use sqlx::PgConnection;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Sums {
     pub(super) aggregates: i64,
-    /// The sum of their last versions.
+    /// The sum of their last versions, modulo 2^63.
     pub(super) versions: i64,
     hash: i64,
 }
@@ -117,6 +117,22 @@ impl Side {
         sqlx::query_scalar("SELECT outbox.is_retired()").fetch_one(&mut self.conn).await.map_err(unreadable)
     }
 
+    /// The consumer that goes by this name now: another one, once it was replaced.
+    pub(super) async fn current(&mut self, name: &str) -> anyhow::Result<String> {
+        let current = sqlx::query_scalar("SELECT inbox.current_consumer($1)").bind(name);
+        match current.fetch_one(&mut self.conn).await {
+            Ok(current) => Ok(current),
+            // undefined_function: an inbox of before consumers could be replaced.
+            Err(error)
+                if error.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref()
+                    == Some("42883") =>
+            {
+                Ok(name.to_owned())
+            }
+            Err(error) => Err(unreadable(error)),
+        }
+    }
+
     /// Who has an inbox here, of which source.
     pub(super) async fn sources(&mut self) -> anyhow::Result<Vec<Inbox>> {
         sqlx::query_as("SELECT * FROM inbox.sources()").fetch_all(&mut self.conn).await.map_err(unreadable)
@@ -129,6 +145,12 @@ fn unreadable(error: sqlx::Error) -> anyhow::Error {
         Some("42883" | "3F000") => anyhow!(
             "this database has no inbox that can be compared; bring its schema inbox up to date \
              (score-projector migrate, or what migrates the subscriber)"
+        ),
+        // numeric_value_out_of_range
+        Some("22003") => anyhow!(
+            "the sum of the versions is too large for this database's digest function, which is an old one; bring its \
+             schema up to date (score-projector migrate for its inbox, or what migrates the subscriber; outbox-relay \
+             migrate for an outbox)"
         ),
         // insufficient_privilege
         Some("42501") => anyhow!("this role may not read the inbox; inbox.grant_reader grants it"),

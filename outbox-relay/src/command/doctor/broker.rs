@@ -1,10 +1,10 @@
 //! What `doctor` asks the broker.
 
-use lapin::types::ShortString;
-use service::config::{
+use daemon::config::{
     SettingError,
     broker::{BrokerArgs, Node},
 };
+use lapin::types::ShortString;
 
 use super::Check;
 use crate::broker::{BrokerError, Nodes};
@@ -14,14 +14,14 @@ const EXCHANGE: &str = "exchange";
 const BLOCKED: &str = "blocked";
 
 /// The broker's nodes; none when nobody said where it is.
-pub(super) fn nodes(args: &BrokerArgs) -> Result<Option<Vec<Node>>, SettingError> {
+pub(super) fn nodes(args: &BrokerArgs, require_tls: bool) -> Result<Option<Vec<Node>>, SettingError> {
     if args.amqp_url_file.is_none() && std::env::var_os("AMQP_URL").is_none() {
         return Ok(None);
     }
-    args.nodes().map(Some)
+    args.nodes(require_tls).map(Some)
 }
 
-/// Connects as the relay does, but declares nothing and publishes nothing.
+/// Connects as the relay does, but declares nothing, and what it publishes to prove its name it takes back.
 pub(super) async fn checks(nodes: Option<Vec<Node>>, exchange: &ShortString) -> Vec<Check> {
     let Some(nodes) = nodes else {
         return [BROKER, EXCHANGE, BLOCKED]
@@ -36,7 +36,12 @@ pub(super) async fn checks(nodes: Option<Vec<Node>>, exchange: &ShortString) -> 
             link.close().await;
             vec![reached(), Check::ok(EXCHANGE, format!("{exchange} exists")), block(blocked)]
         }
-        Err(error @ (BrokerError::NoExchange(_) | BrokerError::NotDeclared { .. })) => {
+        Err(
+            error @ (BrokerError::NoExchange(_)
+            | BrokerError::NotDeclared { .. }
+            | BrokerError::OtherKind { .. }
+            | BrokerError::Forbidden { .. }),
+        ) => {
             let advice = "declare it (topic, durable) in the virtual host that AMQP_URL names, or let the relay \
                           do it (--declare-exchange); another one is named with --exchange";
             let finding = match error {
@@ -45,6 +50,15 @@ pub(super) async fn checks(nodes: Option<Vec<Node>>, exchange: &ShortString) -> 
             };
             let skipped = Check::skipped(BLOCKED, "there is nothing to publish to");
             vec![reached(), Check::problem(EXCHANGE, finding, advice), skipped]
+        }
+        Err(error @ BrokerError::WrongName(_)) => {
+            let advice = "write into AMQP_URL the name under which RabbitMQ lists the relay's connections: \
+                          rabbitmqctl list_connections user client_properties";
+            let skipped = [EXCHANGE, BLOCKED].map(|name| Check::skipped(name, "the user's name is wrong"));
+            [Check::problem(BROKER, error.to_string(), advice)].into_iter().chain(skipped).collect()
+        }
+        Err(BrokerError::Blocked(reason)) => {
+            vec![reached(), Check::ok(EXCHANGE, format!("{exchange} exists")), block(Some(reason))]
         }
         Err(error) => {
             let advice = "see whether RabbitMQ runs and can be reached from here, and whether user, password \

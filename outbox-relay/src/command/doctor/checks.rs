@@ -3,17 +3,16 @@
 
 use anyhow::Context;
 use chrono::{DateTime, Utc};
-use service::config::database::SchemaError;
+use daemon::config::database::SchemaError;
 use sqlx::PgConnection;
 
-use super::Check;
+use super::{Check, settings, versions};
 use crate::{
     command::{
         many, span,
-        state::{self, Parked, RelayRow},
+        state::{self, NotTaken, RelayRow, WaitingGroup},
         status::{holder_text, time},
     },
-    config::STATEMENT_TIMEOUT,
     leader::schema,
 };
 
@@ -23,17 +22,20 @@ const LONG: f64 = 60.0;
 const CLOCKS: f64 = 5.0;
 /// Below so many positions left, the next partition is due.
 const ROOM: i64 = 100_000;
-/// So many events, the last ones, are searched for versions that are missing.
-const VERSIONS: i64 = 10_000;
+
+/// A sequence that stands higher was set by hand: at a million positions a second this is 250,000 years.
+const MOST: i64 = 8_000_000_000_000_000_000;
 
 /// The checks that need the schema.
-const NEED_SCHEMA: [&str; 9] = [
+const NEED_SCHEMA: [&str; 11] = [
     "permissions",
     "source",
     "sequence",
     "sequence cache",
     "default partition",
+    "partition bounds",
     "next partition",
+    "row security",
     "outbox lock",
     "versions",
     "relays",
@@ -75,27 +77,20 @@ LEFT JOIN LATERAL (SELECT position FROM outbox.event
                    ORDER BY position LIMIT 1) e ON true
 ORDER BY 1";
 
-/// Chains of versions with a hole between two of the last `$1` events: by the primary key, backwards.
-/// By version, not by position: whether the two agree is another question.
-const HOLES: &str = "\
-WITH latest AS (
-    SELECT position, aggregate_type, aggregate_id, version FROM outbox.event
-    ORDER BY position DESC LIMIT $1),
-steps AS (
-    SELECT position, aggregate_type, version,
-           lag(version) OVER (PARTITION BY aggregate_type, aggregate_id ORDER BY version) AS before
-    FROM latest)
-SELECT position, aggregate_type, before, version, count(*) OVER () FROM steps
-WHERE version > before + 1 ORDER BY position LIMIT 1";
-
 /// The last position handed out.
 const MARK: &str = "SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END FROM outbox.position";
 
 /// Goes through all that the database can tell.
-pub(super) async fn database(conn: &mut PgConnection, name: Option<&str>) -> anyhow::Result<Vec<Check>> {
+pub(super) async fn database(
+    conn: &mut PgConnection,
+    second: &mut PgConnection,
+    name: Option<&str>,
+) -> anyhow::Result<Vec<Check>> {
     let mut checks = vec![
+        // Before any statement is prepared: behind a pooler those fail.
+        found("session", settings::session(conn, second).await)?,
         found("server", recovery(conn).await)?,
-        found("session", session(conn).await)?,
+        found("writes", settings::writes(conn).await)?,
         found("clock", clock(conn).await)?,
     ];
     let (schema, usable) = schema_check(conn).await?;
@@ -111,9 +106,11 @@ pub(super) async fn database(conn: &mut PgConnection, name: Option<&str>) -> any
     checks.push(found("sequence", sequence(conn).await)?);
     checks.push(found("sequence cache", cache(conn).await)?);
     checks.push(found("default partition", default_partition(conn).await)?);
+    checks.push(found("partition bounds", settings::bounds(conn).await)?);
     checks.push(found("next partition", next_partition(conn).await)?);
+    checks.push(found("row security", settings::row_security(conn).await)?);
     checks.push(found("outbox lock", lock(conn).await)?);
-    checks.push(found("versions", versions(conn).await)?);
+    checks.push(found("versions", versions::check(conn).await)?);
     match relays(conn, name).await {
         Ok(relays) if !relays.is_empty() => checks.extend(relays),
         Ok(_) => {
@@ -155,11 +152,16 @@ fn failed(name: &str, error: sqlx::Error) -> anyhow::Result<Check> {
 }
 
 async fn recovery(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
-    let (recovers, version): (bool, String) =
-        sqlx::query_as("SELECT pg_is_in_recovery(), current_setting('server_version')")
-            .fetch_one(conn)
-            .await?;
-    Ok(if recovers {
+    let ask =
+        "SELECT pg_is_in_recovery(), current_setting('server_version'), current_setting('server_encoding')";
+    let (recovers, version, encoding): (bool, String, String) = sqlx::query_as(ask).fetch_one(conn).await?;
+    Ok(if encoding != "UTF8" {
+        Check::problem(
+            "server",
+            format!("the database has the encoding {encoding}; no relay runs on it, since events are UTF-8"),
+            "create the database anew with ENCODING 'UTF8' TEMPLATE template0, and move its contents there",
+        )
+    } else if recovers {
         Check::problem(
             "server",
             "it is in recovery: a standby, or still starting; no relay leads on it",
@@ -171,29 +173,6 @@ async fn recovery(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
             format!("PostgreSQL {}, a primary", version.split(' ').next().unwrap_or_default()),
         )
     })
-}
-
-/// A pooler that hands out another session per transaction takes leadership's lock away, and one that
-/// swallows settings their limits.
-async fn session(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
-    let (mut pids, mut timeout) = (Vec::new(), 0);
-    for _ in 0..5 {
-        let ask = "SELECT pg_backend_pid(),
-                          (SELECT setting::bigint FROM pg_settings WHERE name = 'statement_timeout')";
-        let (pid, milliseconds): (i32, i64) = sqlx::query_as(ask).fetch_one(&mut *conn).await?;
-        pids.push(pid);
-        timeout = milliseconds;
-    }
-    pids.dedup();
-    let finding = if pids.len() > 1 {
-        "statements of one connection come to different sessions: there is a pooler between"
-    } else if u128::try_from(timeout) != Ok(STATEMENT_TIMEOUT.as_millis()) {
-        "the settings of the connection did not arrive: there is a pooler between"
-    } else {
-        return Ok(Check::ok("session", "one session of its own, no pooler to be seen"));
-    };
-    let advice = "connect the relay to PostgreSQL itself: it leads by a lock of its session";
-    Ok(Check::problem("session", finding, advice))
 }
 
 async fn clock(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
@@ -228,6 +207,7 @@ async fn schema_check(conn: &mut PgConnection) -> anyhow::Result<(Check, bool)> 
         Err(SchemaError::Forbidden { schema, .. }) => {
             (Check::skipped(name, format!("this role may not read {schema}.migration")), true)
         }
+        Err(SchemaError::Unmet(why)) => (Check::problem(name, why, migrate), false),
         Err(SchemaError::Database(error)) => (failed(name, error)?, false),
     })
 }
@@ -277,6 +257,16 @@ async fn sequence(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
                                 coalesce((SELECT max(greatest(low_water, high)) FROM outbox.relay), 0))";
     let used: i64 = sqlx::query_scalar(used).fetch_one(&mut *conn).await?;
     let mark: i64 = sqlx::query_scalar(MARK).fetch_one(&mut *conn).await?;
+    if mark > MOST {
+        return Ok(Check::problem(
+            "sequence",
+            format!("outbox.position stands at {mark}, near its end, where writers get no position any more"),
+            format!(
+                "it was set there by hand. If no event has a position up there ({used} is the highest in use), \
+                 run: SELECT setval('outbox.position', {used})"
+            ),
+        ));
+    }
     if mark >= used {
         return Ok(Check::ok("sequence", format!("it stands at {mark}, not behind what was used")));
     }
@@ -336,7 +326,7 @@ async fn next_partition(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
     let name = "next partition";
     let uncovered = uncovered(&mut *conn).await?;
     let mark: i64 = sqlx::query_scalar(MARK).fetch_one(conn).await?;
-    let next = mark + 1;
+    let next = mark.saturating_add(1);
     let advice = "a relay that runs makes partitions by itself; its log says what keeps it from that. By hand: \
                   SELECT outbox.add_partition(1000000)";
     let without = uncovered.iter().find(|(_, to, _)| to.is_none_or(|to| to >= next));
@@ -388,32 +378,13 @@ async fn lock(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
     ))
 }
 
-async fn versions(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
-    let hole: Option<(i64, String, i64, i64, i64)> =
-        sqlx::query_as(HOLES).bind(VERSIONS).fetch_optional(conn).await?;
-    Ok(match hole {
-        None => Check::ok("versions", format!("no holes among the last {VERSIONS} events")),
-        // Without the aggregate's id, which may be somebody's.
-        Some((position, kind, before, version, count)) => Check::problem(
-            "versions",
-            format!(
-                "{} among the last {VERSIONS} events; at position {position} a {kind} goes from version \
-                 {before} to {version}",
-                many(count, "hole")
-            ),
-            "subscribers that follow versions wait for what is missing. Mend the producer: version comes from \
-             the aggregate's row, under its lock, and goes up by 1 with each event",
-        ),
-    })
-}
-
 async fn relays(conn: &mut PgConnection, name: Option<&str>) -> Result<Vec<Check>, sqlx::Error> {
     let relays = state::relays(conn, name).await?;
-    Ok(relays.iter().flat_map(|(row, parked)| relay(row, *parked)).collect())
+    Ok(relays.iter().flat_map(|(row, not_taken)| relay(row, not_taken)).collect())
 }
 
 /// The checks of one relay name.
-fn relay(row: &RelayRow, parked: Parked) -> Vec<Check> {
+fn relay(row: &RelayRow, NotTaken { parked, waiting: events }: &NotTaken) -> Vec<Check> {
     let name = |what| format!("relay {}, {what}", row.name);
     let mut checks = vec![leader(name("leader"), row)];
     checks.push(match row.paused_at {
@@ -442,11 +413,23 @@ fn relay(row: &RelayRow, parked: Parked) -> Vec<Check> {
     checks.push(if parked.all() == 0 {
         Check::ok(name("parked"), "nothing is set aside")
     } else {
-        let Parked { unroutable, refused } = parked;
-        let finding = format!("{} set aside: {unroutable} unroutable, {refused} refused", many(parked.all(), "event"));
+        let finding = format!("{} set aside: {}", many(parked.all(), "event"), parked.text());
         let advice = "outbox-relay parked list tells why. Unroutable ones are published by themselves once a queue \
                       takes them";
         Check::warning(name("parked"), finding, advice)
+    });
+    checks.push(if events.is_empty() {
+        Check::ok(name("waiting events"), "none")
+    } else {
+        let groups: Vec<String> = events.groups.iter().map(WaitingGroup::text).collect();
+        let mut advice: Vec<String> = events.groups.iter().map(WaitingGroup::advice).collect();
+        advice.sort_unstable();
+        advice.dedup();
+        let advice = format!(
+            "{}. They are published by themselves once they are taken; outbox-relay parked list tells more",
+            advice.join("; ")
+        );
+        Check::warning(name("waiting events"), format!("{}: {}", events.text(), groups.join("; ")), advice)
     });
     checks
 }

@@ -7,16 +7,17 @@ mod redact;
 
 use std::time::Duration;
 
+use daemon::{config::database, health::Health};
 use devstack::testing::{Document, Roles};
 use outbox::Waker;
 use person_api::{api::Api, schema, store::Store};
 use poem::{Endpoint, EndpointExt, Request, Response};
-use service::{config::database, front::Keys, health::Health};
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgConnectOptions};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 use tokio::{sync::OnceCell, time::Instant};
+use web::front::Keys;
 
 pub(crate) use http::{exchange, plain, post, raw_request, with};
-pub(crate) use process::{Program, answer, command, finished, post_request, raw_answer};
+pub(crate) use process::{Program, answer, command, finished, post_request};
 pub(crate) use proxy::Proxy;
 pub(crate) use redact::Redactions;
 
@@ -31,7 +32,7 @@ pub(crate) struct Database {
 impl Database {
     pub(crate) async fn new() -> Self {
         let admin_url = devstack::testing::database("person_api").await;
-        let admin = database::pool(admin_url.parse().unwrap(), 4);
+        let admin = admin_url.parse::<database::Database>().unwrap().pool(4);
         let mut conn = admin.acquire().await.unwrap();
         schema::migrator().run(&mut *conn).await.unwrap();
         outbox::install(&mut conn, "person").await.unwrap();
@@ -61,9 +62,9 @@ impl Database {
 
     /// What is behind the app.
     pub(crate) fn api(&self, statement_timeout: Duration, waker: Waker) -> Api {
-        let options: PgConnectOptions = self.url(None).parse().unwrap();
+        let database: database::Database = self.url(None).parse().unwrap();
         let timeout = statement_timeout.as_millis().to_string();
-        let pool = database::pool(options.options([("statement_timeout", timeout)]), 8);
+        let pool = database.with("statement_timeout", timeout).pool(8);
         Api::new(Store::new(pool), waker)
     }
 
@@ -122,7 +123,8 @@ pub(crate) struct App {
 impl App {
     pub(crate) fn new(api: &Api) -> Self {
         let endpoint =
-            service::front::guarded(Health::new().add_to(api.routes(), None), Keys::default()).boxed();
+            web::front::guarded(web::health::add_to(api.routes(), &Health::new(), None), Keys::default())
+                .boxed();
         Self { endpoint, document: OnceCell::new() }
     }
 

@@ -1,6 +1,11 @@
 //! The real binary.
 
-use std::{net::SocketAddr, process::Stdio, time::Duration};
+use std::{
+    net::SocketAddr,
+    process::Stdio,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -16,7 +21,8 @@ const LIMIT: Duration = Duration::from_secs(30);
 pub(crate) struct Program {
     child: Child,
     pub(crate) address: SocketAddr,
-    log: tokio::task::JoinHandle<String>,
+    log: tokio::task::JoinHandle<()>,
+    lines: Arc<Mutex<String>>,
 }
 
 /// `person-api` with these arguments and a clean environment.
@@ -43,8 +49,18 @@ impl Program {
 
     /// With more settings.
     pub(crate) async fn start_with(database_url: &str, settings: &[&str]) -> Self {
-        let mut child = command(&[&["run", "--listen", "127.0.0.1:0"], settings].concat())
-            .env("DATABASE_URL", database_url)
+        Self::start_command(command(&[]).env("DATABASE_URL", database_url), settings).await
+    }
+
+    /// With the URL of the database in a file.
+    pub(crate) async fn start_at(url_file: &str, settings: &[&str]) -> Self {
+        Self::start_command(command(&[]).env("DATABASE_URL_FILE", url_file), settings).await
+    }
+
+    async fn start_command(command: &mut Command, settings: &[&str]) -> Self {
+        let mut child = command
+            .args(["run", "--listen", "127.0.0.1:0"])
+            .args(settings)
             .env("DRAIN_TIMEOUT", "3s")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -62,14 +78,21 @@ impl Program {
                 break rest.split('"').next().unwrap().parse().unwrap();
             }
         };
+        let written = Arc::new(Mutex::new(log));
+        let to = Arc::clone(&written);
         let log = tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
-                log += &line;
+                let mut log = to.lock().unwrap();
+                *log += &line;
                 log.push('\n');
             }
-            log
         });
-        Self { child, address, log }
+        Self { child, address, log, lines: written }
+    }
+
+    /// What it has logged so far.
+    pub(crate) fn logged(&self) -> String {
+        self.lines.lock().unwrap().clone()
     }
 
     /// Opens a connection and sends the bytes as they are.
@@ -82,12 +105,17 @@ impl Program {
     /// Status line, headers and body as they came over the socket.
     pub(crate) async fn get(&self, path: &str) -> String {
         let stream =
-            self.send(&format!("GET {path} HTTP/1.1\r\nhost: person\r\nconnection: close\r\n\r\n")).await;
+            self.send(&format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")).await;
         answer(stream).await
     }
 
     pub(crate) async fn post(&self, path: &str, body: &str) -> String {
         answer(self.send(&post_request(path, body)).await).await
+    }
+
+    /// Ends it as a crash does.
+    pub(crate) async fn kill(&mut self) {
+        self.child.kill().await.unwrap();
     }
 
     pub(crate) fn terminate(&self) {
@@ -98,20 +126,22 @@ impl Program {
     /// The exit code and the whole log.
     pub(crate) async fn ended(mut self) -> (Option<i32>, String) {
         let status = timeout(LIMIT, self.child.wait()).await.expect("the program ends").unwrap();
-        (status.code(), self.log.await.unwrap())
+        self.log.await.unwrap();
+        let log = self.lines.lock().unwrap().clone();
+        (status.code(), log)
     }
 }
 
 pub(crate) fn post_request(path: &str, body: &str) -> String {
     format!(
-        "POST {path} HTTP/1.1\r\nhost: person\r\nconnection: close\r\ncontent-type: application/json\r\n\
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n\
          content-length: {}\r\n\r\n{body}",
         body.len()
     )
 }
 
 /// Reads to the end.
-pub(crate) async fn raw_answer(mut stream: TcpStream) -> String {
+async fn raw_answer(mut stream: TcpStream) -> String {
     let mut text = String::new();
     timeout(LIMIT, stream.read_to_string(&mut text)).await.expect("the program answers").unwrap();
     text

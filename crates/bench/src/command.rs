@@ -1,0 +1,197 @@
+//! `make bench`: measures the system next to its ceilings, and holds both against the goals.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+
+use crate::{
+    Growth, Idle, Latency, Memory, Project, Read, Relay, Write,
+    figure::{self, Figure, Measured, Size},
+    ground::Ground,
+    report::{Failed, Report, machine},
+};
+use devstack::{ending::Ending, say, show};
+
+/// What `bench` is told.
+#[derive(Clone, Debug, clap::Args)]
+pub struct BenchArgs {
+    /// Fewer and shorter rounds, to see that every figure can be measured. The numbers mean little: no goal is
+    /// missed, docs/bench and docs/proof/bench.md stay as they are, and a debug build may run it.
+    #[arg(long)]
+    pub quick: bool,
+    /// Also write every round of everything to this file.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Only these figures; docs/bench and docs/proof/bench.md stay as they are.
+    #[arg(long, value_name = "FIGURE", value_enum, value_delimiter = ',')]
+    pub only: Vec<Name>,
+    /// Write the report with its plots to this folder, whatever the run, instead of to docs/bench.
+    #[arg(long, value_name = "FOLDER")]
+    pub docs: Option<PathBuf>,
+}
+
+/// A figure's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[expect(missing_docs, reason = "each figure documents itself")]
+pub enum Name {
+    Relay,
+    Write,
+    Read,
+    Project,
+    Latency,
+    Growth,
+    Idle,
+}
+
+/// Measures. Exit code 1: a goal is missed, or a figure could not be measured.
+pub async fn run(args: &BenchArgs) -> anyhow::Result<u8> {
+    // The programs are next to it, and built as it is.
+    if cfg!(debug_assertions) && !args.quick {
+        bail!("this is a debug build, which is many times slower: run make bench");
+    }
+    let checkout = devstack::command::checkout()?;
+    let ending = Ending::watch()?;
+    let size = if args.quick { Size::QUICK } else { Size::FULL };
+    let begin = std::time::Instant::now();
+    let measured = async {
+        let ground = Ground::start(size).await?;
+        let report = Box::pin(all(&ground, args)).await;
+        ground.stop().await;
+        report
+    };
+    let Some(report) = ending.asked.run_until_cancelled(Box::pin(measured)).await else {
+        bail!("the bench was ended");
+    };
+    let report = report?;
+    say(&format!("measured in {} s", begin.elapsed().as_secs()));
+    show(&format!("\n{}\n", report.page()));
+    if let Some(path) = &args.json {
+        std::fs::write(path, report.json()?).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    match &args.docs {
+        Some(folder) => report.write(folder)?,
+        None if !args.quick && args.only.is_empty() && report.failed.is_empty() => {
+            report.write(&checkout.join("docs/bench"))?;
+            report.write_into(&checkout.join("docs/proof/bench.md"))?;
+            say("docs/bench and the table in docs/proof/bench.md are new");
+        }
+        None => {}
+    }
+    Ok(code(&report))
+}
+
+/// The exit code, and why it is not 0. A quick run misses no goal: its numbers mean too little.
+fn code(report: &Report) -> u8 {
+    let missed = if report.quick { Vec::new() } else { report.missed() };
+    if !missed.is_empty() {
+        say(&format!("goals missed: {}", missed.join("; ")));
+    }
+    for Failed { figure, error } in &report.failed {
+        say(&format!("the figure {figure} could not be measured: {error}"));
+    }
+    u8::from(!missed.is_empty() || !report.failed.is_empty())
+}
+
+/// Every figure, in the order of the table.
+async fn all(ground: &Ground, args: &BenchArgs) -> anyhow::Result<Report> {
+    let mut run = Run { ground, only: &args.only, found: Found::default() };
+    run.figure::<Relay>(Name::Relay).await;
+    run.figure::<Write>(Name::Write).await;
+    run.figure::<Read>(Name::Read).await;
+    run.figure::<Project>(Name::Project).await;
+    run.figure::<Latency>(Name::Latency).await;
+    run.figure::<Growth>(Name::Growth).await;
+    run.figure::<Memory>(Name::Growth).await;
+    run.figure::<Idle>(Name::Idle).await;
+    let command = match (args.quick, args.only.is_empty()) {
+        (false, true) => "make bench",
+        (true, true) => "make bench BENCH_ARGS=--quick",
+        (_, false) => "make bench BENCH_ARGS=\"--only …\"",
+    };
+    let machine = machine(ground).await?;
+    let Found { rows, notes, failed } = run.found;
+    Ok(Report {
+        command: command.to_owned(),
+        quick: args.quick,
+        size: ground.size,
+        machine,
+        rows,
+        notes,
+        failed,
+    })
+}
+
+struct Run<'a> {
+    ground: &'a Ground,
+    only: &'a [Name],
+    found: Found,
+}
+
+/// What the figures came to so far.
+#[derive(Default)]
+struct Found {
+    rows: Vec<Measured>,
+    notes: Vec<String>,
+    failed: Vec<Failed>,
+}
+
+impl Run<'_> {
+    /// Measures a figure.
+    async fn figure<F: Figure>(&mut self, name: Name) {
+        if !self.only.is_empty() && !self.only.contains(&name) {
+            return;
+        }
+        let title = F::ROWS.first().map_or("?", |row| row.name);
+        say(&format!("{title}: preparing"));
+        let measured = Box::pin(figure::measure::<F>(self.ground, say)).await;
+        self.found.take_in(title, measured);
+    }
+}
+
+impl Found {
+    /// A figure that fails takes nothing from the others.
+    fn take_in(&mut self, figure: &'static str, measured: anyhow::Result<(Vec<Measured>, Vec<String>)>) {
+        match measured {
+            Ok((rows, notes)) => {
+                self.rows.extend(rows);
+                self.notes.extend(notes);
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                say(&format!("{figure}: failed, the others go on: {error}"));
+                self.failed.push(Failed { figure, error });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::figure::{Goal, Row};
+
+    #[test]
+    fn a_figure_that_fails_leaves_the_others() {
+        let row = Row { name: "read", system: "", ceiling: None, unit: "reads/s", goal: Goal::Below(9.0) };
+        let read = Measured { row, of_system: vec![7.0], of_ceiling: Vec::new() };
+        let mut found = Found::default();
+        found.take_in("write", Err(anyhow::anyhow!("no such column").context("pgbench ended with 2")));
+        found.take_in("read", Ok((vec![read], Vec::new())));
+        let Found { rows, notes, failed } = found;
+        let report = Report {
+            command: "make bench".to_owned(),
+            quick: true,
+            size: Size::QUICK,
+            machine: Vec::new(),
+            rows,
+            notes,
+            failed,
+        };
+        let page = report.page();
+        assert!(page.contains("| read | 7.00 reads/s |"), "{page}");
+        let said = "**The figure write could not be measured**: pgbench ended with 2: no such column";
+        assert!(page.contains(said) && report.json().unwrap().contains("no such column"), "{page}");
+        assert_eq!(code(&report), 1);
+        assert_eq!(code(&Report { failed: Vec::new(), ..report }), 0);
+    }
+}

@@ -1,0 +1,151 @@
+//! Load over HTTP, by as little as it takes: keep-alive connections that send a request and read its
+//! answer. On two cores a whole HTTP library would take from the program under load what is being measured.
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::{Context, bail, ensure};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinSet,
+    time::Instant,
+};
+
+/// An answer takes no longer.
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A keep-alive connection.
+#[derive(Debug)]
+pub(crate) struct Client {
+    stream: TcpStream,
+    answer: Vec<u8>,
+}
+
+/// What came back, until the next request.
+#[derive(Debug)]
+pub(crate) struct Answer<'a> {
+    pub(crate) status: u16,
+    pub(crate) head: &'a str,
+    pub(crate) body: &'a [u8],
+}
+
+impl Answer<'_> {
+    /// A header by its name in lower case.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        header(self.head, name)
+    }
+
+    /// Fails with what was answered unless it has this status.
+    pub(crate) fn expect(&self, status: u16) -> anyhow::Result<()> {
+        let body = || String::from_utf8_lossy(self.body).into_owned();
+        ensure!(self.status == status, "answered {} instead of {status}: {}", self.status, body());
+        Ok(())
+    }
+}
+
+impl Client {
+    pub(crate) async fn connect(address: SocketAddr) -> anyhow::Result<Self> {
+        let stream =
+            TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
+        stream.set_nodelay(true)?;
+        Ok(Self { stream, answer: Vec::with_capacity(4096) })
+    }
+
+    /// Sends a request, as [`get`] and [`post`] write it, and reads the answer to its end.
+    pub(crate) async fn send(&mut self, request: &str) -> anyhow::Result<Answer<'_>> {
+        let exchange = async {
+            self.stream.write_all(request.as_bytes()).await?;
+            self.answer.clear();
+            loop {
+                ensure!(self.stream.read_buf(&mut self.answer).await? > 0, "the connection was closed");
+                if let Some((head, end)) = complete(&self.answer)? {
+                    return Ok((head, end));
+                }
+            }
+        };
+        let (head, end) = tokio::time::timeout(TIMEOUT, exchange).await.context("no answer in time")??;
+        let text = std::str::from_utf8(&self.answer[..head])?;
+        let status = text.get(9..12).and_then(|code| code.parse().ok()).context("no status in the answer")?;
+        Ok(Answer { status, head: text, body: &self.answer[head..end] })
+    }
+}
+
+/// Where the head ends and where the answer does, once all of it is there.
+fn complete(bytes: &[u8]) -> anyhow::Result<Option<(usize, usize)>> {
+    let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else { return Ok(None) };
+    let (head, body) = (std::str::from_utf8(&bytes[..end])?, end + 4);
+    let Some(length) = header(head, "content-length") else {
+        bail!("an answer without content-length: {head}");
+    };
+    let whole = body + length.parse::<usize>()?;
+    Ok((bytes.len() >= whole).then_some((body, whole)))
+}
+
+fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+    let mut fields = head.lines().skip(1).filter_map(|line| line.split_once(':'));
+    fields.find(|(field, _)| field.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim())
+}
+
+pub(crate) fn get(path: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n")
+}
+
+pub(crate) fn post(path: &str, body: &str) -> String {
+    format!(
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+/// Where a program listens.
+pub(crate) fn address(url: &str) -> anyhow::Result<SocketAddr> {
+    url.trim_start_matches("http://").parse().with_context(|| format!("{url} is no address"))
+}
+
+/// Requests a second that `clients` get answered with `status`, each sending its next one as soon as it
+/// has the last one's answer.
+pub(crate) async fn load(
+    address: SocketAddr,
+    clients: usize,
+    length: Duration,
+    status: u16,
+    request: impl Fn() -> String + Clone + Send + 'static,
+) -> anyhow::Result<f64> {
+    let mut connected = Vec::new();
+    for _ in 0..clients {
+        connected.push(Client::connect(address).await?);
+    }
+    let begin = Instant::now();
+    let mut tasks = JoinSet::new();
+    for mut client in connected {
+        let request = request.clone();
+        tasks.spawn(async move {
+            let mut answered = 0_i64;
+            while begin.elapsed() < length {
+                client.send(&request()).await?.expect(status)?;
+                answered += 1;
+            }
+            anyhow::Ok(answered)
+        });
+    }
+    let mut answered = 0;
+    while let Some(task) = tasks.join_next().await {
+        answered += task??;
+    }
+    Ok(super::figure::rate(answered, begin.elapsed()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_complete_with_its_last_byte() {
+        let answer = b"HTTP/1.1 201 Created\r\netag: \"a.1\"\r\nContent-Length: 3\r\n\r\nabc";
+        assert_eq!(complete(answer).unwrap(), Some((answer.len() - 3, answer.len())));
+        for cut in 0..answer.len() {
+            assert_eq!(complete(&answer[..cut]).unwrap(), None);
+        }
+        assert!(complete(b"HTTP/1.1 200 OK\r\n\r\n").is_err());
+    }
+}

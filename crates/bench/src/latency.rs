@@ -1,0 +1,239 @@
+//! How soon a write can be read: through the whole system, against the sum of what cannot be avoided.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use futures_util::StreamExt;
+use lapin::options::BasicAckOptions;
+use sqlx::{Connection, Executor, PgConnection};
+use tokio::{sync::Mutex, task::JoinSet, time::Instant};
+
+use super::{
+    bare::Link,
+    events::Stream,
+    figure::{Figure, Goal, Row, Spread, number, quantile},
+    ground::Ground,
+    http::{self, Client},
+    processor::{Sample, Spent},
+    write,
+};
+use devstack::program::Program;
+
+const PERSON: &str = "bench_latency_person";
+const SCORE: &str = "bench_latency_score";
+const VHOST: &str = "latency";
+const QUEUE: &str = "bench";
+/// Whom the writes are about.
+const PERSONS: i64 = 1_000;
+/// Connections that take turns; with more than this under way, the next write is late, and its delay
+/// counts.
+const CONNECTIONS: usize = 64;
+/// Of each part of the floor.
+const SAMPLES: usize = 300;
+
+/// See [`Row`].
+#[derive(Debug)]
+pub struct Latency {
+    programs: [Program; 5],
+    amqp: String,
+    clients: Vec<Arc<Mutex<Pair>>>,
+    /// Commit, confirm and delivery, round by round.
+    floors: [Vec<f64>; 3],
+    all: Vec<f64>,
+    spent: Spent,
+}
+
+/// A client's connections to both services.
+#[derive(Debug)]
+struct Pair {
+    person: Client,
+    score: Client,
+}
+
+impl Figure for Latency {
+    const ROWS: &'static [Row] = &[
+        Row {
+            name: "latency, median",
+            system: "POST sent until the score with that version was read, at 200 writes/s",
+            ceiling: Some("floor: a commit + a confirm + a delivery + a commit"),
+            unit: "ms",
+            goal: Goal::RatioAtMost(2.5),
+        },
+        Row {
+            name: "latency, 99 of 100",
+            system: "the same",
+            ceiling: Some("the same floor"),
+            unit: "ms",
+            goal: Goal::RatioAtMost(10.0),
+        },
+    ];
+
+    async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
+        for (template, name) in [("person", PERSON), ("score", SCORE)] {
+            ground.database(template, name).await?.close().await?;
+        }
+        let amqp = ground.virtual_host(VHOST).await?;
+        let mut programs = ground.programs(PERSON, SCORE, VHOST)?;
+        for program in &mut programs {
+            program.start().await?;
+        }
+        for program in &mut programs {
+            program.ready(super::READY).await?;
+        }
+        let [person, _, _, _, score] = &programs;
+        let (person, score) = (http::address(&person.url())?, http::address(&score.url())?);
+        create(&mut Pair::connect(person, score).await?).await?;
+        // Only now: the services close a connection that sends no request for ten seconds.
+        let mut clients = Vec::new();
+        for _ in 0..CONNECTIONS {
+            clients.push(Arc::new(Mutex::new(Pair::connect(person, score).await?)));
+        }
+        let latency = Self {
+            programs,
+            amqp,
+            clients,
+            floors: Default::default(),
+            all: Vec::new(),
+            spent: Spent::default(),
+        };
+        // Warm.
+        latency.writes(Duration::from_secs(1), ground.size.apart).await?;
+        Ok(latency)
+    }
+
+    async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
+        ground.settle().await?;
+        let sample = Sample::take();
+        let times = self.writes(ground.size.load, ground.size.apart).await?;
+        self.spent.add(&sample, i64::try_from(times.len())?);
+        let values = vec![quantile(&times, 500), quantile(&times, 990)];
+        self.all.extend(times);
+        Ok(values)
+    }
+
+    async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
+        let mut conn = ground.connect(PERSON).await?;
+        let commit = commits(&mut conn).await?;
+        let (confirm, delivery) = broker(&mut conn, &self.amqp).await?;
+        for (all, one) in self.floors.iter_mut().zip([commit, confirm, delivery]) {
+            all.push(one);
+        }
+        let floor = commit + confirm + delivery + commit;
+        Ok(vec![floor, floor])
+    }
+
+    async fn finish(mut self, ground: &Ground) -> anyhow::Result<Vec<String>> {
+        for program in &mut self.programs {
+            program.kill().await;
+        }
+        ground.drop_virtual_host(VHOST).await?;
+        ground.drop_database(PERSON).await?;
+        ground.drop_database(SCORE).await?;
+        let median = |values: &Vec<f64>| number(Spread::of(values).median);
+        let [commit, confirm, delivery] = self.floors.each_ref().map(median);
+        let at = [500, 900, 990, 999, 1000].map(|thousandths| number(quantile(&self.all, thousandths)));
+        let [p50, p90, p99, p999, most] = at;
+        Ok(vec![
+            format!(
+                "latency: a commit takes {commit} ms, a confirmed publish {confirm} ms, a delivery {delivery} ms"
+            ),
+            format!(
+                "latency: of {} writes, {p50} ms at the median, {p90} ms at 90 %, {p99} ms at 99 %, {p999} ms at 99.9 %, {most} ms at most",
+                self.all.len()
+            ),
+            format!("latency: µs of processor time a write: {}", self.spent.told()),
+        ])
+    }
+}
+
+impl Latency {
+    /// Milliseconds from when each write was due until the score that contains it was read.
+    async fn writes(&self, length: Duration, apart: Duration) -> anyhow::Result<Vec<f64>> {
+        let begin = Instant::now();
+        let mut tasks = JoinSet::new();
+        let mut due = begin;
+        let mut clients = self.clients.iter().cycle();
+        while due.duration_since(begin) < length {
+            tokio::time::sleep_until(due).await;
+            let client = Arc::clone(clients.next().context("there are clients")?);
+            tasks.spawn(async move {
+                let cpf = rand::random_range(1..=PERSONS);
+                client.lock().await.write(&write::income(cpf, 1_000), cpf).await?;
+                anyhow::Ok(due.elapsed().as_secs_f64() * 1_000.0)
+            });
+            due += apart;
+        }
+        let mut times = Vec::new();
+        while let Some(task) = tasks.join_next().await {
+            times.push(task??);
+        }
+        Ok(times)
+    }
+}
+
+/// Creates the persons, and waits until the last is known to the score.
+async fn create(pair: &mut Pair) -> anyhow::Result<()> {
+    for cpf in 1..=PERSONS {
+        let body = format!(r#"{{"cpf":{cpf},"name":"Maria da Silva Santos","date_of_birth":"1980-05-17"}}"#);
+        pair.write(&http::post("/person", &body), cpf).await?;
+    }
+    Ok(())
+}
+
+impl Pair {
+    async fn connect(person: SocketAddr, score: SocketAddr) -> anyhow::Result<Self> {
+        Ok(Self { person: Client::connect(person).await?, score: Client::connect(score).await? })
+    }
+
+    /// Writes, and reads the score with it.
+    async fn write(&mut self, request: &str, cpf: i64) -> anyhow::Result<()> {
+        let answer = self.person.send(request).await?;
+        answer.expect(201)?;
+        let token = answer.header("etag").context("a write without an ETag")?.trim_matches('"');
+        let read = http::get(&format!("/{cpf}/score?after={token}&wait=10s"));
+        self.score.send(&read).await?.expect(200)
+    }
+}
+
+/// Milliseconds of the fastest way to commit a row.
+async fn commits(conn: &mut PgConnection) -> anyhow::Result<f64> {
+    conn.execute("CREATE TABLE IF NOT EXISTS public.floor (n bigint)").await?;
+    let mut times = Vec::with_capacity(SAMPLES);
+    for n in 0..SAMPLES {
+        let begin = Instant::now();
+        sqlx::query("INSERT INTO public.floor VALUES ($1)")
+            .bind(i64::try_from(n)?)
+            .execute(&mut *conn)
+            .await?;
+        times.push(begin.elapsed().as_secs_f64() * 1_000.0);
+    }
+    Ok(quantile(&times, 500))
+}
+
+/// Milliseconds of a confirmed publish, with one under way at a time; and of a delivery, with one sent at
+/// a time: from the ack of the last message to the next one.
+async fn broker(conn: &mut PgConnection, url: &str) -> anyhow::Result<(f64, f64)> {
+    let count = i64::try_from(SAMPLES)?;
+    let messages = Stream { batch: 0, count }.messages(conn).await?;
+    let link = Link::open(url).await?.confirmed().await?;
+    // Beside the exchange that the system uses.
+    link.private_queue(QUEUE).await?;
+    let mut confirms = Vec::with_capacity(SAMPLES);
+    for message in messages {
+        let begin = Instant::now();
+        link.publish_to(QUEUE, message).await?;
+        confirms.push(begin.elapsed().as_secs_f64() * 1_000.0);
+    }
+    let mut deliveries = link.consume(QUEUE, 1).await?;
+    let mut times = Vec::with_capacity(SAMPLES);
+    let mut begin = None;
+    for _ in 0..SAMPLES {
+        let delivery = deliveries.next().await.context("the broker cancelled the consumer")??;
+        times.extend(begin.map(|begin: Instant| begin.elapsed().as_secs_f64() * 1_000.0));
+        begin = Some(Instant::now());
+        link.channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default()).await?;
+    }
+    link.delete_queue(QUEUE).await?;
+    link.close().await?;
+    Ok((quantile(&confirms, 500), quantile(&times, 500)))
+}

@@ -1,0 +1,99 @@
+//! How much memory the relay takes at most, with many events waiting and with few.
+
+use anyhow::Context;
+use sqlx::{Connection, PgConnection};
+
+use super::{
+    bare::Link,
+    figure::{Figure, Goal, Row, float},
+    ground::Ground,
+    growth::{history, settled},
+};
+use devstack::program::Program;
+
+const DATABASE: &str = "bench_memory";
+const VHOST: &str = "memory";
+const QUEUE: &str = "bench";
+/// What waits when there is little.
+const FEW: i64 = 10_000;
+
+/// See [`Row`].
+#[derive(Debug)]
+pub struct Memory {
+    conn: PgConnection,
+    amqp: String,
+    names: usize,
+}
+
+impl Figure for Memory {
+    const ROWS: &'static [Row] = &[
+        Row {
+            name: "memory, how much more",
+            system: "the relay's peak while it drains 100,000 of 2,000,000 waiting events",
+            ceiling: Some("itself with 10,000 waiting"),
+            unit: "MB",
+            goal: Goal::DifferenceAtMost(16.0),
+        },
+        Row {
+            name: "memory",
+            system: "the relay's peak, the same",
+            ceiling: None,
+            unit: "MB",
+            goal: Goal::Below(64.0),
+        },
+    ];
+
+    async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
+        let conn = ground.database("person", DATABASE).await?;
+        let amqp = ground.virtual_host(VHOST).await?;
+        history(ground, DATABASE, ground.size.waiting).await?;
+        Ok(Self { conn, amqp, names: 0 })
+    }
+
+    async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
+        let peak = self.peak(ground, ground.size.waiting, ground.size.events).await?;
+        Ok(vec![peak, peak])
+    }
+
+    async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
+        Ok(vec![self.peak(ground, FEW, FEW).await?])
+    }
+
+    async fn finish(self, ground: &Ground) -> anyhow::Result<Vec<String>> {
+        self.conn.close().await?;
+        ground.drop_virtual_host(VHOST).await?;
+        ground.drop_database(DATABASE).await?;
+        Ok(Vec::new())
+    }
+}
+
+impl Memory {
+    /// The peak of a relay of a name of its own that has drained `drained` of `waiting` events.
+    async fn peak(&mut self, ground: &Ground, waiting: i64, drained: i64) -> anyhow::Result<f64> {
+        self.names += 1;
+        let name = format!("memory{}", self.names);
+        settled(&mut self.conn, &name, waiting).await?;
+        let link = Link::open(&self.amqp).await?;
+        link.fresh_queue(QUEUE).await?;
+        let [_, relay, ..] = ground.programs(DATABASE, "score", VHOST)?;
+        let mut relay = relay.env("RELAY_NAME", &name);
+        relay.start().await?;
+        super::until("the relay drains", async || Ok((link.waiting(QUEUE).await? >= drained).then_some(())))
+            .await?;
+        let peak = peak(&mut relay)?;
+        relay.kill().await;
+        link.delete_queue(QUEUE).await?;
+        link.close().await?;
+        Ok(peak)
+    }
+}
+
+/// The most memory that a program has had, in megabytes.
+fn peak(program: &mut Program) -> anyhow::Result<f64> {
+    let pid = program.process().context("it runs")?.pid();
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    // VmHWM:     12345 kB
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+    let kib: i64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(float(kib) * 1.024 / 1000.0)
+}

@@ -1,0 +1,132 @@
+//! `make chaos`: everything goes wrong at once, and the oracle says what came of it.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+
+use crate::{Settings, report::Report, sabotage::Sabotage};
+use devstack::{ending::Ending, say, show};
+
+/// What `chaos` is told.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ChaosArgs {
+    /// Which run: the same seed has the same faults at the same times. Any, and said, when it is not given.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// For how many minutes there are faults. About a minute more is quiet.
+    #[arg(long, default_value = "5", value_parser = clap::value_parser!(u64).range(1..=120))]
+    pub minutes: u64,
+    /// The same in seconds.
+    #[arg(long, conflicts_with = "minutes", value_parser = clap::value_parser!(u64).range(10..=7200))]
+    pub seconds: Option<u64>,
+    /// Also write everything that was found to this file.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Take a guard out of a program, under the faults that it is for, and see whether the oracle finds it; exit code 1
+    /// when it does not. `all`: one after the other. The programs are built anew for it.
+    #[arg(long, value_name = "GUARD", value_parser = guards, conflicts_with_all = ["minutes", "seconds"])]
+    pub sabotage: Option<Guards>,
+    /// Only show which faults there would be.
+    #[arg(long)]
+    pub plan: bool,
+}
+
+/// Guards to take out, one at a time.
+#[derive(Clone, Debug)]
+pub struct Guards(Vec<Sabotage>);
+
+fn guards(name: &str) -> Result<Guards, String> {
+    if name == "all" {
+        return Ok(Guards(Sabotage::ALL.to_vec()));
+    }
+    match Sabotage::from_str(name, false) {
+        Ok(one) => Ok(Guards(vec![one])),
+        Err(_) => {
+            Err("it should be all, confirms, low-water, snapshot, memory, commit or duplicates".to_owned())
+        }
+    }
+}
+
+/// Runs it. Exit code 1: a promise was broken; or, with a guard taken out, none was seen to be.
+pub async fn run(args: &ChaosArgs) -> anyhow::Result<u8> {
+    // A short one, for people to repeat.
+    let seed = args.seed.unwrap_or_else(|| rand::random_range(0..1_000_000));
+    let length = Duration::from_secs(args.seconds.unwrap_or(args.minutes * 60));
+    let mut runs = vec![Settings { seed, length, sabotage: None }];
+    if let Some(Guards(guards)) = &args.sabotage {
+        if !cfg!(debug_assertions) {
+            bail!("guards are taken out of debug builds: run make chaos");
+        }
+        let run = |one: &Sabotage| Settings { seed, length: one.length(), sabotage: Some(*one) };
+        runs = guards.iter().map(run).collect();
+    }
+    if args.plan {
+        let lines = runs.iter().flat_map(Settings::plan).map(|fault| fault.to_string() + "\n");
+        show(&lines.collect::<String>());
+        return Ok(0);
+    }
+    let ending = Ending::watch()?;
+    let mut code = 0;
+    let mut reports = Vec::new();
+    for settings in &runs {
+        let (report, well) = one(settings, &ending).await.with_context(|| format!("the seed was {seed}"))?;
+        code |= u8::from(!well);
+        reports.push(report);
+    }
+    if let Some(path) = &args.json {
+        let json = match reports.as_slice() {
+            [report] => report.json()?,
+            reports => serde_json::to_string_pretty(reports)? + "\n",
+        };
+        std::fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(code)
+}
+
+/// One run, and whether it ended as it should.
+async fn one(settings: &Settings, ending: &Ending) -> anyhow::Result<(Report, bool)> {
+    let Settings { seed, length, sabotage } = settings;
+    let name = sabotage.map_or_else(|| seed.to_string(), |sabotage| format!("{seed}-{}", sabotage.name()));
+    let logs = devstack::command::data()?.join(format!("chaos-{name}"));
+    let without = sabotage.map(|sabotage| format!(", and a guard taken out: {}", sabotage.words()));
+    say(&format!(
+        "chaos with the seed {seed} for {} s{}",
+        length.as_secs(),
+        without.as_deref().unwrap_or_default()
+    ));
+    let running = Box::pin(crate::run(settings, &logs, say));
+    let Some(report) = ending.asked.run_until_cancelled(running).await else {
+        bail!("the chaos was ended");
+    };
+    let report = report?;
+    show(&format!("\n{}\n", report.page()));
+    if !report.is_green() {
+        show(&report.complaint(&logs));
+    }
+    let seconds = report.numbers.seconds;
+    let well = match sabotage {
+        None if report.is_green() => {
+            say(&format!("green: every promise was kept, {seconds} s in all"));
+            true
+        }
+        None => {
+            say(&format!("red: a promise was broken, with the seed {seed}"));
+            false
+        }
+        Some(sabotage) => {
+            let found: Vec<_> =
+                report.charges().into_iter().filter(|c| sabotage.seen_as().contains(c)).collect();
+            match found.as_slice() {
+                [] => say(&format!("the oracle did not see it: {}", sabotage.words())),
+                [first, ..] => say(&format!(
+                    "red, as it should be, after {seconds} s: {} ({})",
+                    first.words(),
+                    sabotage.words()
+                )),
+            }
+            !found.is_empty()
+        }
+    };
+    Ok((report, well))
+}

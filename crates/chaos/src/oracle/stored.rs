@@ -1,0 +1,224 @@
+//! Everything that the two databases hold.
+
+use std::collections::{BTreeMap, HashMap};
+
+use anyhow::Context;
+use serde_json::Value;
+use sqlx::{Connection, Executor, PgConnection};
+use uuid::Uuid;
+
+use crate::{
+    field::Addresses,
+    model::{Amount, Item, Kind, Person},
+    subscriber::{Entry, Key, Seen, hash},
+};
+
+/// An event as it is stored.
+#[derive(Clone, Debug)]
+pub(crate) struct Event {
+    pub(crate) position: i64,
+    pub(crate) seen: Seen,
+}
+
+/// An outbox.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    pub(crate) events: BTreeMap<(Key, i64), Event>,
+    /// Versions that are there twice.
+    pub(crate) twice: Vec<(Key, i64)>,
+    /// The last version of each aggregate, and how many it has.
+    pub(crate) chains: HashMap<Key, (i64, usize)>,
+    /// The last position, whether or not its transaction was committed.
+    pub(crate) last_position: i64,
+    pub(crate) low_water: i64,
+    pub(crate) parked: Vec<String>,
+    pub(crate) dead_rows: i64,
+}
+
+/// A person's row of the read model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Scored {
+    pub(crate) cpf: i64,
+    pub(crate) version: i64,
+    pub(crate) total: String,
+    pub(crate) entries: BTreeMap<Uuid, (Kind, Amount, i64)>,
+}
+
+/// What a consumer has applied last.
+#[derive(Clone, Debug)]
+pub(crate) struct Applied {
+    pub(crate) source: String,
+    pub(crate) key: Key,
+    pub(crate) version: i64,
+    pub(crate) last_event: Option<Uuid>,
+}
+
+/// Both databases.
+#[derive(Debug)]
+pub(crate) struct Stored {
+    pub(crate) person: Outbox,
+    pub(crate) persons: BTreeMap<Uuid, Person>,
+    /// The version of each note and memo.
+    pub(crate) notes: BTreeMap<Key, i64>,
+    pub(crate) score: Outbox,
+    pub(crate) scores: BTreeMap<Uuid, Scored>,
+    pub(crate) chains: BTreeMap<Uuid, i64>,
+    pub(crate) applied: Vec<Applied>,
+    /// What is held or rejected, in words.
+    pub(crate) aside: Vec<String>,
+}
+
+impl Stored {
+    /// Reads all of it.
+    pub(crate) async fn load(addresses: &Addresses) -> anyhow::Result<Self> {
+        let mut conn = addresses.connect("person").await?;
+        conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ").await?;
+        let person = Outbox::load(&mut conn).await.context("the outbox of persons")?;
+        let persons = persons(&mut conn).await.context("the persons")?;
+        let notes: Vec<(String, String, i64)> =
+            sqlx::query_as("SELECT kind, id, version FROM public.note").fetch_all(&mut conn).await?;
+        conn.close().await?;
+        let mut conn = addresses.connect("score").await?;
+        conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ").await?;
+        let score = Outbox::load(&mut conn).await.context("the outbox of scores")?;
+        let scores = scores(&mut conn).await.context("the read model")?;
+        let chains: Vec<(Uuid, i64)> =
+            sqlx::query_as("SELECT person_id, version FROM score.chain").fetch_all(&mut conn).await?;
+        let applied = applied(&mut conn).await.context("the inbox")?;
+        let aside = sqlx::query_scalar(
+            "SELECT 'held (' || reason || '): ' || aggregate_type || '/' || aggregate_id || ' version '
+                    || version || coalesce(': ' || error, '') FROM inbox.held
+             UNION ALL
+             SELECT 'rejected (' || reason || ') ' || times || ' times: ' || detail FROM inbox.rejected
+             -- What a stranger sent may come again after an operator has dropped it. It names no user; the relays
+             -- always name theirs.
+             WHERE reason NOT IN ('foreign', 'wrong-user') OR properties::jsonb ->> 'user_id' IS NOT NULL",
+        )
+        .fetch_all(&mut conn)
+        .await?;
+        conn.close().await?;
+        let notes = notes.into_iter().map(|(kind, id, version)| ((kind, id), version)).collect();
+        let chains = chains.into_iter().collect();
+        Ok(Self { person, persons, notes, score, scores, chains, applied, aside })
+    }
+}
+
+type EventRow = (i64, Uuid, String, String, i64, String, String, bool);
+
+impl Outbox {
+    async fn load(conn: &mut PgConnection) -> anyhow::Result<Self> {
+        let rows: Vec<EventRow> = sqlx::query_as(
+            "SELECT position, id, aggregate_type, aggregate_id, version, type, payload::text,
+                    coalesce(headers @> '{\"erased\": true}', false)
+             FROM outbox.event ORDER BY position",
+        )
+        .fetch_all(&mut *conn)
+        .await?;
+        let (mut events, mut twice) = (BTreeMap::new(), Vec::new());
+        let mut chains: HashMap<Key, (i64, usize)> = HashMap::new();
+        for (position, id, aggregate_type, aggregate_id, version, type_, payload, erased) in rows {
+            let body: Value = serde_json::from_str(&payload).context("a body that is no JSON")?;
+            let number = |name: &str| body[name].as_number().map(ToString::to_string);
+            let entry = number("score").zip(number("total")).filter(|_| aggregate_type == "score");
+            let key = (aggregate_type, aggregate_id);
+            let (last, count) = chains.entry(key.clone()).or_default();
+            (*last, *count) = (version.max(*last), *count + 1);
+            let seen = Seen {
+                id,
+                type_,
+                hash: hash(payload.as_bytes()),
+                record: body["id"].as_str().unwrap_or_default().to_owned(),
+                erased,
+                entry: entry.map(|(score, total)| Entry { score, total }),
+            };
+            if events.insert((key.clone(), version), Event { position, seen }).is_some() {
+                twice.push((key, version));
+            }
+        }
+        let (last_position, low_water): (i64, i64) = sqlx::query_as(
+            "SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM outbox.position),
+                    coalesce((SELECT min(low_water) FROM outbox.relay), 0)",
+        )
+        .fetch_one(&mut *conn)
+        .await?;
+        let parked = sqlx::query_scalar(
+            "SELECT 'parked (' || reason || '): position ' || position || ', ' || type || ': ' || detail
+             FROM outbox.parked ORDER BY position",
+        )
+        .fetch_all(&mut *conn)
+        .await?;
+        let dead_rows: i64 = sqlx::query_scalar(
+            "SELECT coalesce(sum((public.pgstattuple(inhrelid)).dead_tuple_count), 0)::bigint
+             FROM pg_inherits WHERE inhparent = 'outbox.event'::regclass",
+        )
+        .fetch_one(&mut *conn)
+        .await?;
+        Ok(Self { events, twice, chains, last_position, low_water, parked, dead_rows })
+    }
+
+    /// The last position that is stored.
+    pub(crate) fn last_stored(&self) -> i64 {
+        self.events.values().map(|event| event.position).max().unwrap_or(0)
+    }
+}
+
+async fn persons(conn: &mut PgConnection) -> anyhow::Result<BTreeMap<Uuid, Person>> {
+    type Row = (Uuid, i64, i64, String, Option<String>, bool);
+    let rows: Vec<Row> =
+        sqlx::query_as("SELECT id, cpf, version, name, address, status = 'active' FROM person.person")
+            .fetch_all(&mut *conn)
+            .await?;
+    let mut persons: BTreeMap<Uuid, Person> = rows
+        .into_iter()
+        .map(|(id, cpf, version, name, address, active)| {
+            (id, Person { cpf, id, version, name, address, active, items: BTreeMap::new() })
+        })
+        .collect();
+    let rows: Vec<(Uuid, Uuid, String, Option<String>, String)> = sqlx::query_as(
+        "SELECT id, person_id, 'income', type, value::text FROM person.income
+         UNION ALL SELECT id, person_id, 'asset', type, value::text FROM person.asset
+         UNION ALL SELECT id, person_id, 'debt', NULL, value::text FROM person.debt",
+    )
+    .fetch_all(conn)
+    .await?;
+    for (id, person, kind, type_, value) in rows {
+        let (kind, value) = (Kind::of(&kind).context("a kind")?, Amount::parse(&value).context("a value")?);
+        let person = persons.get_mut(&person).context("an item of nobody")?;
+        person.items.insert(id, Item { kind, type_, value });
+    }
+    Ok(persons)
+}
+
+async fn scores(conn: &mut PgConnection) -> anyhow::Result<BTreeMap<Uuid, Scored>> {
+    let rows: Vec<(Uuid, i64, i64, String)> =
+        sqlx::query_as("SELECT id, cpf, version, total::text FROM score.person")
+            .fetch_all(&mut *conn)
+            .await?;
+    let mut scores: BTreeMap<Uuid, Scored> = rows
+        .into_iter()
+        .map(|(id, cpf, version, total)| (id, Scored { cpf, version, total, entries: BTreeMap::new() }))
+        .collect();
+    let rows: Vec<(Uuid, Uuid, String, String, i64)> =
+        sqlx::query_as("SELECT id, person_id, type, value::text, score FROM score.entry")
+            .fetch_all(conn)
+            .await?;
+    for (id, person, kind, value, score) in rows {
+        let (kind, value) = (Kind::of(&kind).context("a kind")?, Amount::parse(&value).context("a value")?);
+        let person = scores.get_mut(&person).context("an entry of nobody")?;
+        person.entries.insert(id, (kind, value, score));
+    }
+    Ok(scores)
+}
+
+async fn applied(conn: &mut PgConnection) -> anyhow::Result<Vec<Applied>> {
+    let rows: Vec<(String, String, String, i64, Option<Uuid>)> = sqlx::query_as(
+        "SELECT source, aggregate_type, aggregate_id, version, last_event_id
+         FROM inbox.aggregate WHERE consumer = 'score'",
+    )
+    .fetch_all(conn)
+    .await?;
+    let applied = rows.into_iter().map(|(source, aggregate_type, aggregate_id, version, last_event)| {
+        Applied { source, key: (aggregate_type, aggregate_id), version, last_event }
+    });
+    Ok(applied.collect())
+}

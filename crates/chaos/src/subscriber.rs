@@ -1,0 +1,248 @@
+//! A subscriber of its own, past all wires: it has a durable queue for everything, and remembers what came.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context;
+use futures_util::{FutureExt, StreamExt};
+use lapin::{
+    Channel, Connection, ConnectionProperties, ExchangeKind,
+    message::Delivery,
+    options::{
+        BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ExchangeBindOptions, ExchangeDeclareOptions,
+        QueueBindOptions, QueueDeclareOptions,
+    },
+    types::{AMQPValue, FieldTable, ShortString},
+};
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::{
+    notes::{MEMO, NOTE},
+    verdict::{Charge, Findings},
+};
+
+/// Where the relays publish to.
+pub(crate) const EXCHANGE: &str = "event_dispatcher";
+/// Its queue.
+const QUEUE: &str = "witness";
+/// The same events, to be bound by their aggregates.
+const BY_AGGREGATE: &str = "event_dispatcher.by_aggregate";
+/// What it is bound to by type: everything but the notes and memos.
+const BINDINGS: [&str; 5] = ["person.#", "income.#", "asset.#", "debt.#", "score.#"];
+/// Messages sent ahead, and acknowledged at a time.
+const AHEAD: u16 = 500;
+/// The pause before it connects again.
+const PAUSE: Duration = Duration::from_millis(200);
+/// No answer of the broker takes longer.
+const ANSWER: Duration = Duration::from_secs(20);
+
+/// Which aggregate: type and id.
+pub(crate) type Key = (String, String);
+
+/// An event, as it was first seen.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    pub(crate) id: Uuid,
+    pub(crate) type_: String,
+    /// Of the body.
+    pub(crate) hash: u64,
+    /// The body's `id`.
+    pub(crate) record: String,
+    pub(crate) erased: bool,
+    /// What it says of a score.
+    pub(crate) entry: Option<Entry>,
+}
+
+/// An entry of a score, as an event tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) score: String,
+    pub(crate) total: String,
+}
+
+/// Everything that came.
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    pub(crate) chains: HashMap<Key, BTreeMap<i64, Seen>>,
+    /// Aggregates of which a version was first seen behind a later one, and which.
+    pub(crate) inversions: Vec<(Key, i64)>,
+    pub(crate) deliveries: u64,
+    /// Deliveries of what had come before.
+    pub(crate) repeated: u64,
+}
+
+/// The subscriber.
+#[derive(Debug)]
+pub(crate) struct Subscriber {
+    url: String,
+    findings: Arc<Findings>,
+    memory: Mutex<Memory>,
+}
+
+impl Subscriber {
+    /// Declares its queue.
+    pub(crate) async fn new(url: &str, findings: Arc<Findings>) -> anyhow::Result<Self> {
+        let subscriber = Self { url: url.to_owned(), findings, memory: Mutex::default() };
+        let (connection, channel) = subscriber.connect().await?;
+        let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+        channel
+            .exchange_declare(EXCHANGE.into(), ExchangeKind::Topic, durable, FieldTable::default())
+            .await?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+        // Without a limit a quorum queue brings back out of order what it brings back.
+        arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(1_000_000));
+        let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+        channel.queue_declare(QUEUE.into(), durable, arguments).await?;
+        let (options, none) = (QueueBindOptions::default(), FieldTable::default());
+        for binding in BINDINGS {
+            channel.queue_bind(QUEUE.into(), EXCHANGE.into(), binding.into(), options, none.clone()).await?;
+        }
+        let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+        channel.exchange_declare(BY_AGGREGATE.into(), ExchangeKind::Headers, durable, none.clone()).await?;
+        let options = ExchangeBindOptions::default();
+        channel.exchange_bind(BY_AGGREGATE.into(), EXCHANGE.into(), "#".into(), options, none).await?;
+        follow(&channel, &[NOTE, MEMO], true).await?;
+        connection.close(200, "bye".into()).await?;
+        Ok(subscriber)
+    }
+
+    /// Takes everything until `stop`.
+    pub(crate) async fn run(&self, stop: &CancellationToken) {
+        while !stop.is_cancelled() {
+            // It ends with the broker, and begins again with it.
+            let _away = stop.run_until_cancelled(self.session()).await;
+            stop.run_until_cancelled(tokio::time::sleep(PAUSE)).await;
+        }
+    }
+
+    /// What came so far.
+    pub(crate) fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn connect(&self) -> anyhow::Result<(Connection, Channel)> {
+        connect(&self.url).await
+    }
+
+    async fn session(&self) -> anyhow::Result<()> {
+        let (_connection, channel) = self.connect().await?;
+        channel.basic_qos(AHEAD, BasicQosOptions::default()).await?;
+        let (options, none) = (BasicConsumeOptions::default(), FieldTable::default());
+        let mut deliveries = channel.basic_consume(QUEUE.into(), "".into(), options, none).await?;
+        while let Some(delivery) = deliveries.next().await {
+            let mut last = self.take(&delivery?);
+            for _ in 1..AHEAD {
+                let Some(Some(delivery)) = deliveries.next().now_or_never() else { break };
+                last = self.take(&delivery?);
+            }
+            channel.basic_ack(last, BasicAckOptions { multiple: true }).await?;
+        }
+        Ok(())
+    }
+
+    /// Remembers a delivery, and returns its tag.
+    fn take(&self, delivery: &Delivery) -> u64 {
+        match read(delivery) {
+            Ok((key, version, seen)) => self.remember(key, version, seen, delivery.redelivered),
+            Err(error) => self.findings.add(Charge::EventWrong, format!("a delivery is no event: {error:#}")),
+        }
+        delivery.delivery_tag
+    }
+
+    fn remember(&self, key: Key, version: i64, seen: Seen, redelivered: bool) {
+        let mut memory = self.memory();
+        memory.deliveries += 1;
+        let chain = memory.chains.entry(key.clone()).or_default();
+        let behind = chain.last_key_value().is_some_and(|(last, _)| *last > version);
+        let Some(before) = chain.get_mut(&version) else {
+            chain.insert(version, seen);
+            // What the broker gives back has lost its place already.
+            if behind && !redelivered {
+                memory.inversions.push((key, version));
+            }
+            return;
+        };
+        let (of, contradiction) = (format!("{}/{} version {version}", key.0, key.1), before.id != seen.id);
+        if contradiction {
+            let (one, other) = (before.id, seen.id);
+            self.findings.add(Charge::EventTakenBack, format!("{of}: event {one}, then event {other}"));
+        } else if before.hash != seen.hash && !before.erased && !seen.erased {
+            self.findings.add(Charge::EventWrong, format!("{of}: event {} came with two bodies", seen.id));
+        }
+        memory.repeated += 1;
+    }
+}
+
+/// A connection past all wires, with a channel.
+pub(crate) async fn connect(url: &str) -> anyhow::Result<(Connection, Channel)> {
+    let connecting = async {
+        let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        anyhow::Ok((connection, channel))
+    };
+    tokio::time::timeout(ANSWER, connecting).await.context("RabbitMQ does not answer")?
+}
+
+/// Binds its queue to all events of aggregates of these types, or takes the bindings away.
+pub(crate) async fn follow(channel: &Channel, aggregate_types: &[&str], follow: bool) -> anyhow::Result<()> {
+    for aggregate_type in aggregate_types {
+        let mut matching = FieldTable::default();
+        matching.insert("x-match".into(), AMQPValue::LongString("all".into()));
+        matching.insert("aggregate_type".into(), AMQPValue::LongString((*aggregate_type).into()));
+        let (queue, exchange) = (QUEUE.into(), BY_AGGREGATE.into());
+        if follow {
+            channel.queue_bind(queue, exchange, "".into(), QueueBindOptions::default(), matching).await?;
+        } else {
+            channel.queue_unbind(queue, exchange, "".into(), matching).await?;
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn hash(body: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    body.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Reads what the contract promises of every message.
+fn read(delivery: &Delivery) -> anyhow::Result<(Key, i64, Seen)> {
+    let properties = &delivery.properties;
+    let text = |value: &Option<ShortString>| value.as_ref().map(|value| value.as_str().to_owned());
+    let headers = properties.headers().as_ref().context("no headers")?;
+    let header = |name: &str| match headers.inner().get(name) {
+        Some(AMQPValue::LongString(text)) => Ok(text.to_string()),
+        other => anyhow::bail!("the header {name} is {other:?}"),
+    };
+    let version = match headers.inner().get("aggregate_version") {
+        Some(AMQPValue::LongLongInt(version)) => *version,
+        other => anyhow::bail!("the header aggregate_version is {other:?}"),
+    };
+    let key = (header("aggregate_type")?, header("aggregate_id")?);
+    let id = text(properties.message_id()).context("no message_id")?.parse()?;
+    let type_ = text(properties.kind()).context("no type")?;
+    let source = if key.0 == "score" { "score" } else { "person" };
+    let of = format!("{}/{} version {version}", key.0, key.1);
+    anyhow::ensure!(type_ == delivery.routing_key.as_str(), "{of}: its type is not its routing key");
+    anyhow::ensure!(text(properties.app_id()).as_deref() == Some(source), "{of}: another app_id");
+    anyhow::ensure!(*properties.delivery_mode() == Some(2), "{of}: not persistent");
+    let body: Value = serde_json::from_slice(&delivery.data).with_context(|| format!("{of}: its body"))?;
+    let number = |name: &str| body[name].as_number().map(ToString::to_string);
+    let entry = number("score").zip(number("total")).filter(|_| key.0 == "score");
+    let seen = Seen {
+        id,
+        type_,
+        hash: hash(&delivery.data),
+        record: body["id"].as_str().unwrap_or_default().to_owned(),
+        erased: body["erased"] == Value::Bool(true),
+        entry: entry.map(|(score, total)| Entry { score, total }),
+    };
+    Ok((key, version, seen))
+}

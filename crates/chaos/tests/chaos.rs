@@ -1,0 +1,46 @@
+//! What `make chaos` is told, and the patches by which it takes guards out of programs. The run itself is part of
+//! `.ci/run`.
+
+#![expect(clippy::unwrap_used, reason = "a panic in a test is the report")]
+
+use std::{path::Path, process::Command};
+
+use chaos::{copy, sabotage::Sabotage};
+
+fn run(args: &[&str]) -> String {
+    let file = Path::new(env!("CARGO_BIN_EXE_chaos"));
+    let output = Command::new(file).args(args).env_clear().output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+    format!("exit code {}\n{text}", output.status.code().unwrap())
+}
+
+/// Else a misspelled one would leave the guard where it is, and the run green.
+#[test]
+fn a_guard_that_nobody_knows_is_refused() {
+    let refused = run(&["--sabotage", "everything"]);
+    assert!(
+        refused.starts_with("exit code 2\n") && refused.contains("it should be all, confirms, "),
+        "{refused}"
+    );
+}
+
+/// Each patch fits the sources as they are, and all of them compile.
+#[tokio::test]
+async fn every_guard_can_be_taken_out() {
+    let programs = copy::build(&Sabotage::ALL).await.unwrap_or_else(|error| panic!("{error:#}"));
+    for program in ["outbox-relay", "score-projector"] {
+        assert!(programs.join(program).is_file(), "{program} in {}", programs.display());
+    }
+}
+
+#[test]
+fn the_plan_is_shown_and_nothing_is_started() {
+    let of = |args: &[&str]| run(&[&["--plan"], args].concat());
+    assert_eq!(of(&["--seed", "5"]), of(&["--seed", "5", "--minutes", "5"]));
+    assert_ne!(of(&["--seed", "5"]), of(&["--seed", "6"]));
+    insta::assert_snapshot!(of(&["--seed", "1", "--seconds", "10"]), @r"
+    exit code 0
+        3.0 s  for  3.4 s  a half-open wire: person-api to PostgreSQL, FromServer
+        6.3 s  for  2.0 s  a program stopped and continued: score-api
+    ");
+}

@@ -1,0 +1,94 @@
+//! Settings: where a program's values come from, and how a wrong one is reported.
+//!
+//! Settings are flags with an environment variable each (clap), but for secrets: those come from a
+//! variable or a file, never from the command line, where every user of the machine could read them.
+
+#[cfg(feature = "amqp")]
+pub mod broker;
+pub mod command;
+pub mod database;
+pub mod file;
+pub mod permissions;
+
+use std::{fmt, path::PathBuf, str::FromStr};
+
+use secrecy::{ExposeSecret, SecretString};
+
+/// A setting that the program cannot start with.
+#[derive(Debug, thiserror::Error)]
+#[error("{name}: {problem}")]
+pub struct SettingError {
+    /// The setting, as the user writes it.
+    pub name: String,
+    /// What is wrong and what it should look like. Never the value of a secret.
+    pub problem: String,
+}
+
+impl SettingError {
+    /// `problem` says what the setting should look like.
+    pub fn new(name: impl Into<String>, problem: impl fmt::Display) -> Self {
+        Self { name: name.into(), problem: problem.to_string() }
+    }
+}
+
+/// Reads a secret from the variable `name`, or from the file that `name_FILE` (or its flag, in `file`)
+/// points to. `form` says what it should look like, for the error when there is none.
+pub fn secret(name: &str, file: Option<&PathBuf>, form: &str) -> Result<SecretString, SettingError> {
+    let from_file = match file {
+        Some(path) => Some(std::fs::read_to_string(path).map_err(|e| {
+            SettingError::new(format!("{name}_FILE"), format_args!("cannot read {}: {e}", path.display()))
+        })?)
+        .inspect(|_| permissions::warn_if_others_read(&format!("{name}_FILE"), path)),
+        None => None,
+    };
+    let value = match (std::env::var(name), from_file) {
+        (Ok(_), Some(_)) => {
+            return Err(SettingError::new(name, format_args!("set either {name} or {name}_FILE, not both")));
+        }
+        (Ok(value), None) | (Err(_), Some(value)) => value.trim().to_owned(),
+        (Err(std::env::VarError::NotUnicode(_)), None) => {
+            return Err(SettingError::new(name, format_args!("is not UTF-8; it should look like {form}")));
+        }
+        (Err(std::env::VarError::NotPresent), None) => {
+            let problem = format_args!("is not set; it should look like {form}");
+            return Err(SettingError::new(format!("{name} (or {name}_FILE)"), problem));
+        }
+    };
+    if value.is_empty() {
+        return Err(SettingError::new(name, format_args!("is empty; it should look like {form}")));
+    }
+    Ok(value.into())
+}
+
+/// Parses a secret that came from [`secret`] without ever quoting it.
+pub fn parse_secret<T: FromStr>(name: &str, value: &SecretString, form: &str) -> Result<T, SettingError> {
+    value.expose_secret().parse().map_err(|_| {
+        SettingError::new(name, format_args!("cannot be understood; it should look like {form}"))
+    })
+}
+
+/// Whether a URL's host is this machine, so that nobody else sees what goes there.
+fn is_this_machine(host: &str) -> bool {
+    let host = host.trim_start_matches('[').trim_end_matches(']').trim_end_matches('.').to_ascii_lowercase();
+    let loopback = host.parse::<std::net::IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback());
+    loopback || host == "localhost" || host.ends_with(".localhost")
+}
+
+/// Parses a duration for clap: `250ms`, `2s`, `1m`.
+pub fn duration(text: &str) -> Result<std::time::Duration, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: u64 =
+        number.parse().map_err(|_| "it should look like 250ms, 2s, 1m, 12h or 30d".to_owned())?;
+    let millis = match unit {
+        "ms" => Some(number),
+        "s" => number.checked_mul(1_000),
+        "m" => number.checked_mul(60_000),
+        "h" => number.checked_mul(3_600_000),
+        "d" => number.checked_mul(86_400_000),
+        _ => None,
+    };
+    millis
+        .map(std::time::Duration::from_millis)
+        .ok_or_else(|| "it should look like 250ms, 2s, 1m, 12h or 30d".to_owned())
+}

@@ -1,0 +1,61 @@
+//! The connection to PostgreSQL, and the checks that it is the database that a program needs.
+
+mod needs;
+mod pooler;
+mod schema;
+mod target;
+mod url;
+
+use std::{path::PathBuf, time::Duration};
+
+use secrecy::ExposeSecret;
+use sqlx::postgres::PgConnectOptions;
+
+pub use needs::Needs;
+pub use outbox::database::Failure;
+pub use pooler::shared;
+pub use schema::{Schema, SchemaError};
+pub use target::Database;
+
+use super::{SettingError, parse_secret, secret};
+
+const FORM: &str = "postgres://user:password@host:5432/database";
+
+/// Where the database is. The URL itself is a secret: set `DATABASE_URL`, or name a file that holds it.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DatabaseArgs {
+    /// A file that holds the PostgreSQL URL, instead of the variable `DATABASE_URL`
+    /// (`postgres://user:password@host:5432/database`).
+    #[arg(long, env = "DATABASE_URL_FILE", value_name = "PATH")]
+    pub database_url_file: Option<PathBuf>,
+    /// Refuse a URL, of the database or of the broker, that leads to another machine and does not make TLS certain.
+    /// Without this setting, `run` warns.
+    #[arg(long, env = "REQUIRE_TLS")]
+    pub require_tls: bool,
+}
+
+impl DatabaseArgs {
+    /// How to connect, under the program's name, with every statement limited to `statement_timeout`.
+    pub fn options(&self, application: &str, statement_timeout: Duration) -> Result<Database, SettingError> {
+        let file = self.database_url_file.as_ref();
+        let database = options("DATABASE_URL", file, application, statement_timeout)?;
+        match database.exposed() {
+            Some(exposed) if self.require_tls => Err(SettingError::new("DATABASE_URL", exposed)),
+            _ => Ok(database),
+        }
+    }
+}
+
+/// As [`DatabaseArgs::options`], for another database: its URL is in the variable `name`, or in `file`.
+pub fn options(
+    name: &str,
+    file: Option<&PathBuf>,
+    application: &str,
+    statement_timeout: Duration,
+) -> Result<Database, SettingError> {
+    let text = secret(name, file, FORM)?;
+    let text = url::supported(name, text.expose_secret())?.into();
+    let options: PgConnectOptions = parse_secret(name, &text, FORM)?;
+    let database = Database::from(options.application_name(application));
+    Ok(database.with("statement_timeout", statement_timeout.as_millis().to_string()))
+}

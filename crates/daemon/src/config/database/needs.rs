@@ -1,0 +1,153 @@
+//! What a program needs of its database, asked in one statement: at start, and for its readiness.
+
+use std::time::Duration;
+
+use sqlx::{AssertSqlSafe, PgConnection, PgPool};
+use tokio_util::sync::CancellationToken;
+
+use super::{Schema, SchemaError, pooler, schema::Applied};
+
+/// No look takes longer. The pool gives no connection within 5 s while the database is away.
+const TIMEOUT: Duration = Duration::from_secs(6);
+/// Whether there is a pooler is asked once, and not for longer.
+const PROBE: Duration = Duration::from_secs(2);
+/// A row of the answer that is no migration.
+const PROBLEM: &str = "!";
+
+/// The schemas, and what the program does with them.
+#[derive(Debug)]
+pub struct Needs {
+    /// All of them current.
+    pub schemas: Vec<Schema>,
+    /// It writes, so a standby or a read-only transaction is not enough.
+    pub writes: bool,
+    /// A relation and a privilege each, such as `("outbox.event", "INSERT")`; one on some columns is enough. No row
+    /// security may apply to the relation.
+    pub rights: &'static [(&'static str, &'static str)],
+}
+
+impl Needs {
+    /// Checks everything, in one statement when it is there.
+    pub async fn check(&self, conn: &mut PgConnection) -> Result<(), SchemaError> {
+        let mut each: Vec<String> = self.schemas.iter().map(Schema::applied).collect();
+        each.push(self.problems());
+        let asked = sqlx::query_as(AssertSqlSafe(each.join(" UNION ALL "))).fetch_all(&mut *conn).await;
+        let answered: Vec<Applied> = match asked {
+            Ok(answered) => answered,
+            Err(sqlx::Error::Database(error)) => {
+                // Alone, each schema says which one it is.
+                for schema in &self.schemas {
+                    schema.check(conn).await?;
+                }
+                return Err(sqlx::Error::Database(error).into());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        self.schemas.iter().try_for_each(|schema| schema.compare(&answered))?;
+        let mut problems = answered.iter().filter_map(|(name, ..)| name.strip_prefix(PROBLEM)).peekable();
+        if problems.peek().is_none() {
+            return Ok(());
+        }
+        Err(SchemaError::Unmet(problems.collect::<Vec<_>>().join("; ")))
+    }
+
+    /// A query for what is not as it must be, in the form of [`Applied`].
+    fn problems(&self) -> String {
+        let list = |rows: Vec<String>| rows.join(", ");
+        let mut problems = Vec::new();
+        if self.writes {
+            problems.push(
+                "SELECT 'the server is in recovery, so it takes no writes: it is a standby or still starting; \
+                 connect to the primary' WHERE pg_is_in_recovery()"
+                    .to_owned(),
+            );
+            problems.push(
+                "SELECT 'the database takes no writes from this role: default_transaction_read_only is on; set it \
+                 off for the role or the database' \
+                 WHERE NOT pg_is_in_recovery() AND current_setting('transaction_read_only') = 'on'"
+                    .to_owned(),
+            );
+        }
+        if !self.rights.is_empty() {
+            let rights =
+                self.rights.iter().map(|(relation, privilege)| format!("('{relation}', '{privilege}')"));
+            let mut relations: Vec<_> =
+                self.rights.iter().map(|(relation, _)| format!("('{relation}')")).collect();
+            relations.dedup();
+            problems.push(format!(
+                "SELECT 'the role ' || current_user || ' lacks the right ' || privilege || ' on ' || relation \
+                     || '; grant it as the migrate command does' \
+                 FROM (VALUES {}) AS needed (relation, privilege) \
+                 WHERE NOT CASE privilege WHEN 'DELETE' THEN has_table_privilege(relation, privilege) \
+                                          ELSE has_any_column_privilege(relation, privilege) END",
+                list(rights.collect())
+            ));
+            problems.push(format!(
+                "SELECT 'row security is on for ' || relation || ' and would hide rows from the role ' || current_user \
+                     || '; disable it for the table, or give the role BYPASSRLS' \
+                 FROM (VALUES {}) AS needed (relation) WHERE row_security_active(relation)",
+                list(relations)
+            ));
+        }
+        if problems.is_empty() {
+            problems.push("SELECT '' WHERE false".to_owned());
+        }
+        let problems = problems.join(" UNION ALL ");
+        format!("SELECT '{PROBLEM}' || problem, 0, ''::bytea FROM ({problems}) AS problems (problem)")
+    }
+
+    /// A look over a connection of `pool`, with a limit.
+    pub async fn look(&self, pool: &PgPool) -> Result<(), SchemaError> {
+        let look = async { self.check(&mut *pool.acquire().await?).await };
+        tokio::time::timeout(TIMEOUT, look).await.unwrap_or_else(|_| {
+            Err(SchemaError::Unmet(format!("the database does not answer within {TIMEOUT:?}")))
+        })
+    }
+
+    /// Waits until the database has everything, with `waiting` told why it does not yet. Ends with an error when a
+    /// schema is not what the program needs; waiting would not change that. `stop` ends the wait early, with `false`.
+    /// The pool needs two connections.
+    pub async fn wait(
+        &self,
+        pool: &PgPool,
+        stop: &CancellationToken,
+        mut waiting: impl FnMut(String),
+    ) -> Result<bool, SchemaError> {
+        let mut pause = Duration::from_millis(100);
+        loop {
+            let attempt = async {
+                self.look(pool).await?;
+                if has_pooler(pool).await {
+                    return Err(SchemaError::Unmet(outbox::database::POOLER.to_owned()));
+                }
+                Ok(())
+            };
+            // The attempt too: while the database is away it lasts as long as the pool waits for a connection.
+            match stop.run_until_cancelled(attempt).await {
+                None => return Ok(false),
+                Some(Ok(())) => return Ok(true),
+                Some(Err(error)) if error.passes() => waiting(error.to_string()),
+                Some(Err(fatal)) => return Err(fatal),
+            }
+            if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+                return Ok(false);
+            }
+            pause = (pause * 2).min(Duration::from_secs(2));
+        }
+    }
+}
+
+/// When it cannot be found out, such as for want of a second connection, statements that fail will tell.
+async fn has_pooler(pool: &PgPool) -> bool {
+    let probe = async {
+        let (mut a, mut b) = (pool.acquire().await?, pool.acquire().await?);
+        let shared = pooler::shared(&mut a, &mut b).await;
+        if shared.as_ref().map_or(true, |shared| *shared) {
+            // What state they are in is unknown.
+            a.close_on_drop();
+            b.close_on_drop();
+        }
+        shared
+    };
+    matches!(tokio::time::timeout(PROBE, probe).await, Ok(Ok(true)))
+}

@@ -1,0 +1,253 @@
+//! Where a database is, and what each session of it is set to before anything else is asked of it.
+
+use std::{collections::BTreeMap, fmt::Write as _, str::FromStr, sync::Arc, time::Duration};
+
+use sqlx::{
+    AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
+};
+
+/// A connection that was used so recently is there still, but for the rarest of cases.
+const FRESH: Duration = Duration::from_millis(100);
+
+/// What our SQL relies on, whatever the defaults of the server, the database and the role are. Not
+/// `default_transaction_read_only`: an operator who sets it means it, and readiness says so.
+const RELIED_ON: [(&str, &str); 15] = [
+    // Under another isolation, every second of two concurrent writes to one row fails (40001).
+    ("default_transaction_isolation", "read committed"),
+    ("default_transaction_deferrable", "off"),
+    // Otherwise a backslash in our SQL, or in a view or a function that it makes, means something else.
+    ("standard_conforming_strings", "on"),
+    ("search_path", "pg_catalog, pg_temp"),
+    ("client_encoding", "UTF8"),
+    ("DateStyle", "ISO, MDY"),
+    ("IntervalStyle", "postgres"),
+    ("TimeZone", "UTC"),
+    ("bytea_output", "hex"),
+    ("extra_float_digits", "1"),
+    // Rows that row security would hide are an error that can be seen, not rows that are missing.
+    ("row_security", "off"),
+    // `statement_timeout` is the limit: a lock is waited for as long as a statement may take.
+    ("lock_timeout", "0"),
+    ("idle_session_timeout", "0"),
+    ("idle_in_transaction_session_timeout", "30s"),
+    // TCP notices a dead peer within 10 s: this is the server's half of it.
+    ("tcp_user_timeout", "10s"),
+];
+
+/// A setting that PostgreSQL has from 17 on, and one that may be stricter than ours: `remote_apply` stays, `off`
+/// would lose in a crash what was reported or acknowledged.
+const CONDITIONAL: &str = "\
+    CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
+         THEN set_config('transaction_timeout', '0', false) END,
+    CASE WHEN current_setting('synchronous_commit') = 'off'
+         THEN set_config('synchronous_commit', 'on', false) END";
+
+/// How to connect: where, as whom, and with which settings of the session.
+///
+/// The settings are one statement after connecting and not parameters of the connection: `PgBouncer` refuses those, or
+/// drops them without a word.
+#[derive(Clone, Debug)]
+pub struct Database {
+    options: PgConnectOptions,
+    settings: BTreeMap<&'static str, String>,
+}
+
+impl From<PgConnectOptions> for Database {
+    fn from(options: PgConnectOptions) -> Self {
+        let settings = RELIED_ON.map(|(name, value)| (name, value.to_owned())).into();
+        // `PgBouncer` knows this parameter of the connection as little as others; it is set afterwards.
+        Self { options: options.extra_float_digits(None), settings }
+    }
+}
+
+/// From a URL, as the driver understands it.
+impl FromStr for Database {
+    type Err = sqlx::Error;
+
+    fn from_str(url: &str) -> sqlx::Result<Self> {
+        Ok(url.parse::<PgConnectOptions>()?.into())
+    }
+}
+
+impl Database {
+    /// With another value of a setting. `name` and `value` are the program's own words.
+    #[must_use]
+    pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.settings.insert(name, value.into());
+        self
+    }
+
+    /// Under another name in `pg_stat_activity`.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        self.options = self.options.application_name(name);
+        self
+    }
+
+    /// For a program whose every statement is meant to be done by an index, and to have one plan.
+    #[must_use]
+    pub fn by_index(self) -> Self {
+        // To plan anew for each value would take the server longer than the execution does, of a partitioned
+        // table above all.
+        self.with("plan_cache_mode", "force_generic_plan")
+            // A plan that was made while a table was small is kept while it grows.
+            .with("enable_seqscan", "off")
+            .with("enable_indexscan", "on")
+            .with("enable_indexonlyscan", "on")
+            .with("enable_nestloop", "on")
+            // What has no index, such as a sequence, seems so expensive then that it would be compiled, for 12 ms.
+            .with("jit", "off")
+            // For the same reason it would seem worth workers of its own, which are processes to start, for 20 ms.
+            .with("max_parallel_workers_per_gather", "0")
+    }
+
+    /// Without statements in the log.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.options = self.options.disable_statement_logging();
+        self
+    }
+
+    /// Where it is, and as whom, without the password.
+    pub fn address(&self) -> String {
+        let options = &self.options;
+        let (user, port) = (options.get_username(), options.get_port());
+        let database = options.get_database().unwrap_or(user);
+        if let Some(socket) = self.socket() {
+            return format!("postgres://{user}@/{database} (socket {socket}, port {port})");
+        }
+        let (host, mode) = (options.get_host(), options.get_ssl_mode());
+        format!("postgres://{user}@{host}:{port}/{database} (sslmode {mode:?})")
+    }
+
+    fn socket(&self) -> Option<String> {
+        let socket = self.options.get_socket().map(|path| path.display().to_string());
+        socket.or_else(|| Some(self.options.get_host().to_owned()).filter(|host| host.starts_with('/')))
+    }
+
+    /// Why what goes over the wire may be read or changed on its way: where the server is another machine and TLS
+    /// is not certain.
+    pub fn exposed(&self) -> Option<String> {
+        let (host, mode) = (self.options.get_host(), self.options.get_ssl_mode());
+        let certain = !matches!(mode, PgSslMode::Disable | PgSslMode::Allow | PgSslMode::Prefer);
+        (!certain && self.socket().is_none() && !crate::config::is_this_machine(host)).then(|| {
+            format!(
+                "the connection to PostgreSQL on {host} may be without TLS (sslmode {mode:?}); set \
+                 sslmode=verify-full in the URL, with sslrootcert where the machine does not know the authority"
+            )
+        })
+    }
+
+    /// Warns where [`exposed`](Self::exposed) has something to say. For the start of a program.
+    pub fn warn(&self) {
+        if let Some(exposed) = self.exposed() {
+            tracing::warn!("{exposed}; --require-tls makes this an error");
+        }
+    }
+
+    /// The statement that comes first in each session.
+    fn sql(&self) -> String {
+        let mut sql = "SELECT ".to_owned();
+        for (name, value) in &self.settings {
+            let value = value.replace('\'', "''");
+            let _never = write!(sql, "set_config('{name}', '{value}', false), ");
+        }
+        sql + CONDITIONAL
+    }
+
+    /// Sets a session that was opened in another way.
+    pub async fn prepare(&self, conn: &mut PgConnection) -> sqlx::Result<()> {
+        sqlx::raw_sql(AssertSqlSafe(self.sql())).execute(conn).await?;
+        Ok(())
+    }
+
+    /// A connection of its own.
+    pub async fn connect(&self) -> sqlx::Result<PgConnection> {
+        let mut conn = self.options.connect().await?;
+        self.prepare(&mut conn).await?;
+        Ok(conn)
+    }
+
+    /// A pool that connects when it is first used, so that a program starts while its database is away and
+    /// says so in its readiness.
+    ///
+    /// A connection that has lain idle is asked whether it is there before it is used. One that is just back is
+    /// not: the pool has asked it then, and a round trip for each statement would be for nothing.
+    pub fn pool(&self, size: u32) -> PgPool {
+        let options = PgPoolOptions::new()
+            .max_connections(size)
+            .test_before_acquire(false)
+            .before_acquire(|conn, idle| {
+                Box::pin(async move { Ok(idle.idle_for < FRESH || conn.ping().await.is_ok()) })
+            })
+            .acquire_timeout(Duration::from_secs(5))
+            .idle_timeout(Duration::from_mins(5));
+        self.pool_of(options)
+    }
+
+    /// How to connect, for a pool that does more after connecting: [`prepare`](Self::prepare) first.
+    pub fn options(&self) -> PgConnectOptions {
+        self.options.clone()
+    }
+
+    /// A pool with `options`, but for what is done after connecting.
+    pub fn pool_of(&self, options: PgPoolOptions) -> PgPool {
+        let sql: Arc<str> = self.sql().into();
+        let options = options.after_connect(move |conn, _| {
+            let sql = Arc::clone(&sql);
+            Box::pin(async move {
+                sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await?;
+                Ok(())
+            })
+        });
+        options.connect_lazy_with(self.options.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn database(url: &str) -> Database {
+        url.parse().unwrap()
+    }
+
+    #[test]
+    fn an_address_is_what_it_is() {
+        for (url, address) in [
+            ("postgres://u:p@db:5433/d", "postgres://u@db:5433/d (sslmode Prefer)"),
+            (
+                "postgres://u:p@localhost/d?host=/run/pg&port=6432",
+                "postgres://u@/d (socket /run/pg, port 6432)",
+            ),
+            ("postgres://u:p@%2Frun%2Fpg/d", "postgres://u@/d (socket /run/pg, port 5432)"),
+        ] {
+            assert_eq!(database(url).address(), address);
+        }
+    }
+
+    #[test]
+    fn only_another_machine_without_certain_tls_is_exposed() {
+        for url in [
+            "postgres://u@db/d",
+            "postgres://u@10.0.0.7/d?sslmode=prefer",
+            "postgres://u@db/d?sslmode=disable",
+            "postgres://u@[fd00::7]/d?sslmode=allow",
+            "postgres://u@localhost.example/d",
+        ] {
+            assert!(database(url).exposed().is_some(), "{url}");
+        }
+        for url in [
+            "postgres://u@db/d?sslmode=require",
+            "postgres://u@db/d?sslmode=verify-full",
+            "postgres://u@localhost/d",
+            "postgres://u@person.localhost/d",
+            "postgres://u@127.0.0.9/d?sslmode=disable",
+            "postgres://u@[::1]/d",
+            "postgres://u@db/d?host=/run/postgresql",
+        ] {
+            assert_eq!(database(url).exposed(), None, "{url}");
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Logs to standard error: for people at a terminal, JSON otherwise. Metrics for Prometheus.
+
+use std::io::IsTerminal;
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing::{Level, Metadata};
+use tracing_subscriber::{
+    EnvFilter,
+    field::MakeExt,
+    filter::{ParseError, filter_fn},
+    fmt::{self, FormatFields, format::debug_fn},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
+
+use crate::config::SettingError;
+
+/// How a program logs.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people at a terminal, JSON otherwise.
+    #[default]
+    Auto,
+    /// One readable line an event.
+    Human,
+    /// One JSON object an event.
+    Json,
+}
+
+/// What and how to log.
+#[derive(Clone, Debug, clap::Args)]
+pub struct TelemetryArgs {
+    /// What to log: a level, or directives such as `info,outbox_relay=debug`.
+    #[arg(long, env = "LOG", default_value = "info", value_name = "DIRECTIVES")]
+    pub log: String,
+    /// How to log; `auto` is `human` at a terminal and `json` elsewhere.
+    #[arg(long, env = "LOG_FORMAT", default_value = "auto", value_enum, value_name = "FORMAT")]
+    pub log_format: LogFormat,
+}
+
+/// What may be logged whatever `LOG` says; a directive could be overruled by a more specific one. lapin
+/// writes returned messages out in full, bodies with personal data included, and its frames below info;
+/// sqlx reports notices such as "already exists, skipping".
+fn may_be_logged(metadata: &Metadata<'_>) -> bool {
+    let (target, level) = (metadata.target(), *metadata.level());
+    if target == "lapin::returned_messages" {
+        false
+    } else if target.starts_with("lapin") || target.starts_with("amq_protocol") {
+        level <= Level::INFO
+    } else if target.starts_with("sqlx::postgres::notice") {
+        level <= Level::WARN
+    } else {
+        true
+    }
+}
+
+/// What `LOG` says, without lapin unless it is named: it calls each connection that ends an error, several
+/// times, and whoever held that one says what it means.
+fn filter(log: &str) -> Result<EnvFilter, ParseError> {
+    EnvFilter::try_new(format!("lapin=off,{log}"))
+}
+
+/// The message and the fields of an event in one line, whatever stands in them: a line break in an aggregate's id
+/// would forge a line of the log. (As JSON, strings are escaped in any case.)
+fn safe_fields() -> impl for<'a> FormatFields<'a> + 'static {
+    let fields = debug_fn(|to, field, value| {
+        let value = format!("{value:?}");
+        match field.name() {
+            "message" => write!(to, "{}", shown::shown(&value)),
+            name => write!(to, "{name}={}", shown::shown(&value)),
+        }
+    });
+    fields.delimited(" ")
+}
+
+/// Starts logging and metrics for the whole process; call once. The handle renders the metrics.
+pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
+    let filter = filter(&args.log).map_err(|e| {
+        SettingError::new("LOG", format_args!("{e}; it should look like info, or info,outbox_relay=debug"))
+    })?;
+    let json = match args.log_format {
+        LogFormat::Auto => !std::io::stderr().is_terminal(),
+        LogFormat::Human => false,
+        LogFormat::Json => true,
+    };
+    let registry = tracing_subscriber::registry().with(filter).with(filter_fn(may_be_logged));
+    let started = if json {
+        registry.with(fmt::layer().with_writer(std::io::stderr).json().flatten_event(true)).try_init()
+    } else {
+        registry
+            .with(
+                fmt::layer()
+                    .with_writer(std::io::stderr)
+                    .with_ansi(std::io::stderr().is_terminal())
+                    .fmt_fields(safe_fields())
+                    .with_target(false),
+            )
+            .try_init()
+    };
+    started.map_err(|e| SettingError::new("LOG", format_args!("logging was started already: {e}")))?;
+    // Where, and never what it says: that may quote what was sent.
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string);
+        tracing::error!(place, "panicked");
+    }));
+    // Seconds, from a fast confirm to a very slow one.
+    PrometheusBuilder::new()
+        .set_buckets_for_metric(
+            Matcher::Suffix("_seconds".to_owned()),
+            &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0],
+        )
+        .and_then(PrometheusBuilder::install_recorder)
+        .map_err(|e| SettingError::new("metrics", e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is logged when `LOG` says this, the most specific first.
+    fn directives(log: &str) -> String {
+        filter(log).unwrap().to_string()
+    }
+
+    #[test]
+    fn lapin_is_silent_unless_it_is_named() {
+        assert_eq!(directives("info"), "lapin=off,info");
+        assert_eq!(directives("info,lapin=info"), "lapin=info,info");
+        assert!(filter("info,lapin=loud").is_err() && filter("info,outbox=loud").is_err());
+    }
+}

@@ -1,0 +1,159 @@
+//! Who may publish what: a broker lets every user with a right to write put any source into a message, but
+//! verifies the user's own name, `user_id`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    str::FromStr,
+};
+
+use lapin::types::ShortString;
+
+use crate::{Envelope, save::Rejection};
+
+/// The sources that a consumer follows, and the users of the broker that publish each.
+///
+/// A message of any other source is foreign: it is kept in `inbox.rejected`, and has no other effect. A message
+/// of a followed source from another user, or from none, is forged, or the publisher's user was renamed: it is
+/// kept there too, under a reason of its own, and the consumer is not ready until somebody has seen to it.
+///
+/// Without any, every source is followed and every user believed: whoever may write to the exchange may then
+/// forge events.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sources {
+    users: BTreeMap<String, BTreeSet<String>>,
+}
+
+/// A source and a user that publishes it: `person=outbox_relay_person`. The source is named without its
+/// incarnation, since all of them are its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Publisher {
+    /// AMQP's `app_id`, without `~` and what follows it.
+    pub source: String,
+    /// AMQP's `user_id`: the user as which the publisher logs in to the broker.
+    pub user: String,
+}
+
+/// A text that names no source and user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("it should look like SOURCE=USER, with the source as `outbox-relay migrate --source` has it")]
+pub struct InvalidPublisher;
+
+impl FromStr for Publisher {
+    type Err = InvalidPublisher;
+
+    fn from_str(text: &str) -> Result<Self, InvalidPublisher> {
+        let (source, user) = text.split_once('=').ok_or(InvalidPublisher)?;
+        let named = |name: &str| (1..=255).contains(&name.len());
+        if !named(source) || !named(user) || source != name(source) {
+            return Err(InvalidPublisher);
+        }
+        Ok(Self { source: source.to_owned(), user: user.to_owned() })
+    }
+}
+
+impl FromIterator<Publisher> for Sources {
+    fn from_iter<T: IntoIterator<Item = Publisher>>(publishers: T) -> Self {
+        let mut users: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for Publisher { source, user } in publishers {
+            users.entry(source).or_default().insert(user);
+        }
+        Self { users }
+    }
+}
+
+impl Sources {
+    /// Whether every source is followed and every user believed.
+    pub fn is_all(&self) -> bool {
+        self.users.is_empty()
+    }
+
+    /// The names of those followed; none when all are.
+    pub(crate) fn names(&self) -> Option<Vec<&str>> {
+        (!self.is_all()).then(|| self.users.keys().map(String::as_str).collect())
+    }
+
+    /// Why a message is not from a source that is followed; None when it is, or says of no source.
+    pub(crate) fn refuse(&self, envelope: &Envelope) -> Option<(Rejection, String)> {
+        if self.is_all() {
+            return None;
+        }
+        let source = envelope.properties.app_id().as_ref()?.as_str();
+        let Some(users) = self.users.get(name(source)) else {
+            return Some((Rejection::Foreign, "its source is none of those that are followed".to_owned()));
+        };
+        let user = envelope.properties.user_id().as_ref().map(ShortString::as_str);
+        if user.is_some_and(|user| users.contains(user)) {
+            return None;
+        }
+        // The broker has verified the name, so there are no more texts than it has users.
+        let who = user.map_or("it names no user".to_owned(), |user| format!("its user is {user:?}"));
+        let right = users.iter().map(String::as_str).collect::<Vec<_>>().join(" or ");
+        Some((Rejection::WrongUser, format!("{who}, and {:?} is published by {right}", name(source))))
+    }
+}
+
+/// A source's name without its incarnation.
+pub(crate) fn name(source: &str) -> &str {
+    source.split_once('~').map_or(source, |(name, _)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use lapin::BasicProperties;
+
+    use super::*;
+
+    fn sources(publishers: &[&str]) -> Sources {
+        publishers.iter().map(|text| text.parse::<Publisher>().unwrap()).collect()
+    }
+
+    fn refused(sources: &Sources, source: Option<&str>, user: Option<&str>) -> Option<Rejection> {
+        let mut properties = BasicProperties::default();
+        if let Some(source) = source {
+            properties = properties.with_app_id(source.into());
+        }
+        if let Some(user) = user {
+            properties = properties.with_user_id(user.into());
+        }
+        let envelope = Envelope { routing_key: String::new(), properties, body: Vec::new() };
+        sources.refuse(&envelope).map(|(reason, _)| reason)
+    }
+
+    #[test]
+    fn who_may_publish_what() {
+        let sources = sources(&["person=relay", "person=relay_new", "shop=shop"]);
+        let table = [
+            (Some("person"), Some("relay"), None),
+            (Some("person"), Some("relay_new"), None),
+            (Some("person~2"), Some("relay"), None),
+            (Some("person~1767225600000"), Some("relay"), None),
+            (Some("shop"), Some("shop"), None),
+            (Some("person"), Some("shop"), Some(Rejection::WrongUser)),
+            (Some("shop"), Some("relay"), Some(Rejection::WrongUser)),
+            (Some("person~2"), Some("intruder"), Some(Rejection::WrongUser)),
+            (Some("person"), Some("Relay"), Some(Rejection::WrongUser)),
+            (Some("person"), Some(""), Some(Rejection::WrongUser)),
+            (Some("person"), None, Some(Rejection::WrongUser)),
+            (Some("persons"), Some("relay"), Some(Rejection::Foreign)),
+            (Some("PERSON"), Some("relay"), Some(Rejection::Foreign)),
+            (Some(""), Some("relay"), Some(Rejection::Foreign)),
+            (Some("~2"), None, Some(Rejection::Foreign)),
+            // It is no event at all, which is said of it later.
+            (None, Some("relay"), None),
+        ];
+        for (source, user, expected) in table {
+            assert_eq!(refused(&sources, source, user), expected, "{source:?} from {user:?}");
+        }
+        assert_eq!(refused(&Sources::default(), Some("anything"), None), None);
+    }
+
+    #[test]
+    fn a_publisher_is_a_source_and_a_user() {
+        for wrong in ["", "person", "=relay", "person=", "person~2=relay", "~=relay"] {
+            assert_eq!(wrong.parse::<Publisher>(), Err(InvalidPublisher), "{wrong:?}");
+        }
+        // A user may be called anything.
+        let publisher: Publisher = "person=a=b ~ü".parse().unwrap();
+        assert_eq!(publisher, Publisher { source: "person".to_owned(), user: "a=b ~ü".to_owned() });
+    }
+}

@@ -1,0 +1,306 @@
+//! A leadership at work: it reads, hands out to the lanes, settles, and again.
+
+mod say;
+mod settle;
+mod waiters;
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, atomic::AtomicU64},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    evidence::Kind,
+    failpoint,
+    lane::{Lane, Report},
+    leader::{Leader, LeaderError},
+    pause::Pause,
+    queue::{APART, DEPTH, Queue, Route, Window},
+    reader::Budget,
+    relay::Relay,
+    unreadable,
+    waiting::Counts,
+};
+
+/// One read brings at most this into memory, and one event more.
+const BUDGET: Budget = Budget { events: 2_000, bytes: 4 * 1024 * 1024 };
+/// Events that a lane has on their way to the broker together.
+const WINDOW: usize = 250;
+/// Progress is stored at most this often: a hot row bloats under somebody's old snapshot.
+const SAVE_INTERVAL: Duration = Duration::from_millis(250);
+/// Without notices, new events are found after at most this long.
+const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+/// So many lanes may have another connection at a time, to find out which of their events have no answer.
+const ASKS: usize = 2;
+/// Lanes close their connections in good order for at most this long.
+const CLOSE: Duration = Duration::from_secs(2);
+/// While something waits in memory, how often the relay looks whether it waits for too long.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How often the relay looks whether what is due may go out, besides when something under way has ended.
+const GATED_LOOK: Duration = Duration::from_millis(100);
+
+/// A leadership at work.
+pub(crate) struct Lead<'a> {
+    relay: &'a Relay,
+    pub(crate) leader: Leader,
+    stop: &'a CancellationToken,
+    queue: Queue,
+    /// The last one is for what may end the channel, or have no answer.
+    lanes: Vec<mpsc::Sender<Window>>,
+    tasks: JoinSet<()>,
+    reports: mpsc::UnboundedReceiver<(usize, Report)>,
+    /// Why each lane cannot publish; none when it can.
+    states: Vec<Option<String>>,
+    /// How many windows each lane has.
+    windows: Vec<usize>,
+    saved: Instant,
+    /// How many events the broker had confirmed by then.
+    saved_confirmed: u64,
+    /// What the last save told the database.
+    told: String,
+    /// How many events the broker confirmed.
+    confirmed: u64,
+    /// How many are set aside.
+    parked: i64,
+    /// How many wait in the database, by kind.
+    waiting: Counts,
+    /// When those were counted.
+    counted: Instant,
+    /// When to look for those of either that are due.
+    look_at: Instant,
+    /// Kinds of events that had a row, and are taken again.
+    flowing: HashSet<Kind>,
+}
+
+impl<'a> Lead<'a> {
+    pub(crate) fn new(relay: &'a Relay, leader: Leader, stop: &'a CancellationToken) -> Self {
+        let (report, reports) = mpsc::unbounded_channel();
+        let (answered, asks) = (Arc::new(AtomicU64::new(0)), Arc::new(Semaphore::new(ASKS)));
+        let mut tasks = JoinSet::new();
+        let lanes: Vec<_> = (0..=relay.limits.lanes)
+            .map(|number| {
+                let is_apart = number == relay.limits.lanes;
+                let (send, windows) = mpsc::channel(if is_apart { APART } else { DEPTH - 1 });
+                let lane = Lane {
+                    number,
+                    nodes: relay.nodes.clone(),
+                    source: leader.source.clone(),
+                    lease: leader.lease(),
+                    reports: report.clone(),
+                    stop: stop.clone(),
+                    answered: Arc::clone(&answered),
+                    asks: Arc::clone(&asks),
+                    is_apart,
+                };
+                tasks.spawn(lane.run(windows));
+                send
+            })
+            .collect();
+        let now = Instant::now();
+        Self {
+            relay,
+            leader,
+            stop,
+            queue: Queue::new(relay.limits.lanes, WINDOW, relay.policies.clone(), now),
+            states: vec![Some("connecting".to_owned()); lanes.len()],
+            windows: vec![0; lanes.len()],
+            lanes,
+            tasks,
+            reports,
+            saved: now,
+            saved_confirmed: 0,
+            told: "[]".to_owned(),
+            confirmed: 0,
+            parked: 0,
+            waiting: Counts::new(),
+            counted: now,
+            look_at: now,
+            flowing: HashSet::new(),
+        }
+    }
+
+    /// Reads and publishes until the process is to end and nothing is under way any more.
+    pub(crate) async fn work(&mut self) -> Result<(), LeaderError> {
+        let mut idle = Pause::new(POLL.0, POLL.1);
+        let mut poll_at = Instant::now();
+        // What an earlier leader left.
+        self.count_waiting().await?;
+        self.look_aside().await?;
+        loop {
+            let stopping = self.stop.is_cancelled();
+            while let Ok((lane, report)) = self.reports.try_recv() {
+                self.take_in(lane, report).await?;
+            }
+            let at_work = !stopping && self.leader.paused.is_none();
+            if at_work {
+                self.hand_out();
+                self.spill().await?;
+            } else if stopping && self.queue.windows() == 0 {
+                return Ok(());
+            }
+            self.say();
+            self.save_if_due().await?;
+
+            // No more than half of what may be in memory, so that reads are few and large.
+            let limits = self.relay.limits;
+            let room =
+                at_work && self.queue.events() * 2 <= limits.events && self.queue.bytes() * 2 <= limits.bytes;
+            if room && self.has_rows() && self.look_at <= Instant::now() {
+                self.look_aside().await?;
+                self.hand_out();
+            }
+            if room && poll_at <= Instant::now() {
+                let (found, more) = self.read().await?;
+                if found {
+                    idle.reset();
+                }
+                if !more {
+                    poll_at = Instant::now() + idle.step();
+                }
+                continue;
+            }
+            let until = self.until(room.then_some(poll_at), at_work);
+            tokio::select! {
+                biased;
+                Some((lane, report)) = self.reports.recv() => self.take_in(lane, report).await?,
+                () = self.relay.wake.notified() => { poll_at = Instant::now(); idle.reset(); }
+                () = self.stop.cancelled(), if !stopping => {}
+                Some(ended) = self.tasks.join_next(), if !stopping => {
+                    return Err(LeaderError::Lane(ended.err().map_or_else(String::new, |e| e.to_string())));
+                }
+                () = tokio::time::sleep_until(until.into()) => {}
+            }
+        }
+    }
+
+    /// When to go on, if nothing happens before.
+    fn until(&self, poll_at: Option<Instant>, at_work: bool) -> Instant {
+        let pause = if self.leader.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
+        let mut until = self.saved + pause;
+        if let Some(poll_at) = poll_at {
+            until = until.min(poll_at);
+            if self.has_rows() {
+                until = until.min(self.look_at);
+            }
+        }
+        if at_work {
+            if self.lanes.iter().zip(&self.states).any(|(lane, state)| state.is_none() && lane.capacity() > 0)
+                && let Some(at) = self.queue.wake_at()
+            {
+                // What is due and was not handed out waits for something that is under way.
+                let now = Instant::now();
+                until = until.min(if at > now { at } else { now + GATED_LOOK });
+            }
+            if self.queue.waiting() > 0 {
+                until = until.min(Instant::now() + LOOK);
+            }
+        }
+        until
+    }
+
+    /// Stores what was settled, and gives up leadership and the lanes.
+    pub(crate) async fn end(mut self) -> Result<(), LeaderError> {
+        self.leader.save(&self.told).await?;
+        self.leader.resign().await?;
+        self.lanes.clear();
+        let closed = async { while self.tasks.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(CLOSE, closed).await;
+        Ok(())
+    }
+
+    /// Reads once. Says whether there was anything, and whether there is more right away.
+    async fn read(&mut self) -> Result<(bool, bool), LeaderError> {
+        let batch = self.leader.read(BUDGET).await?;
+        if self.leader.is_stalled() {
+            self.relay.database_health.waiting(
+                "too many positions are missing that an open transaction may still fill, so nothing above \
+                 them is read; end the transaction that holds the outbox lock for longest (outbox-relay doctor \
+                 names it), and grant the relay's role pg_read_all_stats if it lacks it",
+            );
+        } else {
+            self.relay.database_health.ready();
+        }
+        for position in &batch.late {
+            metrics::counter!("outbox_relay_late_events_total").increment(1);
+            tracing::error!(
+                position,
+                "an event appeared at a position that was given up as rolled back; \
+                 it is published now, out of order; was the outbox written around outbox.next_position()?"
+            );
+        }
+        let (found, more) = (!batch.events.is_empty(), batch.more);
+        if found {
+            failpoint::hit("read");
+        }
+        self.parked += unreadable::count(&batch.unreadable);
+        let diverted = self.divert(&batch.events).await?;
+        for event in batch.events {
+            if !diverted.contains(&event.position) {
+                self.queue.add(event);
+            }
+        }
+        let positions = self.leader.positions();
+        metrics::gauge!("outbox_relay_open_gaps").set(say::count(positions.gaps()));
+        metrics::gauge!("outbox_relay_low_water").set(say::position(positions.low_water()));
+        metrics::gauge!("outbox_relay_high").set(say::position(positions.high()));
+        Ok((found, more))
+    }
+
+    /// Gives each lane that can publish as much as it takes.
+    fn hand_out(&mut self) {
+        let now = Instant::now();
+        let apart = self.lanes.len() - 1;
+        for number in 0..self.lanes.len() {
+            // A lane that is connecting or blocked has enough to do with what it has.
+            while self.states[number].is_none() && self.lanes[number].capacity() > 0 {
+                // Without a connection for it, what goes apart goes over one with nothing else on it.
+                let route = if number == apart || self.states[apart].is_some() && self.windows[number] == 0 {
+                    Route::Apart
+                } else {
+                    Route::Lane
+                };
+                let window = match self.queue.next(route, now) {
+                    None if number != apart && route == Route::Apart => self.queue.next(Route::Lane, now),
+                    window => window,
+                };
+                let Some(window) = window else { break };
+                if let Err(refused) = self.lanes[number].try_send(window) {
+                    // The lane has ended, which only happens once the process is to end.
+                    self.queue.back(refused.into_inner());
+                    break;
+                }
+                self.windows[number] += 1;
+            }
+        }
+    }
+
+    /// Acts on what a lane says.
+    async fn take_in(&mut self, lane: usize, report: Report) -> Result<(), LeaderError> {
+        match report {
+            Report::State(state) => self.states[lane] = state.err(),
+            Report::Back(window) => {
+                self.windows[lane] -= 1;
+                self.queue.back(window);
+            }
+            Report::Done(window, published, took) => {
+                self.windows[lane] -= 1;
+                if published.ended.is_some() {
+                    metrics::counter!("outbox_relay_publish_failures_total").increment(1);
+                } else {
+                    failpoint::hit("confirm");
+                    metrics::histogram!("outbox_relay_window_seconds").record(took);
+                }
+                self.settle(window, published).await?;
+            }
+        }
+        Ok(())
+    }
+}

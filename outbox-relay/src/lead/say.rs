@@ -1,0 +1,89 @@
+//! What the relay says of itself at `/ready` and in its metrics.
+
+use super::Lead;
+use crate::{evidence::Failure, lease, rules::Unroutable};
+
+impl Lead<'_> {
+    /// Says at `/ready` what the relay waits for.
+    pub(super) fn say(&self) {
+        let relay = self.relay;
+        relay.pulse.renew(lease::now());
+        self.say_broker();
+        match &self.leader.paused {
+            None => relay.paused_health.ready(),
+            Some(paused) => {
+                relay.paused_health.waiting(format!("{paused}; it goes on with: outbox-relay resume"));
+            }
+        }
+        let in_memory = self.queue.waiting();
+        let rows: i64 = self.waiting.values().sum();
+        metrics::gauge!("outbox_relay_held_events").set(count(in_memory) + position(rows));
+        metrics::gauge!("outbox_relay_waiting_rows").set(position(rows));
+        metrics::gauge!("outbox_relay_parked_events").set(position(self.parked));
+        self.say_events(i64::try_from(in_memory).unwrap_or(i64::MAX).saturating_add(rows));
+    }
+
+    /// Lanes without a connection are no outage while others have one: they publish everything.
+    fn say_broker(&self) {
+        let lanes = &self.states[..self.states.len() - 1];
+        let away: Vec<&String> = lanes.iter().flatten().collect();
+        let health = &self.relay.broker_health;
+        match away.first() {
+            None => health.ready(),
+            Some(reason) if away.len() == lanes.len() => health.waiting((*reason).clone()),
+            Some(reason) => health.attention(format!(
+                "{} of {} connections cannot publish, and the others do: {reason}",
+                away.len(),
+                lanes.len()
+            )),
+        }
+    }
+
+    fn say_events(&self, waiting: i64) {
+        let relay = self.relay;
+        let health = &relay.events_health;
+        let evidence = &self.queue.evidence;
+        let why = || {
+            let why = evidence.why(|_, _| true);
+            why.unwrap_or("outbox-relay parked list says which and why").to_owned()
+        };
+        if let Some((kind, n)) = self.full() {
+            health.waiting(format!(
+                "{n} events of type {} wait, as many as --max-waiting allows, so those that follow stay in memory \
+                 until it is full: {}",
+                kind.type_,
+                why()
+            ));
+        } else if waiting > 0 && self.queue.is_crowded() && self.parked >= relay.limits.parked {
+            health.waiting(format!(
+                "{} events are set aside already, as many as --max-parked allows, so others wait: {}",
+                self.parked,
+                why()
+            ));
+        } else if waiting > 0 && !evidence.flows() {
+            health.waiting(why());
+        } else if let Some(why) = evidence.why(|type_, failure| {
+            failure == Failure::Unroutable && relay.policies.unroutable.of(type_) == Unroutable::Hold
+        }) {
+            health.waiting(why);
+        } else if waiting > 0 {
+            let events =
+                if waiting == 1 { "1 event waits".to_owned() } else { format!("{waiting} events wait") };
+            health.attention(format!("{events}, and everything else goes on: {}", why()));
+        } else if self.parked > 0 {
+            health.attention("events are set aside (outbox-relay parked list); the rest goes on");
+        } else {
+            health.ready();
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
+pub(super) fn position(position: i64) -> f64 {
+    position as f64
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
+pub(super) fn count(count: usize) -> f64 {
+    count as f64
+}

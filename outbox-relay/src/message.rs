@@ -1,0 +1,67 @@
+//! An event as AMQP carries it: its routing key, its properties and its headers.
+
+use lapin::{
+    BasicProperties,
+    types::{AMQPValue, FieldTable, ShortString},
+};
+use serde_json::Value;
+
+use outbox::{MAX_HEADERS, MAX_PAYLOAD};
+
+use crate::reader::Event;
+
+/// The routing key and properties of an event; an error says why AMQP cannot carry it.
+pub fn message(event: &Event, source: &str) -> Result<(ShortString, BasicProperties), String> {
+    let short = |what: &str, text: &str| {
+        ShortString::try_new(text).map_err(|_| format!("{what} is longer than 255 bytes"))
+    };
+    let bytes = event.payload.len();
+    if bytes > MAX_PAYLOAD {
+        return Err(format!("its body has {bytes} bytes, and at most {MAX_PAYLOAD} are published"));
+    }
+    let mut headers = FieldTable::default();
+    // A header frame above about 128 KiB would end the whole connection.
+    if event.headers.as_ref().is_some_and(|h| serde_json::to_string(h).map_or(0, |s| s.len()) > MAX_HEADERS) {
+        return Err(format!("its headers are larger than {MAX_HEADERS} bytes"));
+    }
+    if let Some(rule) = event.headers.as_ref().and_then(outbox::headers_rule) {
+        return Err(rule);
+    }
+    // Longer ones would not fit beside the rest, and a schema without its checks could hold them.
+    let bounded =
+        |what: &str, text: &str| short(what, text).map(|text| AMQPValue::LongString(text.as_str().into()));
+    for (name, value) in event.headers.iter().flatten() {
+        headers.insert(short("a header's name", name)?, header(value));
+    }
+    // After the writer's own headers, so that none of them can take these names.
+    headers.insert("aggregate_type".into(), bounded("the aggregate's type", &event.aggregate_type)?);
+    headers.insert("aggregate_id".into(), bounded("the aggregate's id", &event.aggregate_id)?);
+    headers.insert("aggregate_version".into(), AMQPValue::LongLongInt(event.version));
+    let key = short("the type", &event.type_)?;
+    let mut properties = BasicProperties::default()
+        .with_message_id(event.id.to_string().as_str().into())
+        .with_type(key.clone())
+        .with_app_id(short("the source", source)?)
+        .with_content_type("application/json".into())
+        // Persistent.
+        .with_delivery_mode(2)
+        .with_headers(headers);
+    // AMQP counts from 1970 on. An earlier time is left out: 0 would be a lie.
+    if let Ok(seconds) = u64::try_from(event.created_at.timestamp()) {
+        properties = properties.with_timestamp(seconds);
+    }
+    Ok((key, properties))
+}
+
+/// A JSON value as an AMQP field. Numbers that are no 64-bit integer keep their exact text.
+fn header(value: &Value) -> AMQPValue {
+    match value {
+        Value::Null => AMQPValue::Void,
+        Value::Bool(b) => AMQPValue::Boolean(*b),
+        Value::Number(n) => {
+            n.as_i64().map_or_else(|| AMQPValue::LongString(n.to_string().into()), AMQPValue::LongLongInt)
+        }
+        Value::String(s) => AMQPValue::LongString(s.as_str().into()),
+        Value::Array(_) | Value::Object(_) => AMQPValue::LongString(value.to_string().into()),
+    }
+}

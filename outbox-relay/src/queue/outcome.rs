@@ -1,0 +1,308 @@
+//! What becomes of events that were published.
+
+use std::{
+    collections::{HashMap, HashSet},
+    time::{Duration, Instant},
+};
+
+use super::{Item, Place, Queue, Route, Row, Trouble, Window};
+use crate::{
+    evidence::{Failure, Kind, Stamp},
+    publish::Fate,
+    rules::{Nacked, Unroutable},
+};
+
+/// With `--nacked pass`, an event that a full queue refuses, or that has no answer, is set aside after so long.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Of so many events that have rows the relay knows when they were first not taken.
+const MAX_REMEMBERED: usize = 100_000;
+/// The first pause before another try; each is twice the one before.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+/// The longest pause of an event that no queue takes. Trying it makes no copy anywhere.
+const UNROUTABLE_PAUSE: Duration = Duration::from_secs(5);
+/// The longest pause of another one.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// What is to be stored and settled.
+#[derive(Debug, Default)]
+pub struct Done {
+    /// The broker has them.
+    pub confirmed: Vec<Item>,
+    /// A rule lets them go.
+    pub dropped: Vec<Item>,
+    /// They are set aside, with the reason, and later events of their aggregates go on.
+    pub park: Vec<(Item, Failure, String)>,
+    /// They have a row, were not taken, and stay there.
+    pub postpone: Vec<(Item, Failure, String)>,
+}
+
+/// How the fate of events was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lost {
+    /// They were not published, or over a channel that stood still, which others of it had no answer.
+    Unbegun,
+    /// The connection ended.
+    Connection,
+    /// The channel ended over one of them.
+    Suspect,
+}
+
+/// How long to pause after so many `tries` in vain. Events that fail together do not come back together.
+pub fn pause(failure: Failure, tries: u32, position: i64) -> Duration {
+    let longest = if failure == Failure::Unroutable { UNROUTABLE_PAUSE } else { LONGEST_PAUSE };
+    let pause = FIRST_PAUSE.saturating_mul(1 << tries.saturating_sub(1).min(12)).min(longest);
+    let jitter = u32::try_from(position.wrapping_mul(40_503).rem_euclid(256)).unwrap_or(0);
+    pause + pause / 1_024 * jitter
+}
+
+impl Queue {
+    /// Takes in what became of events of a window that has ended. `may_park`: how many more may be set aside.
+    pub fn done(&mut self, fates: Vec<(Item, Fate)>, may_park: i64, now: Instant) -> Done {
+        let learned = self.evidence.tick();
+        let mut done = Done::default();
+        let mut failed = Vec::new();
+        for (item, fate) in fates {
+            match fate {
+                Fate::Confirmed => {
+                    self.confirmed(&item, now);
+                    self.failed.remove(&item.event.position);
+                    self.forget(&item);
+                    done.confirmed.push(item);
+                }
+                Fate::Unroutable if self.policies.unroutable.of(&item.event.type_) == Unroutable::Drop => {
+                    self.forget(&item);
+                    done.dropped.push(item);
+                }
+                Fate::Unroutable => {
+                    let why = self.policies.no_queue(&item.event.type_);
+                    failed.push((item, Failure::Unroutable, why, false));
+                }
+                Fate::Nacked => {
+                    let why = format!(
+                        "the broker refuses events of type {} for now; is a queue at its limit?",
+                        item.event.type_
+                    );
+                    failed.push((item, Failure::Nacked, why, false));
+                }
+                Fate::Silent => {
+                    let why = format!(
+                        "the broker does not answer for events of type {}; has a queue lost the majority of its nodes?",
+                        item.event.type_
+                    );
+                    failed.push((item, Failure::Silent, why, false));
+                }
+                Fate::Refused { why, certain } => {
+                    let why = format!("event {} of type {}: {why}", item.event.id, item.event.type_);
+                    if !certain {
+                        self.evidence.refused(item.event.size());
+                    }
+                    failed.push((item, Failure::Refused, why, certain));
+                }
+            }
+        }
+        // Of aggregates of which several went out together, the last that was taken.
+        let mut taken: HashMap<u64, i64> = HashMap::new();
+        for item in done.confirmed.iter().filter(|item| item.chained) {
+            let last = taken.entry(item.aggregate).or_default();
+            *last = item.event.position.max(*last);
+        }
+        let mut unloaded = HashSet::new();
+        let mut free = may_park;
+        for (mut item, failure, why, certain) in failed {
+            if !certain {
+                self.evidence.failed(&item.event, failure, &why, (learned, now));
+            }
+            if item.tries > 0 {
+                self.budget.failed();
+            }
+            item.tries += 1;
+            item.decides |=
+                item.chained && taken.get(&item.aggregate).is_some_and(|last| *last > item.event.position);
+            let parked = item.row != Row::Parked && (certain || self.is_proven(&item, failure, now));
+            if parked && self.may_park(&mut free) {
+                if !certain {
+                    self.evidence.proven(&item.event);
+                }
+                self.failed.remove(&item.event.position);
+                self.forget(&item);
+                done.park.push((item, failure, why));
+            } else if item.row == Row::Outbox {
+                self.hold(item, failure, why, learned, now);
+            } else {
+                if item.row == Row::Waiting {
+                    self.remember(item.event.position, item.trouble.as_ref().map_or(learned, |t| t.first));
+                }
+                self.forget(&item);
+                self.unload(&item);
+                // What waits behind another one has no turn of its own.
+                if item.row == Row::Parked || unloaded.insert(item.aggregate) {
+                    done.postpone.push((item, failure, why));
+                }
+            }
+        }
+        self.park_guesses(&mut free, &mut done);
+        done
+    }
+
+    /// The fate of these is not known: they are published again.
+    pub fn lost(&mut self, items: Vec<Item>, how: Lost) {
+        for mut item in items {
+            match how {
+                Lost::Unbegun => {}
+                Lost::Connection => item.lost(),
+                Lost::Suspect => item.suspect(),
+            }
+            self.put_back(&item);
+        }
+    }
+
+    /// A window has ended, whatever became of its events, which took so many bytes.
+    pub fn ended(&mut self, route: Route, bytes: usize) {
+        self.windows -= 1;
+        if route == Route::Apart {
+            let under_way = &mut self.under_way_apart;
+            under_way.windows -= 1;
+            under_way.bytes -= bytes;
+            under_way.dangerous = false;
+        }
+    }
+
+    /// A window that was not begun.
+    pub fn back(&mut self, window: Window) {
+        let (route, bytes) = (window.route, window.bytes());
+        self.lost(window.items, Lost::Unbegun);
+        self.ended(route, bytes);
+    }
+
+    fn confirmed(&mut self, item: &Item, now: Instant) {
+        if item.tries > 0 {
+            self.budget.succeeded(item.event.size());
+        }
+        let before = item.trouble.as_ref().map(|trouble| trouble.failure);
+        if self.evidence.confirmed(&item.event, item.published, before, now) {
+            // What waits of its kind is tried soon.
+            for id in self.retries.all_of(&Kind::of(&item.event)) {
+                let first = self.aggregates.get_mut(&id).and_then(|a| a.items.front_mut());
+                if let Some(trouble) = first.and_then(|first| first.trouble.as_mut()) {
+                    trouble.retry_at = trouble.retry_at.min(now);
+                }
+                self.put(id, Place::Retry);
+            }
+        }
+    }
+
+    /// Whether it is the event itself that is not taken, and a rule has it set aside.
+    fn is_proven(&self, item: &Item, failure: Failure, now: Instant) -> bool {
+        let type_ = &item.event.type_;
+        match failure {
+            Failure::Unroutable => item.decides && self.policies.unroutable.of(type_) == Unroutable::Park,
+            Failure::Refused => item.decides,
+            Failure::Nacked | Failure::Silent => {
+                let since = item.trouble.as_ref().map_or(now, |trouble| trouble.since);
+                self.policies.nacked.of(type_) == Nacked::Pass && now.duration_since(since) >= PATIENCE
+            }
+        }
+    }
+
+    fn may_park(&mut self, free: &mut i64) -> bool {
+        self.crowded = *free <= 0;
+        *free -= 1;
+        !self.crowded
+    }
+
+    /// It is tried again, and what is behind it waits.
+    fn hold(&mut self, mut item: Item, failure: Failure, why: String, learned: Stamp, now: Instant) {
+        let (first, since) = item.trouble.as_ref().map_or((learned, now), |t| (t.first, t.since));
+        let retry_at = now + pause(failure, item.tries, item.event.position);
+        item.trouble = Some(Trouble { failure, first, since, retry_at, why });
+        let parks = match failure {
+            Failure::Unroutable => self.policies.unroutable.of(&item.event.type_) == Unroutable::Park,
+            Failure::Refused => true,
+            Failure::Nacked | Failure::Silent => false,
+        };
+        if item.guessed && parks {
+            self.guesses.entry(learned).or_default().push(item.aggregate);
+        }
+        self.put_back(&item);
+    }
+
+    /// Sets aside what a guess was right about: one of its kind was at fault, it was not taken either, and something
+    /// that was handed out later was.
+    fn park_guesses(&mut self, free: &mut i64, done: &mut Done) {
+        while let Some(entry) = self.guesses.first_entry()
+            && self.evidence.taken_since(*entry.key())
+        {
+            let (learned, ids) = entry.remove_entry();
+            for id in ids {
+                let Some((Place::Retry, first)) = self.first(id) else { continue };
+                let proven = first.trouble.as_ref().is_some_and(|trouble| trouble.first == learned)
+                    && self.evidence.is_proven(&first.event);
+                if !proven || !self.may_park(free) {
+                    continue;
+                }
+                let Some(item) = self.aggregates.get_mut(&id).and_then(|a| a.items.pop_front()) else {
+                    continue;
+                };
+                self.forget(&item);
+                if let Some(Trouble { failure, why, .. }) = item.trouble.clone() {
+                    done.park.push((item, failure, why));
+                }
+            }
+        }
+    }
+
+    /// Remembers when an event that leaves the memory for its row was first not taken.
+    pub(super) fn remember(&mut self, position: i64, first: Stamp) {
+        if self.failed.len() < MAX_REMEMBERED {
+            self.failed.entry(position).or_insert(first);
+        } else {
+            self.forgotten = self.evidence.last_failure();
+        }
+    }
+
+    /// It leaves the memory, and its aggregate goes on.
+    fn forget(&mut self, item: &Item) {
+        self.events -= 1;
+        self.bytes -= item.event.size();
+        self.free(item);
+    }
+
+    /// What has a row and waits behind it leaves the memory, too: it comes back in its turn.
+    fn unload(&mut self, item: &Item) {
+        if item.row != Row::Waiting {
+            return;
+        }
+        if let Some(aggregate) = self.aggregates.get_mut(&item.aggregate) {
+            let (events, bytes) = (&mut self.events, &mut self.bytes);
+            aggregate.items.retain(|behind| {
+                let leaves = behind.row == Row::Waiting;
+                if leaves {
+                    *events -= 1;
+                    *bytes -= behind.event.size();
+                }
+                !leaves
+            });
+        }
+        self.place(item.aggregate);
+    }
+
+    fn put_back(&mut self, item: &Item) {
+        if let Some(aggregate) = self.aggregates.get_mut(&item.aggregate) {
+            let position = item.event.position;
+            let at = aggregate.items.partition_point(|i| i.event.position < position);
+            aggregate.items.insert(at, item.clone());
+        }
+        self.free(item);
+    }
+
+    /// It is not under way any more.
+    fn free(&mut self, item: &Item) {
+        if let Some(aggregate) = self.aggregates.get_mut(&item.aggregate) {
+            aggregate.under_way.retain(|other| other.event.position != item.event.position);
+            if aggregate.under_way.is_empty() && aggregate.place == Place::UnderWay {
+                aggregate.place = Place::Nowhere;
+            }
+        }
+        self.place(item.aggregate);
+    }
+}

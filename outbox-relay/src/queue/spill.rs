@@ -1,0 +1,84 @@
+//! Waiting costs rows, not memory: what waits for long, or beyond a small number, leaves the memory for
+//! `outbox.parked`.
+
+use std::time::{Duration, Instant};
+
+use super::{Place, Queue, Row, outcome::pause};
+use crate::evidence::Kind;
+
+/// What waits for longer leaves the memory, so that the low-water mark, and retention with it, go on.
+const LONGEST: Duration = Duration::from_secs(10);
+
+/// An event that is to wait in `outbox.parked`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spilled {
+    /// Which one.
+    pub position: i64,
+    /// Its kind.
+    pub kind: Kind,
+    /// How it was not taken, or `behind` when it was not tried.
+    pub reason: &'static str,
+    /// In words.
+    pub detail: String,
+    /// How often it was not taken.
+    pub tries: u32,
+    /// The first of its aggregate: after this pause it is tried again. None for what waits behind it.
+    pub retry: Option<Duration>,
+}
+
+impl Queue {
+    /// How many events wait for another try, or behind one that does.
+    pub fn waiting(&self) -> usize {
+        let held = self.held().filter_map(|id| self.aggregates.get(&id));
+        held.flat_map(|aggregate| &aggregate.items).filter(|item| item.row != Row::Parked).count()
+    }
+
+    /// Takes what waits out of the memory: all of it when that is more than `most`, and what waits for long. A kind
+    /// stays that may not have more rows.
+    pub fn spill(&mut self, most: usize, now: Instant, may: impl Fn(&Kind) -> bool) -> Vec<Spilled> {
+        let all = self.waiting() > most;
+        let mut spilled = Vec::new();
+        for id in self.held().collect::<Vec<_>>() {
+            let Some(aggregate) = self.aggregates.get(&id) else { continue };
+            let Some(first) = aggregate.items.front() else { continue };
+            let old = first.trouble.as_ref().is_some_and(|t| now.duration_since(t.since) >= LONGEST);
+            if !(all || old)
+                || aggregate.items.iter().any(|item| item.row != Row::Outbox)
+                || !may(&Kind::of(&first.event))
+            {
+                continue;
+            }
+            self.leave(id);
+            let Some(aggregate) = self.aggregates.remove(&id) else { continue };
+            for (n, item) in aggregate.items.into_iter().enumerate() {
+                self.events -= 1;
+                self.bytes -= item.event.size();
+                let position = item.event.position;
+                if let Some(trouble) = &item.trouble {
+                    self.remember(position, trouble.first);
+                }
+                let tried = item.trouble.as_ref();
+                spilled.push(Spilled {
+                    position,
+                    kind: Kind::of(&item.event),
+                    reason: tried.map_or("behind", |trouble| trouble.failure.as_str()),
+                    detail: tried.map_or_else(String::new, |trouble| trouble.why.clone()),
+                    tries: item.tries,
+                    retry: (n == 0)
+                        .then(|| tried.map_or(Duration::ZERO, |t| pause(t.failure, item.tries, position))),
+                });
+            }
+        }
+        spilled
+    }
+
+    fn held(&self) -> impl Iterator<Item = u64> {
+        let blocked = self.blocked.values().flatten().filter(|id| self.stands(**id, Place::Blocked));
+        let apart = self.apart.iter().filter(|id| self.stands(**id, Place::Apart));
+        self.retries.ids().chain(blocked.chain(apart).copied())
+    }
+
+    fn stands(&self, id: u64, place: Place) -> bool {
+        self.aggregates.get(&id).is_some_and(|aggregate| aggregate.place == place)
+    }
+}
