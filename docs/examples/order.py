@@ -1,13 +1,22 @@
 """A service that publishes its orders, in Python. Needs psycopg2 and DATABASE_URL, and no library of ours.
 
-The rules are the same in any language: lock the aggregate's row, take its next version from it, insert the
-event in the same transaction, and never give a position.
+The rules are the same in any language: lock the aggregate's row first, take its next version from it, read the body in
+a later statement, insert the event in the same transaction, and never give a position. order.sql says why the body
+must not be read in the statement that locks.
 """
 
 import json
 import os
+import uuid
 
 import psycopg2
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS customer_order (id text PRIMARY KEY, version bigint NOT NULL);
+CREATE TABLE IF NOT EXISTS order_line (
+    order_id text NOT NULL REFERENCES customer_order ON DELETE CASCADE,
+    item text NOT NULL, price bigint NOT NULL, PRIMARY KEY (order_id, item))
+"""
 
 
 def publish(cursor, order, version, kind, body):
@@ -19,23 +28,29 @@ def publish(cursor, order, version, kind, body):
     )
 
 
-def create(conn, order, total):
-    with conn, conn.cursor() as cursor:
-        cursor.execute("INSERT INTO customer_order (id, total, version) VALUES (%s, %s, 1)", (order, total))
-        publish(cursor, order, 1, "new", {"id": order, "total": total})
+def body(cursor, order):
+    """The whole order, as it is once its row is locked."""
+    cursor.execute("SELECT item, price FROM order_line WHERE order_id = %s ORDER BY item", (order,))
+    lines = [{"item": item, "price": price} for item, price in cursor.fetchall()]
+    return {"id": order, "total": sum(line["price"] for line in lines), "lines": lines}
 
 
-def add(conn, order, amount):
+def create(conn, order, item, price):
     with conn, conn.cursor() as cursor:
-        # Whoever changes the same order at the same time waits here, and takes the version after this one.
-        cursor.execute("SELECT total, version FROM customer_order WHERE id = %s FOR UPDATE", (order,))
-        total, version = cursor.fetchone()
-        total, version = total + amount, version + 1
+        cursor.execute("INSERT INTO customer_order (id, version) VALUES (%s, 1)", (order,))
+        cursor.execute("INSERT INTO order_line VALUES (%s, %s, %s)", (order, item, price))
+        publish(cursor, order, 1, "new", body(cursor, order))
+
+
+def add(conn, order, item, price):
+    with conn, conn.cursor() as cursor:
+        # A transaction that changes the same order at the same time waits here, and takes the version after this one.
         cursor.execute(
-            "UPDATE customer_order SET total = %s, version = %s WHERE id = %s", (total, version, order)
+            "UPDATE customer_order SET version = version + 1 WHERE id = %s RETURNING version", (order,)
         )
-        publish(cursor, order, version, "changed", {"id": order, "total": total})
-        return total
+        (version,) = cursor.fetchone()
+        cursor.execute("INSERT INTO order_line VALUES (%s, %s, %s)", (order, item, price))
+        publish(cursor, order, version, "changed", body(cursor, order))
 
 
 def delete(conn, order):
@@ -48,20 +63,18 @@ def delete(conn, order):
 def main():
     conn = psycopg2.connect(os.environ["DATABASE_URL"])
     with conn, conn.cursor() as cursor:
-        cursor.execute(
-            """CREATE TABLE IF NOT EXISTS customer_order
-               (id text PRIMARY KEY, total bigint NOT NULL, version bigint NOT NULL)"""
-        )
-    create(conn, "o-2", 7)
-    add(conn, "o-2", 3)
+        cursor.execute(TABLES)
+    order = f"py-{uuid.uuid4()}"
+    create(conn, order, "pen", 7)
+    add(conn, order, "ink", 3)
     try:
         with conn, conn.cursor() as cursor:
-            cursor.execute("UPDATE customer_order SET version = version + 1 WHERE id = 'o-2'")
-            publish(cursor, "o-2", 3, "changed", {"id": "o-2", "total": -1})
+            cursor.execute("UPDATE customer_order SET version = version + 1 WHERE id = %s", (order,))
+            publish(cursor, order, 3, "changed", {"id": order, "total": -1})
             raise ValueError("the business says no")
     except ValueError:
         pass  # Rolled back, both of them: it was never published.
-    delete(conn, "o-2")
+    delete(conn, order)
     # The relay looks once a second; told after the commit, it looks at once.
     conn.autocommit = True
     with conn.cursor() as cursor:

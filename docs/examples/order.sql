@@ -1,39 +1,63 @@
--- A service that publishes its orders, in plain SQL. The rules are the same in any language:
---   1. Lock the aggregate's row; inserting, updating or deleting it does.
---   2. Take its next version from that row: 1, 2, 3, … without holes.
---   3. Insert the event in the same transaction, and never give a position.
+-- A service that publishes its orders, in plain SQL. An order has lines, so its body is read from two tables. The
+-- rules are the same in any language, and each is a statement of its own, in this order:
+--   1. Lock the aggregate's row, and take its next version from it: 1, 2, 3, … without holes.
+--   2. Change what is to be changed.
+--   3. Read the body, and insert the event; never give a position. All of it in one transaction.
+--
+-- Why not one statement for everything: a statement sees what was committed before it began. Where it has to wait for
+-- the lock, PostgreSQL shows it the newest version of the row that it waited for, but the other tables as they were
+-- before the wait. Its body would lack the lines of the transaction that it waited for, it would be the order's last
+-- event, and so every subscriber would stay wrong. A statement that begins after the lock sees them.
 --
 --   psql "$DATABASE_URL" -f docs/examples/order.sql
 CREATE TABLE IF NOT EXISTS customer_order (
     id      text   PRIMARY KEY,
-    total   bigint NOT NULL,
     version bigint NOT NULL
 );
+CREATE TABLE IF NOT EXISTS order_line (
+    order_id text   NOT NULL REFERENCES customer_order ON DELETE CASCADE,
+    item     text   NOT NULL,
+    price    bigint NOT NULL,
+    PRIMARY KEY (order_id, item)
+);
 
--- A new order. Either both rows are there afterwards or neither is.
+-- The body of an order: all of it.
+CREATE OR REPLACE FUNCTION order_body(wanted text) RETURNS json LANGUAGE sql STABLE AS $$
+    SELECT json_build_object('id', wanted, 'total', coalesce(sum(price), 0),
+                             'lines', coalesce(json_agg(json_build_object('item', item, 'price', price) ORDER BY item), '[]'))
+    FROM order_line WHERE order_id = wanted
+$$;
+
+-- A new id, which psql keeps as :'id'. A key that is used again goes on with the next version, and not with 1.
+SELECT 'sql-' || gen_random_uuid() AS id \gset
+
+-- A new order: nobody else knows its row, so there is nothing to wait for.
 BEGIN;
-INSERT INTO customer_order (id, total, version) VALUES ('o-1', 10, 1);
+INSERT INTO customer_order (id, version) VALUES (:'id', 1);
+INSERT INTO order_line (order_id, item, price) VALUES (:'id', 'pen', 10);
 INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-    VALUES ('order', 'o-1', 1, 'order.new', '{"id": "o-1", "total": 10}');
+    VALUES ('order', :'id', 1, 'order.new', order_body(:'id'));
 COMMIT;
 
--- A change. The update locks the row and raises its version; a statement is a transaction of its own.
-WITH changed AS (
-    UPDATE customer_order SET total = 12, version = version + 1 WHERE id = 'o-1' RETURNING *
-)
-INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-    SELECT 'order', id, version, 'order.changed', json_build_object('id', id, 'total', total) FROM changed;
-
--- What is rolled back was never there, for anybody.
+-- A change. The update of the order comes first, whatever else is to be changed: it locks the row.
 BEGIN;
-UPDATE customer_order SET total = 99, version = version + 1 WHERE id = 'o-1';
+UPDATE customer_order SET version = version + 1 WHERE id = :'id';
+INSERT INTO order_line (order_id, item, price) VALUES (:'id', 'ink ' || txid_current(), 2);
 INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-    VALUES ('order', 'o-1', 3, 'order.changed', '{"id": "o-1", "total": 99}');
+    SELECT 'order', id, version, 'order.changed', order_body(id) FROM customer_order WHERE id = :'id';
+COMMIT;
+
+-- What is rolled back was never there, for any subscriber.
+BEGIN;
+UPDATE customer_order SET version = version + 1 WHERE id = :'id';
+DELETE FROM order_line WHERE order_id = :'id';
+INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+    SELECT 'order', id, version, 'order.changed', order_body(id) FROM customer_order WHERE id = :'id';
 ROLLBACK;
 
--- The end: the deletion is the aggregate's last version.
+-- The end: the deletion is the aggregate's last version. Its body is the id alone, so one statement is enough.
 WITH gone AS (
-    DELETE FROM customer_order WHERE id = 'o-1' RETURNING *
+    DELETE FROM customer_order WHERE id = :'id' RETURNING *
 )
 INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
     SELECT 'order', id, version + 1, 'order.deleted', json_build_object('id', id) FROM gone;

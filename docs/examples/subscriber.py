@@ -1,5 +1,5 @@
-"""A subscriber that keeps everybody's name and address, in Python. Needs pika, psycopg2, AMQP_URL and
-DATABASE_URL, and no library of ours.
+"""A subscriber that keeps everybody's name and address, in Python. Needs pika, psycopg2, AMQP_URL,
+DATABASE_URL and SOURCE, and no library of ours.
 
 `receive` is the whole of the sequencer, the same in any language: lock where the aggregate stands, apply what
 is next, hold what is too early, commit, and only then acknowledge. Its two tables stand in the same database
@@ -12,6 +12,7 @@ anew. Any number of them may run at the same time.
 import json
 import os
 import signal
+import sys
 from collections import namedtuple
 
 import pika
@@ -32,6 +33,13 @@ CREATE TABLE IF NOT EXISTS held (
 CREATE TABLE IF NOT EXISTS contact (id uuid PRIMARY KEY, name text NOT NULL, address text)
 """
 
+# The users of the broker that publish each source: "person=outbox_relay_person", with commas between. RabbitMQ verifies
+# user_id and nothing else of a message: without SOURCE, whoever may write to the exchange is believed.
+SOURCES = {}
+for publisher in filter(None, os.environ.get("SOURCE", "").split(",")):
+    source, user = publisher.split("=", 1)
+    SOURCES.setdefault(source, set()).add(user)
+
 AGGREGATE = "(source, aggregate_type, aggregate_id) = (%s, %s, %s)"
 
 Event = namedtuple("Event", "source aggregate_type aggregate_id version id type baseline erased body")
@@ -39,6 +47,16 @@ Event = namedtuple("Event", "source aggregate_type aggregate_id version id type 
 
 def aggregate(event):
     return event[:3]
+
+
+def refused(properties):
+    """Why a message is not believed; None when it is. All incarnations of a source (person~2) are its own."""
+    source = (properties.app_id or "").split("~")[0]
+    if not SOURCES or properties.user_id in SOURCES.get(source, ()):
+        return None
+    if source in SOURCES:
+        return f"the user {properties.user_id!r} does not publish {source!r}: forged, or was it renamed?"
+    return f"the source {source!r} is not followed"
 
 
 def read(properties, body):
@@ -151,8 +169,12 @@ def main():
         if stopping:
             break  # What was delivered and not acknowledged goes back.
         if method:
-            with conn, conn.cursor() as cursor:
-                receive(cursor, read(properties, body))
+            why = refused(properties)
+            if why:
+                print(f"not applied: {why}", file=sys.stderr)
+            else:
+                with conn, conn.cursor() as cursor:
+                    receive(cursor, read(properties, body))
             channel.basic_ack(method.delivery_tag)  # After the commit, never before it.
     channel.connection.close()
 
