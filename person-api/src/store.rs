@@ -1,6 +1,6 @@
-//! All of the SQL. Each write is one statement, so it is one transaction in one round trip: the rows,
-//! the aggregate's next version and the outbox event are committed together or not at all. Only erasing a
-//! person takes more ([`erase`]).
+//! All of the SQL: statements of more than a few lines are files in `store/sql/`. Each write is one statement, so it is
+//! one transaction in one round trip: the rows, the aggregate's next version and the outbox event are committed together
+//! or not at all. Only erasing a person takes more ([`erase`]).
 
 pub mod erase;
 pub mod idempotency;
@@ -23,7 +23,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 use web::front::Gate;
 
-pub(crate) use self::items::{ASSET, DEBT, INCOME, ItemSql, Listed};
+pub(crate) use self::items::Listed;
 use self::{
     idempotency::{Added, Keyed},
     turns::{Turn, Turns},
@@ -36,30 +36,6 @@ pub const ITEMS_MAX: i32 = 1000;
 /// How long a statement may take, on the wire and back. The server ends one earlier, by its
 /// `statement_timeout`; this is for a server that says nothing any more.
 const TIMEOUT: Duration = Duration::from_secs(8);
-
-/// A person's row as it stands in events.
-macro_rules! person_body {
-    () => {
-        "(SELECT row_to_json(body)
-          FROM (SELECT person.id, person.cpf, person.name, person.address, person.date_of_birth,
-                       person.created_at, person.status) body)"
-    };
-}
-/// Whether the state that is locked is one of those that the request is about: any, without a condition.
-macro_rules! state_matches {
-    ($persons:literal, $versions:literal) => {
-        concat!(
-            "(",
-            $persons,
-            "::uuid[] IS NULL OR (target.id, target.version) IN (SELECT * FROM unnest(",
-            $persons,
-            "::uuid[], ",
-            $versions,
-            "::bigint[])))"
-        )
-    };
-}
-use {person_body, state_matches};
 
 /// What a write left behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,17 +8,8 @@ use super::Api;
 use crate::{
     answer,
     request::{self, Item, JSON, Page},
-    store::{ASSET, Change, DEBT, INCOME, ItemSql, Refused, idempotency::Added},
+    store::{Change, Refused, idempotency::Added},
 };
-
-/// The statements of a kind.
-fn sql(kind: Kind) -> &'static ItemSql {
-    match kind {
-        Kind::Income => &INCOME,
-        Kind::Asset => &ASSET,
-        Kind::Debt => &DEBT,
-    }
-}
 
 /// `POST /person/{cpf}/<kind>`
 #[handler]
@@ -35,7 +26,7 @@ pub(super) async fn add(
     let location = place.clone();
     let added = api.write(move |store| {
         let (whose, new, place, keyed) = (whose.clone(), new.clone(), place.clone(), keyed.clone());
-        async move { store.add_item(sql(kind), whose, new, place, keyed).await }
+        async move { store.add_item(kind, whose, new, place, keyed).await }
     });
     match added.await?? {
         Added::Stored(written) => Ok(answer::created(&written, format!("{location}/{}", written.id))),
@@ -55,7 +46,7 @@ pub(super) async fn list(
     if let Some(same) = api.without_body(&conditional, cpf).await? {
         return Ok(same);
     }
-    let listed = api.store.items(sql(kind), cpf, page).await?.ok_or(Refused::UnknownPerson)?;
+    let listed = api.store.items(kind, cpf, page).await?.ok_or(Refused::UnknownPerson)?;
     answer::list(&conditional, cpf, kind, page, listed)
 }
 
@@ -67,7 +58,7 @@ pub(super) async fn read(
     Data(&kind): Data<&Kind>,
 ) -> Result<Response, Problem> {
     let (cpf, id) = request::item(request)?;
-    answer::found(&Conditional::of(request), api.store.item(sql(kind), cpf, id).await??)
+    answer::found(&Conditional::of(request), api.store.item(kind, cpf, id).await??)
 }
 
 /// `PUT /person/{cpf}/<kind>/{id}`
@@ -82,7 +73,7 @@ pub(super) async fn change(
     let (place, states, item) = Item::parse(request, kind, &body)?;
     let change = api.write(move |store| {
         let (states, item) = (states.clone(), item.clone());
-        async move { store.change_item(sql(kind), place, states, item).await }
+        async move { store.change_item(kind, place, states, item).await }
     });
     Ok(answer::changed(&change.await???))
 }
@@ -97,7 +88,7 @@ pub(super) async fn delete(
     let (place, states) = request::item_in_state(request)?;
     let deleted = api.write(move |store| {
         let states = states.clone();
-        async move { store.delete_item(sql(kind), place, states).await }
+        async move { store.delete_item(kind, place, states).await }
     });
     let (Change::Changed(written) | Change::Unchanged(written)) = deleted.await???;
     Ok(answer::deleted(&written))

@@ -12,9 +12,7 @@ use sqlx::{Connection, PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{
-    Refused, States, Store, StoreError, Written, bounded, describe, idempotency::spent, state_matches,
-};
+use super::{Refused, States, Store, StoreError, Written, bounded, describe};
 
 /// A person with so many items and kept answers is emptied first.
 const MANY: i64 = 1_000;
@@ -27,46 +25,9 @@ const SOON: Duration = Duration::from_secs(1);
 /// After failures, up to so long.
 const LONGEST: Duration = Duration::from_mins(1);
 
-/// Everything that is written about a person waits for this lock.
-pub(super) const LOCK: &str = concat!(
-    "SELECT target.id, target.version, ",
-    state_matches!("$2", "$3"),
-    " AS matches
-FROM person.person target WHERE cpf = $1 FOR UPDATE"
-);
-
-/// The person; and the event, which is the last of the aggregate. With them go their items, by the foreign keys, and of
-/// their kept answers all but that the keys were used. Where that is `$2` rows or more, the person is emptied instead.
-/// The division is the same guard as of every write.
-pub(super) const DELETE: &str = concat!(
-    "
-WITH size AS MATERIALIZED (
-    SELECT count(*) >= $2 AS many FROM (
-        (SELECT FROM person.income WHERE person_id = $1 LIMIT $2) UNION ALL
-        (SELECT FROM person.asset WHERE person_id = $1 LIMIT $2) UNION ALL
-        (SELECT FROM person.debt WHERE person_id = $1 LIMIT $2) UNION ALL
-        (SELECT FROM person.idempotency WHERE person_id = $1 LIMIT $2)) counted
-), spent AS (
-    UPDATE person.idempotency SET ",
-    spent!(),
-    "
-    WHERE person_id = $1 AND NOT (SELECT many FROM size)
-), gone AS (
-    DELETE FROM person.person WHERE id = $1 AND NOT (SELECT many FROM size) RETURNING id, version + 1 AS version
-), emptied AS (
-    UPDATE person.person
-    SET cpf = NULL, name = '', address = NULL, date_of_birth = 'epoch', version = version + 1
-    WHERE id = $1 AND (SELECT many FROM size) RETURNING id, version
-), person AS (
-    SELECT id, version FROM gone UNION ALL SELECT id, version FROM emptied
-), event AS (
-    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-    SELECT 'person', id::text, version, 'person.deleted', (SELECT row_to_json(body) FROM (SELECT id) body)
-    FROM person
-    RETURNING position
-)
-SELECT version, 1 / (SELECT count(*) FROM event) AS whole FROM person"
-);
+pub(super) const LOCK: &str = include_str!("sql/person/lock.sql");
+pub(super) const DELETE: &str = include_str!("sql/person/delete.sql");
+pub(super) const REMOVE: &str = include_str!("sql/person/remove.sql");
 
 /// Whether something is left of anybody.
 const LEFT: &str = "SELECT EXISTS (SELECT FROM person.person WHERE cpf IS NULL)";
@@ -74,28 +35,6 @@ const LEFT: &str = "SELECT EXISTS (SELECT FROM person.person WHERE cpf IS NULL)"
 /// Persons of whom something is left. Whoever is at one of them has it.
 pub(super) const EMPTIED: &str = "
 SELECT id FROM person.person WHERE cpf IS NULL ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED";
-
-/// Some of what is left of a person, and how much that was.
-pub(super) const REMOVE: &str = concat!(
-    "
-WITH income AS (
-    DELETE FROM person.income
-    WHERE ctid = ANY (ARRAY(SELECT ctid FROM person.income WHERE person_id = $1 LIMIT $2)) RETURNING 1
-), asset AS (
-    DELETE FROM person.asset
-    WHERE ctid = ANY (ARRAY(SELECT ctid FROM person.asset WHERE person_id = $1 LIMIT $2)) RETURNING 1
-), debt AS (
-    DELETE FROM person.debt
-    WHERE ctid = ANY (ARRAY(SELECT ctid FROM person.debt WHERE person_id = $1 LIMIT $2)) RETURNING 1
-), kept AS (
-    UPDATE person.idempotency SET ",
-    spent!(),
-    "
-    WHERE ctid = ANY (ARRAY(SELECT ctid FROM person.idempotency WHERE person_id = $1 LIMIT $2 FOR UPDATE)) RETURNING 1
-)
-SELECT (SELECT count(*) FROM income) + (SELECT count(*) FROM asset) + (SELECT count(*) FROM debt)
-       + (SELECT count(*) FROM kept)"
-);
 
 impl Store {
     /// Deletes a person and erases what the database has of them: items, kept answers, and the content of

@@ -26,15 +26,6 @@ SELECT kept.route = '' OR person.cpf IS NULL AS spent, kept.request = $4 AS same
 FROM person.idempotency kept LEFT JOIN person.person ON person.id = kept.person_id
 WHERE person.key_digest(kept.caller, kept.route, kept.key) = person.key_digest($1, $2, $3)";
 
-/// What is left of a kept answer whose person is deleted: that its key was used. For an `UPDATE` of it.
-macro_rules! spent {
-    () => {
-        "caller = '', route = '', key = encode(person.key_digest(caller, route, key), 'hex'),
-        request = '', person_id = NULL, location = '', etag = '', body = ''"
-    };
-}
-pub(super) use spent;
-
 /// By the index on the age. Whoever is being erased just now is left to that.
 pub(super) const REMOVE: &str = "
 DELETE FROM person.idempotency WHERE ctid = ANY (ARRAY(

@@ -1,16 +1,34 @@
 //! Writes and reads find their rows by index, also when the tables are large.
 
-use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use events::Kind;
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, SqlSafeStr};
 
-use super::{DEBT, INCOME, erase, idempotency, persons};
+use super::{erase, idempotency, items::ItemSql, persons};
 use crate::republish::baseline::{LOCK, WRITE};
 
-#[tokio::test]
-async fn statements_use_indexes_only() {
-    let url = devstack::testing::database("person_plan").await;
+/// A connection to a new database with the schemas.
+async fn connect(database: &str) -> PgConnection {
+    let url = devstack::testing::database(database).await;
     let mut conn = PgConnection::connect(&url).await.unwrap();
     crate::schema::migrator().run(&mut conn).await.unwrap();
     outbox::install(&mut conn, "person").await.unwrap();
+    conn
+}
+
+#[tokio::test]
+async fn the_statements_of_each_kind_fit_its_table() {
+    let mut conn = connect("person_items").await;
+    for kind in [Kind::Income, Kind::Asset, Kind::Debt] {
+        let ItemSql { add, change, delete, list, read } = ItemSql::of(kind);
+        for sql in [add, change, delete, list, read] {
+            conn.prepare(sql.as_str().into_sql_str()).await.unwrap_or_else(|error| panic!("{error}: {sql}"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn statements_use_indexes_only() {
+    let mut conn = connect("person_plan").await;
     sqlx::raw_sql(
         "INSERT INTO person.person (id, cpf, name, date_of_birth)
          SELECT gen_random_uuid(), n, 'n', now() FROM generate_series(1, 20000) n;
@@ -25,6 +43,7 @@ async fn statements_use_indexes_only() {
     .await
     .unwrap();
 
+    let [income, debt] = [Kind::Income, Kind::Debt].map(ItemSql::of);
     let statements = [
         (
             "add a person",
@@ -46,25 +65,25 @@ async fn statements_use_indexes_only() {
         ("remove what is left of a person", erase::REMOVE, "uuid, bigint", "gen_random_uuid(), 1000"),
         (
             "add an income",
-            INCOME.add,
+            &income.add,
             "bigint, numeric, text, text, text, bytea, text, text, uuid[], bigint[], text",
             "1, 2, 'c', '/', 'k', '', '', '', NULL, NULL, 't'",
         ),
         (
             "add a debt",
-            DEBT.add,
+            &debt.add,
             "bigint, numeric, text, text, text, bytea, text, text, uuid[], bigint[]",
             "1, 2, 'c', '/', 'k', '', '', '', NULL, NULL",
         ),
         (
             "change an income",
-            INCOME.change,
+            &income.change,
             "bigint, uuid, uuid[], bigint[], numeric, text",
             "1, gen_random_uuid(), NULL, NULL, 2, 't'",
         ),
-        ("delete a debt", DEBT.delete, "bigint, uuid, uuid[], bigint[]", "1, gen_random_uuid(), NULL, NULL"),
-        ("list incomes", INCOME.list, "bigint, uuid, integer", "1, gen_random_uuid(), 100"),
-        ("read an income", INCOME.read, "bigint, uuid", "1, gen_random_uuid()"),
+        ("delete a debt", &debt.delete, "bigint, uuid, uuid[], bigint[]", "1, gen_random_uuid(), NULL, NULL"),
+        ("list incomes", &income.list, "bigint, uuid, integer", "1, gen_random_uuid(), 100"),
+        ("read an income", &income.read, "bigint, uuid", "1, gen_random_uuid()"),
         ("find a kept answer", idempotency::FIND, "text, text, text, bytea", "'c', '/', 'k', ''"),
         ("remove kept answers", idempotency::REMOVE, "interval, bigint", "'24 hours', 1000"),
         ("lock for baselines", LOCK, "uuid, uuid, bigint", "gen_random_uuid(), gen_random_uuid(), 100"),
