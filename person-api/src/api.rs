@@ -1,4 +1,4 @@
-//! The operations: parse, store, answer. `openapi.yaml` describes them.
+//! The operations: parse, store, respond. `openapi.yaml` describes them.
 
 mod items;
 mod persons;
@@ -15,9 +15,9 @@ use uuid::Uuid;
 use web::{conditional::Conditional, documentation, methods::only, problem::Problem};
 
 use crate::{
-    answer,
     request::CpfCheck,
-    store::{Refused, Store, StoreError, writes::Writes},
+    response,
+    store::{Refusal, Store, StoreError, write_health::WriteHealth},
 };
 
 /// How often a write is tried that conflicts with others.
@@ -50,13 +50,19 @@ pub struct Api {
     waker: Waker,
     writes: TaskTracker,
     cpf_check: CpfCheck,
-    ended: Writes,
+    write_health: WriteHealth,
 }
 
 impl Api {
     /// Wakes the relay through `waker` after each write.
     pub fn new(store: Store, waker: Waker) -> Self {
-        Self { store, waker, writes: TaskTracker::new(), cpf_check: CpfCheck::Off, ended: Writes::default() }
+        Self {
+            store,
+            waker,
+            writes: TaskTracker::new(),
+            cpf_check: CpfCheck::Off,
+            write_health: WriteHealth::default(),
+        }
     }
 
     /// Looks at a new person's cpf as told.
@@ -65,9 +71,9 @@ impl Api {
         Self { cpf_check, ..self }
     }
 
-    /// Whether what it writes is stored.
-    pub(crate) fn ended_writes(&self) -> Writes {
-        self.ended.clone()
+    /// Whether the database stores its writes.
+    pub(crate) fn write_health(&self) -> WriteHealth {
+        self.write_health.clone()
     }
 
     /// The API's own routes, and its document beside them.
@@ -78,7 +84,7 @@ impl Api {
         documentation::add_to(routes, "person-api", OPENAPI)
     }
 
-    /// Waits for the writes that are under way. Call when no request is answered any more.
+    /// Waits for the writes that are under way. Call it after the last response.
     pub async fn finish(&self) {
         self.writes.close();
         self.writes.wait().await;
@@ -90,8 +96,8 @@ impl Api {
         if !conditional.may_need_no_body() {
             return Ok(None);
         }
-        let (id, version) = self.store.state(cpf).await?.ok_or(Refused::UnknownPerson)?;
-        Ok(conditional.without_body(answer::tag(id, version)))
+        let (id, version) = self.store.state(cpf).await?.ok_or(Refusal::UnknownPerson)?;
+        Ok(conditional.without_body(response::tag(id, version)))
     }
 
     /// Runs a write to its end, on a task of its own: a client that hangs up drops its handler, and must
@@ -101,7 +107,7 @@ impl Api {
         &self,
         mut write: impl FnMut(Store) -> W + Send + 'static,
     ) -> Result<Result<T, StoreError>, Problem> {
-        let (waker, ended, store) = (self.waker.clone(), self.ended.clone(), self.store.clone());
+        let (waker, health, store) = (self.waker.clone(), self.write_health.clone(), self.store.clone());
         let write = async move {
             let mut attempt = 1;
             loop {
@@ -118,7 +124,7 @@ impl Api {
         let write = write.in_current_span();
         let write = self.writes.spawn(async move {
             let written = write.await;
-            ended.ended(&written);
+            health.record(&written);
             // Also when nothing was written: that is rare, and costs a look.
             if written.is_ok() {
                 waker.wake();

@@ -2,16 +2,17 @@
 //! outbox events in one transaction. Others learn of a change by its event.
 //!
 //! A request goes through [`api`] (the operations), [`request`] (what a client may send), [`store`] (all of
-//! the SQL) and [`answer`] or [`problems`] (what a client gets). `openapi.yaml` says the same to
-//! clients. [`republish`] tells everybody's whole state once more.
+//! the SQL) and [`response`] or [`problems`] (what a client gets). `openapi.yaml` says the same to
+//! clients. [`republish`] publishes the whole state of persons once more.
 
-mod answer;
 pub mod api;
 pub mod config;
+pub mod model;
 mod problems;
 mod readiness;
 pub mod republish;
 pub mod request;
+mod response;
 pub mod schema;
 pub mod store;
 
@@ -51,7 +52,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     database.warn();
     let database = database.with("lock_timeout", LOCK_TIMEOUT);
     let health = Health::of(Identity::of("person-api").at(&database));
-    // Before anybody can ask: what is not named yet is not waited for.
+    // Before the first request: `/ready` does not wait for a part that has no name yet.
     let (database_health, health_of_erasures) = (health.part("database"), health.part("erasures"));
     health_of_erasures.ready();
     // Readiness and notices have connections of their own: they must not wait behind requests.
@@ -59,7 +60,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let waker = Waker::new();
     let store = Store::new(database.pool(POOL_SIZE)).behind(args.gate.gate());
     let api = Api::new(store, waker.clone()).checking(args.cpf_check);
-    let answered =
+    let served =
         front.start(&shutdown, web::health::add_to(api.routes(), &health, metrics.as_ref()), drain)?;
 
     let (left, erasures, stop) = (aside.clone(), health_of_erasures, shutdown.requested().clone());
@@ -67,11 +68,11 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
         erase::clean(left, erasures, stop).await;
         Ok(())
     });
-    let (writes, stop) = (api.ended_writes(), shutdown.requested().clone());
+    let (writes, stop) = (api.write_health(), shutdown.requested().clone());
     shutdown.spawn("database", readiness::watch(aside.clone(), database_health, writes, stop));
-    let (kept, stop) = (aside.clone(), shutdown.requested().clone());
-    shutdown.spawn("kept answers", async move {
-        idempotency::clean(kept, stop).await;
+    let (pool, stop) = (aside.clone(), shutdown.requested().clone());
+    shutdown.spawn("stored responses", async move {
+        idempotency::clean(pool, stop).await;
         Ok(())
     });
     let stop = shutdown.requested().clone();
@@ -79,9 +80,9 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
         waker.run(aside, stop).await;
         Ok(())
     });
-    // Writes whose client hung up have no connection any more, but they are ours to finish.
+    // A write whose client hung up has no connection any more, and still has to end.
     shutdown.spawn("writes", async move {
-        answered.cancelled().await;
+        served.cancelled().await;
         api.finish().await;
         Ok(())
     });

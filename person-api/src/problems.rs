@@ -6,7 +6,7 @@ use daemon::config::database::Failure as DatabaseFailure;
 use poem::http::StatusCode;
 use web::problem::{Kind, OVERLOADED, Problem, UNAVAILABLE};
 
-use crate::store::{Refused, StoreError};
+use crate::store::{Refusal, StoreError};
 
 /// When another try makes sense, while the database is away.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -123,16 +123,16 @@ pub(crate) const UNSUPPORTED_CODING: Kind = kind(
 );
 
 /// What the database decided.
-impl From<Refused> for Problem {
-    fn from(refused: Refused) -> Self {
-        let kind = match refused {
-            Refused::UnknownPerson => &UNKNOWN_PERSON,
-            Refused::UnknownItem => &UNKNOWN_ITEM,
-            Refused::CpfExists => &CPF_EXISTS,
-            Refused::Inactive => &PERSON_INACTIVE,
-            Refused::OtherState => &OTHER_STATE,
-            Refused::KeyReused => &KEY_REUSED,
-            Refused::KeySpent => &KEY_SPENT,
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        let kind = match refusal {
+            Refusal::UnknownPerson => &UNKNOWN_PERSON,
+            Refusal::UnknownItem => &UNKNOWN_ITEM,
+            Refusal::CpfExists => &CPF_EXISTS,
+            Refusal::Inactive => &PERSON_INACTIVE,
+            Refusal::OtherState => &OTHER_STATE,
+            Refusal::KeyReused => &KEY_REUSED,
+            Refusal::KeySpent => &KEY_SPENT,
         };
         kind.into()
     }

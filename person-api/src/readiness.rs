@@ -1,4 +1,4 @@
-//! Whether the database answers, has what this program needs, and stores what it is given.
+//! Whether the database responds, has what this program needs, and can store something.
 
 use std::time::Duration;
 
@@ -6,20 +6,20 @@ use daemon::{config::database::SchemaError, health::Part};
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
-use crate::{schema, store::writes::Writes};
+use crate::{schema, store::write_health::WriteHealth};
 
 /// How often to look. One read of two tables that have a handful of rows, and of the catalog's caches.
 const INTERVAL: Duration = Duration::from_secs(2);
 /// How long one look may take.
 const TIMEOUT: Duration = Duration::from_secs(6);
 
-/// Waits until the database is as needed, and fails when waiting would not help; then keeps the readiness true to
-/// what it sees, until `stop`. Where a write was refused because the server cannot store anything, it is ready
-/// again once a trial succeeds.
+/// Waits until the database has what the program needs, and fails when waiting would not help. Then keeps the readiness
+/// up to date until `stop`. After a write that the server could not store, the program is ready again once a trial
+/// succeeds.
 pub(crate) async fn watch(
     pool: PgPool,
     part: Part,
-    writes: Writes,
+    writes: WriteHealth,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let needs = schema::needs();
@@ -31,8 +31,8 @@ pub(crate) async fn watch(
         let look = async {
             let mut conn = pool.acquire().await?;
             needs.check(&mut conn).await?;
-            if writes.refused().is_some() {
-                writes.try_again(&mut conn).await?;
+            if writes.failure().is_some() {
+                writes.try_write(&mut conn).await?;
             }
             Ok::<_, SchemaError>(())
         };

@@ -17,13 +17,14 @@ use daemon::{
     shutdown::Shutdown,
 };
 use events::Cpf;
+use outbox::database::describe;
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::baseline::{Batch, Progress};
-use crate::{schema, store::describe};
+use crate::schema;
 
 /// Persons of one batch at most.
 const BATCH: i64 = 100;

@@ -6,9 +6,9 @@ use web::{conditional::Conditional, problem::Problem};
 
 use super::Api;
 use crate::{
-    answer,
-    request::{self, Item, JSON, Page},
-    store::{Change, Refused, idempotency::Added},
+    request::{self, JSON},
+    response,
+    store::{AddOutcome, ChangeOutcome, Refusal},
 };
 
 /// `POST /person/{cpf}/<kind>`
@@ -20,18 +20,19 @@ pub(super) async fn add(
     Data(&kind): Data<&Kind>,
 ) -> Result<Response, Problem> {
     let body = request::body(request, body, JSON).await?;
-    let (whose, new, key) = Item::parse_new(request, kind, &body)?;
-    let place = format!("{}/{kind}", answer::location(whose.0));
-    let keyed = key.map(|key| key.of(request, place.clone(), &body));
-    let location = place.clone();
+    let (cpf, precondition, item, key) = request::new_item(request, kind, &body)?;
+    let collection = format!("{}/{kind}", response::location(cpf));
+    let idempotent = key.map(|key| key.of(request, collection.clone(), &body));
+    let location = collection.clone();
     let added = api.write(move |store| {
-        let (whose, new, place, keyed) = (whose.clone(), new.clone(), place.clone(), keyed.clone());
-        async move { store.add_item(kind, whose, new, place, keyed).await }
+        let (precondition, item) = (precondition.clone(), item.clone());
+        let (collection, idempotent) = (collection.clone(), idempotent.clone());
+        async move { store.add_item(kind, cpf, precondition, item, collection, idempotent).await }
     });
     match added.await?? {
-        Added::Stored(written) => Ok(answer::created(&written, format!("{location}/{}", written.id))),
-        Added::Before(answer) => Ok(answer::again(answer)),
-        Added::Refused(refused) => Err(refused.into()),
+        AddOutcome::Added(written) => Ok(response::created(&written, format!("{location}/{}", written.id))),
+        AddOutcome::Repeated(stored) => Ok(response::repeated(stored)),
+        AddOutcome::Refused(refusal) => Err(refusal.into()),
     }
 }
 
@@ -42,12 +43,12 @@ pub(super) async fn list(
     Data(api): Data<&Api>,
     Data(&kind): Data<&Kind>,
 ) -> Result<Response, Problem> {
-    let ((cpf, page), conditional) = (Page::parse(request)?, Conditional::of(request));
+    let ((cpf, page), conditional) = (request::page(request)?, Conditional::of(request));
     if let Some(same) = api.without_body(&conditional, cpf).await? {
         return Ok(same);
     }
-    let listed = api.store.items(kind, cpf, page).await?.ok_or(Refused::UnknownPerson)?;
-    answer::list(&conditional, cpf, kind, page, listed)
+    let items = api.store.items(kind, cpf, page).await?.ok_or(Refusal::UnknownPerson)?;
+    response::list(&conditional, cpf, kind, page, items)
 }
 
 /// `GET /person/{cpf}/<kind>/{id}`
@@ -58,7 +59,7 @@ pub(super) async fn read(
     Data(&kind): Data<&Kind>,
 ) -> Result<Response, Problem> {
     let (cpf, id) = request::item(request)?;
-    answer::found(&Conditional::of(request), api.store.item(kind, cpf, id).await??)
+    response::representation(&Conditional::of(request), api.store.item(kind, cpf, id).await??)
 }
 
 /// `PUT /person/{cpf}/<kind>/{id}`
@@ -70,12 +71,12 @@ pub(super) async fn change(
     Data(&kind): Data<&Kind>,
 ) -> Result<Response, Problem> {
     let body = request::body(request, body, JSON).await?;
-    let (place, states, item) = Item::parse(request, kind, &body)?;
+    let (path, precondition, item) = request::changed_item(request, kind, &body)?;
     let change = api.write(move |store| {
-        let (states, item) = (states.clone(), item.clone());
-        async move { store.change_item(kind, place, states, item).await }
+        let (precondition, item) = (precondition.clone(), item.clone());
+        async move { store.change_item(kind, path, precondition, item).await }
     });
-    Ok(answer::changed(&change.await???))
+    Ok(response::changed(&change.await???))
 }
 
 /// `DELETE /person/{cpf}/<kind>/{id}`
@@ -85,11 +86,11 @@ pub(super) async fn delete(
     Data(api): Data<&Api>,
     Data(&kind): Data<&Kind>,
 ) -> Result<Response, Problem> {
-    let (place, states) = request::item_in_state(request)?;
+    let (path, precondition) = request::deleted_item(request)?;
     let deleted = api.write(move |store| {
-        let states = states.clone();
-        async move { store.delete_item(kind, place, states).await }
+        let precondition = precondition.clone();
+        async move { store.delete_item(kind, path, precondition).await }
     });
-    let (Change::Changed(written) | Change::Unchanged(written)) = deleted.await???;
-    Ok(answer::deleted(&written))
+    let (ChangeOutcome::Changed(written) | ChangeOutcome::Unchanged(written)) = deleted.await???;
+    Ok(response::deleted(&written))
 }

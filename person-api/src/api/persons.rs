@@ -5,26 +5,26 @@ use web::{conditional::Conditional, problem::Problem};
 
 use super::Api;
 use crate::{
-    answer,
-    request::{self, JSON, MERGE_PATCH, NewPerson},
-    store::{Refused, idempotency::Added},
+    request::{self, JSON, MERGE_PATCH},
+    response,
+    store::{AddOutcome, Refusal},
 };
 
 /// `POST /person`
 #[handler]
 pub(super) async fn add(request: &Request, body: Body, Data(api): Data<&Api>) -> Result<Response, Problem> {
     let body = request::body(request, body, JSON).await?;
-    let (new, key) = NewPerson::parse(request, api.cpf_check, &body)?;
-    let location = answer::location(new.cpf);
-    let keyed = key.map(|key| key.of(request, "/person".to_owned(), &body));
+    let (new, key) = request::new_person(request, api.cpf_check, &body)?;
+    let location = response::location(new.cpf);
+    let idempotent = key.map(|key| key.of(request, "/person".to_owned(), &body));
     let added = api.write(move |store| {
-        let (new, keyed) = (new.clone(), keyed.clone());
-        async move { store.add_person(new, keyed).await }
+        let (new, idempotent) = (new.clone(), idempotent.clone());
+        async move { store.add_person(new, idempotent).await }
     });
     match added.await?? {
-        Added::Stored(written) => Ok(answer::created(&written, location)),
-        Added::Before(answer) => Ok(answer::again(answer)),
-        Added::Refused(refused) => Err(refused.into()),
+        AddOutcome::Added(written) => Ok(response::created(&written, location)),
+        AddOutcome::Repeated(stored) => Ok(response::repeated(stored)),
+        AddOutcome::Refused(refusal) => Err(refusal.into()),
     }
 }
 
@@ -35,8 +35,8 @@ pub(super) async fn read(request: &Request, Data(api): Data<&Api>) -> Result<Res
     if let Some(same) = api.without_body(&conditional, cpf).await? {
         return Ok(same);
     }
-    let found = api.store.person(cpf).await?.ok_or(Refused::UnknownPerson)?;
-    answer::found(&conditional, found)
+    let found = api.store.person(cpf).await?.ok_or(Refusal::UnknownPerson)?;
+    response::representation(&conditional, found)
 }
 
 /// `PATCH /person/{cpf}`
@@ -47,21 +47,21 @@ pub(super) async fn change(
     Data(api): Data<&Api>,
 ) -> Result<Response, Problem> {
     let body = request::body(request, body, MERGE_PATCH).await?;
-    let (cpf, states, patch) = request::patch(request, &body)?;
+    let (cpf, precondition, patch) = request::patch(request, &body)?;
     let change = api.write(move |store| {
-        let (states, patch) = (states.clone(), patch.clone());
-        async move { store.change_person(cpf, states, patch).await }
+        let (precondition, patch) = (precondition.clone(), patch.clone());
+        async move { store.change_person(cpf, precondition, patch).await }
     });
-    Ok(answer::changed(&change.await???))
+    Ok(response::changed(&change.await???))
 }
 
 /// `DELETE /person/{cpf}`
 #[handler]
 pub(super) async fn delete(request: &Request, Data(api): Data<&Api>) -> Result<Response, Problem> {
-    let (cpf, states) = request::person_in_state(request)?;
+    let (cpf, precondition) = request::deleted_person(request)?;
     let written = api.write(move |store| {
-        let states = states.clone();
-        async move { store.delete_person(cpf, states).await }
+        let precondition = precondition.clone();
+        async move { store.delete_person(cpf, precondition).await }
     });
-    Ok(answer::deleted(&written.await???))
+    Ok(response::deleted(&written.await???))
 }

@@ -6,18 +6,18 @@ use icu_properties::{
 };
 
 /// A control character, or what ends a line: a line separator, a paragraph separator.
-pub(crate) fn ends_or_controls(c: char) -> bool {
+pub(crate) fn is_control_or_line_break(c: char) -> bool {
     c.is_control() || matches!(c, '\u{2028}' | '\u{2029}')
 }
 
-/// Changes the direction of the text around it, so that another text is seen than is there.
-pub(crate) fn turns(c: char) -> bool {
+/// Changes the direction of the text around it, so that a reader sees another text than the stored one.
+pub(crate) fn changes_direction(c: char) -> bool {
     CodePointSetData::new::<BidiControl>().contains(c)
 }
 
-/// Shows something by itself. White space does not, nor does what is made to be ignored where it is not supported:
+/// Is visible by itself. White space does not, nor does what is made to be ignored where it is not supported:
 /// joiners, variation selectors, tags, fillers. The braille pattern without dots is only named a symbol.
-pub(crate) fn shows(c: char) -> bool {
+pub(crate) fn is_visible(c: char) -> bool {
     !(c.is_whitespace()
         || c == '\u{2800}'
         || CodePointSetData::new::<DefaultIgnorableCodePoint>().contains(c)
@@ -56,35 +56,35 @@ mod tests {
     }
 
     #[test]
-    fn what_shows_nothing_is_known_whole() {
+    fn invisible_characters_are_known() {
         // Each is of another kind, or another block, of what is ignored by default.
         for c in "\u{ad}\u{34f}\u{61c}\u{115f}\u{1160}\u{17b4}\u{180b}\u{180e}\u{180f}\u{200b}\u{200d}\u{200f}\u{202e}\
                   \u{2060}\u{2064}\u{2065}\u{2066}\u{206f}\u{2800}\u{3164}\u{fe00}\u{fe0f}\u{feff}\u{ffa0}\u{fff0}\
                   \u{fffb}\u{1bca0}\u{1d173}\u{e0001}\u{e0041}\u{e007f}\u{e0100}\u{e01ef}\u{e0fff}\u{3000}\u{a0} "
             .chars()
         {
-            assert!(!shows(c), "{c:?}");
+            assert!(!is_visible(c), "{c:?}");
         }
         for c in "a1.é字ا\u{20000}\u{1f600}\u{2801}\u{e1000}\u{e000}".chars() {
-            assert!(shows(c), "{c:?}");
+            assert!(is_visible(c), "{c:?}");
         }
     }
 
     #[test]
-    fn what_turns_text_is_known_whole() {
-        let turning: String = ('\0'..=char::MAX).filter(|c| turns(*c)).collect();
+    fn characters_that_change_the_direction_are_known() {
+        let turning: String = ('\0'..=char::MAX).filter(|c| changes_direction(*c)).collect();
         let known =
             "\u{61c}\u{200e}\u{200f}\u{202a}\u{202b}\u{202c}\u{202d}\u{202e}\u{2066}\u{2067}\u{2068}\u{2069}";
         assert_eq!(turning, known);
-        assert_eq!(class(turns), r"\u061c\u200e-\u200f\u202a-\u202e\u2066-\u2069");
+        assert_eq!(class(changes_direction), r"\u061c\u200e-\u200f\u202a-\u202e\u2066-\u2069");
     }
 
     /// Beyond the first plane the pattern takes every character for a visible one: patterns have no escape for those
     /// that every language reads alike.
     #[test]
     fn the_document_has_the_pattern_of_a_line() {
-        let refused = class(|c| ends_or_controls(c) || turns(c));
-        let hidden = class(|c| !shows(c));
+        let refused = class(|c| is_control_or_line_break(c) || changes_direction(c));
+        let hidden = class(|c| !is_visible(c));
         let pattern = format!("'^[^{refused}]*[^{hidden}][^{refused}]*$'");
         assert!(crate::api::OPENAPI.contains(&pattern), "{pattern}");
     }

@@ -16,10 +16,10 @@ use web::{
 use super::rules;
 use crate::problems::MALFORMED_JSON;
 
-/// So many errors are listed at most: a body of nothing but wrong fields must not make a huge answer.
+/// The largest number of errors in a response: a body of nothing but wrong fields must not make it huge.
 const ERRORS_MAX: usize = 50;
 
-/// So many characters of an unknown name are shown at most.
+/// The largest number of characters of an unknown field that an error shows.
 const NAME_MAX: usize = 50;
 
 /// The parameters of a request and the fields of its body that are not read yet, and what is wrong with the others.

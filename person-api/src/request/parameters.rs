@@ -11,7 +11,7 @@ use web::{
 };
 
 use super::fields::Fields;
-use crate::store::{ITEMS_MAX, States, idempotency::Keyed};
+use crate::model::{ITEMS_MAX, IdempotentRequest, Precondition};
 
 impl Fields<'_> {
     /// The person.
@@ -38,31 +38,33 @@ impl Fields<'_> {
         self.parameters.query("after", hyphenated)
     }
 
-    /// `If-Match`: the states that a change is for; any, where nothing was sent. An `ETag` that is none of ours names no
-    /// state, so nothing matches it.
-    pub(super) fn states(&mut self) -> States {
-        let states = self.parameters.header_list("If-Match", |text| {
+    /// `If-Match`: the states in which a write may happen; any without the header. An `ETag` that is none of ours names
+    /// no state, so nothing matches it.
+    pub(super) fn precondition(&mut self) -> Precondition {
+        let precondition = self.parameters.header_list("If-Match", |text| {
             match Tags::parse(text).ok_or("must be * or ETags, each in quotation marks")? {
-                Tags::Any => Ok(States::default()),
-                Tags::Of(tags) => Ok(States(Some(tags.iter().map(|tag| (tag.id, tag.version)).collect()))),
+                Tags::Any => Ok(Precondition::default()),
+                Tags::Of(tags) => {
+                    Ok(Precondition(Some(tags.iter().map(|tag| (tag.id, tag.version)).collect())))
+                }
             }
         });
-        states.unwrap_or_default()
+        precondition.unwrap_or_default()
     }
 
     /// `Idempotency-Key`.
-    pub(super) fn idempotency_key(&mut self) -> Option<IdempotencyKey> {
-        self.parameters.header("Idempotency-Key", IdempotencyKey::parse)
+    pub(super) fn idempotency_key(&mut self) -> Option<KeyHeader> {
+        self.parameters.header("Idempotency-Key", KeyHeader::parse)
     }
 }
 
 /// `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header): a request with it may safely be sent again. In
 /// quotation marks, as the draft writes it, or without.
 #[derive(Clone, Debug)]
-pub(crate) struct IdempotencyKey(String);
+pub(crate) struct KeyHeader(String);
 
-impl IdempotencyKey {
-    /// The longest.
+impl KeyHeader {
+    /// The largest number of characters.
     const MAX: usize = 255;
 
     fn parse(text: &str) -> Read<Self> {
@@ -75,9 +77,9 @@ impl IdempotencyKey {
         }
     }
 
-    /// The key as it is looked for: of this caller, for this path, with this body.
-    pub(crate) fn of(self, request: &Request, route: String, body: &[u8]) -> Keyed {
+    /// With what the key belongs to: this caller, this path and this body.
+    pub(crate) fn of(self, request: &Request, route: String, body: &[u8]) -> IdempotentRequest {
         let caller = Caller::of(request).name().to_owned();
-        Keyed { caller, route, key: self.0, request: Sha256::digest(body).to_vec() }
+        IdempotentRequest { caller, route, key: self.0, digest: Sha256::digest(body).to_vec() }
     }
 }

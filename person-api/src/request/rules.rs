@@ -24,13 +24,13 @@ fn string(raw: &RawValue) -> Parsed<String> {
 /// stores no NUL at all. What changes the direction of text would show another text than the one that is stored.
 pub(super) fn text(raw: &RawValue, max: usize) -> Parsed<String> {
     let text = string(raw)?;
-    if text.chars().any(characters::ends_or_controls) {
+    if text.chars().any(characters::is_control_or_line_break) {
         return Err("must not contain control characters or line breaks".into());
     }
-    if text.chars().any(characters::turns) {
+    if text.chars().any(characters::changes_direction) {
         return Err("must not contain characters that change the direction of text".into());
     }
-    if !text.chars().any(characters::shows) {
+    if !text.chars().any(characters::is_visible) {
         return Err("must contain a visible character".into());
     }
     if text.chars().count() > max {

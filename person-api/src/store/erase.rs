@@ -7,63 +7,68 @@ use std::time::Duration;
 
 use daemon::health::Part;
 use events::Cpf;
-use outbox::Ended;
+use outbox::{Ended, database::describe};
 use sqlx::{Connection, PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{Refused, States, Store, StoreError, Written, bounded, describe};
+use super::{
+    connection::Store,
+    error::{StoreError, bounded},
+    outcome::{Refusal, Written},
+};
+use crate::model::Precondition;
 
-/// A person with so many items and kept answers is emptied first.
+/// A person with so many items and stored responses is emptied first.
 const MANY: i64 = 1_000;
-/// A step removes so many rows of each kind at most, of each of so many persons.
+/// A step removes at most so many rows of each table, of each of [`SIDE_BY_SIDE`] persons.
 const STEP: i64 = 1_000;
 const SIDE_BY_SIDE: i64 = 16;
-/// How often persons are looked for of whom something is left; the first time soon.
+/// How often the program looks for persons whose rows are not all removed; the first time after [`SOON`].
 const INTERVAL: Duration = Duration::from_secs(5);
 const SOON: Duration = Duration::from_secs(1);
-/// After failures, up to so long.
+/// The longest pause after failures.
 const LONGEST: Duration = Duration::from_mins(1);
 
 pub(super) const LOCK: &str = include_str!("sql/person/lock.sql");
 pub(super) const DELETE: &str = include_str!("sql/person/delete.sql");
 pub(super) const REMOVE: &str = include_str!("sql/person/remove.sql");
 
-/// Whether something is left of anybody.
+/// Whether a person was emptied whose rows are not all removed.
 const LEFT: &str = "SELECT EXISTS (SELECT FROM person.person WHERE cpf IS NULL)";
 
-/// Persons of whom something is left. Whoever is at one of them has it.
+/// Persons who were emptied. Those that another process is removing are skipped.
 pub(super) const EMPTIED: &str = "
 SELECT id FROM person.person WHERE cpf IS NULL ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED";
 
 impl Store {
-    /// Deletes a person and erases what the database has of them: items, kept answers, and the content of
-    /// everything that was ever put into the outbox, published or not.
+    /// Deletes a person and erases what the database has of them: items, stored responses, and the content of every
+    /// event that was ever put into the outbox, published or not.
     ///
-    /// Not in one statement: it sees what was committed when it began, so it must begin under the lock. With
-    /// the lock inside it, it would leave what a writer, for whom it waited, has just stored (tried).
+    /// Not in one statement: a statement sees what was committed when it began, so the deletion must begin under the
+    /// lock. With the lock inside it, it would leave the rows of a writer for whom it waited (tried).
     pub async fn delete_person(
         &self,
         cpf: Cpf,
-        states: States,
-    ) -> Result<Result<Written, Refused>, StoreError> {
+        precondition: Precondition,
+    ) -> Result<Result<Written, Refusal>, StoreError> {
         let mut conn = self.acquire_for(cpf).await?;
-        bounded(delete(&mut conn, cpf, &states)).await
+        bounded(delete(&mut conn, cpf, &precondition)).await
     }
 }
 
 async fn delete(
     conn: &mut PgConnection,
     cpf: Cpf,
-    states: &States,
-) -> sqlx::Result<Result<Written, Refused>> {
+    precondition: &Precondition,
+) -> sqlx::Result<Result<Written, Refusal>> {
     let mut tx = conn.begin().await?;
-    let (ids, versions) = states.columns();
+    let (ids, versions) = precondition.columns();
     let locked: Option<(Uuid, i64, bool)> =
         sqlx::query_as(LOCK).bind(cpf.get()).bind(ids).bind(versions).fetch_optional(&mut *tx).await?;
     let id = match locked {
-        None => return Ok(Err(Refused::UnknownPerson)),
-        Some((_, _, false)) => return Ok(Err(Refused::OtherState)),
+        None => return Ok(Err(Refusal::UnknownPerson)),
+        Some((_, _, false)) => return Ok(Err(Refusal::OtherState)),
         Some((id, _, true)) => id,
     };
     let (version, _): (i64, i64) = sqlx::query_as(DELETE).bind(id).bind(MANY).fetch_one(&mut *tx).await?;
@@ -73,18 +78,18 @@ async fn delete(
     Ok(Ok(Written { id, person_id: id, version }))
 }
 
-/// Removes what is left of persons who were emptied, until `stop`. What goes wrong is shown, and tried again.
+/// Removes the rows of persons who were emptied, until `stop`. A failure is shown as an attention, and tried again.
 pub async fn clean(pool: PgPool, health: Part, stop: CancellationToken) {
     let (mut pause, mut rows) = (SOON, STEP);
     while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
-        // A database that does not answer must not keep the process from ending; it rolls back what it was at.
+        // A database that does not respond must not keep the process from ending; the server rolls the step back.
         let Some(removed) = stop.run_until_cancelled(remove(&pool, rows)).await else { return };
         match removed {
             Ok(0) => {
                 health.ready();
                 (pause, rows) = (INTERVAL, STEP);
             }
-            // There may be more; others get the disk in between.
+            // There may be more. The pause leaves the disk to other statements.
             Ok(_) => pause = Duration::from_millis(20),
             Err(error) => {
                 health.attention(format!(
@@ -99,8 +104,8 @@ pub async fn clean(pool: PgPool, health: Part, stop: CancellationToken) {
     }
 }
 
-/// One step of each of some persons, so that one with little is not behind one with much. Returns how many rows it
-/// were; the last step of a person is their own row.
+/// One step of each of some persons, so that a person with few rows does not wait for one with many. Returns how many
+/// rows it removed; the last step of a person removes their own row.
 pub async fn remove(pool: &PgPool, step: i64) -> sqlx::Result<u64> {
     if !sqlx::query_scalar::<_, bool>(LEFT).fetch_one(pool).await? {
         return Ok(0);

@@ -1,7 +1,8 @@
-//! Answers that are kept, so that a retry gets the first one again.
+//! Stored responses: a retry with the same idempotency key gets the first response again.
 
 use std::time::Duration;
 
+use outbox::database::describe;
 use sqlx::{
     FromRow, PgConnection, PgPool, Postgres,
     postgres::{PgArguments, PgRow},
@@ -9,115 +10,96 @@ use sqlx::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Refused, StoreError, Written, bounded, describe};
+use super::{
+    connection::Store,
+    error::{StoreError, bounded},
+    outcome::{AddOutcome, Refusal, StoredResponse},
+};
+use crate::model::IdempotentRequest;
 
-/// How long an answer is kept at least, in PostgreSQL's words.
-const KEPT: &str = "24 hours";
-/// How often those that are older are looked for; the first time soon.
+/// How long a response is stored at least, in PostgreSQL's words.
+const RETENTION: &str = "24 hours";
+/// How often the program looks for older ones; the first time after [`SOON`].
 const INTERVAL: Duration = Duration::from_mins(1);
 const SOON: Duration = Duration::from_secs(2);
-/// How many of them are removed at a time.
+/// How many of them one statement removes.
 const BATCH: i64 = 1000;
 
-/// By the digest of the key, under which a kept answer stays when its person is deleted, emptied. A person whose items
-/// are still being removed has no cpf, and their answers are as good as emptied.
+/// By the digest of the key: when the person is deleted, the row stays with this digest, and is empty otherwise. A person
+/// whose items are still being removed has no cpf, and their stored responses count as emptied.
 pub(super) const FIND: &str = "
-SELECT kept.route = '' OR person.cpf IS NULL AS spent, kept.request = $4 AS same, kept.location, kept.etag, kept.body
-FROM person.idempotency kept LEFT JOIN person.person ON person.id = kept.person_id
-WHERE person.key_digest(kept.caller, kept.route, kept.key) = person.key_digest($1, $2, $3)";
+SELECT stored.route = '' OR person.cpf IS NULL AS spent, stored.request = $4 AS same,
+       stored.location, stored.etag, stored.body
+FROM person.idempotency stored LEFT JOIN person.person ON person.id = stored.person_id
+WHERE person.key_digest(stored.caller, stored.route, stored.key) = person.key_digest($1, $2, $3)";
 
-/// By the index on the age. Whoever is being erased just now is left to that.
+/// By the index on the age. Rows that a deletion has locked are left to it.
 pub(super) const REMOVE: &str = "
 DELETE FROM person.idempotency WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM person.idempotency
     WHERE created_at < now() - $1::interval ORDER BY created_at LIMIT $2 FOR UPDATE SKIP LOCKED))";
 
-/// What a new record's body says, with the id and the version still to come.
+/// The body of the response to a creation. The statement fills in the id and the version.
 pub const CREATED: &str = "{\"message\":\"created\",\"id\":\"{id}\",\"version\":{version}}\n";
 
-/// The key of a request, and what it is the key of.
-#[derive(Clone, Debug)]
-pub struct Keyed {
-    /// Whose key.
-    pub caller: String,
-    /// The path.
-    pub route: String,
-    /// The key.
-    pub key: String,
-    /// SHA-256 of the body.
-    pub request: Vec<u8>,
-}
-
-/// The answer to a request that created something.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
-    /// Where the record is.
-    pub location: String,
-    /// The state that contains it.
-    pub etag: String,
-    /// The body.
-    pub body: String,
-}
-
-/// What became of a request to create something.
-#[derive(Clone, Debug)]
-pub enum Added {
-    /// It is stored.
-    Stored(Written),
-    /// It was stored before, under the same key, and this was the answer.
-    Before(Answer),
-    /// It is not.
-    Refused(Refused),
-}
-
-impl Keyed {
-    /// The answer that is kept under the key, if there is one.
-    pub(super) async fn find(
-        keyed: Option<&Self>,
-        conn: &mut PgConnection,
-    ) -> Result<Option<Added>, StoreError> {
-        let Some(Self { caller, route, key, request }) = keyed else { return Ok(None) };
-        let find = sqlx::query_as(FIND).bind(caller).bind(route).bind(key).bind(request);
-        let kept: Option<(bool, bool, String, String, String)> =
-            bounded(find.fetch_optional(conn)).await.map_err(StoreError::of_a_read)?;
-        Ok(kept.map(|(spent, same, location, etag, body)| match (spent, same) {
-            (true, _) => Added::Refused(Refused::KeySpent),
-            (false, true) => Added::Before(Answer { location, etag, body }),
-            (false, false) => Added::Refused(Refused::KeyReused),
-        }))
-    }
-
-    /// The answer that is kept under the key by now, or else `otherwise`: whoever had the key at the same time
-    /// has stored it while this request waited.
-    pub(super) async fn find_or(
-        keyed: Option<&Self>,
-        conn: &mut PgConnection,
-        otherwise: Result<Added, StoreError>,
-    ) -> Result<Added, StoreError> {
-        match Self::find(keyed, conn).await? {
-            Some(kept) => Ok(kept),
-            None => otherwise,
+impl Store {
+    /// The response that is stored under the request's key. A retry does not wait for writes about the same person.
+    pub(super) async fn find_stored(
+        &self,
+        idempotent: Option<&IdempotentRequest>,
+    ) -> Result<Option<AddOutcome>, StoreError> {
+        if idempotent.is_none() {
+            return Ok(None);
         }
-    }
-
-    /// Binds caller, route, key, request, location and body.
-    pub(super) fn bind<'q, O: for<'r> FromRow<'r, PgRow>>(
-        keyed: Option<&Self>,
-        query: QueryAs<'q, Postgres, O, PgArguments>,
-        location: String,
-    ) -> QueryAs<'q, Postgres, O, PgArguments> {
-        let keyed = keyed.cloned();
-        query
-            .bind(keyed.as_ref().map(|k| k.caller.clone()))
-            .bind(keyed.as_ref().map(|k| k.route.clone()))
-            .bind(keyed.as_ref().map(|k| k.key.clone()))
-            .bind(keyed.map(|k| k.request))
-            .bind(location)
-            .bind(CREATED)
+        find(idempotent, &mut *self.acquire().await?).await
     }
 }
 
-/// Removes what is older than a day, until `stop`.
+async fn find(
+    idempotent: Option<&IdempotentRequest>,
+    conn: &mut PgConnection,
+) -> Result<Option<AddOutcome>, StoreError> {
+    let Some(IdempotentRequest { caller, route, key, digest }) = idempotent else { return Ok(None) };
+    let find = sqlx::query_as(FIND).bind(caller).bind(route).bind(key).bind(digest);
+    let stored: Option<(bool, bool, String, String, String)> =
+        bounded(find.fetch_optional(conn)).await.map_err(StoreError::of_a_read)?;
+    Ok(stored.map(|(spent, same, location, etag, body)| match (spent, same) {
+        (true, _) => AddOutcome::Refused(Refusal::KeySpent),
+        (false, true) => AddOutcome::Repeated(StoredResponse { location, etag, body }),
+        (false, false) => AddOutcome::Refused(Refusal::KeyReused),
+    }))
+}
+
+/// The response that is stored under the request's key by now, or else `otherwise`: a request with the same key may have
+/// stored it while this one waited.
+pub(super) async fn find_or(
+    idempotent: Option<&IdempotentRequest>,
+    conn: &mut PgConnection,
+    otherwise: Result<AddOutcome, StoreError>,
+) -> Result<AddOutcome, StoreError> {
+    match find(idempotent, conn).await? {
+        Some(earlier) => Ok(earlier),
+        None => otherwise,
+    }
+}
+
+/// Binds caller, route, key, the body's digest, location and response body.
+pub(super) fn bind<'q, O: for<'r> FromRow<'r, PgRow>>(
+    idempotent: Option<&IdempotentRequest>,
+    query: QueryAs<'q, Postgres, O, PgArguments>,
+    location: String,
+) -> QueryAs<'q, Postgres, O, PgArguments> {
+    let idempotent = idempotent.cloned();
+    query
+        .bind(idempotent.as_ref().map(|request| request.caller.clone()))
+        .bind(idempotent.as_ref().map(|request| request.route.clone()))
+        .bind(idempotent.as_ref().map(|request| request.key.clone()))
+        .bind(idempotent.map(|request| request.digest))
+        .bind(location)
+        .bind(CREATED)
+}
+
+/// Removes stored responses that are older than a day, until `stop`.
 pub async fn clean(pool: PgPool, stop: CancellationToken) {
     let mut pause = SOON;
     while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
@@ -125,17 +107,19 @@ pub async fn clean(pool: PgPool, stop: CancellationToken) {
         let Some(removed) = stop.run_until_cancelled(remove_old(&pool)).await else { return };
         match removed {
             Ok(0) => {}
-            Ok(removed) => tracing::info!(removed, "kept answers were removed"),
-            Err(error) => tracing::warn!(error = describe(&error), "kept answers could not be removed"),
+            Ok(removed) => tracing::info!(removed, "old stored responses were removed"),
+            Err(error) => {
+                tracing::warn!(error = describe(&error), "old stored responses could not be removed");
+            }
         }
     }
 }
 
-/// Removes what is older than a day, batch by batch. Returns how many it were.
+/// Removes stored responses that are older than a day, batch by batch. Returns how many.
 pub async fn remove_old(pool: &PgPool) -> sqlx::Result<u64> {
     let mut removed = 0;
     loop {
-        let batch = sqlx::query(REMOVE).bind(KEPT).bind(BATCH).execute(pool).await?.rows_affected();
+        let batch = sqlx::query(REMOVE).bind(RETENTION).bind(BATCH).execute(pool).await?.rows_affected();
         removed += batch;
         if batch < BATCH.unsigned_abs() {
             return Ok(removed);

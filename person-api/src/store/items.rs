@@ -6,10 +6,12 @@ use events::{Cpf, Kind};
 use uuid::Uuid;
 
 use super::{
-    Change, Found, Refused, States, Store, StoreError, Written, bounded,
-    idempotency::{Added, Keyed},
+    connection::Store,
+    error::{StoreError, bounded},
+    idempotency,
+    outcome::{AddOutcome, ChangeOutcome, ItemPage, Refusal, Representation, Written},
 };
-use crate::request::{Item, Page};
+use crate::model::{IdempotentRequest, NewItem, PageRequest, Precondition};
 
 /// The statements of one kind of items, from `sql/item/`. They are written for incomes, so that each file is SQL to read
 /// and to paste into psql; for another kind its name takes the place of the word.
@@ -53,59 +55,47 @@ impl ItemSql {
     }
 }
 
-/// A page of items.
-#[derive(Clone, Debug, sqlx::FromRow)]
-pub(crate) struct Listed {
-    /// The person's id.
-    pub(crate) id: Uuid,
-    /// The person's version that this is.
-    pub(crate) version: i64,
-    /// Whether there are more behind it.
-    pub(crate) more: bool,
-    /// The last item's id, when there are more.
-    pub(crate) last: Option<String>,
-    /// The items as compact JSON.
-    pub(crate) body: String,
-}
-
-/// Whether the person is active; whether it is a state that was meant; the item, whose, and the version that contains it.
+/// Whether the person is active; whether `If-Match` holds; the item; the person; the version that contains the item.
 type Inserted = Option<(bool, bool, Option<Uuid>, Uuid, Option<i64>, i32)>;
-/// The person and their version; the item; whether it is a state that was meant; the version after.
+/// The person and their version; the item; whether `If-Match` holds; the version after the change.
 type Outcome = Option<(Uuid, i64, Option<Uuid>, bool, Option<i64>, i32)>;
 
 impl Store {
-    /// Stores an item of a person, or finds the answer that was kept under the key.
+    /// Stores an item of a person under the path `collection`, or finds the response that an earlier request with the same
+    /// idempotency key got.
     pub(crate) async fn add_item(
         &self,
         kind: Kind,
-        (cpf, states): (Cpf, States),
-        new: Item,
-        place: String,
-        keyed: Option<Keyed>,
-    ) -> Result<Added, StoreError> {
-        if let Some(kept) = self.kept(keyed.as_ref()).await? {
-            return Ok(kept);
+        cpf: Cpf,
+        precondition: Precondition,
+        item: NewItem,
+        collection: String,
+        idempotent: Option<IdempotentRequest>,
+    ) -> Result<AddOutcome, StoreError> {
+        if let Some(earlier) = self.find_stored(idempotent.as_ref()).await? {
+            return Ok(earlier);
         }
         let mut conn = self.acquire_for(cpf).await?;
-        let insert = sqlx::query_as(ItemSql::of(kind).add.as_str()).bind(cpf.get()).bind(new.value);
-        let (ids, versions) = states.columns();
-        let mut insert = Keyed::bind(keyed.as_ref(), insert, place + "/{id}").bind(ids).bind(versions);
-        if let Some(type_) = new.type_ {
+        let insert = sqlx::query_as(ItemSql::of(kind).add.as_str()).bind(cpf.get()).bind(item.value);
+        let (ids, versions) = precondition.columns();
+        let mut insert =
+            idempotency::bind(idempotent.as_ref(), insert, collection + "/{id}").bind(ids).bind(versions);
+        if let Some(type_) = item.type_ {
             insert = insert.bind(type_);
         }
         let row: Inserted = bounded(insert.fetch_optional(&mut *conn)).await?;
         let refused = match row {
             Some((_, _, Some(id), person_id, Some(version), _)) => {
-                return Ok(Added::Stored(Written { id, person_id, version }));
+                return Ok(AddOutcome::Added(Written { id, person_id, version }));
             }
-            None => Refused::UnknownPerson,
-            Some((false, ..)) => Refused::Inactive,
-            // Or it is the state that this request itself has left, when it came before.
-            Some((_, false, ..)) => Refused::OtherState,
-            // Its key was taken meanwhile: the answer is there.
-            Some(_) => Refused::KeyReused,
+            None => Refusal::UnknownPerson,
+            Some((false, ..)) => Refusal::Inactive,
+            // Or it is the state that this request itself left, when it came before.
+            Some((_, false, ..)) => Refusal::OtherState,
+            // Another request took the key meanwhile: its response is stored.
+            Some(_) => Refusal::KeyReused,
         };
-        Keyed::find_or(keyed.as_ref(), &mut conn, Ok(Added::Refused(refused))).await
+        idempotency::find_or(idempotent.as_ref(), &mut conn, Ok(AddOutcome::Refused(refused))).await
     }
 
     /// Replaces an item.
@@ -113,11 +103,11 @@ impl Store {
         &self,
         kind: Kind,
         (cpf, id): (Cpf, Uuid),
-        states: States,
-        item: Item,
-    ) -> Result<Result<Change, Refused>, StoreError> {
+        precondition: Precondition,
+        item: NewItem,
+    ) -> Result<Result<ChangeOutcome, Refusal>, StoreError> {
         let mut conn = self.acquire_for(cpf).await?;
-        let (ids, versions) = states.columns();
+        let (ids, versions) = precondition.columns();
         let mut change = sqlx::query_as(ItemSql::of(kind).change.as_str())
             .bind(cpf.get())
             .bind(id)
@@ -136,10 +126,10 @@ impl Store {
         &self,
         kind: Kind,
         (cpf, id): (Cpf, Uuid),
-        states: States,
-    ) -> Result<Result<Change, Refused>, StoreError> {
+        precondition: Precondition,
+    ) -> Result<Result<ChangeOutcome, Refusal>, StoreError> {
         let mut conn = self.acquire_for(cpf).await?;
-        let (ids, versions) = states.columns();
+        let (ids, versions) = precondition.columns();
         let delete = sqlx::query_as(ItemSql::of(kind).delete.as_str())
             .bind(cpf.get())
             .bind(id)
@@ -150,7 +140,12 @@ impl Store {
     }
 
     /// Reads a page of a person's items; `None` when there is no such person.
-    pub(crate) async fn items(&self, kind: Kind, cpf: Cpf, page: Page) -> Result<Option<Listed>, StoreError> {
+    pub(crate) async fn items(
+        &self,
+        kind: Kind,
+        cpf: Cpf,
+        page: PageRequest,
+    ) -> Result<Option<ItemPage>, StoreError> {
         let mut conn = self.acquire().await?;
         let select = sqlx::query_as(ItemSql::of(kind).list.as_str())
             .bind(cpf.get())
@@ -165,24 +160,26 @@ impl Store {
         kind: Kind,
         cpf: Cpf,
         id: Uuid,
-    ) -> Result<Result<Found, Refused>, StoreError> {
+    ) -> Result<Result<Representation, Refusal>, StoreError> {
         let mut conn = self.acquire().await?;
         let select = sqlx::query_as(ItemSql::of(kind).read.as_str()).bind(cpf.get()).bind(id);
         let row: Option<(Uuid, i64, Option<String>)> =
             bounded(select.fetch_optional(&mut *conn)).await.map_err(StoreError::of_a_read)?;
         Ok(match row {
-            None => Err(Refused::UnknownPerson),
-            Some((_, _, None)) => Err(Refused::UnknownItem),
-            Some((id, version, Some(body))) => Ok(Found { id, version, body }),
+            None => Err(Refusal::UnknownPerson),
+            Some((_, _, None)) => Err(Refusal::UnknownItem),
+            Some((id, version, Some(body))) => Ok(Representation { id, version, body }),
         })
     }
 }
 
-fn changed(outcome: Outcome) -> Result<Change, Refused> {
+fn changed(outcome: Outcome) -> Result<ChangeOutcome, Refusal> {
     match outcome {
-        None => Err(Refused::UnknownPerson),
-        Some((_, _, None, _, _, _)) => Err(Refused::UnknownItem),
-        Some((_, _, _, false, _, _)) => Err(Refused::OtherState),
-        Some((person, version, Some(id), true, changed, _)) => Ok(Change::of(id, person, version, changed)),
+        None => Err(Refusal::UnknownPerson),
+        Some((_, _, None, _, _, _)) => Err(Refusal::UnknownItem),
+        Some((_, _, _, false, _, _)) => Err(Refusal::OtherState),
+        Some((person, version, Some(id), true, changed, _)) => {
+            Ok(ChangeOutcome::of(id, person, version, changed))
+        }
     }
 }

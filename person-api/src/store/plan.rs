@@ -61,8 +61,8 @@ async fn statements_use_indexes_only() {
         ("read a person", persons::READ, "bigint, integer", "1, 1000"),
         ("lock to erase", erase::LOCK, "bigint, uuid[], bigint[]", "1, NULL, NULL"),
         ("delete a person", erase::DELETE, "uuid, bigint", "gen_random_uuid(), 1000"),
-        ("find whose there is something left", erase::EMPTIED, "bigint", "16"),
-        ("remove what is left of a person", erase::REMOVE, "uuid, bigint", "gen_random_uuid(), 1000"),
+        ("find persons who were emptied", erase::EMPTIED, "bigint", "16"),
+        ("remove rows of an emptied person", erase::REMOVE, "uuid, bigint", "gen_random_uuid(), 1000"),
         (
             "add an income",
             &income.add,
@@ -84,8 +84,8 @@ async fn statements_use_indexes_only() {
         ("delete a debt", &debt.delete, "bigint, uuid, uuid[], bigint[]", "1, gen_random_uuid(), NULL, NULL"),
         ("list incomes", &income.list, "bigint, uuid, integer", "1, gen_random_uuid(), 100"),
         ("read an income", &income.read, "bigint, uuid", "1, gen_random_uuid()"),
-        ("find a kept answer", idempotency::FIND, "text, text, text, bytea", "'c', '/', 'k', ''"),
-        ("remove kept answers", idempotency::REMOVE, "interval, bigint", "'24 hours', 1000"),
+        ("find a stored response", idempotency::FIND, "text, text, text, bytea", "'c', '/', 'k', ''"),
+        ("remove old stored responses", idempotency::REMOVE, "interval, bigint", "'24 hours', 1000"),
         ("lock for baselines", LOCK, "uuid, uuid, bigint", "gen_random_uuid(), gen_random_uuid(), 100"),
         ("write baselines", WRITE, "uuid[], integer, integer", "ARRAY[gen_random_uuid()], 1000, 1000"),
     ];

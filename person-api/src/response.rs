@@ -1,4 +1,4 @@
-//! What a client gets when all is well.
+//! The responses of requests that succeed.
 
 use events::{Cpf, Kind};
 use poem::{
@@ -10,14 +10,11 @@ use uuid::Uuid;
 use web::{conditional::Conditional, problem::Problem, tag::Tag};
 
 use crate::{
-    request::Page,
-    store::{
-        Change, Found, Listed, Written,
-        idempotency::{self, CREATED},
-    },
+    model::PageRequest,
+    store::{ChangeOutcome, ItemPage, Representation, StoredResponse, Written, idempotency::CREATED},
 };
 
-/// Names a state of a person: which life of the cpf, and which version.
+/// Names a state of a person: the id and the version. A person who was deleted and added again has another id.
 pub(crate) fn tag(person: Uuid, version: i64) -> Tag {
     Tag { id: person, version }
 }
@@ -26,14 +23,14 @@ fn json(etag: &str) -> ResponseBuilder {
     Response::builder().content_type("application/json").header(header::ETAG, etag)
 }
 
-/// A message about what was done.
-fn said(message: &str, written: &Written) -> Response {
+/// 200 with a message about what was done.
+fn done(message: &str, written: &Written) -> Response {
     let Written { id, person_id, version } = written;
     json(&tag(*person_id, *version).to_string())
         .body(format!("{{\"message\":\"{message}\",\"id\":\"{id}\",\"version\":{version}}}\n"))
 }
 
-/// Where a person is.
+/// The path of a person.
 pub(crate) fn location(cpf: Cpf) -> String {
     format!("/person/{}", cpf.get())
 }
@@ -42,42 +39,42 @@ pub(crate) fn location(cpf: Cpf) -> String {
 pub(crate) fn created(written: &Written, location: String) -> Response {
     let Written { id, person_id, version } = written;
     let body = CREATED.replace("{id}", &id.to_string()).replace("{version}", &version.to_string());
-    again(idempotency::Answer { location, etag: tag(*person_id, *version).to_string(), body })
+    repeated(StoredResponse { location, etag: tag(*person_id, *version).to_string(), body })
 }
 
-/// 201 as it was answered before.
-pub(crate) fn again(answer: idempotency::Answer) -> Response {
-    json(&answer.etag).status(StatusCode::CREATED).header(header::LOCATION, answer.location).body(answer.body)
+/// 201 with the content of an earlier response.
+pub(crate) fn repeated(stored: StoredResponse) -> Response {
+    json(&stored.etag).status(StatusCode::CREATED).header(header::LOCATION, stored.location).body(stored.body)
 }
 
 /// 200 after a change.
-pub(crate) fn changed(change: &Change) -> Response {
-    match change {
-        Change::Changed(written) => said("changed", written),
-        Change::Unchanged(written) => said("unchanged", written),
+pub(crate) fn changed(outcome: &ChangeOutcome) -> Response {
+    match outcome {
+        ChangeOutcome::Changed(written) => done("changed", written),
+        ChangeOutcome::Unchanged(written) => done("unchanged", written),
     }
 }
 
 /// 200 after a deletion.
 pub(crate) fn deleted(written: &Written) -> Response {
-    said("deleted", written)
+    done("deleted", written)
 }
 
 /// 200: a person, or an item; or 304.
-pub(crate) fn found(conditional: &Conditional, found: Found) -> Result<Response, Problem> {
+pub(crate) fn representation(conditional: &Conditional, found: Representation) -> Result<Response, Problem> {
     conditional.respond(tag(found.id, found.version), || Ok(found.body))
 }
 
-/// 200: a page of items, and where the next one is; or 304.
+/// 200: a page of items, with the path of the next one; or 304.
 pub(crate) fn list(
     conditional: &Conditional,
     cpf: Cpf,
     kind: Kind,
-    page: Page,
-    listed: Listed,
+    request: PageRequest,
+    page: ItemPage,
 ) -> Result<Response, Problem> {
-    let Listed { id, version, more, last, body } = listed;
+    let ItemPage { id, version, more, last, body } = page;
     let next = last.filter(|_| more);
-    let next = next.map(|last| format!("{}/{kind}?limit={}&after={last}", location(cpf), page.limit));
+    let next = next.map(|last| format!("{}/{kind}?limit={}&after={last}", location(cpf), request.limit));
     conditional.respond(tag(id, version), || Ok(format!("{{\"items\":{body},\"next\":{}}}", json!(next))))
 }
