@@ -10,7 +10,7 @@ pub mod database;
 pub mod file;
 pub mod permissions;
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use secrecy::{ExposeSecret, SecretString};
 
@@ -74,21 +74,25 @@ fn is_this_machine(host: &str) -> bool {
     loopback || host == "localhost" || host.ends_with(".localhost")
 }
 
-/// Parses a duration for clap: `250ms`, `2s`, `1m`.
-pub fn duration(text: &str) -> Result<std::time::Duration, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let number: u64 =
-        number.parse().map_err(|_| "it should look like 250ms, 2s, 1m, 12h or 30d".to_owned())?;
-    let millis = match unit {
-        "ms" => Some(number),
-        "s" => number.checked_mul(1_000),
-        "m" => number.checked_mul(60_000),
-        "h" => number.checked_mul(3_600_000),
-        "d" => number.checked_mul(86_400_000),
-        _ => None,
-    };
-    millis
-        .map(std::time::Duration::from_millis)
-        .ok_or_else(|| "it should look like 250ms, 2s, 1m, 12h or 30d".to_owned())
+/// Parses a duration such as `250ms`, `2s`, `1m 30s`, `12h` or `30d`, for clap.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    // The library's own error is about units; ours is an example.
+    humantime::parse_duration(text).map_err(|_| "it should look like 250ms, 2s, 1m, 12h or 30d".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_numbers_with_a_unit() {
+        for (text, seconds) in
+            [("250ms", 0.25), ("2s", 2.0), ("1m", 60.0), ("12h", 43_200.0), ("30d", 2_592_000.0), ("1m 30s", 90.0)]
+        {
+            assert_eq!(duration(text), Ok(Duration::from_secs_f64(seconds)), "{text}");
+        }
+        for text in ["", "10", "s", "-1s", "1 parsec", "2s?", "99999999999999999999s"] {
+            assert_eq!(duration(text).unwrap_err(), "it should look like 250ms, 2s, 1m, 12h or 30d", "{text}");
+        }
+    }
 }
