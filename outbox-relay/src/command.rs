@@ -20,8 +20,8 @@ use anyhow::anyhow;
 use daemon::config::database::Failure;
 use sqlx::PgConnection;
 
-pub use daemon::config::command::{CommandArgs, Verdict};
-pub(crate) use daemon::config::command::{bar, many, operator, span};
+pub use daemon::command::{CommandArgs, Verdict};
+pub(crate) use daemon::command::{bar, many, operator, span};
 
 use crate::leader::schema;
 

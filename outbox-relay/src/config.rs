@@ -4,7 +4,8 @@ use std::{fmt::Write, net::SocketAddr, time::Duration};
 
 use clap::{Parser, Subcommand};
 use daemon::{
-    config::{SettingError, broker::BrokerArgs, database::DatabaseArgs, file::Setting},
+    cli::Setting,
+    config::{SettingError, broker::BrokerArgs, database::DatabaseArgs},
     probes::ProbeArgs,
     shutdown::ShutdownArgs,
     telemetry::TelemetryArgs,

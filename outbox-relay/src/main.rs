@@ -3,10 +3,8 @@
 use std::process::ExitCode;
 
 use daemon::{
-    config::{
-        command::print,
-        file::{self, Parsed},
-    },
+    cli::{self, Parsed},
+    command::print,
     health::Identity,
     shutdown::{self, Shutdown},
     telemetry,
@@ -28,7 +26,7 @@ async fn main() -> ExitCode {
 }
 
 async fn start() -> anyhow::Result<Verdict> {
-    let Parsed { cli, settings } = file::parse::<Cli>()?;
+    let Parsed { cli, settings } = cli::parse::<Cli>()?;
     match cli.command {
         Command::Run(args) if args.check_config => {
             telemetry::start(&args.telemetry)?;

@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use daemon::{
-    config::{command::Verdict, file},
+    cli,
+    command::Verdict,
     health::Identity,
     shutdown::{self, Shutdown},
     telemetry,
@@ -22,7 +23,7 @@ async fn main() -> ExitCode {
 }
 
 async fn start() -> anyhow::Result<Verdict> {
-    match file::parse::<Cli>()?.cli.command {
+    match cli::parse::<Cli>()?.cli.command {
         Command::Run(args) => run(args).await?,
         Command::Migrate(args) => person_api::migrate(args).await?,
         Command::Republish(args) => {

@@ -10,10 +10,8 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use daemon::{
-    config::{
-        SettingError,
-        command::{CommandArgs, Verdict, bar, many, operator},
-    },
+    command::{CommandArgs, Verdict, bar, many, operator},
+    config::SettingError,
     shutdown::Shutdown,
 };
 use events::Cpf;

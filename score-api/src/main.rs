@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use daemon::{
-    config::file,
+    cli,
     health::Identity,
     shutdown::{self, Shutdown},
     telemetry,
@@ -16,7 +16,7 @@ async fn main() -> ExitCode {
 }
 
 async fn start() -> anyhow::Result<()> {
-    match file::parse::<Cli>()?.cli.command {
+    match cli::parse::<Cli>()?.cli.command {
         Command::Run(config) => run(*config).await,
         Command::Health { listen, database } => {
             let asked = Identity::of("score-api").at_known(&database)?;

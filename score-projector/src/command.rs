@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use chrono::{DateTime, Utc};
-pub use daemon::config::command::{CommandArgs, Verdict};
-pub(crate) use daemon::config::command::{many, operator};
+pub use daemon::command::{CommandArgs, Verdict};
+pub(crate) use daemon::command::{many, operator};
 use sqlx::PgConnection;
 
 use crate::{

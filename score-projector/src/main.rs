@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use daemon::{
-    config::{command::Verdict, file},
+    cli,
+    command::Verdict,
     health::Identity,
     shutdown::{self, Shutdown},
     telemetry,
@@ -23,7 +24,7 @@ async fn main() -> ExitCode {
 }
 
 async fn start() -> anyhow::Result<Verdict> {
-    match file::parse::<Cli>()?.cli.command {
+    match cli::parse::<Cli>()?.cli.command {
         Command::Run(args) => run(args).await?,
         Command::Migrate(args) => score_projector::migrate(args).await?,
         Command::Digest(args) => {

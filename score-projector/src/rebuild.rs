@@ -17,9 +17,9 @@ mod swap;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use daemon::config::{
-    broker::BrokerArgs,
+use daemon::{
     command::{CommandArgs, Verdict},
+    config::broker::BrokerArgs,
 };
 use inbox::Config;
 use outbox::database::{Failure, again};

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fmt::Write, time::Duration};
 
 use anyhow::Context;
-use daemon::config::command::{CommandArgs, Verdict, many};
+use daemon::command::{CommandArgs, Verdict, many};
 use futures_util::TryStreamExt;
 use rust_decimal::Decimal;
 use serde::Serialize;

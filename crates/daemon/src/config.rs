@@ -5,9 +5,7 @@
 
 #[cfg(feature = "amqp")]
 pub mod broker;
-pub mod command;
 pub mod database;
-pub mod file;
 pub mod permissions;
 
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
@@ -86,13 +84,22 @@ mod tests {
 
     #[test]
     fn durations_are_numbers_with_a_unit() {
-        for (text, seconds) in
-            [("250ms", 0.25), ("2s", 2.0), ("1m", 60.0), ("12h", 43_200.0), ("30d", 2_592_000.0), ("1m 30s", 90.0)]
-        {
+        for (text, seconds) in [
+            ("250ms", 0.25),
+            ("2s", 2.0),
+            ("1m", 60.0),
+            ("12h", 43_200.0),
+            ("30d", 2_592_000.0),
+            ("1m 30s", 90.0),
+        ] {
             assert_eq!(duration(text), Ok(Duration::from_secs_f64(seconds)), "{text}");
         }
         for text in ["", "10", "s", "-1s", "1 parsec", "2s?", "99999999999999999999s"] {
-            assert_eq!(duration(text).unwrap_err(), "it should look like 250ms, 2s, 1m, 12h or 30d", "{text}");
+            assert_eq!(
+                duration(text).unwrap_err(),
+                "it should look like 250ms, 2s, 1m, 12h or 30d",
+                "{text}"
+            );
         }
     }
 }

@@ -1,6 +1,8 @@
-//! What a background program needs: settings, telemetry, shutdown, health and metrics, and the three paths by which
-//! others ask for them.
+//! What a background program needs: settings, telemetry, shutdown, health and metrics, and the three paths that serve
+//! them. [`cli`] and [`command`] stand above; [`config`] has the settings below.
 
+pub mod cli;
+pub mod command;
 pub mod config;
 pub mod health;
 pub mod host;

@@ -1,5 +1,5 @@
 use anyhow::Context;
-use daemon::config::command::{Verdict, many};
+use daemon::command::{Verdict, many};
 use outbox::database::again;
 use serde_json::json;
 use sqlx::PgConnection;

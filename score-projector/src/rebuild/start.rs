@@ -1,5 +1,5 @@
 use anyhow::{Context, bail};
-use daemon::config::{broker::BrokerArgs, command::Verdict};
+use daemon::{command::Verdict, config::broker::BrokerArgs};
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
 

@@ -1,6 +1,6 @@
 use std::{fmt::Write, time::Duration};
 
-use daemon::config::command::{Verdict, many, span};
+use daemon::command::{Verdict, many, span};
 use serde_json::json;
 use sqlx::PgConnection;
 use tokio::time::Instant;

@@ -1,9 +1,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use daemon::config::{
-    broker::BrokerArgs,
+use daemon::{
     command::{Verdict, many},
+    config::broker::BrokerArgs,
 };
 use serde_json::json;
 use sqlx::{Acquire, Connection, PgConnection, Postgres, Transaction};

@@ -1,5 +1,4 @@
-//! What the commands beside `run` share: each asks the database, or changes something in it, says so,
-//! and ends.
+//! What the commands beside `run` share. Each reads or changes something in the database, prints the result, and ends.
 
 use std::{
     fmt,
@@ -12,19 +11,21 @@ use anyhow::{Context, anyhow, bail};
 use serde::Serialize;
 use sqlx::PgConnection;
 
-use super::database::{Database, DatabaseArgs, Failure, Schema, SchemaError};
-use crate::telemetry::TelemetryArgs;
+use crate::{
+    config::database::{Database, DatabaseArgs, Failure, Schema, SchemaError},
+    telemetry::TelemetryArgs,
+};
 
-/// Connecting takes no longer, or the database counts as away.
+/// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How a command ended that did what it was asked to.
+/// The result of a command that could do its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Verdict {
-    /// Done, and there is nothing to say against it. Exit code 0.
+    /// Nothing needs attention. Exit code 0.
     Well,
-    /// Done, but the answer is one that somebody should look at. Exit code 3.
+    /// The command is done, and an operator should look at its result. Exit code 3.
     NotWell,
 }
 
@@ -43,7 +44,7 @@ pub struct CommandArgs {
     /// The database.
     #[command(flatten)]
     pub database: DatabaseArgs,
-    /// Answer with one JSON document instead of text for people.
+    /// Print one JSON document instead of text for people.
     #[arg(long, global = true)]
     pub json: bool,
     /// Logging.
@@ -52,8 +53,8 @@ pub struct CommandArgs {
 }
 
 impl CommandArgs {
-    /// Connects, with every statement limited to `statement_timeout`, to a database whose `schemas` are
-    /// the ones that this program knows. The server sees the connection as `application`.
+    /// Connects to a database whose `schemas` are the ones that this program knows. Every statement is limited to
+    /// `statement_timeout`. The server sees the connection as `application`.
     pub async fn connect(
         &self,
         application: &str,
@@ -71,11 +72,11 @@ impl CommandArgs {
             Ok(Ok(())) => Ok(conn),
             Ok(Err(SchemaError::Database(error))) => Err(unreached(error)),
             Ok(Err(error)) => Err(error.into()),
-            Err(_) => bail!("the database did not answer within {CONNECT_TIMEOUT:?}"),
+            Err(_) => bail!("the database did not respond within {CONNECT_TIMEOUT:?}"),
         }
     }
 
-    /// As [`connect`](Self::connect), to whatever database it is.
+    /// As [`connect`](Self::connect), without a look at the schemas.
     pub async fn reach(
         &self,
         application: &str,
@@ -88,23 +89,23 @@ impl CommandArgs {
     pub async fn reach_at(database: Database) -> anyhow::Result<PgConnection> {
         match tokio::time::timeout(CONNECT_TIMEOUT, database.quiet().connect()).await {
             Ok(connected) => connected.map_err(unreached),
-            Err(_) => bail!("the database did not answer within {CONNECT_TIMEOUT:?}"),
+            Err(_) => bail!("the database did not respond within {CONNECT_TIMEOUT:?}"),
         }
     }
 
-    /// Writes the answer to standard output: `text` for people, or `answer` as JSON.
+    /// Prints the result: `text` for people, or `answer` as JSON.
     pub fn answer(&self, answer: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
-        // What stands in it of others was made safe where it is put in; this is for what was forgotten.
+        // Texts of others are escaped where they are put in. This is for one that was forgotten.
         let text = if self.json {
             shown::json(&serde_json::to_string_pretty(answer)?).into_owned()
         } else {
             shown::lines(&text()).into_owned()
         };
-        print(&text).context("the answer cannot be written")
+        print(&text).context("the result cannot be written")
     }
 }
 
-/// What the database said, for whoever sits at the terminal; and that it is away only when it is.
+/// The database's own words for the operator; or that it cannot be reached, if that is the fault.
 fn unreached(error: sqlx::Error) -> anyhow::Error {
     match Failure::of(&error) {
         Failure::Away | Failure::Login | Failure::Restarting | Failure::Resources => {
@@ -114,8 +115,8 @@ fn unreached(error: sqlx::Error) -> anyhow::Error {
     }
 }
 
-/// Writes a text and a newline to standard output. A reader that has seen enough, such as `head`, is no
-/// error, where `println!` would panic.
+/// Writes a text and a newline to standard output. A closed pipe, as `head` leaves it, is not an error; `println!` would
+/// panic.
 pub fn print(text: &str) -> io::Result<()> {
     let mut output = io::stdout().lock();
     match writeln!(output, "{}", text.trim_end()).and_then(|()| output.flush()) {
@@ -124,12 +125,13 @@ pub fn print(text: &str) -> io::Result<()> {
     }
 }
 
-/// A number and its noun, which has an `s` when there are more of it, or none.
+/// A number and its noun, in the plural unless the number is 1.
 pub fn many<N: Copy + fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) -> String {
     if count == N::from(1) { format!("1 {noun}") } else { format!("{count} {noun}s") }
 }
 
-/// A time span for people: as exact as somebody needs it who wonders whether to act.
+/// A time span for people, in one unit: `7.0 s`, `12 min`, `3 h`, `5 days`. (The library humantime would print all
+/// units, down to the nanosecond.)
 pub fn span(seconds: f64) -> String {
     match seconds.max(0.0) {
         s if s < 10.0 => format!("{s:.1} s"),
@@ -140,8 +142,7 @@ pub fn span(seconds: f64) -> String {
     }
 }
 
-/// How far it is, for whoever watches, by what is done of all:
-/// `[######              ]  30 %  3000 events, 1000/s, 7.0 s left`.
+/// A progress bar: `[######              ]  30 %  3000 events, 1000/s, 7.0 s left`.
 pub fn bar((done, all): (i64, i64), count: u64, noun: &str, took: Duration) -> String {
     const WIDTH: usize = 20;
     let percent =
@@ -155,11 +156,11 @@ pub fn bar((done, all): (i64, i64), count: u64, noun: &str, took: Duration) -> S
     let count = count as f64;
     let seconds = took.as_secs_f64().max(0.001);
     let left = span(seconds * f64::from(100 - percent) / f64::from(percent));
-    // Blanks over what was there before.
+    // The blanks cover the rest of the line before.
     format!("{text}, {:.0}/s, {left} left    ", count / seconds)
 }
 
-/// Who does it by hand, for whoever finds what was done: `user@host`.
+/// The user who runs the command, for the audit: `user@host`.
 pub fn operator() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let user = std::env::var("USER").unwrap_or_else(|_| "somebody".to_owned());

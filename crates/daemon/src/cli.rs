@@ -1,10 +1,12 @@
-//! The configuration file: a TOML table of settings by their flags' names, such as `lanes = 4`.
+//! The command line of a program, with its configuration file: a TOML table of settings by their flags' names, such as
+//! `lanes = 4`.
 //!
-//! A flag goes before a variable, a variable before the file, the file before what is built in. The file
-//! may hold whatever has a variable too, but no secrets: those have files of their own. One file can serve
-//! all of a program's commands; each takes what it knows.
+//! A flag overrides a variable, a variable the file, the file the default. The file may set what has a variable too, but
+//! holds no secrets: those have files of their own. One file can serve all of a program's commands; each takes the
+//! settings that it has.
 
 use std::{
+    ffi::OsString,
     fmt,
     path::{Path, PathBuf},
 };
@@ -12,17 +14,17 @@ use std::{
 use clap::{Arg, ArgMatches, Command, Parser, parser::ValueSource, value_parser};
 use toml::{Table, Value};
 
-use super::SettingError;
+use crate::config::SettingError;
 
 const FLAG: &str = "config";
 const VARIABLE: &str = "CONFIG_FILE";
 
-/// A command line that was understood, and where each setting came from.
+/// A parsed command line, and where each setting came from.
 #[derive(Debug)]
 pub struct Parsed<C> {
-    /// What the program does.
+    /// The command and its settings.
     pub cli: C,
-    /// The settings of the command that was chosen.
+    /// The settings of the chosen command.
     pub settings: Vec<Setting>,
 }
 
@@ -31,9 +33,9 @@ pub struct Parsed<C> {
 pub struct Setting {
     /// The flag, without dashes.
     pub name: String,
-    /// What it is set to, as it was written. None when it is not set at all.
+    /// The value, as it was written; none when it is not set.
     pub value: Option<String>,
-    /// Who set it.
+    /// Where the value is from.
     pub source: Source,
 }
 
@@ -46,7 +48,7 @@ pub enum Source {
     Variable(String),
     /// This configuration file.
     File(PathBuf),
-    /// The program.
+    /// The default of the program.
     Default,
 }
 
@@ -61,20 +63,11 @@ impl fmt::Display for Source {
     }
 }
 
-/// Parses the command line, the environment, and the file that `--config` or `CONFIG_FILE` names. Ends
-/// the process, as clap does, where help is asked for or something is wrong with what is not in the file.
+/// Parses the command line, the environment, and the file that `--config` or `CONFIG_FILE` names. Prints the help, or an
+/// error of the command line or the environment, and ends the process, as clap does.
 pub fn parse<C: Parser>() -> Result<Parsed<C>, SettingError> {
-    let help = "A TOML file with settings by the names of their flags (`log = \"debug\"`), for those that neither \
-                a flag nor a variable sets. It holds no secrets";
-    let config = Arg::new(FLAG)
-        .long(FLAG)
-        .env(VARIABLE)
-        .value_name("PATH")
-        .value_parser(value_parser!(PathBuf))
-        .global(true)
-        .help(help);
-    let mut command = C::command().arg(config);
-    let file = match path(&command) {
+    let mut command = C::command().arg(config());
+    let file = match path(&command, std::env::args_os()) {
         Some(path) => Some((read(&path, &command)?, path)),
         None => None,
     };
@@ -96,26 +89,32 @@ pub fn parse<C: Parser>() -> Result<Parsed<C>, SettingError> {
     Ok(Parsed { cli, settings })
 }
 
-/// The file, if somebody names one. Whatever else is wrong is not to be judged before it is read.
-fn path(command: &Command) -> Option<PathBuf> {
-    let matches = command.clone().ignore_errors(true).try_get_matches().ok()?;
-    let mut matches = &matches;
-    // A flag may stand before or after the command.
-    let mut path = matches.get_one(FLAG);
-    while let Some((_, inner)) = matches.subcommand() {
-        matches = inner;
-        path = matches.get_one(FLAG).or(path);
-    }
-    path.cloned()
+/// The flag of the file.
+fn config() -> Arg {
+    let help = "A TOML file with settings by the names of their flags (`log = \"debug\"`), for those that neither \
+                a flag nor a variable sets. It holds no secrets";
+    Arg::new(FLAG)
+        .long(FLAG)
+        .env(VARIABLE)
+        .value_name("PATH")
+        .value_parser(value_parser!(PathBuf))
+        .global(true)
+        .help(help)
 }
 
-/// The file's values, each for a flag of some command, as they would be written there.
+/// The path of the file, if there is one. Other errors wait until the file is read: it may set what is missing.
+fn path(command: &Command, args: impl IntoIterator<Item = OsString>) -> Option<PathBuf> {
+    // clap hands a global flag that stands behind the command up to here.
+    command.clone().ignore_errors(true).try_get_matches_from(args).ok()?.get_one(FLAG).cloned()
+}
+
+/// The file's settings, with their values as a flag would have them.
 fn read(path: &Path, command: &Command) -> Result<Vec<(String, String)>, SettingError> {
     let wrong = |problem: &dyn fmt::Display| {
         SettingError::new(format!("{VARIABLE} (or --{FLAG})"), format_args!("{}: {problem}", path.display()))
     };
     let text = std::fs::read_to_string(path).map_err(|error| wrong(&error))?;
-    // The parser's own text would quote the line, which may hold what should not be in there.
+    // The parser's own text would quote the line, which may hold a secret by mistake.
     let table: Table = toml::from_str(&text).map_err(|error: toml::de::Error| {
         let line =
             error.span().and_then(|span| text.get(..span.start)).map_or(0, |s| s.matches('\n').count());
@@ -141,7 +140,7 @@ fn read(path: &Path, command: &Command) -> Result<Vec<(String, String)>, Setting
     table.into_iter().map(value).collect()
 }
 
-/// The flag's name of what may be in a file.
+/// The name of a setting that the file may set: a flag that has a variable.
 fn name(arg: &Arg) -> Option<&str> {
     arg.get_long().filter(|long| arg.get_env().is_some() && *long != FLAG)
 }
@@ -151,7 +150,7 @@ fn all(command: &Command, names: &mut Vec<String>) {
     command.get_subcommands().for_each(|inner| all(inner, names));
 }
 
-/// The command with the file's values in the place of those that are built in.
+/// The command with the file's values as its defaults.
 fn with_defaults(command: Command, values: &[(String, String)]) -> Command {
     let command =
         command.mut_args(|arg| match values.iter().find(|(name, _)| self::name(&arg) == Some(name)) {
@@ -161,7 +160,7 @@ fn with_defaults(command: Command, values: &[(String, String)]) -> Command {
     command.mut_subcommands(|inner| with_defaults(inner, values))
 }
 
-/// The settings of the command that was chosen.
+/// The settings of the chosen command.
 fn settings(
     command: &Command,
     matches: &ArgMatches,
@@ -192,4 +191,22 @@ fn settings(
         Some(Setting { name: name.to_owned(), value: raw, source })
     };
     command.get_arguments().filter_map(setting).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_file_may_be_named_before_and_after_the_command_and_beside_errors() {
+        let needed = Arg::new("needed").long("needed").required(true);
+        let command = Command::new("program").arg(config()).subcommand(Command::new("run").arg(needed));
+        for line in
+            ["program --config f run", "program run --config f", "program run --config=f --no-such-flag"]
+        {
+            let path = path(&command, line.split(' ').map(OsString::from));
+            assert_eq!(path, Some(PathBuf::from("f")), "{line}");
+        }
+        assert_eq!(path(&command, ["program", "run"].map(OsString::from)), None);
+    }
 }
