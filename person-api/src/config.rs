@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use clap::{Args, Parser, Subcommand};
 use daemon::{config::database::DatabaseArgs, shutdown::ShutdownArgs, telemetry::TelemetryArgs};
-use web::front::{FrontArgs, GateArgs};
+use web::front::{ConcurrencyArgs, FrontArgs};
 
 use crate::{republish::RepublishArgs, request::CpfCheck};
 
@@ -47,7 +47,7 @@ pub struct RunArgs {
     pub front: FrontArgs,
     /// How many may need the database.
     #[command(flatten)]
-    pub gate: GateArgs,
+    pub concurrency: ConcurrencyArgs,
     /// How long to drain.
     #[command(flatten)]
     pub shutdown: ShutdownArgs,

@@ -58,7 +58,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     // Readiness and notices have connections of their own: they must not wait behind requests.
     let aside = database.pool(2);
     let waker = Waker::new();
-    let store = Store::new(database.pool(POOL_SIZE)).behind(args.gate.gate());
+    let store = Store::new(database.pool(POOL_SIZE)).limited_by(args.concurrency.limit());
     let api = Api::new(store, waker.clone()).checking(args.cpf_check);
     let served =
         front.start(&shutdown, web::health::add_to(api.routes(), &health, metrics.as_ref()), drain)?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use daemon::config::database::Failure as DatabaseFailure;
 use poem::http::StatusCode;
-use web::problem::{Kind, OVERLOADED, Problem, UNAVAILABLE};
+use web::problem::{OVERLOADED, Problem, ProblemType, UNAVAILABLE};
 
 use crate::store::{Refusal, StoreError};
 
@@ -14,12 +14,17 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 const BUSY_AFTER: Duration = Duration::from_secs(1);
 
 /// A kind that another try does not help by itself.
-const fn kind(status: StatusCode, code: &'static str, title: &'static str, detail: &'static str) -> Kind {
-    Kind { status, code, title, detail, retry_after: None }
+const fn problem_type(
+    status: StatusCode,
+    code: &'static str,
+    title: &'static str,
+    detail: &'static str,
+) -> ProblemType {
+    ProblemType { status, code, title, detail, retry_after: None }
 }
 
 /// 404: nobody has this cpf.
-const UNKNOWN_PERSON: Kind = kind(
+const UNKNOWN_PERSON: ProblemType = problem_type(
     StatusCode::NOT_FOUND,
     "unknown-person",
     "Unknown person",
@@ -27,7 +32,7 @@ const UNKNOWN_PERSON: Kind = kind(
 );
 
 /// 409: somebody has this cpf already.
-const CPF_EXISTS: Kind = kind(
+const CPF_EXISTS: ProblemType = problem_type(
     StatusCode::CONFLICT,
     "cpf-exists",
     "The cpf exists",
@@ -35,7 +40,7 @@ const CPF_EXISTS: Kind = kind(
 );
 
 /// 404: there is none with this id, or it is somebody else's.
-const UNKNOWN_ITEM: Kind = kind(
+const UNKNOWN_ITEM: ProblemType = problem_type(
     StatusCode::NOT_FOUND,
     "unknown-item",
     "Unknown item",
@@ -43,7 +48,7 @@ const UNKNOWN_ITEM: Kind = kind(
 );
 
 /// 409: no new items.
-const PERSON_INACTIVE: Kind = kind(
+const PERSON_INACTIVE: ProblemType = problem_type(
     StatusCode::CONFLICT,
     "person-inactive",
     "The person is inactive",
@@ -51,7 +56,7 @@ const PERSON_INACTIVE: Kind = kind(
 );
 
 /// 412: somebody was faster, or it is another life of the cpf.
-const OTHER_STATE: Kind = kind(
+const OTHER_STATE: ProblemType = problem_type(
     StatusCode::PRECONDITION_FAILED,
     "other-state",
     "Another state",
@@ -60,7 +65,7 @@ const OTHER_STATE: Kind = kind(
 );
 
 /// 422: a mistake of the client, as the draft on the key says.
-const KEY_REUSED: Kind = kind(
+const KEY_REUSED: ProblemType = problem_type(
     StatusCode::UNPROCESSABLE_ENTITY,
     "key-reused",
     "The key was used before",
@@ -68,7 +73,7 @@ const KEY_REUSED: Kind = kind(
 );
 
 /// 410: a record that was created with this key went with its person.
-const KEY_SPENT: Kind = kind(
+const KEY_SPENT: ProblemType = problem_type(
     StatusCode::GONE,
     "created-and-deleted",
     "Created, and deleted since",
@@ -77,9 +82,9 @@ const KEY_SPENT: Kind = kind(
 );
 
 /// 503: a row of the person is locked.
-const PERSON_BUSY: Kind = Kind {
+const PERSON_BUSY: ProblemType = ProblemType {
     retry_after: Some(BUSY_AFTER),
-    ..kind(
+    ..problem_type(
         StatusCode::SERVICE_UNAVAILABLE,
         "person-busy",
         "The person is busy",
@@ -89,9 +94,9 @@ const PERSON_BUSY: Kind = Kind {
 };
 
 /// 503: nobody knows whether a write was stored.
-const OUTCOME_UNKNOWN: Kind = Kind {
+const OUTCOME_UNKNOWN: ProblemType = ProblemType {
     retry_after: Some(RETRY_AFTER),
-    ..kind(
+    ..problem_type(
         StatusCode::SERVICE_UNAVAILABLE,
         "outcome-unknown",
         "Outcome unknown",
@@ -101,21 +106,21 @@ const OUTCOME_UNKNOWN: Kind = Kind {
 };
 
 /// 400: no JSON.
-pub(crate) const MALFORMED_JSON: Kind = kind(
+pub(crate) const MALFORMED_JSON: ProblemType = problem_type(
     StatusCode::BAD_REQUEST,
     "malformed-json",
     "Malformed JSON",
     "The request's body could not be read. Nothing was done.",
 );
 /// 415
-pub(crate) const UNSUPPORTED_MEDIA_TYPE: Kind = kind(
+pub(crate) const UNSUPPORTED_MEDIA_TYPE: ProblemType = problem_type(
     StatusCode::UNSUPPORTED_MEDIA_TYPE,
     "unsupported-media-type",
     "Unsupported Media Type",
     "Nothing was done. Send the body with a `Content-Type` that the operation takes.",
 );
 /// 415: a body that would have to be unpacked first.
-pub(crate) const UNSUPPORTED_CODING: Kind = kind(
+pub(crate) const UNSUPPORTED_CODING: ProblemType = problem_type(
     StatusCode::UNSUPPORTED_MEDIA_TYPE,
     "unsupported-coding",
     "Unsupported Content-Encoding",
@@ -125,7 +130,7 @@ pub(crate) const UNSUPPORTED_CODING: Kind = kind(
 /// What the database decided.
 impl From<Refusal> for Problem {
     fn from(refusal: Refusal) -> Self {
-        let kind = match refusal {
+        let type_ = match refusal {
             Refusal::UnknownPerson => &UNKNOWN_PERSON,
             Refusal::UnknownItem => &UNKNOWN_ITEM,
             Refusal::CpfExists => &CPF_EXISTS,
@@ -134,7 +139,7 @@ impl From<Refusal> for Problem {
             Refusal::KeyReused => &KEY_REUSED,
             Refusal::KeySpent => &KEY_SPENT,
         };
-        kind.into()
+        type_.into()
     }
 }
 
@@ -172,14 +177,14 @@ impl From<StoreError> for Problem {
             StoreError::Busy => PERSON_BUSY.problem(),
             StoreError::Unavailable(failure, _) => {
                 tracing::warn!(%error, "a request was not served");
-                Problem { retry_after: Some(RETRY_AFTER), ..UNAVAILABLE.saying(unavailable(failure)) }
+                Problem { retry_after: Some(RETRY_AFTER), ..UNAVAILABLE.with_detail(unavailable(failure)) }
             }
             StoreError::CannotStore { what, .. } => {
                 tracing::warn!(%error, "a request was not served");
                 let detail = format!(
                     "The database cannot store anything right now: {what}. Nothing was stored. Try again later."
                 );
-                Problem { retry_after: Some(RETRY_AFTER), ..UNAVAILABLE.saying(detail) }
+                Problem { retry_after: Some(RETRY_AFTER), ..UNAVAILABLE.with_detail(detail) }
             }
             StoreError::Unknown(_) => {
                 tracing::warn!(%error, "a request was not served");
@@ -196,7 +201,7 @@ impl From<StoreError> for Problem {
 #[cfg(test)]
 mod tests {
     use serde_json::Value;
-    use web::{documentation, problem::KINDS};
+    use web::{documentation, problem::PROBLEM_TYPES};
 
     use super::*;
 
@@ -219,8 +224,8 @@ mod tests {
         let document: Value = serde_json::from_str(&documentation::json(crate::api::OPENAPI)).unwrap();
         for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
             let Some(code) = name.strip_prefix("problem.") else { continue };
-            let kind = own.iter().chain(KINDS).find(|kind| kind.code == code).expect(name);
-            for (field, sent) in serde_json::to_value(kind.problem()).unwrap().as_object().unwrap() {
+            let type_ = own.iter().chain(PROBLEM_TYPES).find(|type_| type_.code == code).expect(name);
+            for (field, sent) in serde_json::to_value(type_.problem()).unwrap().as_object().unwrap() {
                 assert_eq!(&schema["examples"][0][field], sent, "{name} {field}");
             }
         }

@@ -8,7 +8,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use web::{
     conditional::Conditional,
     documentation,
-    front::Gate,
+    front::ConcurrencyLimit,
     methods::only,
     problem::{OVERLOADED, Problem},
 };
@@ -30,7 +30,7 @@ pub(crate) struct Api {
     pub(crate) scores: Scores,
     pub(crate) pool: PgPool,
     /// For reads that do not wait for a write: those that do are as many as there are places for them.
-    pub(crate) gate: Gate,
+    pub(crate) limit: ConcurrencyLimit,
     pub(crate) waiters: Waiters,
     /// How long a reader may wait.
     pub(crate) max_wait: Duration,
@@ -85,7 +85,7 @@ impl Api {
     /// A read that waits for nothing has a place among those that need the database instead.
     async fn begin(&self, after: Option<After>) -> Result<Option<OwnedSemaphorePermit>, Problem> {
         let Some(After { token, wait }) = after else {
-            return Ok(Some(self.gate.enter().ok_or(&OVERLOADED)?));
+            return Ok(Some(self.limit.try_acquire().ok_or(&OVERLOADED)?));
         };
         self.waiters.until_contained(token, wait).await?;
         Ok(None)

@@ -23,7 +23,7 @@ use daemon::{
 use metrics_exporter_prometheus::PrometheusHandle;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
-use web::front::{Front, FrontArgs, GateArgs};
+use web::front::{ConcurrencyArgs, Front, FrontArgs};
 
 use crate::{api::Api, read_model::scores::Scores, waiters::Waiters};
 
@@ -101,7 +101,7 @@ pub struct Config {
     #[command(flatten)]
     pub front: FrontArgs,
     #[command(flatten)]
-    pub gate: GateArgs,
+    pub concurrency: ConcurrencyArgs,
     #[command(flatten)]
     pub shutdown: ShutdownArgs,
     #[command(flatten)]
@@ -124,7 +124,7 @@ pub async fn run(
     let readiness = watch(pool.clone(), health.part("database"), shutdown.requested().clone());
     shutdown.spawn("readiness", readiness);
 
-    let waiters = Waiters::new(front.room().waiting as usize, shutdown.requested().clone());
+    let waiters = Waiters::new(front.connections().waiting as usize, shutdown.requested().clone());
     let (listen, look) = (waiters.clone().listen(database), waiters.clone().look(pool.clone()));
     shutdown.spawn("listening", async move {
         listen.await;
@@ -136,9 +136,9 @@ pub async fn run(
     });
 
     let scores = Scores::new(pool.clone(), &shutdown);
-    let (gate, max_wait) = (config.gate.gate(), config.wait.max_wait);
+    let (limit, max_wait) = (config.concurrency.limit(), config.wait.max_wait);
     // The routes alone have what is in it: the task that reads scores ends when nothing is served any more.
-    let routes = api::routes(&Api { scores, pool, gate, waiters, max_wait });
+    let routes = api::routes(&Api { scores, pool, limit, waiters, max_wait });
     let routes = web::health::add_to(routes, &health, metrics.as_ref());
     let drain = config.shutdown.drain_timeout;
     front.start(&shutdown, routes, drain)?;

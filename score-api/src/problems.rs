@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use poem::http::StatusCode;
-use web::problem::{Kind, Problem, UNAVAILABLE};
+use web::problem::{Problem, ProblemType, UNAVAILABLE};
 
 use crate::{
     read_model::ReadError,
@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// 404. Deleted, never heard of, or not arrived yet: from here they look the same.
-pub(crate) const UNKNOWN_PERSON: Kind = Kind {
+pub(crate) const UNKNOWN_PERSON: ProblemType = ProblemType {
     status: StatusCode::NOT_FOUND,
     code: "unknown-person",
     title: "Unknown person",
@@ -20,13 +20,13 @@ pub(crate) const UNKNOWN_PERSON: Kind = Kind {
 };
 
 /// 503, worth another try soon.
-const fn again(code: &'static str, title: &'static str, detail: &'static str) -> Kind {
+const fn again(code: &'static str, title: &'static str, detail: &'static str) -> ProblemType {
     let retry_after = Some(Duration::from_secs(1));
-    Kind { status: StatusCode::SERVICE_UNAVAILABLE, code, title, detail, retry_after }
+    ProblemType { status: StatusCode::SERVICE_UNAVAILABLE, code, title, detail, retry_after }
 }
 
 /// The wait is over.
-const NOT_THERE_YET: Kind = again(
+const NOT_THERE_YET: ProblemType = again(
     "not-there-yet",
     "Not there yet",
     "The copy does not contain the version that `after` names, yet. Ask again; the copy follows within moments \
@@ -34,14 +34,14 @@ const NOT_THERE_YET: Kind = again(
 );
 
 /// There was no place among those who wait.
-const TOO_MANY_WAITERS: Kind = again(
+const TOO_MANY_WAITERS: ProblemType = again(
     "too-many-waiters",
     "Too many waiters",
     "As many reads wait for a write as may. Ask again later, or without `after`.",
 );
 
 /// The process is to end.
-const SHUTTING_DOWN: Kind = again(
+const SHUTTING_DOWN: ProblemType = again(
     "shutting-down",
     "Shutting down",
     "This instance is ending and waits for nothing more. Ask again, and another one answers.",
@@ -61,14 +61,14 @@ fn not_there_yet(behind: &Behind) -> Problem {
 /// Why a reader's write was not waited for to the end.
 impl From<Missed> for Problem {
     fn from(missed: Missed) -> Self {
-        let kind = match missed {
+        let type_ = match missed {
             Missed::Behind(behind) => return not_there_yet(&behind),
             Missed::Defect => return Problem::internal(),
             Missed::Unavailable => &UNAVAILABLE,
             Missed::TooMany => &TOO_MANY_WAITERS,
             Missed::Ending => &SHUTTING_DOWN,
         };
-        kind.into()
+        type_.into()
     }
 }
 
@@ -88,7 +88,7 @@ impl From<ReadError> for Problem {
 #[cfg(test)]
 mod tests {
     use serde_json::Value;
-    use web::{documentation, problem::KINDS};
+    use web::{documentation, problem::PROBLEM_TYPES};
 
     use super::*;
 
@@ -98,8 +98,8 @@ mod tests {
         let document: Value = serde_json::from_str(&documentation::json(crate::api::OPENAPI)).unwrap();
         for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
             let Some(code) = name.strip_prefix("problem.") else { continue };
-            let kind = own.iter().chain(KINDS).find(|kind| kind.code == code).expect(name);
-            for (field, sent) in serde_json::to_value(kind.problem()).unwrap().as_object().unwrap() {
+            let type_ = own.iter().chain(PROBLEM_TYPES).find(|type_| type_.code == code).expect(name);
+            for (field, sent) in serde_json::to_value(type_.problem()).unwrap().as_object().unwrap() {
                 assert_eq!(&schema["examples"][0][field], sent, "{name} {field}");
             }
         }

@@ -4,7 +4,7 @@
 //! keeps the process alive and its memory bounded whatever comes.
 
 mod body;
-mod gate;
+mod concurrency;
 mod keys;
 mod limits;
 mod observe;
@@ -22,9 +22,9 @@ use tokio_util::sync::CancellationToken;
 use self::server::{Server, listen};
 pub use self::{
     body::{MAX_BODY, read_body},
-    gate::{Gate, GateArgs},
+    concurrency::{ConcurrencyArgs, ConcurrencyLimit},
     keys::{Caller, KeyArgs, Keys},
-    limits::{LimitArgs, Room},
+    limits::{ConnectionLimits, LimitArgs},
     observe::{guarded, headers_only},
 };
 
@@ -43,21 +43,26 @@ pub struct FrontArgs {
 pub struct Front {
     listen: SocketAddr,
     limits: LimitArgs,
-    room: Room,
+    connections: ConnectionLimits,
     keys: Keys,
 }
 
 impl Front {
-    /// At `listen`. `waiting` clients may wait for something to happen, each with a connection beside the others. An
-    /// error where the keys are wrong, or missing although other machines can reach the address.
+    /// At `listen`. `waiting` clients may wait for an event, each with a connection beside the others. An error if the
+    /// keys are wrong, or missing although other machines can reach the address.
     pub fn new(listen: SocketAddr, args: &FrontArgs, waiting: u32) -> Result<Self, SettingError> {
         let (limits, keys) = (args.limits, Keys::new(&args.keys, listen)?);
-        Ok(Self { listen, limits, room: Room::make(limits.max_connections, waiting), keys })
+        Ok(Self {
+            listen,
+            limits,
+            connections: ConnectionLimits::within_open_files(limits.max_connections, waiting),
+            keys,
+        })
     }
 
-    /// How many connections there is room for.
-    pub fn room(&self) -> Room {
-        self.room
+    /// How many connections may be open.
+    pub fn connections(&self) -> ConnectionLimits {
+        self.connections
     }
 
     /// Serves `routes` as the task `http`, until the end is requested; then lets the requests in flight end, for at
@@ -77,7 +82,7 @@ impl Front {
             keys.watch(stop).await;
             Ok(())
         });
-        let connections = self.room.connections.saturating_add(self.room.waiting) as usize;
+        let connections = self.connections.general.saturating_add(self.connections.waiting) as usize;
         let permits = Arc::new(Semaphore::new(connections));
         let stop = shutdown.requested().clone();
         let server = Server { app: guarded(routes, self.keys), limits: self.limits, permits, stop };

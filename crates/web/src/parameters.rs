@@ -8,8 +8,8 @@ use uuid::{Uuid, fmt::Hyphenated};
 
 use crate::problem::{FieldError, Problem};
 
-/// What a text is read as; or the rule that it breaks, without the text.
-pub type Read<T> = Result<T, Cow<'static, str>>;
+/// The value of a text; or the rule that it breaks, without the text.
+pub type Parsed<T> = Result<T, Cow<'static, str>>;
 
 /// Reads parameters one by one, in the order in which errors are listed, and collects everything that is wrong.
 #[derive(Debug)]
@@ -26,13 +26,13 @@ impl<'a> Parameters<'a> {
     }
 
     /// One of the path. What is not UTF-8 is read as an empty text, which no rule allows.
-    pub fn path<T>(&mut self, name: &str, rule: impl FnOnce(&str) -> Read<T>) -> Option<T> {
+    pub fn path<T>(&mut self, name: &str, rule: impl FnOnce(&str) -> Parsed<T>) -> Option<T> {
         let text = self.request.raw_path_param(name).unwrap_or_default();
         self.keep("path", name, rule(text).map(Some))
     }
 
     /// One of the query, which may be absent.
-    pub fn query<T>(&mut self, name: &str, rule: impl FnOnce(&str) -> Read<T>) -> Option<T> {
+    pub fn query<T>(&mut self, name: &str, rule: impl FnOnce(&str) -> Parsed<T>) -> Option<T> {
         let sent: Vec<_> = self.pairs().filter(|(other, _)| other == name).collect();
         let read = match &sent[..] {
             [] => Ok(None),
@@ -43,7 +43,7 @@ impl<'a> Parameters<'a> {
     }
 
     /// A header, which may be absent.
-    pub fn header<T>(&mut self, name: &str, rule: impl FnOnce(&str) -> Read<T>) -> Option<T> {
+    pub fn header<T>(&mut self, name: &str, rule: impl FnOnce(&str) -> Parsed<T>) -> Option<T> {
         let read = match texts(self.request, name).as_deref() {
             None => Err("must be ASCII".into()),
             Some([]) => Ok(None),
@@ -54,7 +54,7 @@ impl<'a> Parameters<'a> {
     }
 
     /// A header that is a list, which may be absent, or come in several lines (RFC 9110, 5.3).
-    pub fn header_list<T>(&mut self, name: &str, rule: impl FnOnce(&str) -> Read<T>) -> Option<T> {
+    pub fn header_list<T>(&mut self, name: &str, rule: impl FnOnce(&str) -> Parsed<T>) -> Option<T> {
         let read = match texts(self.request, name) {
             None => Err("must be ASCII".into()),
             Some(texts) if texts.is_empty() => Ok(None),
@@ -89,7 +89,7 @@ impl<'a> Parameters<'a> {
         form_urlencoded::parse(self.request.uri().query().unwrap_or_default().as_bytes())
     }
 
-    fn keep<T>(&mut self, place: &str, name: &str, read: Read<Option<T>>) -> Option<T> {
+    fn keep<T>(&mut self, place: &str, name: &str, read: Parsed<Option<T>>) -> Option<T> {
         read.unwrap_or_else(|detail| {
             self.errors.push(FieldError { pointer: format!("{place}: {name}").into(), detail });
             None
@@ -103,7 +103,7 @@ pub(crate) fn texts<'a>(request: &'a Request, name: &str) -> Option<Vec<&'a str>
 }
 
 /// A UUID in the only spelling that responses have.
-pub fn hyphenated(text: &str) -> Read<Uuid> {
+pub fn hyphenated(text: &str) -> Parsed<Uuid> {
     let id = Some(text).filter(|text| text.len() == Hyphenated::LENGTH).and_then(|text| text.parse().ok());
     id.ok_or("must be a UUID with hyphens".into())
 }

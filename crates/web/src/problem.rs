@@ -1,6 +1,6 @@
 //! Problem responses (RFC 9457): what happened, to what, and what to do next. Nothing of the inside.
 
-mod kind;
+mod types;
 
 use std::{borrow::Cow, time::Duration};
 
@@ -11,9 +11,9 @@ use poem::{
 };
 use serde::Serialize;
 
-pub use self::kind::{
-    INCOMPLETE_BODY, INTERNAL, INVALID_FIELDS, KINDS, Kind, MALFORMED_REQUEST, OVERLOADED, SLOW_BODY,
-    TOO_LARGE, UNAUTHORIZED, UNAVAILABLE, UNKNOWN_HOST,
+pub use self::types::{
+    INCOMPLETE_BODY, INTERNAL, INVALID_FIELDS, MALFORMED_REQUEST, OVERLOADED, PROBLEM_TYPES, ProblemType,
+    SLOW_BODY, TOO_LARGE, UNAUTHORIZED, UNAVAILABLE, UNKNOWN_HOST,
 };
 
 /// What the body of a problem is.
@@ -132,9 +132,9 @@ impl Problem {
     }
 }
 
-impl From<&Kind> for Problem {
-    fn from(kind: &Kind) -> Self {
-        kind.problem()
+impl From<&ProblemType> for Problem {
+    fn from(type_: &ProblemType) -> Self {
+        type_.problem()
     }
 }
 

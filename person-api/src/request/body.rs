@@ -14,7 +14,7 @@ pub(crate) const MERGE_PATCH: &[&str] = &["application/merge-patch+json", "appli
 pub(crate) async fn body(request: &Request, body: Body, media_types: &[&str]) -> Result<Vec<u8>, Problem> {
     let media_type = request.content_type().and_then(|value| value.split(';').next()).unwrap_or_default();
     if !media_types.iter().any(|known| media_type.trim().eq_ignore_ascii_case(known)) {
-        return Err(UNSUPPORTED_MEDIA_TYPE.saying(format!(
+        return Err(UNSUPPORTED_MEDIA_TYPE.with_detail(format!(
             "Nothing was done. Send the body as `Content-Type: {}`.",
             media_types.join("` or `Content-Type: ")
         )));

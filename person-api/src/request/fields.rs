@@ -133,7 +133,7 @@ fn not_json(error: &serde_json::Error) -> Problem {
 }
 
 fn malformed(what: impl std::fmt::Display) -> Problem {
-    MALFORMED_JSON.saying(format!("{} {what}", MALFORMED_JSON.detail))
+    MALFORMED_JSON.with_detail(format!("{} {what}", MALFORMED_JSON.detail))
 }
 
 /// An object's members in their order, with duplicates, which a map would swallow.

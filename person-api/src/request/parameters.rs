@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 use web::{
     front::Caller,
-    parameters::{Read, hyphenated},
+    parameters::{Parsed, hyphenated},
     tag::Tags,
 };
 
@@ -67,7 +67,7 @@ impl KeyHeader {
     /// The largest number of characters.
     const MAX: usize = 255;
 
-    fn parse(text: &str) -> Read<Self> {
+    fn parse(text: &str) -> Parsed<Self> {
         let key = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
         let visible = key.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"\\".contains(&byte));
         if visible && (1..=Self::MAX).contains(&key.len()) {

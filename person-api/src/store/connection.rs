@@ -6,7 +6,7 @@ use events::Cpf;
 use outbox::database::{Failure, describe};
 use sqlx::{PgConnection, PgPool, Postgres, pool::PoolConnection};
 use tokio::sync::OwnedSemaphorePermit;
-use web::front::Gate;
+use web::front::ConcurrencyLimit;
 
 use super::{
     error::StoreError,
@@ -17,7 +17,7 @@ use super::{
 #[derive(Clone, Debug)]
 pub struct Store {
     pool: PgPool,
-    gate: Gate,
+    limit: ConcurrencyLimit,
     slots: WriteSlots,
 }
 
@@ -46,18 +46,18 @@ impl DerefMut for Connection {
 impl Store {
     /// The pool's connections limit their statements themselves (`statement_timeout`).
     pub fn new(pool: PgPool) -> Self {
-        Self { pool, gate: Gate::default(), slots: WriteSlots::default() }
+        Self { pool, limit: ConcurrencyLimit::default(), slots: WriteSlots::default() }
     }
 
-    /// Takes no more requests at a time than `gate` lets in.
+    /// Takes no more requests at a time than `limit` lets in.
     #[must_use]
-    pub fn behind(self, gate: Gate) -> Self {
-        Self { gate, ..self }
+    pub fn limited_by(self, limit: ConcurrencyLimit) -> Self {
+        Self { limit, ..self }
     }
 
     /// An error means that no statement was sent yet.
     pub(super) async fn acquire(&self) -> Result<Connection, StoreError> {
-        let permit = self.gate.enter().ok_or(StoreError::Overloaded)?;
+        let permit = self.limit.try_acquire().ok_or(StoreError::Overloaded)?;
         let unavailable = |error| StoreError::Unavailable(Failure::of(&error), describe(&error));
         let conn = self.pool.acquire().await.map_err(unavailable)?;
         Ok(Connection { conn, _permit: permit, _slot: None })

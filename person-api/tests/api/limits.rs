@@ -10,7 +10,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
 };
-use web::front::Gate;
+use web::front::ConcurrencyLimit;
 
 use crate::{
     outage::{DEBT, PERSON, lock},
@@ -200,8 +200,8 @@ async fn what_is_too_large_is_refused_and_the_answer_arrives() {
 #[tokio::test]
 async fn more_requests_than_the_database_can_take_are_told_to_come_again() {
     let database = Database::new().await;
-    let store =
-        Store::new(database.url(None).parse::<database::Database>().unwrap().pool(4)).behind(Gate::new(2));
+    let store = Store::new(database.url(None).parse::<database::Database>().unwrap().pool(4))
+        .limited_by(ConcurrencyLimit::new(2));
     let app = App::new(&Api::new(store, Waker::new()));
     app.create("/person", PERSON).await;
     let holder = lock(&database).await;

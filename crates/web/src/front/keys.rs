@@ -23,11 +23,11 @@ use subtle::ConstantTimeEq;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use self::file::{Key, Mark, Secret, mark, read};
+use self::file::{FileState, Key, Secret, file_state, read};
 use crate::problem::{Problem, UNAUTHORIZED, UNKNOWN_HOST};
 
 /// How often the program looks whether the file has changed.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What needs no key: what a load balancer or a container's health check asks for, and what is the same for all and
 /// names no person.
@@ -81,15 +81,15 @@ impl Caller {
 #[derive(Clone, Default)]
 pub struct Keys {
     /// None: the API needs no key.
-    known: Option<Arc<Known>>,
+    known: Option<Arc<KeyFile>>,
     /// Without keys: the hosts that are served beside this machine's own names.
     hosts: Arc<[AllowedHost]>,
 }
 
-struct Known {
+struct KeyFile {
     path: PathBuf,
-    /// The file's mark from before it was first read: a change that comes after that is not missed.
-    mark: Option<Mark>,
+    /// The file's state from before it was first read: a change that comes after that is not missed.
+    state: Option<FileState>,
     keys: RwLock<Vec<Key>>,
 }
 
@@ -115,8 +115,8 @@ impl Keys {
             let problem = format!("{}: {error}", path.display());
             SettingError::new("API_KEYS_FILE (or --api-keys-file)", problem)
         };
-        let mark = mark(&path);
-        let known = Known { keys: RwLock::new(read(&path).map_err(wrong)?), mark, path };
+        let state = file_state(&path);
+        let known = KeyFile { keys: RwLock::new(read(&path).map_err(wrong)?), state, path };
         known.report(false);
         Ok(Self { known: Some(Arc::new(known)), hosts: Arc::default() })
     }
@@ -140,11 +140,11 @@ impl Keys {
     /// Reads the file again whenever it changes, until `stop`. A file that is wrong changes nothing.
     pub(super) async fn watch(self, stop: CancellationToken) {
         let Some(known) = self.known else { return stop.cancelled().await };
-        let mut looks = interval(LOOK);
+        let mut looks = interval(CHECK_INTERVAL);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut seen, mut judged, mut stale) = (known.mark, known.mark, false);
+        let (mut seen, mut judged, mut stale) = (known.state, known.state, false);
         while stop.run_until_cancelled(looks.tick()).await.is_some() {
-            let now = mark(&known.path);
+            let now = file_state(&known.path);
             // Half a file could be a right one with half of the keys: one that is being written has to settle.
             let settled = std::mem::replace(&mut seen, now) == now;
             // A wrong one is tried again even if it stays: the machine may have been in trouble.
@@ -170,7 +170,7 @@ impl Keys {
     }
 }
 
-impl Known {
+impl KeyFile {
     /// The caller with this secret. Compares with all keys and all of each, so that the time says nothing of how
     /// close a guess was.
     fn find(&self, secret: &[u8]) -> Option<Caller> {

@@ -37,35 +37,35 @@ fn timeout(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// How many connections there is room for.
+/// How many connections may be open at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
+pub struct ConnectionLimits {
     /// Of clients in general.
-    pub connections: u32,
-    /// Of clients that wait for something to happen, beside the others.
+    pub general: u32,
+    /// Of clients that wait for an event, beside the others.
     pub waiting: u32,
 }
 
-impl Room {
-    /// Raises the process's limit on open files to what the system allows, and takes fewer connections than asked
-    /// for where files would run out: the program could not reach its database then.
-    pub(super) fn make(connections: u32, waiting: u32) -> Self {
+impl ConnectionLimits {
+    /// Raises the process's limit of open files to the system's maximum, and lowers the numbers if files would still run
+    /// out: the program could not reach its database then.
+    pub(super) fn within_open_files(general: u32, waiting: u32) -> Self {
         let Rlimit { maximum, current } = getrlimit(Resource::Nofile);
         let raised = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
         let files = if raised.is_ok() { maximum } else { current }.unwrap_or(u64::MAX);
-        let asked = Self { connections, waiting };
-        let room = asked.within(files);
-        if room != asked {
-            let Self { connections, waiting } = room;
+        let asked = Self { general, waiting };
+        let limits = asked.within(files);
+        if limits != asked {
+            let Self { general: connections, waiting } = limits;
             tracing::warn!(files, connections, waiting, "the limit of open files allows fewer connections");
         }
-        room
+        limits
     }
 
     fn within(self, files: u64) -> Self {
         let left = u32::try_from(files.saturating_sub(OWN_FILES)).unwrap_or(u32::MAX);
-        let connections = self.connections.min(left).max(1);
-        Self { connections, waiting: self.waiting.min(left.saturating_sub(connections)) }
+        let general = self.general.min(left).max(1);
+        Self { general, waiting: self.waiting.min(left.saturating_sub(general)) }
     }
 }
 
@@ -74,11 +74,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn room_is_made_within_the_files_there_are() {
-        let asked = Room { connections: 1024, waiting: 10_000 };
+    fn connections_are_limited_by_open_files() {
+        let asked = ConnectionLimits { general: 1024, waiting: 10_000 };
         let within = |files| {
-            let Room { connections, waiting } = asked.within(files);
-            (connections, waiting)
+            let ConnectionLimits { general, waiting } = asked.within(files);
+            (general, waiting)
         };
         assert_eq!(within(OWN_FILES + 11_024), (1024, 10_000));
         assert_eq!(within(OWN_FILES + 1027), (1024, 3));

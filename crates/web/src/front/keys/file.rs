@@ -21,12 +21,12 @@ pub(super) struct Key {
     pub(super) secret: Secret,
 }
 
-/// What changes when the file is written to, gets other permissions, or is replaced, also behind a link: its device,
-/// inode, time of change and size.
-pub(super) type Mark = (u64, u64, i64, i64, u64);
+/// Changes when the file is written to, gets other permissions, or is replaced, also behind a link: device, inode, time of
+/// change and size.
+pub(super) type FileState = (u64, u64, i64, i64, u64);
 
-/// The mark of the file; none if it is not there.
-pub(super) fn mark(path: &Path) -> Option<Mark> {
+/// The state of the file; none if it does not exist.
+pub(super) fn file_state(path: &Path) -> Option<FileState> {
     let file = fs::metadata(path).ok()?;
     Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec(), file.size()))
 }

@@ -1,4 +1,4 @@
-//! Types of problems.
+//! The problem types of every API.
 
 use std::{borrow::Cow, time::Duration};
 
@@ -6,36 +6,36 @@ use poem::http::StatusCode;
 
 use super::Problem;
 
-/// What all problems of one type have in common.
+/// A problem type (RFC 9457): what all problems of the type have in common.
 #[derive(Clone, Copy, Debug)]
-pub struct Kind {
+pub struct ProblemType {
     /// The status code.
     pub status: StatusCode,
     /// The last part of the type, in kebab case.
     pub code: &'static str,
     /// What happened, in two or three words.
     pub title: &'static str,
-    /// What happened and what to do next, where there is nothing more particular to say.
+    /// What happened and what to do next, unless a problem has its own detail.
     pub detail: &'static str,
     /// When another try makes sense.
     pub retry_after: Option<Duration>,
 }
 
-impl Kind {
+impl ProblemType {
     /// A problem of this type.
     pub fn problem(&self) -> Problem {
-        self.saying(self.detail)
+        self.with_detail(self.detail)
     }
 
-    /// A problem of this type with something more particular to say.
-    pub fn saying(&self, detail: impl Into<Cow<'static, str>>) -> Problem {
+    /// A problem of this type with its own detail.
+    pub fn with_detail(&self, detail: impl Into<Cow<'static, str>>) -> Problem {
         let problem = Problem::new(self.status, self.code, self.title, detail);
         Problem { retry_after: self.retry_after, ..problem }
     }
 }
 
 /// 422 with everything that is wrong.
-pub const INVALID_FIELDS: Kind = Kind {
+pub const INVALID_FIELDS: ProblemType = ProblemType {
     status: StatusCode::UNPROCESSABLE_ENTITY,
     code: "invalid-fields",
     title: "Invalid fields",
@@ -43,8 +43,8 @@ pub const INVALID_FIELDS: Kind = Kind {
     retry_after: None,
 };
 
-/// 503: the database does not answer; nothing is known to be lost.
-pub const UNAVAILABLE: Kind = Kind {
+/// 503: the database does not respond.
+pub const UNAVAILABLE: ProblemType = ProblemType {
     status: StatusCode::SERVICE_UNAVAILABLE,
     code: "unavailable",
     title: "Service unavailable",
@@ -53,7 +53,7 @@ pub const UNAVAILABLE: Kind = Kind {
 };
 
 /// 500: a defect of ours. The cause goes to the log, never to the client.
-pub const INTERNAL: Kind = Kind {
+pub const INTERNAL: ProblemType = ProblemType {
     status: StatusCode::INTERNAL_SERVER_ERROR,
     code: "internal",
     title: "Internal error",
@@ -61,8 +61,8 @@ pub const INTERNAL: Kind = Kind {
     retry_after: None,
 };
 
-/// 401: nobody knows who asks. The same whatever is wrong with the key.
-pub const UNAUTHORIZED: Kind = Kind {
+/// 401: the key is missing or unknown. The response does not say which.
+pub const UNAUTHORIZED: ProblemType = ProblemType {
     status: StatusCode::UNAUTHORIZED,
     code: "unauthorized",
     title: "Unauthorized",
@@ -71,7 +71,7 @@ pub const UNAUTHORIZED: Kind = Kind {
 };
 
 /// 503: the limit of requests that use the database is reached. Nothing was done.
-pub const OVERLOADED: Kind = Kind {
+pub const OVERLOADED: ProblemType = ProblemType {
     status: StatusCode::SERVICE_UNAVAILABLE,
     code: "overloaded",
     title: "Overloaded",
@@ -80,7 +80,7 @@ pub const OVERLOADED: Kind = Kind {
 };
 
 /// 408: a request's body did not arrive in time.
-pub const SLOW_BODY: Kind = Kind {
+pub const SLOW_BODY: ProblemType = ProblemType {
     status: StatusCode::REQUEST_TIMEOUT,
     code: "slow-body",
     title: "Request Timeout",
@@ -88,8 +88,8 @@ pub const SLOW_BODY: Kind = Kind {
     retry_after: None,
 };
 
-/// 400: less of a body came than was announced.
-pub const INCOMPLETE_BODY: Kind = Kind {
+/// 400: the body is shorter than announced.
+pub const INCOMPLETE_BODY: ProblemType = ProblemType {
     status: StatusCode::BAD_REQUEST,
     code: "incomplete-body",
     title: "Incomplete body",
@@ -98,7 +98,7 @@ pub const INCOMPLETE_BODY: Kind = Kind {
 };
 
 /// 413: a body beyond [`MAX_BODY`](crate::front::MAX_BODY).
-pub const TOO_LARGE: Kind = Kind {
+pub const TOO_LARGE: ProblemType = ProblemType {
     status: StatusCode::PAYLOAD_TOO_LARGE,
     code: "too-large",
     title: "Content Too Large",
@@ -107,7 +107,7 @@ pub const TOO_LARGE: Kind = Kind {
 };
 
 /// 400: a request that names no host, or two, or a wrong one.
-pub const MALFORMED_REQUEST: Kind = Kind {
+pub const MALFORMED_REQUEST: ProblemType = ProblemType {
     status: StatusCode::BAD_REQUEST,
     code: "malformed-request",
     title: "Malformed request",
@@ -116,7 +116,7 @@ pub const MALFORMED_REQUEST: Kind = Kind {
 };
 
 /// 421: a host that is not this program's. Without keys a web page could reach it under the page's own name.
-pub const UNKNOWN_HOST: Kind = Kind {
+pub const UNKNOWN_HOST: ProblemType = ProblemType {
     status: StatusCode::MISDIRECTED_REQUEST,
     code: "unknown-host",
     title: "Unknown host",
@@ -126,7 +126,7 @@ pub const UNKNOWN_HOST: Kind = Kind {
 };
 
 /// All of these.
-pub const KINDS: &[&Kind] = &[
+pub const PROBLEM_TYPES: &[&ProblemType] = &[
     &INVALID_FIELDS,
     &UNAVAILABLE,
     &INTERNAL,
