@@ -6,7 +6,7 @@ mod persons;
 use std::time::Duration;
 
 use daemon::config::database::Failure;
-use events::{Cpf, Kind};
+use events::{Cpf, ItemKind};
 use outbox::Waker;
 use poem::{EndpointExt, Response, Route, endpoint::BoxEndpoint, get, post};
 use tokio_util::task::TaskTracker;
@@ -33,7 +33,7 @@ fn paths() -> Vec<(String, BoxEndpoint<'static, Response>)> {
         ("/person".to_owned(), only("POST", post(persons::add))),
         ("/person/:cpf".to_owned(), only("DELETE, GET, HEAD, PATCH", person)),
     ];
-    for kind in [Kind::Income, Kind::Asset, Kind::Debt] {
+    for kind in [ItemKind::Income, ItemKind::Asset, ItemKind::Debt] {
         let (all, one) = (format!("/person/:cpf/{kind}"), format!("/person/:cpf/{kind}/:id"));
         let items = get(items::list).post(items::add);
         let item = get(items::read).put(items::change).delete(items::delete);

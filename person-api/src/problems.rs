@@ -13,7 +13,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 /// When another try makes sense, while others write about the same person.
 const BUSY_AFTER: Duration = Duration::from_secs(1);
 
-/// A kind that another try does not help by itself.
+/// A problem that a retry alone does not solve.
 const fn problem_type(
     status: StatusCode,
     code: &'static str,

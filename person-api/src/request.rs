@@ -8,7 +8,7 @@ mod fields;
 mod parameters;
 mod rules;
 
-use events::{Cpf, Kind};
+use events::{Cpf, ItemKind};
 use poem::Request;
 use uuid::Uuid;
 use web::problem::Problem;
@@ -56,10 +56,10 @@ pub(crate) fn patch(request: &Request, body: &[u8]) -> Result<(Cpf, Precondition
 }
 
 /// The fields of an item. `fields` collects what is wrong.
-fn item_fields(kind: Kind, fields: &mut Fields<'_>) -> Option<NewItem> {
+fn item_fields(kind: ItemKind, fields: &mut Fields<'_>) -> Option<NewItem> {
     let type_ = match kind {
-        Kind::Income | Kind::Asset => Some(fields.required("type", |raw| rules::text(raw, 100))),
-        Kind::Debt => None,
+        ItemKind::Income | ItemKind::Asset => Some(fields.required("type", |raw| rules::text(raw, 100))),
+        ItemKind::Debt => None,
     };
     let value = fields.required("value", rules::value);
     let type_ = match type_ {
@@ -72,7 +72,7 @@ fn item_fields(kind: Kind, fields: &mut Fields<'_>) -> Option<NewItem> {
 /// Parses the request of `POST /person/{cpf}/<kind>`.
 pub(crate) fn new_item(
     request: &Request,
-    kind: Kind,
+    kind: ItemKind,
     body: &[u8],
 ) -> Result<(Cpf, Precondition, NewItem, Option<KeyHeader>), Problem> {
     let mut fields = Fields::read(request, body)?;
@@ -85,7 +85,7 @@ pub(crate) fn new_item(
 /// Parses the request of `PUT /person/{cpf}/<kind>/{id}`.
 pub(crate) fn changed_item(
     request: &Request,
-    kind: Kind,
+    kind: ItemKind,
     body: &[u8],
 ) -> Result<((Cpf, Uuid), Precondition, NewItem), Problem> {
     let mut fields = Fields::read(request, body)?;

@@ -1,6 +1,6 @@
 //! The responses of requests that succeed.
 
-use events::{Cpf, Kind};
+use events::{Cpf, ItemKind};
 use poem::{
     Response, ResponseBuilder,
     http::{StatusCode, header},
@@ -69,7 +69,7 @@ pub(crate) fn representation(conditional: &Conditional, found: Representation) -
 pub(crate) fn list(
     conditional: &Conditional,
     cpf: Cpf,
-    kind: Kind,
+    kind: ItemKind,
     request: PageRequest,
     page: ItemPage,
 ) -> Result<Response, Problem> {

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use chrono::{DateTime, Utc};
-use events::{Cpf, Kind};
+use events::{Cpf, ItemKind};
 use inbox::Failure;
 use rust_decimal::Decimal;
 use sqlx::{FromRow, Postgres, Row, Transaction, postgres::PgRow};
@@ -35,9 +35,9 @@ impl FromRow<'_, PgRow> for Person {
 impl FromRow<'_, PgRow> for Entry {
     fn from_row(row: &PgRow) -> sqlx::Result<Self> {
         let kind = match row.try_get("type")? {
-            "income" => Kind::Income,
-            "asset" => Kind::Asset,
-            "debt" => Kind::Debt,
+            "income" => ItemKind::Income,
+            "asset" => ItemKind::Asset,
+            "debt" => ItemKind::Debt,
             other => return Err(sqlx::Error::Decode(format!("{other:?} is no kind of entry").into())),
         };
         Ok(Self {

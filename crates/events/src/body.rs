@@ -52,7 +52,7 @@ impl Status {
 /// What kind of record an item is; the first word of its event types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum ItemKind {
     /// What a person earns.
     Income,
     /// What a person owns.
@@ -61,7 +61,7 @@ pub enum Kind {
     Debt,
 }
 
-impl Kind {
+impl ItemKind {
     /// The kind as it stands in event types, tables and paths.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -72,7 +72,7 @@ impl Kind {
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for ItemKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
@@ -144,7 +144,7 @@ pub struct Score {
     pub cpf: Cpf,
     /// What kind of record the entry scores.
     #[serde(rename = "type")]
-    pub kind: Kind,
+    pub kind: ItemKind,
     /// The item's value.
     #[serde(with = "rust_decimal::serde::arbitrary_precision")]
     pub value: Decimal,
@@ -169,11 +169,11 @@ pub enum PersonEvent {
     /// `person.baseline`: the complete state; what the receiver had is replaced.
     Baseline(Box<Baseline>),
     /// `income.new`, `asset.new`, `debt.new`
-    ItemNew(Kind, Item),
+    ItemNew(ItemKind, Item),
     /// `income.changed`, `asset.changed`, `debt.changed`
-    ItemChanged(Kind, Item),
+    ItemChanged(ItemKind, Item),
     /// `income.deleted`, `asset.deleted`, `debt.deleted`: the record as it was.
-    ItemDeleted(Kind, Item),
+    ItemDeleted(ItemKind, Item),
     /// Of any type: the content was erased. It advances the version and does nothing.
     Erased,
     /// A type that this version of the contract does not know. It advances the version and does nothing.
@@ -216,21 +216,21 @@ impl PersonEvent {
         if json::<ErasedMark>(type_, body)?.erased {
             return Ok(Self::Erased);
         }
-        let item = |kind, wrap: fn(Kind, Item) -> Self| Ok(wrap(kind, json(type_, body)?));
+        let item = |kind, wrap: fn(ItemKind, Item) -> Self| Ok(wrap(kind, json(type_, body)?));
         match type_ {
             "person.new" => Ok(Self::New(json(type_, body)?)),
             "person.changed" => Ok(Self::Changed(json(type_, body)?)),
             "person.deleted" => Ok(Self::Deleted(json(type_, body)?)),
             "person.baseline" => Ok(Self::Baseline(json(type_, body)?)),
-            "income.new" => item(Kind::Income, Self::ItemNew),
-            "income.changed" => item(Kind::Income, Self::ItemChanged),
-            "income.deleted" => item(Kind::Income, Self::ItemDeleted),
-            "asset.new" => item(Kind::Asset, Self::ItemNew),
-            "asset.changed" => item(Kind::Asset, Self::ItemChanged),
-            "asset.deleted" => item(Kind::Asset, Self::ItemDeleted),
-            "debt.new" => item(Kind::Debt, Self::ItemNew),
-            "debt.changed" => item(Kind::Debt, Self::ItemChanged),
-            "debt.deleted" => item(Kind::Debt, Self::ItemDeleted),
+            "income.new" => item(ItemKind::Income, Self::ItemNew),
+            "income.changed" => item(ItemKind::Income, Self::ItemChanged),
+            "income.deleted" => item(ItemKind::Income, Self::ItemDeleted),
+            "asset.new" => item(ItemKind::Asset, Self::ItemNew),
+            "asset.changed" => item(ItemKind::Asset, Self::ItemChanged),
+            "asset.deleted" => item(ItemKind::Asset, Self::ItemDeleted),
+            "debt.new" => item(ItemKind::Debt, Self::ItemNew),
+            "debt.changed" => item(ItemKind::Debt, Self::ItemChanged),
+            "debt.deleted" => item(ItemKind::Debt, Self::ItemDeleted),
             _ => Ok(Self::Unknown),
         }
     }

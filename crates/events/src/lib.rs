@@ -7,7 +7,9 @@
 mod body;
 mod cpf;
 
-pub use body::{Baseline, BaselineItem, Deleted, Item, Kind, ParseError, Person, PersonEvent, Score, Status};
+pub use body::{
+    Baseline, BaselineItem, Deleted, Item, ItemKind, ParseError, Person, PersonEvent, Score, Status,
+};
 pub use cpf::{Cpf, InvalidCpf};
 
 /// The topic exchange that every event is published to, with the event type as its routing key.

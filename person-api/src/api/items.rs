@@ -1,6 +1,6 @@
 //! Items of a person. The three kinds differ in their paths, tables and events; what is done with them is the same.
 
-use events::Kind;
+use events::ItemKind;
 use poem::{Body, Request, Response, handler, web::Data};
 use web::{conditional::Conditional, problem::Problem};
 
@@ -17,7 +17,7 @@ pub(super) async fn add(
     request: &Request,
     body: Body,
     Data(api): Data<&Api>,
-    Data(&kind): Data<&Kind>,
+    Data(&kind): Data<&ItemKind>,
 ) -> Result<Response, Problem> {
     let body = request::body(request, body, JSON).await?;
     let (cpf, precondition, item, key) = request::new_item(request, kind, &body)?;
@@ -41,7 +41,7 @@ pub(super) async fn add(
 pub(super) async fn list(
     request: &Request,
     Data(api): Data<&Api>,
-    Data(&kind): Data<&Kind>,
+    Data(&kind): Data<&ItemKind>,
 ) -> Result<Response, Problem> {
     let ((cpf, page), conditional) = (request::page(request)?, Conditional::of(request));
     if let Some(same) = api.without_body(&conditional, cpf).await? {
@@ -56,7 +56,7 @@ pub(super) async fn list(
 pub(super) async fn read(
     request: &Request,
     Data(api): Data<&Api>,
-    Data(&kind): Data<&Kind>,
+    Data(&kind): Data<&ItemKind>,
 ) -> Result<Response, Problem> {
     let (cpf, id) = request::item(request)?;
     response::representation(&Conditional::of(request), api.store.item(kind, cpf, id).await??)
@@ -68,7 +68,7 @@ pub(super) async fn change(
     request: &Request,
     body: Body,
     Data(api): Data<&Api>,
-    Data(&kind): Data<&Kind>,
+    Data(&kind): Data<&ItemKind>,
 ) -> Result<Response, Problem> {
     let body = request::body(request, body, JSON).await?;
     let (path, precondition, item) = request::changed_item(request, kind, &body)?;
@@ -84,7 +84,7 @@ pub(super) async fn change(
 pub(super) async fn delete(
     request: &Request,
     Data(api): Data<&Api>,
-    Data(&kind): Data<&Kind>,
+    Data(&kind): Data<&ItemKind>,
 ) -> Result<Response, Problem> {
     let (path, precondition) = request::deleted_item(request)?;
     let deleted = api.write(move |store| {

@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use events::{Cpf, Kind};
+use events::{Cpf, ItemKind};
 use uuid::Uuid;
 
 use super::{
@@ -28,10 +28,10 @@ pub(super) struct ItemSql {
 const NOT_OF_A_DEBT: &str = "-- not of a debt";
 
 impl ItemSql {
-    fn new(kind: Kind) -> Self {
+    fn new(kind: ItemKind) -> Self {
         let of_kind = |sql: &str| {
-            let lines = sql.lines().filter(|line| kind != Kind::Debt || !line.ends_with(NOT_OF_A_DEBT));
-            lines.collect::<Vec<_>>().join("\n").replace(Kind::Income.as_str(), kind.as_str())
+            let lines = sql.lines().filter(|line| kind != ItemKind::Debt || !line.ends_with(NOT_OF_A_DEBT));
+            lines.collect::<Vec<_>>().join("\n").replace(ItemKind::Income.as_str(), kind.as_str())
         };
         Self {
             add: of_kind(include_str!("sql/item/add.sql")),
@@ -43,14 +43,14 @@ impl ItemSql {
     }
 
     /// Made when the first request needs it.
-    pub(super) fn of(kind: Kind) -> &'static Self {
-        static INCOME: LazyLock<ItemSql> = LazyLock::new(|| ItemSql::new(Kind::Income));
-        static ASSET: LazyLock<ItemSql> = LazyLock::new(|| ItemSql::new(Kind::Asset));
-        static DEBT: LazyLock<ItemSql> = LazyLock::new(|| ItemSql::new(Kind::Debt));
+    pub(super) fn of(kind: ItemKind) -> &'static Self {
+        static INCOME: LazyLock<ItemSql> = LazyLock::new(|| ItemSql::new(ItemKind::Income));
+        static ASSET: LazyLock<ItemSql> = LazyLock::new(|| ItemSql::new(ItemKind::Asset));
+        static DEBT: LazyLock<ItemSql> = LazyLock::new(|| ItemSql::new(ItemKind::Debt));
         match kind {
-            Kind::Income => &INCOME,
-            Kind::Asset => &ASSET,
-            Kind::Debt => &DEBT,
+            ItemKind::Income => &INCOME,
+            ItemKind::Asset => &ASSET,
+            ItemKind::Debt => &DEBT,
         }
     }
 }
@@ -65,7 +65,7 @@ impl Store {
     /// idempotency key got.
     pub(crate) async fn add_item(
         &self,
-        kind: Kind,
+        kind: ItemKind,
         cpf: Cpf,
         precondition: Precondition,
         item: NewItem,
@@ -101,7 +101,7 @@ impl Store {
     /// Replaces an item.
     pub(crate) async fn change_item(
         &self,
-        kind: Kind,
+        kind: ItemKind,
         (cpf, id): (Cpf, Uuid),
         precondition: Precondition,
         item: NewItem,
@@ -124,7 +124,7 @@ impl Store {
     /// Deletes an item.
     pub(crate) async fn delete_item(
         &self,
-        kind: Kind,
+        kind: ItemKind,
         (cpf, id): (Cpf, Uuid),
         precondition: Precondition,
     ) -> Result<Result<ChangeOutcome, Refusal>, StoreError> {
@@ -142,7 +142,7 @@ impl Store {
     /// Reads a page of a person's items; `None` when there is no such person.
     pub(crate) async fn items(
         &self,
-        kind: Kind,
+        kind: ItemKind,
         cpf: Cpf,
         page: PageRequest,
     ) -> Result<Option<ItemPage>, StoreError> {
@@ -157,7 +157,7 @@ impl Store {
     /// Reads an item of a person.
     pub(crate) async fn item(
         &self,
-        kind: Kind,
+        kind: ItemKind,
         cpf: Cpf,
         id: Uuid,
     ) -> Result<Result<Representation, Refusal>, StoreError> {

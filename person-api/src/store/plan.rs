@@ -1,6 +1,6 @@
 //! Writes and reads find their rows by index, also when the tables are large.
 
-use events::Kind;
+use events::ItemKind;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, SqlSafeStr};
 
 use super::{erase, idempotency, items::ItemSql, persons};
@@ -18,7 +18,7 @@ async fn connect(database: &str) -> PgConnection {
 #[tokio::test]
 async fn the_statements_of_each_kind_fit_its_table() {
     let mut conn = connect("person_items").await;
-    for kind in [Kind::Income, Kind::Asset, Kind::Debt] {
+    for kind in [ItemKind::Income, ItemKind::Asset, ItemKind::Debt] {
         let ItemSql { add, change, delete, list, read } = ItemSql::of(kind);
         for sql in [add, change, delete, list, read] {
             conn.prepare(sql.as_str().into_sql_str()).await.unwrap_or_else(|error| panic!("{error}: {sql}"));
@@ -43,7 +43,7 @@ async fn statements_use_indexes_only() {
     .await
     .unwrap();
 
-    let [income, debt] = [Kind::Income, Kind::Debt].map(ItemSql::of);
+    let [income, debt] = [ItemKind::Income, ItemKind::Debt].map(ItemSql::of);
     let statements = [
         (
             "add a person",

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use events::{BaselineItem, Cpf, Deleted, Item, Kind, Score};
+use events::{BaselineItem, Cpf, Deleted, Item, ItemKind, Score};
 use rust_decimal::Decimal;
 use serde::Serialize;
 use serde_json::{Map, Value, value::RawValue};
@@ -17,22 +17,22 @@ use crate::score;
 pub(crate) struct Entry {
     /// The item's own.
     pub(crate) id: Uuid,
-    pub(crate) kind: Kind,
+    pub(crate) kind: ItemKind,
     pub(crate) value: Decimal,
     pub(crate) score: i64,
     pub(crate) created_at: DateTime<Utc>,
 }
 
 impl Entry {
-    pub(crate) fn of(kind: Kind, item: &Item) -> Result<Self, Refused> {
+    pub(crate) fn of(kind: ItemKind, item: &Item) -> Result<Self, Refused> {
         Self::new(kind, item.id, item.value, item.created_at)
     }
 
-    pub(crate) fn of_baseline(kind: Kind, item: &BaselineItem) -> Result<Self, Refused> {
+    pub(crate) fn of_baseline(kind: ItemKind, item: &BaselineItem) -> Result<Self, Refused> {
         Self::new(kind, item.id, item.value, item.created_at)
     }
 
-    fn new(kind: Kind, id: Uuid, value: Decimal, created_at: DateTime<Utc>) -> Result<Self, Refused> {
+    fn new(kind: ItemKind, id: Uuid, value: Decimal, created_at: DateTime<Utc>) -> Result<Self, Refused> {
         let score = score::of(kind, value).ok_or(Refused::Value)?;
         Ok(Self { id, kind, value, score, created_at })
     }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use chrono::{DateTime, Utc};
-use events::{Baseline, Cpf, Item, Kind, PersonEvent};
+use events::{Baseline, Cpf, Item, ItemKind, PersonEvent};
 use rust_decimal::Decimal;
 use uuid::Uuid;
 
@@ -183,9 +183,9 @@ impl Slice {
         let cpf_changed = known.cpf != baseline.person.cpf;
         known.cpf = baseline.person.cpf;
         let items = [
-            (Kind::Income, &baseline.incomes),
-            (Kind::Asset, &baseline.assets),
-            (Kind::Debt, &baseline.debts),
+            (ItemKind::Income, &baseline.incomes),
+            (ItemKind::Asset, &baseline.assets),
+            (ItemKind::Debt, &baseline.debts),
         ];
         let mut after = BTreeMap::new();
         for (kind, items) in items {
@@ -245,7 +245,7 @@ impl Slice {
         }
     }
 
-    fn known_entry(&mut self, person: Uuid, kind: Kind, item: &Item) -> Result<Entry, Refused> {
+    fn known_entry(&mut self, person: Uuid, kind: ItemKind, item: &Item) -> Result<Entry, Refused> {
         self.known(person)?;
         // One that another person has is as unknown as one that nobody has.
         let entry = self.entry_of(person, item.id).ok().flatten().filter(|entry| entry.kind == kind);
