@@ -84,7 +84,10 @@ impl Policies {
         let why =
             format!("no queue takes events of type {type_}: bind a queue to the exchange {}", self.exchange);
         if self.unroutable.of(type_) == Unroutable::Hold {
-            format!("{why}, or let them go with --unroutable {}", shown::quoted(&format!("{type_}=drop")))
+            format!(
+                "{why}, or let them go with --unroutable {}",
+                escape::shell_word(&format!("{type_}=drop"))
+            )
         } else {
             why
         }

@@ -4,7 +4,6 @@ use std::{fmt::Write, time::Duration};
 
 use anyhow::Context;
 use serde_json::json;
-use shown::shown;
 
 use crate::command::{CommandArgs, Verdict, Which, connect, many};
 
@@ -43,10 +42,11 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
         let mut source = None;
         for digest in &digests {
             if source.replace(&digest.source) != Some(&digest.source) {
-                let _ = writeln!(text, "{}", shown(&digest.source));
+                let _ = writeln!(text, "{}", escape::line(&digest.source));
             }
             let part = if args.buckets > 1 { format!(", bucket {}", digest.bucket) } else { String::new() };
-            let (type_, aggregates) = (shown(&digest.aggregate_type), many(digest.aggregates, "aggregate"));
+            let (type_, aggregates) =
+                (escape::line(&digest.aggregate_type), many(digest.aggregates, "aggregate"));
             let _ = writeln!(
                 text,
                 "  {type_}{part}: {aggregates}, versions {}, hash {}",

@@ -97,9 +97,9 @@ impl CommandArgs {
     pub fn answer(&self, answer: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
         // Texts of others are escaped where they are put in. This is for one that was forgotten.
         let text = if self.json {
-            shown::json(&serde_json::to_string_pretty(answer)?).into_owned()
+            escape::json(&serde_json::to_string_pretty(answer)?).into_owned()
         } else {
-            shown::lines(&text()).into_owned()
+            escape::lines(&text()).into_owned()
         };
         print(&text).context("the result cannot be written")
     }

@@ -172,7 +172,7 @@ impl Part {
 
     fn say(&self, reason: &str, ready: bool) {
         // It may name an aggregate, a type or what a server has said.
-        let reason = shown::shown(reason).to_string();
+        let reason = escape::line(reason).to_string();
         let mut state = self.health.state();
         let parts = &mut state.parts;
         let since = match parts.get(self.name) {

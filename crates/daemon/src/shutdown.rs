@@ -28,7 +28,7 @@ pub fn exit_code(program: &str, result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{program}: {}", shown::lines(&format!("{error:#}")));
+            eprintln!("{program}: {}", escape::lines(&format!("{error:#}")));
             if error.is::<SettingError>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }

@@ -66,8 +66,8 @@ fn safe_fields() -> impl for<'a> FormatFields<'a> + 'static {
     let fields = debug_fn(|to, field, value| {
         let value = format!("{value:?}");
         match field.name() {
-            "message" => write!(to, "{}", shown::shown(&value)),
-            name => write!(to, "{name}={}", shown::shown(&value)),
+            "message" => write!(to, "{}", escape::line(&value)),
+            name => write!(to, "{name}={}", escape::line(&value)),
         }
     });
     fields.delimited(" ")

@@ -3,7 +3,6 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use serde_json::Value;
-use shown::{quoted, shown};
 use sqlx::PgPool;
 
 use crate::{
@@ -162,8 +161,8 @@ impl<'a> Alarms<'a> {
              --to-queue {}` brings them, or a baseline",
             named.join("; "),
             more(count),
-            quoted(&format!("{}/{}", first.aggregate_type, first.aggregate_id)),
-            quoted(self.queue),
+            escape::shell_word(&format!("{}/{}", first.aggregate_type, first.aggregate_id)),
+            escape::shell_word(self.queue),
         )))
     }
 
@@ -250,14 +249,15 @@ impl Alarms<'_> {
 
 impl Hole {
     fn describe(&self) -> String {
-        let (aggregate, source, Self { first, last, .. }) = (self.aggregate(), shown(&self.source), self);
+        let (aggregate, source, Self { first, last, .. }) =
+            (self.aggregate(), escape::line(&self.source), self);
         let versions =
             if first == last { format!("version {first}") } else { format!("versions {first} to {last}") };
         format!("{aggregate} of {source} lacks {versions}")
     }
 
     fn aggregate(&self) -> String {
-        format!("{}/{}", shown(&self.aggregate_type), shown(&self.aggregate_id))
+        format!("{}/{}", escape::line(&self.aggregate_type), escape::line(&self.aggregate_id))
     }
 }
 
@@ -280,7 +280,7 @@ fn more(count: i64) -> String {
 fn name(properties: &str) -> Option<String> {
     let properties: Value = serde_json::from_str(properties).ok()?;
     let headers = properties.get("headers")?;
-    let text = |value: &Value| shown(value.as_str().unwrap_or(&value.to_string())).to_string();
+    let text = |value: &Value| escape::line(value.as_str().unwrap_or(&value.to_string())).to_string();
     let header = |name| headers.get(name).map(text);
     Some(format!(
         "{}/{} of {} at version {}",

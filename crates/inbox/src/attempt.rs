@@ -122,7 +122,7 @@ impl<H: Handler> Sequencer<H> {
         tracing::warn!(
             consumer = self.consumer,
             source = event.source,
-            aggregate = format_args!("{}/{}", shown::shown(&event.aggregate_type), shown::shown(&event.aggregate_id)),
+            aggregate = format_args!("{}/{}", escape::line(&event.aggregate_type), escape::line(&event.aggregate_id)),
             version = event.version,
             event = %event.id,
             type_ = event.type_,

@@ -26,14 +26,14 @@ pub struct Key {
 /// For people, whoever publishes it: what a message could forge a line or move a terminal with is escaped.
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", shown::shown(&self.aggregate_type), shown::shown(&self.aggregate_id))
+        write!(f, "{}/{}", escape::line(&self.aggregate_type), escape::line(&self.aggregate_id))
     }
 }
 
 impl Key {
     /// As one word of a shell's command, as commands take it: `TYPE/ID`.
     pub fn quoted(&self) -> String {
-        shown::quoted(&format!("{}/{}", self.aggregate_type, self.aggregate_id)).into_owned()
+        escape::shell_word(&format!("{}/{}", self.aggregate_type, self.aggregate_id)).into_owned()
     }
 }
 

@@ -13,7 +13,6 @@ use std::{
 use anyhow::{Context, anyhow, bail};
 use daemon::config::database;
 use serde_json::json;
-use shown::{quoted, shown};
 
 use self::{
     compare::{Findings, Kind, Verdicts, differing},
@@ -115,7 +114,7 @@ async fn print(args: &DigestArgs) -> anyhow::Result<Verdict> {
             let _ = writeln!(
                 text,
                 "  {}{part}: {aggregates}, versions {}, hash {}",
-                shown(type_),
+                escape::line(type_),
                 sums.versions,
                 sums.hash()
             );
@@ -208,11 +207,13 @@ impl Comparison<'_> {
         let Inbox { consumer, source } = &self.inbox_of;
         let there: Vec<String> = known
             .iter()
-            .map(|known| format!("{} of {}", shown(&known.consumer), shown(&known.source)))
+            .map(|known| format!("{} of {}", escape::line(&known.consumer), escape::line(&known.source)))
             .collect();
         let ask = |known: &&Inbox| known.source == *source;
-        let ask =
-            known.iter().find(ask).map(|known| format!("ask for --consumer {}; ", quoted(&known.consumer)));
+        let ask = known
+            .iter()
+            .find(ask)
+            .map(|known| format!("ask for --consumer {}; ", escape::shell_word(&known.consumer)));
         let there = if there.is_empty() { "nothing".to_owned() } else { there.join(", ") };
         anyhow!(
             "the consumer {consumer} has received nothing of {source} in this inbox, which has: {there}; {}to have \
@@ -235,7 +236,7 @@ fn text(findings: &Findings, consumer: &str, source: &str) -> String {
         let _ = writeln!(
             text,
             "  {}: {here} with versions {} in the outbox, {there} with versions {} in the inbox",
-            shown(&type_.aggregate_type),
+            escape::line(&type_.aggregate_type),
             type_.versions,
             type_.applied_versions
         );
@@ -250,7 +251,7 @@ fn text(findings: &Findings, consumer: &str, source: &str) -> String {
             many(i64::try_from(count).unwrap_or(i64::MAX), "aggregate")
         );
         for fault in findings.named.iter().filter(|fault| fault.kind == kind) {
-            let _ = writeln!(text, "  {}", shown(&fault.text()));
+            let _ = writeln!(text, "  {}", escape::line(&fault.text()));
         }
         // Said once where it is the same.
         if found.peek().is_none_or(|next| next.advice() != kind.advice()) {

@@ -12,7 +12,6 @@ use anyhow::anyhow;
 use daemon::config::broker::BrokerArgs;
 use lapin::types::ShortString;
 use serde::Serialize;
-use shown::shown;
 use sqlx::Connection;
 
 use super::{CommandArgs, Verdict, many};
@@ -144,9 +143,9 @@ impl Report {
     fn text(&self) -> String {
         let mut text = format!("{}\n", self.verdict);
         for Check { name, state, finding, advice } in &self.checks {
-            let _ = writeln!(text, "{:<8} {}: {}", state.as_str(), shown(name), shown(finding));
+            let _ = writeln!(text, "{:<8} {}: {}", state.as_str(), escape::line(name), escape::line(finding));
             if let Some(advice) = advice {
-                let _ = writeln!(text, "         -> {}", shown(advice));
+                let _ = writeln!(text, "         -> {}", escape::line(advice));
             }
         }
         text

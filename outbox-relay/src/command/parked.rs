@@ -7,7 +7,6 @@ use chrono::{DateTime, Utc};
 use outbox::database::again;
 use serde::Serialize;
 use serde_json::json;
-use shown::shown;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
@@ -187,9 +186,9 @@ fn list(args: &ParkedArgs, events: &[Aside], waiting: &[Waiting]) -> anyhow::Res
             let _ = writeln!(
                 text,
                 "  {count} of type {}, {reason}, the oldest since {}: {}\n    {}",
-                shown(type_),
+                escape::line(type_),
                 time(Some(oldest.parked_at)),
-                shown(&oldest.detail),
+                escape::line(&oldest.detail),
                 next(oldest)
             );
         }
@@ -219,16 +218,16 @@ fn show(args: &ParkedArgs, events: &[Aside], id: Uuid) -> anyhow::Result<Verdict
         format!(
             "event {} of type {}, position {}\n  of {}/{}, version {}, made {}\n  {} {} as {}: {}\n  {}",
             event.id,
-            shown(&event.type_),
+            escape::line(&event.type_),
             event.position,
-            shown(&event.aggregate_type),
-            shown(&event.aggregate_id),
+            escape::line(&event.aggregate_type),
+            escape::line(&event.aggregate_id),
             event.version,
             event.created_at,
             if event.state == "waiting" { "waiting since" } else { "set aside" },
             time(Some(event.parked_at)),
             event.reason,
-            shown(&event.detail),
+            escape::line(&event.detail),
             next(event)
         )
     })?;

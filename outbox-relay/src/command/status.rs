@@ -9,7 +9,6 @@ use std::{
 use anyhow::{Context, anyhow, bail};
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use shown::shown;
 use sqlx::PgConnection;
 
 use super::{
@@ -280,16 +279,16 @@ impl Status {
             text.push_str("no relay has run on this database yet; start outbox-relay run\n");
         }
         for relay in &self.relays {
-            let _ = writeln!(text, "relay {}: {}", relay.name, shown(&relay.leader_text()));
+            let _ = writeln!(text, "relay {}: {}", relay.name, escape::line(&relay.leader_text()));
             for (what, said) in relay.lines() {
-                let _ = writeln!(text, "  {what:<9} {}", shown(&said));
+                let _ = writeln!(text, "  {what:<9} {}", escape::line(&said));
             }
         }
         if !self.lock_holders.is_empty() {
             text.push_str("the outbox lock is held by\n");
         }
         for holder in self.lock_holders.iter().take(SHOWN_HOLDERS) {
-            let _ = writeln!(text, "  {}", shown(&holder_text(holder)));
+            let _ = writeln!(text, "  {}", escape::line(&holder_text(holder)));
         }
         if let Some(more) = self.lock_holders.len().checked_sub(SHOWN_HOLDERS).filter(|more| *more > 0) {
             let _ = writeln!(text, "  and {more} more, all younger");

@@ -6,7 +6,6 @@ use anyhow::Context;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::json;
-use shown::shown;
 use sqlx::{PgConnection, types::Json};
 use uuid::Uuid;
 
@@ -192,8 +191,8 @@ fn not_found(args: &TraceArgs) -> String {
         What::Aggregate(type_, id) => format!(
             "no event of {}/{} is stored here: it belongs to another database, its transaction did \
              not commit, or its partition was retired",
-            shown(type_),
-            shown(id)
+            escape::line(type_),
+            escape::line(id)
         ),
         What::Event(id) => {
             let scanned = "it belongs to another database, its transaction did not commit, or its partition \
@@ -215,9 +214,9 @@ fn text(event: &Stored, fates: &[Fate]) -> String {
     let mut text = format!(
         "event {} of type {}\n  of {}/{}, version {}, position {}, made {}\n",
         event.id,
-        shown(&event.type_),
-        shown(&event.aggregate_type),
-        shown(&event.aggregate_id),
+        escape::line(&event.type_),
+        escape::line(&event.aggregate_type),
+        escape::line(&event.aggregate_id),
         event.version,
         event.position,
         event.created_at
@@ -240,7 +239,7 @@ fn text(event: &Stored, fates: &[Fate]) -> String {
                 );
                 format!(
                     "set aside: {}; tried again {next}",
-                    shown(fate.detail.as_deref().unwrap_or_default())
+                    escape::line(fate.detail.as_deref().unwrap_or_default())
                 )
             }
             "confirmed" => "confirmed by the broker".to_owned(),

@@ -6,7 +6,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ::shown::shown as escaped;
 use anyhow::{Context, bail};
 use inbox::{
     Redrive, Redriven, Redrives, Sequencer, Skip,
@@ -210,7 +209,7 @@ fn causes(consumer: &str, held: &Groups, which: Which) -> String {
             format!("{events} of {}, {reason} since {}", many(*aggregates, "aggregate"), time(*first_at));
         let _ = match &group.error {
             Some(error) => {
-                writeln!(text, "  {of}, tried {}: {}", many(group.attempts, "time"), escaped(error))
+                writeln!(text, "  {of}, tried {}: {}", many(group.attempts, "time"), escape::line(error))
             }
             None if reason == "gap" => writeln!(text, "  {of}: an earlier version has not arrived"),
             None => writeln!(text, "  {of}, tried {}", many(group.attempts, "time")),
@@ -219,7 +218,7 @@ fn causes(consumer: &str, held: &Groups, which: Which) -> String {
             format!(
                 "outbox-relay replay --aggregate {} --to-queue QUEUE, at the source {}",
                 oldest.quoted(),
-                escaped(&oldest.source)
+                escape::line(&oldest.source)
             )
         } else {
             let shadow = if which.shadow { " --shadow" } else { "" };
@@ -253,7 +252,7 @@ async fn list_events(
         let mut text = String::new();
         for event in &events {
             let HeldEvent { event_id, aggregate, version, type_, .. } = event;
-            let type_ = escaped(type_);
+            let type_ = escape::line(type_);
             let _ = writeln!(text, "{event_id} {aggregate} version {version}, {type_}, {}", waits(event));
         }
         if let Some(next) = next {
@@ -271,7 +270,7 @@ fn waits(event: &HeldEvent) -> String {
         (None, 0) => since,
         (None, attempts) => format!("{since}, tried {}", many(attempts, "time")),
         (Some(error), attempts) => {
-            let (tried, last, error) = (many(attempts, "time"), time(event.last_at), escaped(error));
+            let (tried, last, error) = (many(attempts, "time"), time(event.last_at), escape::line(error));
             format!("{since}, tried {tried}, last at {last}: {error}")
         }
     }
@@ -291,13 +290,13 @@ async fn show(
     if let Some(skipped) = held::skipped(conn, consumer, id).await.context("it cannot be read")? {
         args.common.answer(&skipped, || {
             let Skipped { event_id, aggregate, version, type_, skipped_by, why, .. } = &skipped;
-            let error = escaped(skipped.error.as_deref().unwrap_or("it did not come back"));
-            let (type_, skipped_by, why) = (escaped(type_), escaped(skipped_by), escaped(why));
+            let error = escape::line(skipped.error.as_deref().unwrap_or("it did not come back"));
+            let (type_, skipped_by, why) = (escape::line(type_), escape::line(skipped_by), escape::line(why));
             let at = time(skipped.skipped_at);
             format!(
                 "event {event_id} of type {type_}\n  of {aggregate}, version {version}, published by {}\n  \
                  skipped {at} by {skipped_by}: {why}\n  what the handler had said: {error}",
-                escaped(&aggregate.source)
+                escape::line(&aggregate.source)
             )
         })?;
         return Ok(Verdict::Well);
@@ -311,10 +310,10 @@ fn one(shown: &Shown) -> String {
         "event {} of type {}\n  of {}, version {}, published by {}; applied is version {applied}\n  {}\n  \
          {} behind it\n",
         event.event_id,
-        escaped(&event.type_),
+        escape::line(&event.type_),
         event.aggregate,
         event.version,
-        escaped(&event.aggregate.source),
+        escape::line(&event.aggregate.source),
         waits(event),
         many(*behind, "event"),
     );
@@ -339,7 +338,7 @@ fn redriven(all: &Redrives, dry_run: bool) -> String {
     };
     for (error, count) in &all.errors {
         let aggregates = many(i64::try_from(*count).unwrap_or(i64::MAX), "aggregate");
-        let _ = writeln!(text, "  {aggregates} stopped again: {}", escaped(error));
+        let _ = writeln!(text, "  {aggregates} stopped again: {}", escape::line(error));
     }
     for one in &all.each {
         let _ = writeln!(text, "  {}", became(one));
@@ -371,7 +370,7 @@ async fn chosen(conn: &mut PgConnection, consumer: &str, args: &SkipArgs) -> any
         (None, Some((type_, id)), Some(version)) => {
             let mut found = held::at(conn, consumer, type_, id, version).await?;
             if found.len() > 1 {
-                let (type_, id) = (escaped(type_), escaped(id));
+                let (type_, id) = (escape::line(type_), escape::line(id));
                 bail!("several sources have a version {version} of {type_}/{id}: name it by --event");
             }
             found.pop()
@@ -395,7 +394,7 @@ async fn skip(
     let answer = json!({"skipped": skip.yes, "event": event, "by": by, "why": skip.why, "after": after});
     args.common.answer(&answer, || {
         let HeldEvent { event_id, aggregate, version, type_, .. } = event;
-        let type_ = escaped(type_);
+        let type_ = escape::line(type_);
         let event = format!("event {event_id} of type {type_}, version {version} of {aggregate}");
         let after = became(&after);
         if skip.yes {

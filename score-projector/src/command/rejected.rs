@@ -2,7 +2,6 @@
 
 use std::fmt::Write;
 
-use ::shown::shown as escaped;
 use anyhow::{Context, bail};
 use inbox::rejected::{self, Filter, Group, Groups, Rejected};
 use serde_json::json;
@@ -102,7 +101,7 @@ fn reasons(consumer: &str, rejected: &Groups) -> String {
             text,
             "  {messages} {reason}, came {came}, last at {}: {}",
             time(*last_at),
-            escaped(detail)
+            escape::line(detail)
         );
         let _ = writeln!(text, "    score-projector rejected show {newest}");
     }
@@ -111,9 +110,9 @@ fn reasons(consumer: &str, rejected: &Groups) -> String {
 
 fn one(message: &Rejected) -> String {
     let Rejected { id, reason, times, .. } = message;
-    let (detail, routing_key) = (escaped(&message.detail), escaped(&message.routing_key));
+    let (detail, routing_key) = (escape::line(&message.detail), escape::line(&message.routing_key));
     let properties = message.properties.to_string();
-    let properties = escaped(&properties);
+    let properties = escape::line(&properties);
     let mut text = format!(
         "message {id}, {reason}: {detail}\n  routing key {routing_key}\n  came {}, first at {}, last at {}\n  {properties}\n",
         many(*times, "time"),

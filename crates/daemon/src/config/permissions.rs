@@ -12,7 +12,7 @@ pub fn warn_if_others_read(setting: &str, path: &Path) {
         return;
     }
     let (mode, path) = (format!("{:04o}", file.mode() & 0o7777), path.display().to_string());
-    let advice = format!("chmod 600 {}", shown::quoted(&path));
+    let advice = format!("chmod 600 {}", escape::shell_word(&path));
     // Some commands have no log.
     if tracing::dispatcher::has_been_set() {
         tracing::warn!(
@@ -25,7 +25,7 @@ pub fn warn_if_others_read(setting: &str, path: &Path) {
     } else {
         eprintln!(
             "warning: {setting}: the file {} has mode {mode}: others on this machine can read its secrets; {advice}",
-            shown::shown(&path)
+            escape::line(&path)
         );
     }
 }

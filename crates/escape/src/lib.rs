@@ -1,39 +1,39 @@
-//! Texts of others, made safe for terminals, logs and shells.
+//! Escapes texts that others wrote, for terminals, logs, JSON and shells.
 //!
-//! An aggregate's id, a type, a routing key or an error may be anything that a publisher sends or a writer stores. As it
-//! is, a line break in it forges a line of a log, an escape sequence changes what a terminal shows, a mark of direction
-//! turns the text around it, and in a command that is suggested it is run. [`shown`] is for people's eyes,
-//! [`quoted`] for a shell.
+//! An aggregate's id, a type, a routing key or an error may be any text that a publisher sends or a writer stores.
+//! Printed as it is, a line break in it forges a line of the log, an escape sequence controls the terminal, and a
+//! direction mark reorders the text around it; in a suggested command it would run. [`line()`] is for people,
+//! [`shell_word`] for a shell.
 
 use std::{
     borrow::Cow,
     fmt::{self, Display, Write},
 };
 
-/// A text, shown in one line and as what it is: control characters, line breaks, marks of direction and other
-/// characters that show nothing appear as escapes (`\n`, `\u{1b}`, `\u{202e}`).
-pub fn shown(text: &str) -> Shown<'_> {
-    Shown(text)
+/// A text in one line: control characters, line breaks, direction marks and other invisible characters appear as escapes
+/// (`\n`, `\u{1b}`, `\u{202e}`).
+pub fn line(text: &str) -> Line<'_> {
+    Line(text)
 }
 
-/// See [`shown`].
+/// See [`line()`].
 #[derive(Clone, Copy, Debug)]
-pub struct Shown<'a>(&'a str);
+pub struct Line<'a>(&'a str);
 
-impl Display for Shown<'_> {
+impl Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.chars().try_for_each(|c| if hides(c) { escape(f, c) } else { f.write_char(c) })
+        self.0.chars().try_for_each(|c| if is_invisible(c) { escape(f, c) } else { f.write_char(c) })
     }
 }
 
-/// As [`shown`], for a text of several lines: its line breaks stay, and no other control character does.
+/// As [`line()`], for a text of several lines: its line breaks stay.
 pub fn lines(text: &str) -> Cow<'_, str> {
-    if !text.chars().any(|c| hides(c) && c != '\n') {
+    if !text.chars().any(|c| is_invisible(c) && c != '\n') {
         return text.into();
     }
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
-        if hides(c) && c != '\n' {
+        if is_invisible(c) && c != '\n' {
             // Writing to a string cannot fail.
             let _ = escape(&mut safe, c);
         } else {
@@ -43,15 +43,15 @@ pub fn lines(text: &str) -> Cow<'_, str> {
     safe.into()
 }
 
-/// As [`lines`], for a JSON document, which stays the same one: what is escaped stands in its strings, and is written
-/// as JSON writes it.
+/// As [`lines`], for a JSON document, whose value stays the same: such characters can only stand in its strings, and get
+/// JSON's own escapes.
 pub fn json(text: &str) -> Cow<'_, str> {
-    if !text.chars().any(|c| hides(c) && c != '\n') {
+    if !text.chars().any(|c| is_invisible(c) && c != '\n') {
         return text.into();
     }
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
-        if hides(c) && c != '\n' {
+        if is_invisible(c) && c != '\n' {
             for unit in c.encode_utf16(&mut [0; 2]).iter() {
                 let _ = write!(safe, "\\u{unit:04x}");
             }
@@ -62,15 +62,15 @@ pub fn json(text: &str) -> Cow<'_, str> {
     safe.into()
 }
 
-/// A text as one word of a shell's command, which means exactly this text: bare where that is safe, between single
-/// quotes, or as `$'…'` (bash, zsh, ksh, POSIX since 2024) where it has characters that hide.
-pub fn quoted(text: &str) -> Cow<'_, str> {
+/// A text as one word of a shell's command: bare where that is safe, between single quotes, or as `$'…'` (bash, zsh, ksh,
+/// POSIX since 2024) if it has invisible characters.
+pub fn shell_word(text: &str) -> Cow<'_, str> {
     let bare = |c: char| c.is_ascii_alphanumeric() || "-_./:,@%+=".contains(c);
     // An equals sign at the beginning is expanded by zsh.
     if !text.is_empty() && text.chars().all(bare) && !text.starts_with('=') {
         return text.into();
     }
-    if !text.chars().any(hides) {
+    if !text.chars().any(is_invisible) {
         return format!("'{}'", text.replace('\'', r"'\''")).into();
     }
     let mut word = String::from("$'");
@@ -79,7 +79,7 @@ pub fn quoted(text: &str) -> Cow<'_, str> {
             '\n' => word.push_str("\\n"),
             '\'' | '\\' => word.extend(['\\', c]),
             // Byte by byte, since not every shell knows the others. Three octal digits end by themselves.
-            c if hides(c) => {
+            c if is_invisible(c) => {
                 for byte in c.encode_utf8(&mut [0; 4]).bytes() {
                     let _ = write!(word, "\\{byte:03o}");
                 }
@@ -102,7 +102,7 @@ fn escape(to: &mut impl Write, c: char) -> fmt::Result {
 }
 
 /// A control character, what ends a line, or what shows nothing by itself or changes what is around it.
-fn hides(c: char) -> bool {
+fn is_invisible(c: char) -> bool {
     c.is_control()
         || matches!(
             c,
@@ -148,12 +148,12 @@ mod tests {
     ];
 
     #[test]
-    fn what_hides_is_seen_and_stays_in_its_line() {
+    fn invisible_characters_are_escaped_and_the_text_stays_in_its_line() {
         for text in HOSTILE {
-            let shown = shown(text).to_string();
-            assert!(!shown.chars().any(hides), "{shown:?}");
+            let shown = line(text).to_string();
+            assert!(!shown.chars().any(is_invisible), "{shown:?}");
         }
-        assert_eq!(shown("a\nb\u{1b}[0m\u{202e}é").to_string(), r"a\nb\u{1b}[0m\u{202e}é");
+        assert_eq!(line("a\nb\u{1b}[0m\u{202e}é").to_string(), r"a\nb\u{1b}[0m\u{202e}é");
         assert_eq!(lines("a\nb\u{1b}[0m"), "a\nb\\u{1b}[0m");
         assert_eq!(json("{\n \"a\": \"\u{9b}\u{e0041}\"}"), "{\n \"a\": \"\\u009b\\udb40\\udc41\"}");
     }
@@ -162,13 +162,13 @@ mod tests {
     #[test]
     fn a_shell_takes_a_quoted_text_for_that_text() {
         for text in HOSTILE {
-            let word = quoted(text);
-            assert!(!word.chars().any(hides), "{word:?}");
+            let word = shell_word(text);
+            assert!(!word.chars().any(is_invisible), "{word:?}");
             let script = format!("printf '<%s>' {word}");
             let output = Command::new("bash").args(["-c", &script]).output().unwrap();
             assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("<{text}>"), "{word}");
         }
-        assert_eq!(quoted("order/o-1"), "order/o-1");
-        assert_eq!(quoted("order/it's"), r"'order/it'\''s'");
+        assert_eq!(shell_word("order/o-1"), "order/o-1");
+        assert_eq!(shell_word("order/it's"), r"'order/it'\''s'");
     }
 }
