@@ -4,6 +4,7 @@
 //! keeps the process alive and its memory bounded whatever comes.
 
 mod body;
+mod caller;
 mod concurrency;
 mod keys;
 mod limits;
@@ -22,8 +23,9 @@ use tokio_util::sync::CancellationToken;
 use self::server::{Server, listen};
 pub use self::{
     body::{MAX_BODY, read_body},
+    caller::Caller,
     concurrency::{ConcurrencyArgs, ConcurrencyLimit},
-    keys::{Caller, KeyArgs, Keys},
+    keys::{KeyArgs, Keys},
     limits::{ConnectionLimits, LimitArgs},
     observe::{guarded, headers_only},
 };

@@ -17,9 +17,8 @@ pub use pooler::shared;
 pub use schema::{Schema, SchemaError};
 pub use target::Database;
 
+use self::url::FORM;
 use super::{SettingError, parse_secret, secret};
-
-const FORM: &str = "postgres://user:password@host:5432/database";
 
 /// Where the database is. The URL itself is a secret: set `DATABASE_URL`, or name a file that holds it.
 #[derive(Clone, Debug, clap::Args)]

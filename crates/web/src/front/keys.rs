@@ -24,6 +24,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use self::file::{FileState, Key, Secret, file_state, read};
+use super::caller::Caller;
 use crate::problem::{Problem, UNAUTHORIZED, UNKNOWN_HOST};
 
 /// How often the program looks whether the file has changed.
@@ -48,33 +49,6 @@ pub struct KeyArgs {
     /// hosts get 421: a web page could use the API under its own name.
     #[arg(long, env = "ALLOWED_HOSTS", value_name = "HOST", value_delimiter = ',')]
     pub allowed_hosts: Vec<AllowedHost>,
-}
-
-/// The client that sends a request: the name of its key. Handlers find it with `Data<&Caller>` or [`Caller::of`];
-/// what belongs to one caller is no other's.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Caller(Arc<str>);
-
-impl Caller {
-    /// The caller whose key has this name.
-    pub fn new(name: &str) -> Self {
-        Self(name.into())
-    }
-
-    /// A caller without a key.
-    pub fn anonymous() -> Self {
-        Self::new("anonymous")
-    }
-
-    /// The caller of a request.
-    pub fn of(request: &Request) -> Self {
-        request.data::<Self>().cloned().unwrap_or_else(Self::anonymous)
-    }
-
-    /// The key's name, or `anonymous`. Not a secret.
-    pub fn name(&self) -> &str {
-        &self.0
-    }
 }
 
 /// The keys, as they are now.

@@ -10,7 +10,7 @@ use poem::{
 };
 use tracing::Instrument;
 
-use super::{Caller, Keys, body::Inbound, request_id};
+use super::{body::Inbound, caller::Caller, keys::Keys, request_id};
 use crate::problem::{MALFORMED_REQUEST, Problem};
 
 /// A 401 to a request with a key (RFC 6750, 3.1).

@@ -5,7 +5,10 @@ use std::time::Duration;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 
-use super::{Schema, SchemaError, pooler, schema::Applied};
+use super::{
+    pooler,
+    schema::{Applied, Schema, SchemaError},
+};
 
 /// No look takes longer. The pool gives no connection within 5 s while the database is away.
 const TIMEOUT: Duration = Duration::from_secs(6);

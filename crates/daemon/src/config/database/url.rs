@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use super::{FORM, SettingError};
-use crate::config::permissions;
+use crate::config::{SettingError, permissions};
+
+pub(super) const FORM: &str = "postgres://user:password@host:5432/database";
 
 /// What a URL's query may set.
 const PARAMETERS: [&str; 18] = [

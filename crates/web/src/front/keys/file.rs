@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::MetadataExt, path::Path};
 use daemon::config::permissions;
 use sha2::{Digest, Sha256};
 
-use super::Caller;
+use crate::front::caller::Caller;
 
 /// The shortest secret: 16 random bytes in hex have 32 characters.
 const SHORTEST: usize = 16;
