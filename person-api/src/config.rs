@@ -39,7 +39,7 @@ pub struct RunArgs {
     /// Where the database is.
     #[command(flatten)]
     pub database: DatabaseArgs,
-    /// How closely a new person's cpf is looked at.
+    /// How strictly a new person's cpf is checked.
     #[arg(long, env = "CPF_CHECK", default_value = "off", value_enum, value_name = "CHECK")]
     pub cpf_check: CpfCheck,
     /// What clients may take.

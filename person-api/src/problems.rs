@@ -28,7 +28,7 @@ const UNKNOWN_PERSON: ProblemType = problem_type(
     StatusCode::NOT_FOUND,
     "unknown-person",
     "Unknown person",
-    "Nobody has this cpf: there never was such a person, or they were deleted.",
+    "There is no person with this cpf. The person was deleted, or never existed.",
 );
 
 /// 409: somebody has this cpf already.
@@ -60,8 +60,8 @@ const OTHER_STATE: ProblemType = problem_type(
     StatusCode::PRECONDITION_FAILED,
     "other-state",
     "Another state",
-    "The person is not, or not any more, in the state that `If-Match` names. Nothing was changed. Read it again, \
-     and decide then.",
+    "The person is not in the state that `If-Match` names. Nothing was changed. Read the person again before you \
+     decide.",
 );
 
 /// 422: a mistake of the client, as the draft on the key says.
@@ -69,7 +69,7 @@ const KEY_REUSED: ProblemType = problem_type(
     StatusCode::UNPROCESSABLE_ENTITY,
     "key-reused",
     "The key was used before",
-    "This `Idempotency-Key` was used for another body. Nothing was stored. Take a new key for a new record.",
+    "This `Idempotency-Key` was used with another body. Nothing was stored. Use a new key for a new record.",
 );
 
 /// 410: a record that was created with this key went with its person.
@@ -77,7 +77,7 @@ const KEY_SPENT: ProblemType = problem_type(
     StatusCode::GONE,
     "created-and-deleted",
     "Created, and deleted since",
-    "A request with this `Idempotency-Key` created a record, and its person was deleted since. Nothing was stored. Take \
+    "A request with this `Idempotency-Key` created a record, and the person was deleted since. Nothing was stored. Use \
      a new key for a new record.",
 );
 
@@ -88,8 +88,8 @@ const PERSON_BUSY: ProblemType = ProblemType {
         StatusCode::SERVICE_UNAVAILABLE,
         "person-busy",
         "The person is busy",
-        "Other requests are changing this person, or one of them takes long. Nothing was stored. Send it again after the \
-         time in `Retry-After`.",
+        "Other requests are changing this person. Nothing was stored. Send the request again after the time in \
+         `Retry-After`.",
     )
 };
 
@@ -100,8 +100,8 @@ const OUTCOME_UNKNOWN: ProblemType = ProblemType {
         StatusCode::SERVICE_UNAVAILABLE,
         "outcome-unknown",
         "Outcome unknown",
-        "The database stopped answering during the request: it was stored, or it was not. Look before you send it \
-         again. A `POST` that had an `Idempotency-Key` can just be sent again.",
+        "The connection to the database was lost during the request. The change is stored, or it is not. Read the \
+         record before you send the request again. A `POST` with an `Idempotency-Key` can be sent again at once.",
     )
 };
 
@@ -162,7 +162,7 @@ fn unavailable(failure: DatabaseFailure) -> &'static str {
              request again later."
         }
         DatabaseFailure::Forbidden | DatabaseFailure::Pooler | DatabaseFailure::Login => {
-            "The service's database is not set up as the service needs it; its /ready says what is missing. Nothing \
+            "The service's database lacks something that the service needs; `/ready` names it. Nothing \
              was stored. Send the request again later."
         }
         DatabaseFailure::Away | DatabaseFailure::Restarting | DatabaseFailure::Defect => UNAVAILABLE.detail,

@@ -1,4 +1,4 @@
-//! `republish`: everybody's whole state once more, as baselines, beside the running API.
+//! `republish`: publishes the whole state of persons once more, as baselines, beside the running API.
 
 pub(crate) mod baseline;
 
@@ -24,34 +24,34 @@ use uuid::Uuid;
 use self::baseline::{Batch, Progress};
 use crate::schema;
 
-/// Persons of one batch at most.
+/// The largest number of persons in a batch.
 const BATCH: i64 = 100;
-/// A batch that holds its locks for longer is followed by one of half the size.
+/// After a batch that holds its locks for longer, the next one has half the size.
 const MOMENT: Duration = Duration::from_millis(50);
-/// How long a batch waits for a person whom somebody else has locked, while it holds others.
+/// How long a batch, which holds locks, waits for one more.
 const LOCK_TIMEOUT: &str = "SET lock_timeout = '250ms'";
-/// How many times in a row it waits in vain before it gives up.
+/// After how many failed waits in a row the command gives up.
 const ATTEMPTS: usize = 40;
-/// How often it says where it is.
+/// How often the command prints its progress.
 const REPORT: Duration = Duration::from_secs(1);
-/// Counting everybody reads an index over everything.
+/// Counting all persons reads a whole index.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(5);
-/// So many who fit no event are named in the answer; all are in the log.
+/// The largest number of persons that the result names as too large for an event. The log names all.
 const NAMED: usize = 100;
 
 /// Settings of `republish`.
 #[derive(Debug, clap::Args)]
 pub struct RepublishArgs {
-    /// The database, and the form of the answer.
+    /// The database, and the form of the result.
     #[command(flatten)]
     pub common: CommandArgs,
     /// Who.
     #[command(flatten)]
     pub whom: Whom,
-    /// With --all: persons per second at most.
+    /// With --all: the maximum number of persons per second.
     #[arg(long, default_value = "500", value_parser = clap::value_parser!(u32).range(1..))]
     pub rate: u32,
-    /// With --all: begin with the first person, also where the last time ended half-way.
+    /// With --all: begin with the first person, even if the last run did not finish.
     #[arg(long, conflicts_with_all = ["person", "cpf_stdin"])]
     pub restart: bool,
     /// Only count.
@@ -63,25 +63,25 @@ pub struct RepublishArgs {
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub struct Whom {
-    /// Everybody, in the order of their ids. Ctrl-C ends it after the batch that is under way; the next
-    /// time it goes on from there.
+    /// All persons, in the order of their ids. Ctrl-C ends the command after the current batch; the next run continues
+    /// from there.
     #[arg(long)]
     pub all: bool,
     /// The person with this id.
     #[arg(long, value_name = "UUID")]
     pub person: Option<Uuid>,
-    /// The person whose cpf comes on standard input. It has no place on a command line: every user of the
-    /// machine could read it there, and the shell would remember it.
+    /// The person whose cpf comes on standard input. On a command line, every user of the machine could read the cpf, and
+    /// the shell would store it in its history.
     #[arg(long)]
     pub cpf_stdin: bool,
 }
 
-/// Appends baselines, and says how many.
+/// Appends baselines, and prints how many.
 pub async fn republish(args: &RepublishArgs) -> anyhow::Result<Verdict> {
     let cpf = args.whom.cpf_stdin.then(read_cpf).transpose()?;
     let mut conn = args.common.connect("person-api republish", &schema::needed(), STATEMENT_TIMEOUT).await?;
     sqlx::query(LOCK_TIMEOUT).execute(&mut conn).await.map_err(|e| failed(&e))?;
-    if args.whom.all { everybody(args, &mut conn).await } else { one(args, &mut conn, cpf).await }
+    if args.whom.all { all(args, &mut conn).await } else { one(args, &mut conn, cpf).await }
 }
 
 fn read_cpf() -> anyhow::Result<Cpf> {
@@ -112,8 +112,8 @@ async fn one(args: &RepublishArgs, conn: &mut PgConnection, cpf: Option<Cpf>) ->
     };
     tx.commit().await.map_err(|e| failed(&e))?;
     wake(conn).await;
-    let answer = json!({"person": id, "dry_run": args.dry_run, "persons": batch.persons, "too_large": batch.too_large});
-    args.common.answer(&answer, || match (batch.persons, args.dry_run) {
+    let result = json!({"person": id, "dry_run": args.dry_run, "persons": batch.persons, "too_large": batch.too_large});
+    args.common.answer(&result, || match (batch.persons, args.dry_run) {
         (0, _) => format!("the person {id} does not fit an event; nothing was published"),
         (_, true) => format!("the person {id} would be republished"),
         (_, false) => format!("the person {id} was republished"),
@@ -121,12 +121,12 @@ async fn one(args: &RepublishArgs, conn: &mut PgConnection, cpf: Option<Cpf>) ->
     Ok(if batch.persons == 0 { Verdict::NotWell } else { Verdict::Well })
 }
 
-async fn everybody(args: &RepublishArgs, conn: &mut PgConnection) -> anyhow::Result<Verdict> {
+async fn all(args: &RepublishArgs, conn: &mut PgConnection) -> anyhow::Result<Verdict> {
     let source = outbox::source(conn).await?.to_string();
     if args.dry_run {
         return count(args, conn, &source).await;
     }
-    alone(conn).await?;
+    take_lock(conn).await?;
     let unfinished = unfinished(args, conn, &source).await?;
     let resumed = unfinished.is_some();
     let mut progress = match unfinished {
@@ -139,11 +139,11 @@ async fn everybody(args: &RepublishArgs, conn: &mut PgConnection) -> anyhow::Res
     let finished = ended.with_context(|| {
         format!("stopped after {persons} of {}; run it again to go on", many(total, "person"))
     })?;
-    let answer = json!({
+    let result = json!({
         "finished": finished, "dry_run": false, "resumed": resumed, "persons": persons,
         "this_time": run.now, "total": total, "too_large": too_large, "left_out": run.too_large,
     });
-    args.common.answer(&answer, || {
+    args.common.answer(&result, || {
         let mut text = if finished {
             format!("{} republished", many(persons, "person"))
         } else {
@@ -153,7 +153,7 @@ async fn everybody(args: &RepublishArgs, conn: &mut PgConnection) -> anyhow::Res
             let _ = write!(text, "; {} of them this time", run.now);
         }
         if too_large > 0 {
-            let _ = write!(text, "; {too_large} more, who fit no event");
+            let _ = write!(text, "; {too_large} left out: too large for an event");
         }
         for id in &run.too_large {
             let _ = write!(text, "\n  {id}");
@@ -163,7 +163,7 @@ async fn everybody(args: &RepublishArgs, conn: &mut PgConnection) -> anyhow::Res
     Ok(if finished && too_large == 0 { Verdict::Well } else { Verdict::NotWell })
 }
 
-/// The progress of the last time, where it is to be continued.
+/// The progress of the last run, if this one continues it.
 async fn unfinished(
     args: &RepublishArgs,
     conn: &mut PgConnection,
@@ -177,16 +177,16 @@ async fn count(args: &RepublishArgs, conn: &mut PgConnection, source: &str) -> a
     let unfinished = unfinished(args, conn, source).await?;
     let (after, to) = unfinished.as_ref().map_or((Uuid::nil(), None), |p| (p.after_id, Some(p.to_id)));
     let persons = baseline::count(conn, after, to).await.map_err(|e| failed(&e))?;
-    let answer = json!({"dry_run": true, "resumed": unfinished.is_some(), "persons": persons});
-    args.common.answer(&answer, || {
+    let result = json!({"dry_run": true, "resumed": unfinished.is_some(), "persons": persons});
+    args.common.answer(&result, || {
         let rest = if unfinished.is_some() { "; the others were before it was interrupted" } else { "" };
         format!("{} would be republished{rest}", many(persons, "person"))
     })?;
     Ok(Verdict::Well)
 }
 
-/// One at a time: by a lock that ends with the connection.
-async fn alone(conn: &mut PgConnection) -> anyhow::Result<()> {
+/// Takes the lock that admits one `republish --all` at a time. It ends with the connection.
+async fn take_lock(conn: &mut PgConnection) -> anyhow::Result<()> {
     let locked: bool = sqlx::query_scalar("SELECT person.try_republish()")
         .fetch_one(&mut *conn)
         .await
@@ -197,26 +197,26 @@ async fn alone(conn: &mut PgConnection) -> anyhow::Result<()> {
     let other = baseline::progress(conn).await.map_err(|e| failed(&e))?.filter(|other| !other.finished);
     let who = other.map_or_else(String::new, |other| {
         format!(
-            "; {} began it, and {} of {} are done",
+            "; {} started it, and {} of {} are done",
             other.started_by,
             other.persons,
             many(other.total, "person")
         )
     });
-    bail!("somebody republishes everybody already{who}")
+    bail!("another `republish --all` is running{who}")
 }
 
-/// A republishing of everybody under way.
+/// A `republish --all` under way.
 struct Run<'a> {
     args: &'a RepublishArgs,
-    /// Who fits no event, of this time.
+    /// The persons who do not fit an event, of this run.
     too_large: Vec<Uuid>,
-    /// Persons republished this time.
+    /// How many persons this run has republished.
     now: u64,
 }
 
 impl Run<'_> {
-    /// Batch after batch. False when it was interrupted.
+    /// Publishes batch after batch. False when it was interrupted.
     async fn batches(
         &mut self,
         conn: &mut PgConnection,
@@ -224,14 +224,14 @@ impl Run<'_> {
         stop: &CancellationToken,
     ) -> anyhow::Result<bool> {
         let (began, mut reported) = (Instant::now(), Instant::now());
-        // Several batches a second, also at a low rate.
+        // Several batches a second, even at a low rate.
         let most = BATCH.min(i64::from(self.args.rate / 10)).max(1);
         let (mut size, mut attempts) = (1, 0);
         while !stop.is_cancelled() {
             let at = Instant::now();
             let batch = match self::batch(conn, progress, size).await {
                 Ok(batch) => batch,
-                // Somebody works on one of them: nobody else is to wait for that.
+                // Another transaction has locked one of them. The rollback lets the writers of the others go on.
                 Err(error) if matches!(code(&error).as_deref(), Some("55P03" | "40P01" | "40001")) => {
                     attempts += 1;
                     if attempts == ATTEMPTS {
@@ -265,7 +265,7 @@ impl Run<'_> {
                 let done = (progress.persons + progress.too_large, progress.total);
                 eprint!("\r{}", bar(done, self.now, "person", began.elapsed()));
             }
-            // So many persons should have taken so long.
+            // The time that so many persons should have taken.
             let due =
                 Duration::from_secs_f64(f64::from(u32::try_from(self.now)?) / f64::from(self.args.rate));
             stop.run_until_cancelled(tokio::time::sleep(due.saturating_sub(began.elapsed()))).await;
@@ -274,7 +274,7 @@ impl Run<'_> {
     }
 }
 
-/// One batch and how far it leads, in one transaction. Not in one statement: see [`baseline`].
+/// One batch and the progress after it, in one transaction. Not in one statement: see [`baseline`].
 async fn batch(conn: &mut PgConnection, progress: &Progress, size: i64) -> sqlx::Result<Batch> {
     let mut tx = conn.begin().await?;
     let ids = baseline::lock(&mut tx, (progress.after_id, progress.to_id), size).await?;
@@ -284,7 +284,7 @@ async fn batch(conn: &mut PgConnection, progress: &Progress, size: i64) -> sqlx:
     Ok(batch)
 }
 
-/// Tells the relay; without it the events leave a little later.
+/// Wakes the relay. Without this the relay polls, and the events leave a little later.
 async fn wake(conn: &mut PgConnection) {
     let notice = sqlx::query("SELECT pg_notify($1, '')").bind(outbox::CHANNEL).execute(conn).await;
     if let Err(error) = notice {
@@ -296,7 +296,7 @@ fn code(error: &sqlx::Error) -> Option<String> {
     Some(error.as_database_error()?.code()?.into_owned())
 }
 
-/// What went wrong, without what is stored, which is personal data.
+/// The failure, without stored values, which are personal data.
 fn failed(error: &sqlx::Error) -> anyhow::Error {
     anyhow!("the database failed: {}", describe(error))
 }

@@ -165,7 +165,7 @@ pub async fn health(address: SocketAddr, asked: &Identity) -> anyhow::Result<()>
     let (status, body) = timeout(HEALTH_TIMEOUT, get(address, READY))
         .await
         .unwrap_or_else(|_| Err(anyhow!("no response within {HEALTH_TIMEOUT:?}")))
-        .with_context(|| format!("nobody answers at http://{address}{READY}"))?;
+        .with_context(|| format!("no program responds at http://{address}{READY}"))?;
     let said: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
     if let Some(difference) = asked.differs_from(&said["process"]) {
         bail!(

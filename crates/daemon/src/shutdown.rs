@@ -14,10 +14,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::config::SettingError;
 
-/// How long draining may take before what is left is given up.
+/// How long the program may finish its work.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct ShutdownArgs {
-    /// How long to drain after SIGTERM before what is left is given up.
+    /// How long the program may finish its work after SIGTERM. Then it ends all the same.
     #[arg(long, env = "DRAIN_TIMEOUT", default_value = "10s", value_parser = crate::config::duration, value_name = "DURATION")]
     pub drain_timeout: Duration,
 }

@@ -1,28 +1,28 @@
-//! The SQL of `republish`: baselines, and how far they are.
+//! The SQL of `republish`: baselines, and the progress.
 
 use events::Cpf;
 use sqlx::{PgConnection, Postgres, Transaction};
 use uuid::Uuid;
 
-/// Locks the next persons, in the order of their ids, by the primary key. Whoever waits here for one of them
-/// holds those before it, while the API's writers hold one person each and wait for none: so nobody can wait
-/// in a circle. Who has no cpf is deleted, and their items are being removed.
+/// Locks the next persons, in the order of their ids, by the primary key. This statement waits for a person while it
+/// holds those before; the API's writes hold one person each and wait for no other. So there is no deadlock. A person
+/// without a cpf is deleted, and their items are being removed.
 pub(crate) const LOCK: &str = "
 SELECT id FROM person.person WHERE id > $1 AND id <= $2 AND cpf IS NOT NULL ORDER BY id LIMIT $3 FOR UPDATE";
 
 pub(crate) const WRITE: &str = include_str!("baseline.sql");
 
-/// An item takes 90 bytes at least, so that so many of a kind are more than an event may weigh.
+/// An item takes at least 90 bytes, so this number of items of a kind exceeds the largest event.
 const ITEMS_MAX: i32 = 200_000;
 
-/// What became of a batch.
+/// The result of a batch.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
-    /// The last person that was looked at; none when there was nobody left.
+    /// The last person of the batch; none when no person was left.
     pub(super) last: Option<Uuid>,
     /// How many have a new baseline.
     pub(super) persons: i64,
-    /// Who fits no event.
+    /// The persons who do not fit an event.
     pub(super) too_large: Vec<Uuid>,
 }
 
@@ -63,7 +63,7 @@ pub(super) async fn append(tx: &mut Transaction<'_, Postgres>, ids: &[Uuid]) -> 
     Ok(Batch { last: ids.last().copied(), persons, too_large })
 }
 
-/// How far a republishing of everybody is.
+/// How far a `republish --all` is.
 #[derive(Clone, Debug, sqlx::FromRow)]
 pub(super) struct Progress {
     pub(super) source: String,
@@ -80,7 +80,7 @@ const PROGRESS: &str = "
 SELECT source, after_id, to_id, total, persons, too_large, started_by, finished_at IS NOT NULL AS finished
 FROM person.republish";
 
-/// Counts everybody once. Where there is nobody, it ends where it begins.
+/// Counts the persons once. Without any, the range is empty.
 const BEGIN: &str = "
 INSERT INTO person.republish (source, after_id, to_id, total, started_by)
 SELECT $1, $2, coalesce((SELECT id FROM person.person ORDER BY id DESC LIMIT 1), $2),
@@ -90,7 +90,7 @@ SET source = excluded.source, after_id = excluded.after_id, to_id = excluded.to_
     persons = 0, too_large = 0, started_at = now(), started_by = excluded.started_by, finished_at = NULL
 RETURNING source, after_id, to_id, total, persons, too_large, started_by, false AS finished";
 
-/// How far the last one is, if there was one.
+/// The progress of the last `republish --all`, if there was one.
 pub(super) async fn progress(conn: &mut PgConnection) -> sqlx::Result<Option<Progress>> {
     sqlx::query_as(PROGRESS).fetch_optional(conn).await
 }
@@ -100,7 +100,7 @@ pub(super) async fn begin(conn: &mut PgConnection, source: &str, by: &str) -> sq
     sqlx::query_as(BEGIN).bind(source).bind(Uuid::nil()).bind(by).fetch_one(conn).await
 }
 
-/// Stores that everybody up to `batch.last` was told; or, without one, that it is done.
+/// Stores that all persons up to `batch.last` are published; or, without one, that all are.
 pub(super) async fn store(tx: &mut Transaction<'_, Postgres>, batch: &Batch) -> sqlx::Result<()> {
     let store = sqlx::query(
         "UPDATE person.republish

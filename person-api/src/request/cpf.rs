@@ -1,16 +1,16 @@
-//! Whether a cpf could be somebody's.
+//! The check of a new person's cpf.
 
 use std::borrow::Cow;
 
 use events::Cpf;
 
-/// How closely a new person's cpf is looked at.
+/// How strictly a new person's cpf is checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum CpfCheck {
     /// Any positive integer of at most 11 digits.
     #[default]
     Off,
-    /// Only one whose check digits are right.
+    /// Only a cpf with correct check digits.
     Strict,
 }
 

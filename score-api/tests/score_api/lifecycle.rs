@@ -167,7 +167,10 @@ async fn sigterm_ends_it_at_once_when_nothing_is_under_way() {
     assert!(asked.elapsed() < Duration::from_secs(5), "it took {:?}", asked.elapsed());
     let listen = program.address.to_string();
     let health = output(&["health", "--listen", &listen], &[]).await;
-    assert!(health.starts_with("exit code 1\nscore-api: nobody answers at http://127.0.0.1:"), "{health}");
+    assert!(
+        health.starts_with("exit code 1\nscore-api: no program responds at http://127.0.0.1:"),
+        "{health}"
+    );
 }
 
 #[tokio::test]

@@ -66,7 +66,7 @@ pub const UNAUTHORIZED: ProblemType = ProblemType {
     status: StatusCode::UNAUTHORIZED,
     code: "unauthorized",
     title: "Unauthorized",
-    detail: "Send a key that is known here: `Authorization: Bearer <key>`.",
+    detail: "The request has no valid key. Send one: `Authorization: Bearer <key>`.",
     retry_after: None,
 };
 
@@ -111,7 +111,7 @@ pub const MALFORMED_REQUEST: ProblemType = ProblemType {
     status: StatusCode::BAD_REQUEST,
     code: "malformed-request",
     title: "Malformed request",
-    detail: "The request has no `Host`, or two, or one that is no host name. Nothing was done.",
+    detail: "The request has no `Host`, more than one, or one that is not a host name. Nothing was done.",
     retry_after: None,
 };
 
