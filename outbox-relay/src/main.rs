@@ -96,5 +96,5 @@ async fn start() -> anyhow::Result<Verdict> {
             return status::status(&args).await;
         }
     }
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }

@@ -118,7 +118,7 @@ async fn one(args: &RepublishArgs, conn: &mut PgConnection, cpf: Option<Cpf>) ->
         (_, true) => format!("the person {id} would be republished"),
         (_, false) => format!("the person {id} was republished"),
     })?;
-    Ok(if batch.persons == 0 { Verdict::NotWell } else { Verdict::Well })
+    Ok(if batch.persons == 0 { Verdict::Attention } else { Verdict::Ok })
 }
 
 async fn all(args: &RepublishArgs, conn: &mut PgConnection) -> anyhow::Result<Verdict> {
@@ -160,7 +160,7 @@ async fn all(args: &RepublishArgs, conn: &mut PgConnection) -> anyhow::Result<Ve
         }
         text
     })?;
-    Ok(if finished && too_large == 0 { Verdict::Well } else { Verdict::NotWell })
+    Ok(if finished && too_large == 0 { Verdict::Ok } else { Verdict::Attention })
 }
 
 /// The progress of the last run, if this one continues it.
@@ -182,7 +182,7 @@ async fn count(args: &RepublishArgs, conn: &mut PgConnection, source: &str) -> a
         let rest = if unfinished.is_some() { "; the others were before it was interrupted" } else { "" };
         format!("{} would be republished{rest}", many(persons, "person"))
     })?;
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }
 
 /// Takes the lock that admits one `republish --all` at a time. It ends with the connection.

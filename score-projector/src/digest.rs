@@ -59,5 +59,5 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
         }
         text
     })?;
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }

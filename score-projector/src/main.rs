@@ -55,7 +55,7 @@ async fn start() -> anyhow::Result<Verdict> {
             daemon::probes::health(args.listen, &asked).await?;
         }
     }
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }
 
 async fn run(args: RunArgs) -> anyhow::Result<()> {

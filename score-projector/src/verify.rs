@@ -75,7 +75,7 @@ pub async fn verify(args: &VerifyArgs) -> anyhow::Result<Verdict> {
     }
     conn.close().await?;
     args.common.answer(&found, || text(&found))?;
-    Ok(if found.mismatches == 0 { Verdict::Well } else { Verdict::NotWell })
+    Ok(if found.mismatches == 0 { Verdict::Ok } else { Verdict::Attention })
 }
 
 /// One page, and the last person of it. Its rows are taken as they come: a person may have very many.

@@ -24,16 +24,16 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 #[must_use]
 pub enum Verdict {
     /// Nothing needs attention. Exit code 0.
-    Well,
+    Ok,
     /// The command is done, and an operator should look at its result. Exit code 3.
-    NotWell,
+    Attention,
 }
 
 impl From<Verdict> for ExitCode {
     fn from(verdict: Verdict) -> Self {
         match verdict {
-            Verdict::Well => Self::SUCCESS,
-            Verdict::NotWell => Self::from(3),
+            Verdict::Ok => Self::SUCCESS,
+            Verdict::Attention => Self::from(3),
         }
     }
 }

@@ -86,7 +86,7 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
     let name =
         if asked == consumer { consumer.clone() } else { format!("{consumer}, which has replaced {asked},") };
     args.common.answer(&answer, || text(&findings, &name, &source))?;
-    Ok(if wrong == 0 { Verdict::Well } else { Verdict::NotWell })
+    Ok(if wrong == 0 { Verdict::Ok } else { Verdict::Attention })
 }
 
 /// The outbox's own.
@@ -124,7 +124,7 @@ async fn print(args: &DigestArgs) -> anyhow::Result<Verdict> {
         }
         text
     })?;
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }
 
 struct Comparison<'a> {

@@ -137,7 +137,7 @@ impl Report {
     }
 
     fn outcome(&self) -> Verdict {
-        if self.problems + self.warnings == 0 { Verdict::Well } else { Verdict::NotWell }
+        if self.problems + self.warnings == 0 { Verdict::Ok } else { Verdict::Attention }
     }
 
     fn text(&self) -> String {

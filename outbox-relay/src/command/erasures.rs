@@ -81,5 +81,5 @@ pub async fn erasures(args: &ErasuresArgs) -> anyhow::Result<Verdict> {
             text
         })
     })?;
-    Ok(if left.is_empty() { Verdict::Well } else { Verdict::NotWell })
+    Ok(if left.is_empty() { Verdict::Ok } else { Verdict::Attention })
 }

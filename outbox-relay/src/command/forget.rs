@@ -69,7 +69,7 @@ pub async fn forget(args: &ForgetArgs) -> anyhow::Result<Verdict> {
         "unpublished_at_most": unpublished,
     });
     args.common.answer(&answer, || text(args, row, aside, unpublished))?;
-    Ok(if args.yes { Verdict::Well } else { Verdict::NotWell })
+    Ok(if args.yes { Verdict::Ok } else { Verdict::Attention })
 }
 
 /// In steps: an interrupted one leaves the name, and goes on when it is run again.

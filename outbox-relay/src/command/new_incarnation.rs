@@ -63,5 +63,5 @@ pub async fn new_incarnation(args: &NewIncarnationArgs) -> anyhow::Result<Verdic
             )
         }
     })?;
-    Ok(if args.yes { Verdict::Well } else { Verdict::NotWell })
+    Ok(if args.yes { Verdict::Ok } else { Verdict::Attention })
 }

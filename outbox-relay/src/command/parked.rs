@@ -204,7 +204,7 @@ fn list(args: &ParkedArgs, events: &[Aside], waiting: &[Waiting]) -> anyhow::Res
         }
         text
     })?;
-    Ok(if events.is_empty() && waiting.is_empty() { Verdict::Well } else { Verdict::NotWell })
+    Ok(if events.is_empty() && waiting.is_empty() { Verdict::Ok } else { Verdict::Attention })
 }
 
 fn show(args: &ParkedArgs, events: &[Aside], id: Uuid) -> anyhow::Result<Verdict> {
@@ -231,7 +231,7 @@ fn show(args: &ParkedArgs, events: &[Aside], id: Uuid) -> anyhow::Result<Verdict
             next(event)
         )
     })?;
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }
 
 async fn retry(args: &ParkedArgs, conn: &mut PgConnection, events: &[Aside]) -> anyhow::Result<Verdict> {
@@ -256,7 +256,7 @@ async fn retry(args: &ParkedArgs, conn: &mut PgConnection, events: &[Aside]) -> 
         let due = many(i64::try_from(due).unwrap_or(i64::MAX), "event");
         format!("{due} will be tried within about a second, if a relay leads (outbox-relay status)")
     })?;
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }
 
 async fn drop(
@@ -297,7 +297,7 @@ async fn drop(
             format!("{events} would be dropped and never published; say --yes to do it")
         }
     })?;
-    Ok(if yes || ids.is_empty() { Verdict::Well } else { Verdict::NotWell })
+    Ok(if yes || ids.is_empty() { Verdict::Ok } else { Verdict::Attention })
 }
 
 /// What happens next.

@@ -74,5 +74,5 @@ async fn change(args: &PauseArgs, sql: &'static str, by: &str, pause: bool) -> a
         let heard = if led { "its leader hears of it within about a second" } else { "no relay leads now" };
         format!("{said}\n{heard}")
     })?;
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }

@@ -43,5 +43,5 @@ pub async fn prune(args: &PruneArgs) -> anyhow::Result<Verdict> {
         }
         if text.is_empty() { "there is nothing to retire".to_owned() } else { text }
     })?;
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }

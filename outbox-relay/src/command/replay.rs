@@ -217,7 +217,7 @@ pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
         text
     })?;
     let well = finished && progress.unroutable == 0 && progress.refused == 0;
-    Ok(if well { Verdict::Well } else { Verdict::NotWell })
+    Ok(if well { Verdict::Ok } else { Verdict::Attention })
 }
 
 /// A replay under way.

@@ -149,7 +149,7 @@ pub async fn status(args: &StatusArgs) -> anyhow::Result<Verdict> {
         ended = watch(args) => ended,
         signal = tokio::signal::ctrl_c() => {
             signal.context("SIGINT cannot be handled")?;
-            Ok(Verdict::Well)
+            Ok(Verdict::Ok)
         }
     }
 }
@@ -176,7 +176,7 @@ async fn watch(args: &StatusArgs) -> anyhow::Result<Verdict> {
                 let progress = progress(&state);
                 let status = Status::new(state, before.as_deref().unwrap_or_default());
                 if !show(args, &status)? {
-                    return Ok(Verdict::Well);
+                    return Ok(Verdict::Ok);
                 }
                 before = Some(progress);
             }
@@ -264,7 +264,7 @@ impl Status {
     fn verdict(&self) -> Verdict {
         let well =
             !self.in_recovery && !self.relays.is_empty() && self.relays.iter().all(RelayStatus::is_well);
-        if well { Verdict::Well } else { Verdict::NotWell }
+        if well { Verdict::Ok } else { Verdict::Attention }
     }
 
     fn text(&self) -> String {

@@ -158,7 +158,7 @@ pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
         }
         events.iter().map(|(event, fates)| text(event, fates)).collect()
     })?;
-    Ok(if events.is_empty() { Verdict::NotWell } else { Verdict::Well })
+    Ok(if events.is_empty() { Verdict::Attention } else { Verdict::Ok })
 }
 
 async fn find(conn: &mut PgConnection, args: &TraceArgs) -> Result<Vec<Stored>, sqlx::Error> {

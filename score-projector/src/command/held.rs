@@ -152,14 +152,14 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
             args.common.answer(&json!({"consumer": consumer, "held": groups}), || {
                 causes(&consumer, &groups, args.which)
             })?;
-            Ok(if groups.events == 0 { Verdict::Well } else { Verdict::NotWell })
+            Ok(if groups.events == 0 { Verdict::Ok } else { Verdict::Attention })
         }
         HeldAction::Show { id, body } => show(args, &mut conn, &consumer, *id, *body).await,
         HeldAction::Redrive(redrive) => {
             drop(conn);
             let answer = sequencer(args, consumer)?.redrive(&request(redrive), progress()).await?;
             args.common.answer(&answer, || redriven(&answer, redrive.dry_run))?;
-            Ok(if answer.refused == 0 { Verdict::Well } else { Verdict::NotWell })
+            Ok(if answer.refused == 0 { Verdict::Ok } else { Verdict::Attention })
         }
         HeldAction::Skip(skip) => {
             let event = chosen(&mut conn, &consumer, skip).await?;
@@ -260,7 +260,7 @@ async fn list_events(
         }
         text
     })?;
-    Ok(if events.is_empty() { Verdict::Well } else { Verdict::NotWell })
+    Ok(if events.is_empty() { Verdict::Ok } else { Verdict::Attention })
 }
 
 /// Why an event waits, since when, and what came of trying it.
@@ -285,7 +285,7 @@ async fn show(
 ) -> anyhow::Result<Verdict> {
     if let Some(shown) = held::event(conn, consumer, id, with_body).await.context("it cannot be read")? {
         args.common.answer(&shown, || one(&shown))?;
-        return Ok(Verdict::Well);
+        return Ok(Verdict::Ok);
     }
     if let Some(skipped) = held::skipped(conn, consumer, id).await.context("it cannot be read")? {
         args.common.answer(&skipped, || {
@@ -299,7 +299,7 @@ async fn show(
                 escape::line(&aggregate.source)
             )
         })?;
-        return Ok(Verdict::Well);
+        return Ok(Verdict::Ok);
     }
     bail!("{consumer} holds no event {id}; score-projector held list shows what it holds")
 }
@@ -403,5 +403,5 @@ async fn skip(
             format!("{event}, would be skipped: its version counts, and it does nothing\n  {after}\nsay --yes to do it")
         }
     })?;
-    Ok(if skip.yes && after.refused.is_none() { Verdict::Well } else { Verdict::NotWell })
+    Ok(if skip.yes && after.refused.is_none() { Verdict::Ok } else { Verdict::Attention })
 }

@@ -70,7 +70,7 @@ pub async fn rejected(args: &RejectedArgs) -> anyhow::Result<Verdict> {
             let groups = rejected::groups(&mut conn, &consumer).await.context("it cannot be read")?;
             args.common
                 .answer(&json!({"consumer": consumer, "rejected": groups}), || reasons(&consumer, &groups))?;
-            Ok(if groups.messages == 0 { Verdict::Well } else { Verdict::NotWell })
+            Ok(if groups.messages == 0 { Verdict::Ok } else { Verdict::Attention })
         }
         RejectedAction::Show { id, body } => {
             let message =
@@ -81,7 +81,7 @@ pub async fn rejected(args: &RejectedArgs) -> anyhow::Result<Verdict> {
                 )
             };
             args.common.answer(&message, || one(&message))?;
-            Ok(Verdict::Well)
+            Ok(Verdict::Ok)
         }
         RejectedAction::Drop { selection, yes } => {
             let filter = Filter { ids: selection.id.clone(), reason: selection.reason.clone() };
@@ -158,5 +158,5 @@ async fn drop(
             (_, false) => format!("{messages} would be dropped; say --yes to do it"),
         }
     })?;
-    Ok(if yes || count == 0 { Verdict::Well } else { Verdict::NotWell })
+    Ok(if yes || count == 0 { Verdict::Ok } else { Verdict::Attention })
 }

@@ -24,7 +24,7 @@ pub(super) async fn abort(
     }
     let Some(Stored { consumer, queue, .. }) = model::stored(conn, "ending").await? else {
         args.common.answer(&json!({"aborted": null}), || "no rebuild is under way".to_owned())?;
-        return Ok(Verdict::Well);
+        return Ok(Verdict::Ok);
     };
     let Some(queue) = queue else { bail!("score.model names no queue of {consumer}") };
     remove_queue(conn, broker, &queue).await?;
@@ -34,7 +34,7 @@ pub(super) async fn abort(
     args.common.answer(&json!({"aborted": consumer}), || {
         format!("{consumer} is gone, with its queue and its place in the inbox")
     })?;
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }
 
 /// The shadow is none any more: its consumers find that with their next transaction, and end.

@@ -11,7 +11,7 @@ use crate::model;
 pub(super) async fn drop(args: &RebuildArgs, conn: &mut PgConnection) -> anyhow::Result<Verdict> {
     let Some(old) = model::stored(conn, "old").await? else {
         args.common.answer(&json!({"dropped": null}), || "no old model is kept".to_owned())?;
-        return Ok(Verdict::Well);
+        return Ok(Verdict::Ok);
     };
     // A projector that erases an aggregate of both models may be in its way.
     again(async || sqlx::query("DROP SCHEMA IF EXISTS score_old CASCADE").execute(&mut *conn).await)
@@ -24,5 +24,5 @@ pub(super) async fn drop(args: &RebuildArgs, conn: &mut PgConnection) -> anyhow:
         let rows = many(i64::try_from(rows).unwrap_or(i64::MAX), "row");
         format!("the old model {} is gone, and {rows} of its consumer in the inbox", old.consumer)
     })?;
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }

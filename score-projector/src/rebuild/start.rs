@@ -61,5 +61,5 @@ pub(super) async fn start(
             fill[0], fill[1]
         )
     })?;
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }

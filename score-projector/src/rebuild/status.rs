@@ -41,7 +41,7 @@ pub(super) async fn status(args: &RebuildArgs, conn: &mut PgConnection) -> anyho
         }
         text + rest.as_deref().unwrap_or_default()
     })?;
-    Ok(if rest.is_some() { Verdict::NotWell } else { Verdict::Well })
+    Ok(if rest.is_some() { Verdict::Attention } else { Verdict::Ok })
 }
 
 async fn building(
@@ -95,7 +95,7 @@ async fn building(
         };
         text
     })?;
-    Ok(if now.behind == 0 { Verdict::Well } else { Verdict::NotWell })
+    Ok(if now.behind == 0 { Verdict::Ok } else { Verdict::Attention })
 }
 
 fn counts(now: &Progress, held: &[Held]) -> String {

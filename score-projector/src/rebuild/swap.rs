@@ -38,7 +38,7 @@ pub(super) async fn swap(
         args.common.answer(&json!({"live": live.consumer, "swapped": true}), || {
             format!("{} is live since the last swap; its queue {queue} is deleted now", live.consumer)
         })?;
-        return Ok(Verdict::Well);
+        return Ok(Verdict::Ok);
     }
     let Some(shadow) = model::stored(conn, "shadow").await? else {
         bail!(
@@ -89,7 +89,7 @@ pub(super) async fn swap(
             live.consumer
         )
     })?;
-    Ok(Verdict::Well)
+    Ok(Verdict::Ok)
 }
 
 /// Everything in one transaction.
