@@ -65,7 +65,7 @@ impl Api {
         }
     }
 
-    /// Looks at a new person's cpf as told.
+    /// Sets how strictly a new person's cpf is checked.
     #[must_use]
     pub fn checking(self, cpf_check: CpfCheck) -> Self {
         Self { cpf_check, ..self }

@@ -101,7 +101,7 @@ pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
             .execute(&mut conn)
             .await
             .map_err(|error| {
-                // Without the place in the server's source that the driver's own text ends in.
+                // The driver's own text ends with a line of the server's source.
                 let why =
                     error.as_database_error().map_or_else(|| error.to_string(), |e| e.message().to_owned());
                 anyhow!("the rights on the schema person could not be granted to {role}: {why}")

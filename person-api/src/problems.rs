@@ -23,7 +23,7 @@ const fn problem_type(
     ProblemType { status, code, title, detail, retry_after: None }
 }
 
-/// 404: nobody has this cpf.
+/// 404: there is no person with this cpf.
 const UNKNOWN_PERSON: ProblemType = problem_type(
     StatusCode::NOT_FOUND,
     "unknown-person",
@@ -31,7 +31,7 @@ const UNKNOWN_PERSON: ProblemType = problem_type(
     "There is no person with this cpf. The person was deleted, or never existed.",
 );
 
-/// 409: somebody has this cpf already.
+/// 409: there is a person with this cpf already.
 const CPF_EXISTS: ProblemType = problem_type(
     StatusCode::CONFLICT,
     "cpf-exists",
@@ -39,7 +39,7 @@ const CPF_EXISTS: ProblemType = problem_type(
     "There is a person with this cpf already. Nothing was stored.",
 );
 
-/// 404: there is none with this id, or it is somebody else's.
+/// 404: the person has no item with this id.
 const UNKNOWN_ITEM: ProblemType = problem_type(
     StatusCode::NOT_FOUND,
     "unknown-item",
@@ -55,7 +55,7 @@ const PERSON_INACTIVE: ProblemType = problem_type(
     "An inactive person takes no new items. Nothing was stored. PATCH the person's `status` first.",
 );
 
-/// 412: somebody was faster, or it is another life of the cpf.
+/// 412: the person was changed, or deleted and created again.
 const OTHER_STATE: ProblemType = problem_type(
     StatusCode::PRECONDITION_FAILED,
     "other-state",
@@ -93,7 +93,7 @@ const PERSON_BUSY: ProblemType = ProblemType {
     )
 };
 
-/// 503: nobody knows whether a write was stored.
+/// 503: the write may be stored or not.
 const OUTCOME_UNKNOWN: ProblemType = ProblemType {
     retry_after: Some(RETRY_AFTER),
     ..problem_type(

@@ -39,7 +39,7 @@ pub(crate) async fn watch(
         match tokio::time::timeout(TIMEOUT, look).await {
             Ok(Ok(())) => part.ready(),
             Ok(Err(error)) => part.waiting(error.to_string()),
-            Err(_) => part.waiting("the database does not answer in time"),
+            Err(_) => part.waiting("the database does not respond in time"),
         }
     }
     Ok(())

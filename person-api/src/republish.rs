@@ -45,9 +45,9 @@ pub struct RepublishArgs {
     /// The database, and the form of the result.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// Who.
+    /// Which persons.
     #[command(flatten)]
-    pub whom: Whom,
+    pub selection: Selection,
     /// With --all: the maximum number of persons per second.
     #[arg(long, default_value = "500", value_parser = clap::value_parser!(u32).range(1..))]
     pub rate: u32,
@@ -59,10 +59,10 @@ pub struct RepublishArgs {
     pub dry_run: bool,
 }
 
-/// Whose state is published.
+/// The persons whose state is published.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
-pub struct Whom {
+pub struct Selection {
     /// All persons, in the order of their ids. Ctrl-C ends the command after the current batch; the next run continues
     /// from there.
     #[arg(long)]
@@ -78,10 +78,10 @@ pub struct Whom {
 
 /// Appends baselines, and prints how many.
 pub async fn republish(args: &RepublishArgs) -> anyhow::Result<Verdict> {
-    let cpf = args.whom.cpf_stdin.then(read_cpf).transpose()?;
+    let cpf = args.selection.cpf_stdin.then(read_cpf).transpose()?;
     let mut conn = args.common.connect("person-api republish", &schema::needed(), STATEMENT_TIMEOUT).await?;
     sqlx::query(LOCK_TIMEOUT).execute(&mut conn).await.map_err(|e| failed(&e))?;
-    if args.whom.all { all(args, &mut conn).await } else { one(args, &mut conn, cpf).await }
+    if args.selection.all { all(args, &mut conn).await } else { one(args, &mut conn, cpf).await }
 }
 
 fn read_cpf() -> anyhow::Result<Cpf> {
@@ -97,11 +97,12 @@ fn read_cpf() -> anyhow::Result<Cpf> {
 /// One person, in one transaction.
 async fn one(args: &RepublishArgs, conn: &mut PgConnection, cpf: Option<Cpf>) -> anyhow::Result<Verdict> {
     let mut tx = conn.begin().await.map_err(|e| failed(&e))?;
-    let locked =
-        baseline::lock_one(&mut tx, args.whom.person, cpf).await.map_err(|e| match code(&e).as_deref() {
+    let locked = baseline::lock_one(&mut tx, args.selection.person, cpf).await.map_err(|e| {
+        match code(&e).as_deref() {
             Some("55P03") => anyhow!("the person is locked by another transaction; nothing was published"),
             _ => failed(&e),
-        })?;
+        }
+    })?;
     let Some(id) = locked else {
         bail!("there is no such person; nothing was published");
     };

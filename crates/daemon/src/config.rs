@@ -65,7 +65,7 @@ pub fn parse_secret<T: FromStr>(name: &str, value: &SecretString, form: &str) ->
     })
 }
 
-/// Whether a URL's host is this machine, so that nobody else sees what goes there.
+/// Whether a URL's host is this machine, so that the traffic does not leave it.
 fn is_this_machine(host: &str) -> bool {
     let host = host.trim_start_matches('[').trim_end_matches(']').trim_end_matches('.').to_ascii_lowercase();
     let loopback = host.parse::<std::net::IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback());

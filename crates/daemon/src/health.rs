@@ -21,7 +21,7 @@ pub const LIVE: &str = "/live";
 pub const READY: &str = "/ready";
 /// Its metrics.
 pub const METRICS: &str = "/metrics";
-/// What operators ask, and what every program answers whatever else it refuses.
+/// The paths that every program serves, whatever else it refuses.
 pub const PATHS: [&str; 3] = [LIVE, READY, METRICS];
 
 /// The response to one of [`PATHS`].
@@ -45,7 +45,7 @@ struct State {
     parts: BTreeMap<&'static str, Option<Waiting>>,
 }
 
-/// What a part waits for; or, when it is `ready`, what somebody should look at all the same.
+/// What a part waits for; or, when it is `ready`, what an operator should look at all the same.
 #[derive(Debug)]
 struct Waiting {
     reason: String,
@@ -87,7 +87,7 @@ impl Health {
         self.said(false)
     }
 
-    /// What somebody should look at, though the program does its work, by part.
+    /// What an operator should look at although the program does its work, by part.
     pub fn attention(&self) -> Vec<(&'static str, String, u64)> {
         self.said(true)
     }
@@ -165,7 +165,7 @@ impl Part {
         self.say(&reason.into(), false);
     }
 
-    /// It does its work, but somebody should look at something.
+    /// The part does its work, but an operator should look at something.
     pub fn attention(&self, reason: impl Into<String>) {
         self.say(&reason.into(), true);
     }
@@ -189,8 +189,8 @@ impl Part {
     }
 }
 
-/// Which process it is: what `/ready` says of itself, and what the `health` command asks for. One that only has the
-/// same address is another one, and its health is nobody's answer.
+/// Which process it is: `/ready` says it, and the `health` command compares it. Another process at the same address must
+/// not pass for this one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity(BTreeMap<&'static str, String>);
 

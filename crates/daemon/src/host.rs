@@ -80,7 +80,7 @@ fn is_served(host: &str, here: Option<IpAddr>, allowed: &[AllowedHost]) -> bool 
     if allowed.contains(&AllowedHost::Any) {
         return true;
     }
-    // The address by which the client came is no name that somebody else could have given to this machine.
+    // An address, unlike a name, cannot be pointed at this machine by others.
     if let Some(address) = address(host) {
         return address.is_loopback()
             || Some(address) == here

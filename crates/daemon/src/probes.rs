@@ -57,7 +57,7 @@ pub struct ProbeArgs {
     pub allowed_hosts: Vec<AllowedHost>,
 }
 
-/// What the requests are answered from.
+/// What the responses are made from.
 struct Probes {
     health: Health,
     metrics: Option<PrometheusHandle>,
@@ -90,13 +90,13 @@ pub fn serve(
 }
 
 async fn accept(listener: TcpListener, probes: Arc<Probes>, stop: CancellationToken) {
-    let (places, tasks) = (Arc::new(Semaphore::new(CONNECTIONS)), TaskTracker::new());
+    let (permits, tasks) = (Arc::new(Semaphore::new(CONNECTIONS)), TaskTracker::new());
     let next = async || {
         // The semaphore is never closed.
-        let place = Arc::clone(&places).acquire_owned().await.ok();
+        let permit = Arc::clone(&permits).acquire_owned().await.ok();
         loop {
             match listener.accept().await {
-                Ok((tcp, _)) => return (tcp, place),
+                Ok((tcp, _)) => return (tcp, permit),
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
                     // A process that is out of files would spin.
@@ -105,7 +105,7 @@ async fn accept(listener: TcpListener, probes: Arc<Probes>, stop: CancellationTo
             }
         }
     };
-    while let Some((tcp, place)) = stop.run_until_cancelled(next()).await {
+    while let Some((tcp, permit)) = stop.run_until_cancelled(next()).await {
         let probes = Arc::clone(&probes);
         tasks.spawn(async move {
             let local = tcp.local_addr().ok().map(|address| address.ip());
@@ -117,7 +117,7 @@ async fn accept(listener: TcpListener, probes: Arc<Probes>, stop: CancellationTo
             http.keep_alive(false).max_header_size(MAX_HEAD).max_buf_size(MAX_HEAD);
             // How the connection ends concerns its client alone.
             let _ = timeout(DEADLINE, http.serve_connection(TokioIo::new(tcp), service)).await;
-            drop(place);
+            drop(permit);
         });
     }
     tasks.close();

@@ -22,8 +22,8 @@ pub struct ShutdownArgs {
     pub drain_timeout: Duration,
 }
 
-/// The end of `main`: an error is told in one line with its causes, for people, and makes the exit code 1;
-/// 2 for a setting, as for a wrong command line, because another try would not help.
+/// The end of `main`: prints an error with its causes in one line. The exit code is 1; 2 for a setting, as for a wrong
+/// command line, because a retry would not help.
 pub fn exit_code(program: &str, result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -43,7 +43,7 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// A shutdown that nobody signals: tests call [`request`](Self::request).
+    /// A shutdown without signals: tests call [`request`](Self::request).
     pub fn new() -> Self {
         Self::default()
     }
@@ -93,7 +93,7 @@ impl Shutdown {
         self.tasks.spawn(async move {
             let error = match task.await {
                 Ok(Ok(())) if requested.is_cancelled() => return,
-                Ok(Ok(())) => anyhow!("it ended although nobody asked it to"),
+                Ok(Ok(())) => anyhow!("it ended before the shutdown"),
                 Ok(Err(error)) => error,
                 Err(panic) => anyhow!("it panicked: {panic}"),
             };
@@ -116,7 +116,7 @@ impl Shutdown {
         }
         drained.map_err(|_| {
             anyhow!(
-                "{} tasks had not drained after {deadline:?}; what they held is left to the next start",
+                "{} tasks did not finish within {deadline:?}; the next start continues their work",
                 self.tasks.len()
             )
         })

@@ -54,8 +54,8 @@ fn may_be_logged(metadata: &Metadata<'_>) -> bool {
     }
 }
 
-/// What `LOG` says, without lapin unless it is named: it calls each connection that ends an error, several
-/// times, and whoever held that one says what it means.
+/// What `LOG` says, without lapin unless it is named: lapin logs each connection that ends as an error, several times. The
+/// code that held the connection logs what it means.
 fn filter(log: &str) -> Result<EnvFilter, ParseError> {
     EnvFilter::try_new(format!("lapin=off,{log}"))
 }

@@ -200,7 +200,7 @@ impl PersonEvent {
     /// Parses an event's body by its type (the routing key).
     pub fn parse(type_: &str, body: &[u8]) -> Result<Self, ParseError> {
         fn json<'a, T: Deserialize<'a>>(type_: &str, body: &'a [u8]) -> Result<T, ParseError> {
-            // serde_json's own message quotes values, so only its place and category are kept.
+            // serde_json's own message quotes values, so the error has only the position and the category.
             serde_json::from_slice(body).map_err(|e| ParseError {
                 type_: type_.to_owned(),
                 line: e.line(),

@@ -1,4 +1,4 @@
-//! The event contract between the person service, the score service and whoever else subscribes:
+//! The event contract between the person service, the score service and other subscribers:
 //! exchange names, event types and bodies. No I/O; `docs/events.md` says the same for other languages.
 //!
 //! Bodies grow by addition only and readers ignore what they do not know, so nothing here denies

@@ -89,7 +89,7 @@ impl Problem {
         Self { errors, ..INVALID_FIELDS.problem() }
     }
 
-    /// 503: the database does not answer; nothing is known to be lost.
+    /// 503: the database does not respond.
     pub fn unavailable(retry_after: Duration) -> Self {
         Self { retry_after: Some(retry_after), ..UNAVAILABLE.problem() }
     }
@@ -107,9 +107,10 @@ impl Problem {
         let status = error.status();
         let (code, detail): (_, Cow<'static, str>) = match status {
             StatusCode::NOT_FOUND => ("no-such-path", "There is nothing at this path.".into()),
-            StatusCode::METHOD_NOT_ALLOWED => {
-                ("method-not-allowed", "This path does not answer to this method.".into())
-            }
+            StatusCode::METHOD_NOT_ALLOWED => (
+                "method-not-allowed",
+                "This path does not take this method. `Allow` names those that it takes.".into(),
+            ),
             StatusCode::PAYLOAD_TOO_LARGE => ("too-large", "The request's body is too large.".into()),
             StatusCode::LENGTH_REQUIRED => ("length-required", "Send a Content-Length header.".into()),
             StatusCode::UNSUPPORTED_MEDIA_TYPE => {
@@ -121,7 +122,7 @@ impl Problem {
                 return Self::internal().into_response();
             }
         };
-        // The headers of the framework's own answer say more, such as `Allow`.
+        // The headers of the framework's own response say more, such as `Allow`.
         let mut headers = error.into_response().headers().clone();
         headers.remove(header::CONTENT_TYPE);
         headers.remove(header::CONTENT_LENGTH);

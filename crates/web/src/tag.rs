@@ -58,7 +58,7 @@ impl Tag {
 pub enum Tags {
     /// `*`: any state.
     Any,
-    /// These. A tag that is none of ours names no state, and is left out.
+    /// These. A tag of another form names no state, and is left out.
     Of(Vec<Tag>),
 }
 
@@ -74,7 +74,7 @@ impl Tags {
     /// list, or an empty one.
     ///
     /// A weak tag counts like a strong one. That differs from RFC 9110, 13.1.1, for `If-Match`: a proxy that
-    /// compresses a response weakens its tag, and whoever sends that back would be refused for ever. The tags of
+    /// compresses a response weakens its tag, and a client that sends the weak tag back would always be refused. The tags of
     /// this module name one state exactly, in whatever coding it was sent, so nothing is lost.
     pub fn parse(text: &str) -> Option<Self> {
         if text.trim() == "*" {

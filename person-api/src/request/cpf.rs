@@ -24,9 +24,9 @@ impl CpfCheck {
 }
 
 /// The last two of the 11 digits follow from those before them, weighted 10, 9, … 2 and 11, 10, … 2, modulo
-/// 11. Eleven equal digits follow the rule and are given to nobody.
+/// 11. Eleven equal digits follow the rule, and no person has them.
 fn is_right(cpf: Cpf) -> bool {
-    let digits: Vec<i64> = (0..11).rev().map(|place| cpf.get() / 10_i64.pow(place) % 10).collect();
+    let digits: Vec<i64> = (0..11).rev().map(|digit| cpf.get() / 10_i64.pow(digit) % 10).collect();
     let check = |before: &[i64]| {
         let weighted: i64 = before.iter().rev().zip(2..).map(|(digit, weight)| digit * weight).sum();
         weighted * 10 % 11 % 10

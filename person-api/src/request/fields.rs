@@ -53,7 +53,7 @@ impl<'a> Fields<'a> {
         Self { rest: Vec::new(), parameters: Parameters::of(request) }
     }
 
-    /// A field that must be there and follow its rule. `None` stands for an error that is kept.
+    /// A field that must be there and follow its rule. `None` means an error, which is collected.
     pub(super) fn required<T>(
         &mut self,
         name: &'static str,

@@ -20,8 +20,8 @@ fn string(raw: &RawValue) -> Parsed<String> {
     serde_json::from_str(raw.get()).map_err(|_| "must not contain half a surrogate pair".into())
 }
 
-/// A line of text with something to see in it. Control characters have no place in it, and PostgreSQL
-/// stores no NUL at all. What changes the direction of text would show another text than the one that is stored.
+/// A line of text with a visible character, and without control characters: PostgreSQL stores no NUL at all. A character
+/// that changes the direction of text would show another text than the stored one.
 pub(super) fn text(raw: &RawValue, max: usize) -> Parsed<String> {
     let text = string(raw)?;
     if text.chars().any(characters::is_control_or_line_break) {
@@ -61,7 +61,7 @@ pub(super) fn cpf(raw: &RawValue) -> Parsed<Cpf> {
     digits.parse().map_err(|_| "must be a positive integer of at most 11 digits".into())
 }
 
-/// A date-time of RFC 3339, or a date, which stands for its midnight UTC. Kept to the microsecond.
+/// A date-time of RFC 3339, or a date, which means its midnight UTC. Cut to the microsecond.
 pub(super) fn date_of_birth(raw: &RawValue) -> Parsed<DateTime<Utc>> {
     const FORM: &str = "must be a date (2019-06-15) or a date-time (2019-06-15T19:23:55-03:00) of RFC 3339";
     let text = string(raw)?;

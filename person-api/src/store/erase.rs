@@ -93,8 +93,8 @@ pub async fn clean(pool: PgPool, health: Part, stop: CancellationToken) {
             Ok(_) => pause = Duration::from_millis(20),
             Err(error) => {
                 health.attention(format!(
-                    "What is left of deleted persons with very many items cannot be removed: {}. Nobody can read it. It \
-                     is tried again, in smaller steps.",
+                    "Rows of deleted persons cannot be removed: {}. No client can read them. The program tries again, in \
+                     smaller steps.",
                     describe(&error)
                 ));
                 pause = (pause * 2).clamp(INTERVAL, LONGEST);

@@ -13,8 +13,8 @@ use super::{
 };
 use crate::model::{IdempotentRequest, NewItem, PageRequest, Precondition};
 
-/// The statements of one kind of items, from `sql/item/`. They are written for incomes, so that each file is SQL to read
-/// and to paste into psql; for another kind its name takes the place of the word.
+/// The statements of one kind of items, from `sql/item/`. The files are written for incomes, so that one can read them and
+/// paste them into psql. For another kind, its name replaces the word `income`.
 #[derive(Debug)]
 pub(super) struct ItemSql {
     pub(super) add: String,
@@ -42,7 +42,7 @@ impl ItemSql {
         }
     }
 
-    /// Made when the first request needs it.
+    /// Built when the first request needs them.
     pub(super) fn of(kind: ItemKind) -> &'static Self {
         static INCOME: LazyLock<ItemSql> = LazyLock::new(|| ItemSql::new(ItemKind::Income));
         static ASSET: LazyLock<ItemSql> = LazyLock::new(|| ItemSql::new(ItemKind::Asset));

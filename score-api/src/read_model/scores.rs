@@ -113,7 +113,7 @@ mod tests {
         drop(Scores::new(nowhere.parse::<Database>().unwrap().pool(1), &shutdown));
         let end = timeout(Duration::from_secs(10), shutdown.finish(Duration::from_secs(1)));
         let error = end.await.expect("the process lives on").unwrap_err();
-        assert_eq!(format!("{error:#}"), "the task scores failed: it ended although nobody asked it to");
+        assert_eq!(format!("{error:#}"), "the task scores failed: it ended before the shutdown");
     }
 
     /// However many persons there are, an answer reads one entry of the index and one row.

@@ -42,9 +42,9 @@ pub struct BrokerArgs {
 /// A node of the broker: how to connect to it.
 #[derive(Clone)]
 pub struct Node {
-    /// Where it is, and as whom to log in.
+    /// The address and the user.
     pub uri: AMQPUri,
-    /// Whom to trust beside the machine's authorities, and what to show.
+    /// The authorities to trust beside the machine's own, and the client certificate.
     pub tls: OwnedTLSConfig,
 }
 
@@ -64,7 +64,7 @@ pub fn warn(nodes: &[Node]) {
     }
 }
 
-/// Where it is, and as whom to log in, without the password.
+/// The address and the user, without the password.
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let AMQPUri { scheme, authority, vhost, .. } = &self.uri;

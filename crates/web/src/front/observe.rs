@@ -183,8 +183,8 @@ mod tests {
     async fn a_panic_is_a_500_by_which_its_log_is_found() {
         let app = guarded(Route::new().at("/defect/:cpf", get(defect)), Keys::default());
         let request = Request::builder().uri("/defect/52998224725".parse().unwrap());
-        let answer = app.call(request.header("x-request-id", "mine").finish()).await.unwrap();
-        assert_eq!((answer.status().as_u16(), answer.header("x-request-id")), (500, Some("mine")));
-        insta::assert_snapshot!(answer.into_body().into_string().await.unwrap(), @r#"{"type":"/problems/internal","title":"Internal error","status":500,"detail":"The request could not be completed because of a defect in the service.","request_id":"mine"}"#);
+        let response = app.call(request.header("x-request-id", "mine").finish()).await.unwrap();
+        assert_eq!((response.status().as_u16(), response.header("x-request-id")), (500, Some("mine")));
+        insta::assert_snapshot!(response.into_body().into_string().await.unwrap(), @r#"{"type":"/problems/internal","title":"Internal error","status":500,"detail":"The request could not be completed because of a defect in the service.","request_id":"mine"}"#);
     }
 }

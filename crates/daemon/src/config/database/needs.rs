@@ -14,7 +14,7 @@ use super::{
 const TIMEOUT: Duration = Duration::from_secs(6);
 /// Whether there is a pooler is asked once, and not for longer.
 const PROBE: Duration = Duration::from_secs(2);
-/// A row of the answer that is no migration.
+/// Marks a row of the result that is a problem, and not a migration.
 const PROBLEM: &str = "!";
 
 /// The schemas, and what the program does with them.
@@ -35,8 +35,8 @@ impl Needs {
         let mut each: Vec<String> = self.schemas.iter().map(Schema::applied).collect();
         each.push(self.problems());
         let asked = sqlx::query_as(AssertSqlSafe(each.join(" UNION ALL "))).fetch_all(&mut *conn).await;
-        let answered: Vec<Applied> = match asked {
-            Ok(answered) => answered,
+        let rows: Vec<Applied> = match asked {
+            Ok(rows) => rows,
             Err(sqlx::Error::Database(error)) => {
                 // Alone, each schema says which one it is.
                 for schema in &self.schemas {
@@ -46,8 +46,8 @@ impl Needs {
             }
             Err(error) => return Err(error.into()),
         };
-        self.schemas.iter().try_for_each(|schema| schema.compare(&answered))?;
-        let mut problems = answered.iter().filter_map(|(name, ..)| name.strip_prefix(PROBLEM)).peekable();
+        self.schemas.iter().try_for_each(|schema| schema.compare(&rows))?;
+        let mut problems = rows.iter().filter_map(|(name, ..)| name.strip_prefix(PROBLEM)).peekable();
         if problems.peek().is_none() {
             return Ok(());
         }
@@ -103,11 +103,11 @@ impl Needs {
     pub async fn look(&self, pool: &PgPool) -> Result<(), SchemaError> {
         let look = async { self.check(&mut *pool.acquire().await?).await };
         tokio::time::timeout(TIMEOUT, look).await.unwrap_or_else(|_| {
-            Err(SchemaError::Unmet(format!("the database does not answer within {TIMEOUT:?}")))
+            Err(SchemaError::Unmet(format!("the database does not respond within {TIMEOUT:?}")))
         })
     }
 
-    /// Waits until the database has everything, with `waiting` told why it does not yet. Ends with an error when a
+    /// Waits until the database has everything, and tells `waiting` what is missing. Ends with an error when a
     /// schema is not what the program needs; waiting would not change that. `stop` ends the wait early, with `false`.
     /// The pool needs two connections.
     pub async fn wait(

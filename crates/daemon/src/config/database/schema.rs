@@ -37,7 +37,7 @@ pub enum SchemaError {
     /// The database refuses something that the program needs, until an operator changes it.
     #[error("{0}")]
     Unmet(String),
-    /// The database did not answer. Worth another try, as `Unmet` is and unlike the others.
+    /// The database did not respond. Unlike the others but `Unmet`, a retry can help.
     #[error("{}", outbox::database::reason(.0))]
     Database(#[from] sqlx::Error),
 }

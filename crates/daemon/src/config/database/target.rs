@@ -43,7 +43,7 @@ const CONDITIONAL: &str = "\
     CASE WHEN current_setting('synchronous_commit') = 'off'
          THEN set_config('synchronous_commit', 'on', false) END";
 
-/// How to connect: where, as whom, and with which settings of the session.
+/// How to connect: the address, the user, and the settings of the session.
 ///
 /// The settings are one statement after connecting and not parameters of the connection: `PgBouncer` refuses those, or
 /// drops them without a word.
@@ -109,7 +109,7 @@ impl Database {
         self
     }
 
-    /// Where it is, and as whom, without the password.
+    /// The address and the user, without the password.
     pub fn address(&self) -> String {
         let options = &self.options;
         let (user, port) = (options.get_username(), options.get_port());

@@ -40,13 +40,13 @@ pub(super) fn supported(setting: &str, text: &str) -> Result<String, SettingErro
     else {
         return wrong(format!("should look like {FORM}"));
     };
-    let place = rest.split(['/', '?']).next().unwrap_or_default();
-    let hosts = place.rsplit_once('@').map_or(place, |(_, hosts)| hosts);
+    let authority = rest.split(['/', '?']).next().unwrap_or_default();
+    let hosts = authority.rsplit_once('@').map_or(authority, |(_, hosts)| hosts);
     if hosts.contains(',') {
         return wrong(several());
     }
     // The host of `user@/database?host=/folder` is in the query; the parser insists on one.
-    let filled = hosts.is_empty() && place.contains('@') && text.contains("host=");
+    let filled = hosts.is_empty() && authority.contains('@') && text.contains("host=");
     let text = if filled { text.replacen("@/", "@localhost/", 1) } else { text.to_owned() };
     let Ok(mut url) = url::Url::parse(&text) else {
         return wrong(format!(
@@ -54,10 +54,10 @@ pub(super) fn supported(setting: &str, text: &str) -> Result<String, SettingErro
              password are written as %2F, %23, %3F and %40"
         ));
     };
-    let mut kept: Vec<(String, String)> = Vec::new();
+    let mut parameters: Vec<(String, String)> = Vec::new();
     for (name, value) in url.query_pairs() {
         if name.starts_with("options[") {
-            kept.push((name.into_owned(), value.into_owned()));
+            parameters.push((name.into_owned(), value.into_owned()));
             continue;
         }
         let Some(name) = PARAMETERS.into_iter().find(|known| **known == *name) else {
@@ -66,8 +66,8 @@ pub(super) fn supported(setting: &str, text: &str) -> Result<String, SettingErro
         match name {
             "channel_binding" if value == "require" => {
                 return wrong(
-                    "channel_binding=require is not supported; use sslmode=verify-full instead, which lets nobody \
-                     come between either"
+                    "channel_binding=require is not supported; use sslmode=verify-full instead, which \
+                     keeps others out of the connection, too"
                         .to_owned(),
                 );
             }
@@ -84,12 +84,12 @@ pub(super) fn supported(setting: &str, text: &str) -> Result<String, SettingErro
             }
             _ => {}
         }
-        kept.push((name.to_owned(), value.into_owned()));
+        parameters.push((name.to_owned(), value.into_owned()));
     }
-    if kept.is_empty() {
+    if parameters.is_empty() {
         url.set_query(None);
     } else {
-        url.query_pairs_mut().clear().extend_pairs(kept);
+        url.query_pairs_mut().clear().extend_pairs(parameters);
     }
     Ok(url.into())
 }
@@ -138,8 +138,11 @@ mod tests {
             "postgres://u@%2Frun%2Fpostgresql/d",
             "postgres:///d",
         ] {
-            let kept = supported("DATABASE_URL", url).unwrap();
-            assert!(kept.parse::<sqlx::postgres::PgConnectOptions>().is_ok(), "{url}: {kept}");
+            let url_for_driver = supported("DATABASE_URL", url).unwrap();
+            assert!(
+                url_for_driver.parse::<sqlx::postgres::PgConnectOptions>().is_ok(),
+                "{url}: {url_for_driver}"
+            );
         }
         for binding in ["prefer", "disable"] {
             let url = format!("postgres://u@db/d?sslmode=require&channel_binding={binding}");
