@@ -6,9 +6,12 @@ use anyhow::{Context, bail};
 
 use crate::{
     Growth, Idle, Latency, Memory, Project, Read, Relay, Write,
-    figure::{self, Figure, Measured, Size},
+    figure::{self, Figure, Measured},
+    files,
     ground::Ground,
-    report::{Failed, Report, machine},
+    machine::machine,
+    report::{Failed, Report},
+    scale::Scale,
 };
 use devstack::{ending::Ending, say, show};
 
@@ -51,7 +54,7 @@ pub async fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     }
     let checkout = devstack::command::checkout()?;
     let ending = Ending::watch()?;
-    let size = if args.quick { Size::QUICK } else { Size::FULL };
+    let size = if args.quick { Scale::QUICK } else { Scale::FULL };
     let begin = std::time::Instant::now();
     let measured = async {
         let ground = Ground::start(size).await?;
@@ -69,10 +72,10 @@ pub async fn run(args: &BenchArgs) -> anyhow::Result<u8> {
         std::fs::write(path, report.json()?).with_context(|| format!("cannot write {}", path.display()))?;
     }
     match &args.docs {
-        Some(folder) => report.write(folder)?,
+        Some(folder) => files::write(&report, folder)?,
         None if !args.quick && args.only.is_empty() && report.failed.is_empty() => {
-            report.write(&checkout.join("docs/bench"))?;
-            report.write_into(&checkout.join("docs/proof/bench.md"))?;
+            files::write(&report, &checkout.join("docs/bench"))?;
+            files::write_into(&report, &checkout.join("docs/proof/bench.md"))?;
             say("docs/bench and the table in docs/proof/bench.md are new");
         }
         None => {}
@@ -168,7 +171,7 @@ impl Found {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::figure::{Goal, Row};
+    use crate::{figure::Row, goal::Goal};
 
     #[test]
     fn a_figure_that_fails_leaves_the_others() {
@@ -181,7 +184,7 @@ mod tests {
         let report = Report {
             command: "make bench".to_owned(),
             quick: true,
-            size: Size::QUICK,
+            size: Scale::QUICK,
             machine: Vec::new(),
             rows,
             notes,

@@ -8,7 +8,7 @@ use lapin::{
 use sqlx::{AssertSqlSafe, Executor, PgConnection};
 use uuid::Uuid;
 
-use super::figure::float;
+use super::statistics::float;
 use devstack::rabbitmq;
 
 /// How many events each person has: the person and four items.

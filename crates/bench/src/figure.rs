@@ -1,90 +1,12 @@
-//! The shape of a figure, and how its rounds are judged.
-
-use std::time::Duration;
+//! The shape of a figure, and how its rounds are measured.
 
 use serde::Serialize;
 
-use super::ground::Ground;
-
-/// How much a run does.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Size {
-    /// Rounds of each figure.
-    pub rounds: usize,
-    /// Events of a drain.
-    pub events: i64,
-    /// Persons to write and to read.
-    pub persons: i64,
-    /// How long a load lasts.
-    pub load: Duration,
-    /// Between two writes of the latency figure.
-    pub apart: Duration,
-    /// How long the programs are watched while they have nothing to do.
-    pub idle: Duration,
-    /// Events of history.
-    pub history: i64,
-    /// Events that wait while the relay's memory is watched.
-    pub waiting: i64,
-}
-
-impl Size {
-    /// What the goals are about.
-    pub const FULL: Self = Self {
-        rounds: 5,
-        events: 100_000,
-        persons: 100_000,
-        load: Duration::from_secs(10),
-        apart: Duration::from_millis(5),
-        idle: Duration::from_secs(12),
-        history: 5_000_000,
-        waiting: 2_000_000,
-    };
-    /// To see that everything works. Its numbers are too short to mean much.
-    pub const QUICK: Self = Self {
-        rounds: 3,
-        events: 15_000,
-        persons: 20_000,
-        load: Duration::from_secs(3),
-        // What a debug build can do beside others.
-        apart: Duration::from_millis(50),
-        idle: Duration::from_secs(4),
-        history: 200_000,
-        waiting: 100_000,
-    };
-}
-
-/// What the system and its ceiling have to come to, round by round; the median decides.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Goal {
-    /// The system does at least so much of its ceiling.
-    RatioAtLeast(f64),
-    /// The system takes at most so many times its floor.
-    RatioAtMost(f64),
-    /// The system takes at most so much more.
-    DifferenceAtMost(f64),
-    /// The system takes less than this.
-    Below(f64),
-}
-
-impl Goal {
-    /// What is held against the goal.
-    fn value(self, system: f64, ceiling: f64) -> f64 {
-        match self {
-            Self::RatioAtLeast(_) | Self::RatioAtMost(_) => system / ceiling,
-            Self::DifferenceAtMost(_) => system - ceiling,
-            Self::Below(_) => system,
-        }
-    }
-
-    fn is_met_by(self, value: f64) -> bool {
-        match self {
-            Self::RatioAtLeast(goal) => value >= goal,
-            Self::RatioAtMost(goal) | Self::DifferenceAtMost(goal) => value <= goal,
-            Self::Below(goal) => value < goal,
-        }
-    }
-}
+use super::{
+    goal::Goal,
+    ground::Ground,
+    statistics::{Spread, number},
+};
 
 /// A row of the table, before it was measured.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -146,53 +68,6 @@ impl Measured {
     }
 }
 
-/// Median, least and most.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Spread {
-    /// The middle one; of an even number the lower of the two.
-    pub median: f64,
-    /// The least.
-    pub min: f64,
-    /// The most.
-    pub max: f64,
-}
-
-impl Spread {
-    /// Of some values; without any, nothing is known.
-    pub fn of(values: &[f64]) -> Self {
-        let sorted = sorted(values);
-        let at = |n: usize| sorted.get(n).copied().unwrap_or(f64::NAN);
-        Self {
-            median: at(sorted.len().saturating_sub(1) / 2),
-            min: at(0),
-            max: at(sorted.len().saturating_sub(1)),
-        }
-    }
-}
-
-/// The value that so many thousandths are at or below.
-pub(crate) fn quantile(values: &[f64], thousandths: usize) -> f64 {
-    let sorted = sorted(values);
-    let at = (sorted.len() * thousandths).div_ceil(1000).saturating_sub(1);
-    sorted.get(at).copied().unwrap_or(f64::NAN)
-}
-
-fn sorted(values: &[f64]) -> Vec<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted
-}
-
-/// So many of something in a time, as a rate in seconds.
-pub(crate) fn rate(count: i64, took: Duration) -> f64 {
-    float(count) / took.as_secs_f64()
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts of a bench are far below 2^52")]
-pub(crate) fn float(count: i64) -> f64 {
-    count as f64
-}
-
 /// Runs the rounds of a figure. System and ceiling take turns in going first. `say` is told of each round.
 pub async fn measure<F: Figure>(
     ground: &Ground,
@@ -232,32 +107,12 @@ fn told(row: &Measured, round: usize, rounds: usize) -> String {
     format!("{name} {round}/{rounds}: {} {unit}{against}", last(&row.of_system))
 }
 
-/// A number for people: three figures, and thousands apart.
-pub fn number(value: f64) -> String {
-    match value.abs() {
-        size if size >= 1000.0 => {
-            let digits = format!("{value:.0}");
-            let mut grouped = String::new();
-            for (n, digit) in digits.chars().enumerate() {
-                if n > 0 && (digits.len() - n) % 3 == 0 {
-                    grouped.push(',');
-                }
-                grouped.push(digit);
-            }
-            grouped
-        }
-        size if size >= 100.0 => format!("{value:.0}"),
-        size if size >= 10.0 => format!("{value:.1}"),
-        _ => format!("{value:.2}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_median_decides_and_numbers_are_short() {
+    fn the_median_decides() {
         let row = |goal| Row { name: "", system: "", ceiling: None, unit: "", goal };
         let measured = |goal, of_system: &[f64], of_ceiling: &[f64]| Measured {
             row: row(goal),
@@ -272,9 +127,5 @@ mod tests {
         assert!(!measured(Goal::Below(1.0), &[1.0], &[]).is_met());
         // What was not measured is no goal met.
         assert!(!measured(Goal::RatioAtMost(2.5), &[], &[]).is_met());
-        let quantiles = [500, 990].map(|thousandths| number(quantile(&[4.0, 1.0, 3.0, 2.0], thousandths)));
-        assert_eq!(quantiles, ["2.00", "4.00"]);
-        let shown = [8412.3, 1_234_567.0, 123.4, 12.34, 0.956].map(number);
-        assert_eq!(shown, ["8,412", "1,234,567", "123", "12.3", "0.96"]);
     }
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, ensure};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
-use super::figure::Size;
+use super::scale::Scale;
 use devstack::{
     folder::Folder,
     program::{Program, client},
@@ -30,14 +30,14 @@ pub struct Ground {
     /// Its databases `person` and `score` are empty and serve as templates; its programs do not run.
     pub(crate) stack: Stack,
     /// How much is done.
-    pub(crate) size: Size,
+    pub(crate) size: Scale,
     /// How busy the machine was before the run.
     pub(crate) load: String,
 }
 
 impl Ground {
     /// Starts the servers.
-    pub async fn start(size: Size) -> anyhow::Result<Self> {
+    pub async fn start(size: Scale) -> anyhow::Result<Self> {
         let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
         let load = load.split(' ').take(3).collect::<Vec<_>>().join(", ") + " (1, 5 and 15 minutes)";
         Ok(Self { load, stack: Stack::prepare(Folder::temporary()?, SETUP).await?, size })

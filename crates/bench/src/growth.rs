@@ -3,7 +3,8 @@
 use sqlx::{AssertSqlSafe, Executor, PgConnection};
 
 use super::{
-    figure::{Figure, Goal, Row},
+    figure::{Figure, Row},
+    goal::Goal,
     ground::Ground,
     relay::Drain,
 };

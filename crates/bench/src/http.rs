@@ -132,7 +132,7 @@ pub(crate) async fn load(
     while let Some(task) = tasks.join_next().await {
         answered += task??;
     }
-    Ok(super::figure::rate(answered, begin.elapsed()))
+    Ok(super::statistics::rate(answered, begin.elapsed()))
 }
 
 #[cfg(test)]

@@ -6,8 +6,11 @@ use anyhow::Context;
 use sqlx::{Connection, Executor, PgConnection};
 
 use super::{
-    figure::{Figure, Goal, Row, Spread, float, number},
+    figure::{Figure, Row},
+    goal::Goal,
     ground::Ground,
+    statistics::{Spread, float, number},
+    wait,
 };
 use devstack::{proc, program::Program};
 
@@ -52,7 +55,7 @@ impl Figure for Idle {
             program.start().await?;
         }
         for program in &mut programs {
-            program.ready(super::READY).await?;
+            program.ready(wait::READY).await?;
         }
         // It counts for all databases, from wherever it is asked.
         let mut conn = ground.connect("postgres").await?;

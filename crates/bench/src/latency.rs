@@ -11,11 +11,13 @@ use tokio::{sync::Mutex, task::JoinSet, time::Instant};
 use super::{
     bare::Link,
     events::Stream,
-    figure::{Figure, Goal, Row, Spread, number, quantile},
+    figure::{Figure, Row},
+    goal::Goal,
     ground::Ground,
     http::{self, Client},
     processor::{Sample, Spent},
-    write,
+    statistics::{Spread, number, quantile},
+    wait, write,
 };
 use devstack::program::Program;
 
@@ -78,7 +80,7 @@ impl Figure for Latency {
             program.start().await?;
         }
         for program in &mut programs {
-            program.ready(super::READY).await?;
+            program.ready(wait::READY).await?;
         }
         let [person, _, _, _, score] = &programs;
         let (person, score) = (http::address(&person.url())?, http::address(&score.url())?);

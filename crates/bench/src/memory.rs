@@ -5,9 +5,12 @@ use sqlx::{Connection, PgConnection};
 
 use super::{
     bare::Link,
-    figure::{Figure, Goal, Row, float},
+    figure::{Figure, Row},
+    goal::Goal,
     ground::Ground,
     growth::{history, settled},
+    statistics::float,
+    wait,
 };
 use devstack::program::Program;
 
@@ -78,7 +81,7 @@ impl Memory {
         let [_, relay, ..] = ground.programs(DATABASE, "score", VHOST)?;
         let mut relay = relay.env("RELAY_NAME", &name);
         relay.start().await?;
-        super::until("the relay drains", async || Ok((link.waiting(QUEUE).await? >= drained).then_some(())))
+        wait::until("the relay drains", async || Ok((link.waiting(QUEUE).await? >= drained).then_some(())))
             .await?;
         let peak = peak(&mut relay)?;
         relay.kill().await;

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, time::Duration};
 
 use rustix::{param::clock_ticks_per_second, process};
 
-use super::figure::{Spread, float, number};
+use super::statistics::{Spread, float, number};
 use devstack::proc;
 
 /// Seconds of processor time that each program has taken so far, by name.

@@ -7,9 +7,12 @@ use tokio_util::sync::CancellationToken;
 use super::{
     bare::{self, Link},
     events::{EACH, Message, Stream},
-    figure::{Figure, Goal, Row, rate},
+    figure::{Figure, Row},
+    goal::Goal,
     ground::Ground,
     processor::{Sample, Spent},
+    statistics::rate,
+    wait,
 };
 use devstack::program::Program;
 
@@ -47,7 +50,7 @@ impl Figure for Project {
         let [_, _, mut projector, ..] = ground.programs("person", DATABASE, VHOST)?;
         // It declares its queue.
         projector.start().await?;
-        projector.ready(super::READY).await?;
+        projector.ready(wait::READY).await?;
         projector.stop(&CancellationToken::new()).await;
         Ok(Self { conn, amqp, bare, projector, batch: 0, spent: Default::default() })
     }
@@ -61,11 +64,11 @@ impl Figure for Project {
         let (sample, begin) = (Sample::take(), Instant::now());
         self.projector.start().await?;
         let link = Link::open(&self.amqp).await?;
-        super::until("the projector has taken the last message", async || {
+        wait::until("the projector has taken the last message", async || {
             Ok((link.waiting(SCORE).await? == 0).then_some(()))
         })
         .await?;
-        super::until("the projector has applied the last event", async || {
+        wait::until("the projector has applied the last event", async || {
             let applied: i64 = sqlx::query_scalar("SELECT sum(version)::bigint FROM inbox.aggregate")
                 .fetch_one(&mut self.conn)
                 .await?;

@@ -5,10 +5,12 @@ use std::{net::SocketAddr, time::Duration};
 use sqlx::{Connection, PgConnection};
 
 use super::{
-    figure::{Figure, Goal, Row},
+    figure::{Figure, Row},
+    goal::Goal,
     ground::Ground,
     http, pgbench,
     processor::{Sample, Spent},
+    wait,
     write::CLIENTS,
 };
 use devstack::program::Program;
@@ -52,7 +54,7 @@ impl Figure for Read {
         sqlx::query("VACUUM ANALYZE score.person").execute(&mut conn).await?;
         let [_, _, _, _, mut api] = ground.programs("person", DATABASE, "%2f")?;
         api.start().await?;
-        api.ready(super::READY).await?;
+        api.ready(wait::READY).await?;
         let address = http::address(&api.url())?;
         let script = format!("\\set cpf random(1, {persons})\n{};\n", SELECT.replace('\n', " "));
         let read = Self { conn, api, address, persons, script, spent: Default::default() };

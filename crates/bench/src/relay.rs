@@ -7,9 +7,12 @@ use tokio::time::Instant;
 use super::{
     bare::{self, Link},
     events::{self, Message, Stream},
-    figure::{Figure, Goal, Row, Spread, number, rate},
+    figure::{Figure, Row},
+    goal::Goal,
     ground::Ground,
     processor::{Sample, Spent},
+    statistics::{Spread, number, rate},
+    wait,
 };
 use devstack::program::Program;
 
@@ -121,7 +124,7 @@ impl Drain {
     pub(crate) async fn round(&mut self, ground: &Ground, count: i64) -> anyhow::Result<f64> {
         if self.relay.process().is_none() {
             self.relay.start().await?;
-            self.relay.ready(super::READY).await?;
+            self.relay.ready(wait::READY).await?;
         }
         let link = Link::open(&self.amqp).await?;
         link.fresh_queue(QUEUE).await?;
@@ -167,7 +170,7 @@ impl Drain {
 
 /// Waits until the relay `default` has settled everything up to `position`.
 pub(crate) async fn until_settled(conn: &mut PgConnection, position: i64) -> anyhow::Result<()> {
-    super::until("the relay settles the last event", async || {
+    wait::until("the relay settles the last event", async || {
         let low_water: i64 = sqlx::query_scalar("SELECT low_water FROM outbox.relay WHERE name = 'default'")
             .fetch_one(&mut *conn)
             .await?;

@@ -5,10 +5,12 @@ use std::net::SocketAddr;
 use sqlx::{Connection, PgConnection};
 
 use super::{
-    figure::{Figure, Goal, Row},
+    figure::{Figure, Row},
+    goal::Goal,
     ground::Ground,
     http, pgbench,
     processor::{Sample, Spent},
+    wait,
 };
 use devstack::program::Program;
 
@@ -66,7 +68,7 @@ impl Figure for Write {
         sqlx::query("ANALYZE").execute(&mut conn).await?;
         let [mut api, ..] = ground.programs(DATABASE, "score", "%2f")?;
         api.start().await?;
-        api.ready(super::READY).await?;
+        api.ready(wait::READY).await?;
         let address = http::address(&api.url())?;
         let mut write =
             Self { conn, api, address, persons, script: String::new(), spent: Default::default() };
