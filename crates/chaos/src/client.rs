@@ -9,7 +9,8 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    field::Addresses,
+    addresses::Addresses,
+    history::{Acknowledged, Told},
     model::{Change, Person},
     verdict::{Charge, Findings},
 };
@@ -21,27 +22,6 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from
 /// A request whose answer never came may still be carried out for as long: it lies in a stopped program, or
 /// waits for a connection or a lock, each of which has its limit.
 pub(crate) const GHOST: Duration = Duration::from_secs(30);
-
-/// A write that was acknowledged, or found to be done.
-#[derive(Clone, Debug)]
-pub(crate) struct Acknowledged {
-    pub(crate) person: Uuid,
-    pub(crate) version: i64,
-    pub(crate) type_: String,
-    pub(crate) record: Uuid,
-}
-
-/// What a client did.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Told {
-    pub(crate) acknowledged: Vec<Acknowledged>,
-    /// Requests that were sent again.
-    pub(crate) retries: u64,
-    /// Writes of which nobody knew for a while whether they were done.
-    pub(crate) in_doubt: u64,
-    /// Scores that were read with a write's token.
-    pub(crate) reads: u64,
-}
 
 /// Somebody's record, which this client alone writes to.
 #[derive(Clone, Debug)]

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 
-use crate::{Settings, report::Report, sabotage::Sabotage};
+use crate::{report::Report, run, sabotage::Sabotage, settings::Settings};
 use devstack::{ending::Ending, say, show};
 
 /// What `chaos` is told.
@@ -95,7 +95,7 @@ async fn one(settings: &Settings, ending: &Ending) -> anyhow::Result<(Report, bo
         length.as_secs(),
         without.as_deref().unwrap_or_default()
     ));
-    let running = Box::pin(crate::run(settings, &logs, say));
+    let running = Box::pin(run::run(settings, &logs, say));
     let Some(report) = ending.asked.run_until_cancelled(running).await else {
         bail!("the chaos was ended");
     };

@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use futures_util::future::join_all;
 use tokio_util::sync::CancellationToken;
 
-use super::schedule::Member;
+use super::fault::Member;
 use devstack::program::{Program, client, not_ready};
 
 /// How often each is asked whether it is ready.

@@ -1,17 +1,17 @@
 //! Where it happens: private servers, the programs, and a wire between any two that speak to each other.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use anyhow::Context;
-use sqlx::{Connection, Executor, PgConnection};
+use sqlx::Executor;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    addresses::Addresses,
     crew::Crew,
+    fault::{Member, Place},
     notes,
-    schedule::{Member, Place},
-    trouble,
     wire::{Weather, Wire},
 };
 use devstack::{
@@ -22,10 +22,9 @@ use devstack::{
 /// A crash of a server loses what it had not written, and nothing that it had: nobody takes the machine's
 /// power away here, so nothing is written through to the disk.
 const SETUP: Setup = Setup::PASSING;
-/// Another database of the same server, whose transactions are nobody's business.
-const ELSEWHERE: &str = "elsewhere";
-/// How long somebody may take to connect.
-const CONNECT: Duration = Duration::from_secs(5);
+
+/// The largest body that the broker takes.
+pub(crate) const MESSAGE_LIMIT: usize = 2 * 1024 * 1024;
 
 /// Everything that can have a fault.
 #[derive(Debug)]
@@ -43,46 +42,13 @@ pub(crate) struct Field {
     folder: Folder,
 }
 
-/// Where everything is, past the wires unless it says otherwise.
-#[derive(Clone, Debug)]
-pub(crate) struct Addresses {
-    /// PostgreSQL, as its superuser, without a database.
-    postgres: String,
-    /// RabbitMQ, as its administrator.
-    pub(crate) broker: String,
-    /// RabbitMQ's URL, as the user that has history replayed.
-    pub(crate) replay: String,
-    /// person-api, by way of the clients' wire.
-    pub(crate) person_api: String,
-    /// score-api.
-    pub(crate) score_api: String,
-}
-
-impl Addresses {
-    /// A superuser's URL.
-    pub(crate) fn url(&self, database: &str) -> String {
-        format!("{}/{database}", self.postgres)
-    }
-
-    /// A superuser's connection.
-    pub(crate) async fn connect(&self, database: &str) -> anyhow::Result<PgConnection> {
-        let connected = tokio::time::timeout(CONNECT, PgConnection::connect(&self.url(database))).await;
-        connected.context("PostgreSQL does not answer")?.context("PostgreSQL is away")
-    }
-
-    /// A superuser's connection to the other database.
-    pub(crate) async fn connect_elsewhere(&self) -> anyhow::Result<PgConnection> {
-        self.connect(ELSEWHERE).await
-    }
-}
-
 impl Field {
     /// Starts the servers. The programs are those next to this one; relays and projectors may be in
     /// another folder.
     pub(crate) async fn start(other: Option<&Path>) -> anyhow::Result<Self> {
         let (servers, folder) = Stack::prepare(Folder::temporary()?, SETUP).await?.into_servers();
         let (postgres, rabbitmq) = (servers.postgres, servers.rabbitmq);
-        rabbitmq.limit_bodies(trouble::MESSAGE_LIMIT).await?;
+        rabbitmq.limit_bodies(MESSAGE_LIMIT).await?;
         let mut wires = BTreeMap::new();
         let mut programs = BTreeMap::new();
         let person_api = ports::free();

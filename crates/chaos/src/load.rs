@@ -7,12 +7,15 @@ use tokio::{task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    client::{Client, GHOST, Slot, Told},
-    field::Addresses,
+    addresses::Addresses,
+    client::{Client, GHOST, Slot},
+    history::{History, Told},
     model::{Change, Item, Kind, Person},
     verdict::{Charge, Findings},
 };
 
+/// Clients that write.
+pub(crate) const CLIENTS: u64 = 16;
 /// How many persons each client has at most, one at a time for each cpf.
 const PERSONS: i64 = 4;
 /// How long a client thinks between two writes, in milliseconds: not the most that the machine can do, which
@@ -26,13 +29,6 @@ pub(crate) struct Load {
     pub(crate) seed: u64,
     /// When it ends.
     pub(crate) end: Instant,
-}
-
-/// What the clients were told, and what they know of the persons who are there at the end.
-#[derive(Debug, Default)]
-pub(crate) struct History {
-    pub(crate) told: Told,
-    pub(crate) persons: Vec<Person>,
 }
 
 impl Load {

@@ -8,12 +8,11 @@ use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use sqlx::{Connection, Executor, PgConnection};
 use tokio_util::sync::CancellationToken;
 
-use super::field::Addresses;
+use super::{
+    addresses::Addresses,
+    event::{MEMO, NOTE},
+};
 
-/// The aggregate types. Both have the same event types, `note.new` and `note.changed`, so that only the exchange by
-/// aggregate can tell them apart.
-pub(crate) const NOTE: &str = "note";
-pub(crate) const MEMO: &str = "memo";
 /// After so many versions, a note is left and another begun.
 const VERSIONS: i64 = 200;
 
@@ -62,6 +61,9 @@ pub(crate) struct Pen {
 const SHORT: u64 = 20;
 
 impl Pen {
+    /// Seldom enough that one of them under way at a time is enough.
+    pub(crate) const USUAL: Self = Self { writers: 4, notes: 4, pause: 700, hold: 300 };
+
     /// Writes until `stop`, through whatever happens.
     pub(crate) async fn write(self, addresses: Arc<Addresses>, seed: u64, stop: CancellationToken) {
         let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);

@@ -12,24 +12,10 @@ mod writes;
 use std::collections::BTreeMap;
 
 use super::{
-    crew::Log, field::Field, load::History, schedule::Member, subscriber::Subscriber, verdict::Findings,
+    addresses::Addresses, crew::Log, event::Stretch, fault::Member, history::History, subscriber::Subscriber,
+    verdict::Findings,
 };
 pub(crate) use stored::Stored;
-
-/// Positions that lie between two moments: what a fault may have touched.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Stretch {
-    /// Everything at or below was settled before.
-    pub(crate) above: i64,
-    /// The last position that was given when it was over.
-    pub(crate) to: i64,
-}
-
-impl Stretch {
-    pub(crate) fn contains(self, position: i64) -> bool {
-        position > self.above && position <= self.to
-    }
-}
 
 /// What the oracle is told.
 #[derive(Debug)]
@@ -56,11 +42,11 @@ pub(crate) struct Totals {
 
 /// Judges.
 pub(crate) async fn judge(
-    field: &Field,
+    addresses: &Addresses,
     evidence: Evidence<'_>,
     findings: &Findings,
 ) -> anyhow::Result<Totals> {
-    let stored = Stored::load(&field.addresses).await?;
+    let stored = Stored::load(addresses).await?;
     writes::judge(&stored, evidence.history, findings);
     events::judge(&stored, evidence.subscriber, evidence.notes_aside, findings);
     model::judge(&stored, findings);

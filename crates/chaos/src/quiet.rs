@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use sqlx::Connection;
 use tokio::time::Instant;
 
-use super::{field::Field, subscriber::Subscriber, trouble::MISFIT};
+use super::{event::MISFIT, field::Field, subscriber::Subscriber};
 
 /// How often it is looked, and said what is waited for.
 const LOOK: Duration = Duration::from_millis(500);

@@ -5,11 +5,11 @@ use std::{collections::BTreeMap, fmt::Write, time::Duration};
 use serde::Serialize;
 
 use super::{
-    Settings,
-    client::Told,
     crew::Log,
+    fault::Member,
+    history::Told,
     oracle::Totals,
-    schedule::Member,
+    settings::Settings,
     subscriber::Memory,
     verdict::{Charge, Found},
 };

@@ -4,8 +4,10 @@
 use std::time::Duration;
 
 use super::{
+    fault::{Direction, Fault, Member, Place, What},
+    load::CLIENTS,
     notes::Pen,
-    schedule::{Card, Direction, Fault, Member, Place, What, deal},
+    schedule::{Card, deal},
     verdict::Charge,
 };
 
@@ -86,8 +88,8 @@ impl Sabotage {
             // What a person's client writes is on disk when it is answered, and takes along what else is not.
             Self::Memory => (0, Pen { writers: 8, notes: 500, pause: 90, hold: 20 }),
             // A position is missing for longer than from one read to the next, and what follows is soon there.
-            Self::Snapshot => (super::CLIENTS, Pen { writers: 12, notes: 4, pause: 20, hold: 1_500 }),
-            _ => (super::CLIENTS, super::PEN),
+            Self::Snapshot => (CLIENTS, Pen { writers: 12, notes: 4, pause: 20, hold: 1_500 }),
+            _ => (CLIENTS, Pen::USUAL),
         }
     }
 

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    hash::{DefaultHasher, Hash, Hasher},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -10,7 +9,7 @@ use std::{
 use anyhow::Context;
 use futures_util::{FutureExt, StreamExt};
 use lapin::{
-    Channel, Connection, ConnectionProperties, ExchangeKind,
+    Channel, Connection, ExchangeKind,
     message::Delivery,
     options::{
         BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ExchangeBindOptions, ExchangeDeclareOptions,
@@ -20,51 +19,21 @@ use lapin::{
 };
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use super::{
-    notes::{MEMO, NOTE},
+    broker::{BY_AGGREGATE, EXCHANGE, bind_aggregate, connect},
+    event::{Entry, Key, MEMO, NOTE, Seen, hash},
     verdict::{Charge, Findings},
 };
 
-/// Where the relays publish to.
-pub(crate) const EXCHANGE: &str = "event_dispatcher";
 /// Its queue.
-const QUEUE: &str = "witness";
-/// The same events, to be bound by their aggregates.
-const BY_AGGREGATE: &str = "event_dispatcher.by_aggregate";
+pub(crate) const QUEUE: &str = "witness";
 /// What it is bound to by type: everything but the notes and memos.
 const BINDINGS: [&str; 5] = ["person.#", "income.#", "asset.#", "debt.#", "score.#"];
 /// Messages sent ahead, and acknowledged at a time.
 const AHEAD: u16 = 500;
 /// The pause before it connects again.
 const PAUSE: Duration = Duration::from_millis(200);
-/// No answer of the broker takes longer.
-const ANSWER: Duration = Duration::from_secs(20);
-
-/// Which aggregate: type and id.
-pub(crate) type Key = (String, String);
-
-/// An event, as it was first seen.
-#[derive(Clone, Debug)]
-pub(crate) struct Seen {
-    pub(crate) id: Uuid,
-    pub(crate) type_: String,
-    /// Of the body.
-    pub(crate) hash: u64,
-    /// The body's `id`.
-    pub(crate) record: String,
-    pub(crate) erased: bool,
-    /// What it says of a score.
-    pub(crate) entry: Option<Entry>,
-}
-
-/// An entry of a score, as an event tells it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) score: String,
-    pub(crate) total: String,
-}
 
 /// Everything that came.
 #[derive(Debug, Default)]
@@ -108,7 +77,9 @@ impl Subscriber {
         channel.exchange_declare(BY_AGGREGATE.into(), ExchangeKind::Headers, durable, none.clone()).await?;
         let options = ExchangeBindOptions::default();
         channel.exchange_bind(BY_AGGREGATE.into(), EXCHANGE.into(), "#".into(), options, none).await?;
-        follow(&channel, &[NOTE, MEMO], true).await?;
+        for aggregate_type in [NOTE, MEMO] {
+            bind_aggregate(&channel, QUEUE, aggregate_type, true).await?;
+        }
         connection.close(200, "bye".into()).await?;
         Ok(subscriber)
     }
@@ -178,38 +149,6 @@ impl Subscriber {
         }
         memory.repeated += 1;
     }
-}
-
-/// A connection past all wires, with a channel.
-pub(crate) async fn connect(url: &str) -> anyhow::Result<(Connection, Channel)> {
-    let connecting = async {
-        let connection = Connection::connect(url, ConnectionProperties::default()).await?;
-        let channel = connection.create_channel().await?;
-        anyhow::Ok((connection, channel))
-    };
-    tokio::time::timeout(ANSWER, connecting).await.context("RabbitMQ does not answer")?
-}
-
-/// Binds its queue to all events of aggregates of these types, or takes the bindings away.
-pub(crate) async fn follow(channel: &Channel, aggregate_types: &[&str], follow: bool) -> anyhow::Result<()> {
-    for aggregate_type in aggregate_types {
-        let mut matching = FieldTable::default();
-        matching.insert("x-match".into(), AMQPValue::LongString("all".into()));
-        matching.insert("aggregate_type".into(), AMQPValue::LongString((*aggregate_type).into()));
-        let (queue, exchange) = (QUEUE.into(), BY_AGGREGATE.into());
-        if follow {
-            channel.queue_bind(queue, exchange, "".into(), QueueBindOptions::default(), matching).await?;
-        } else {
-            channel.queue_unbind(queue, exchange, "".into(), matching).await?;
-        }
-    }
-    Ok(())
-}
-
-pub(crate) fn hash(body: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    body.hash(&mut hasher);
-    hasher.finish()
 }
 
 /// Reads what the contract promises of every message.

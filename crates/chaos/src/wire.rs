@@ -17,7 +17,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::schedule::Direction;
+use super::fault::Direction;
 use devstack::ports;
 
 /// Pieces under way in one direction of a connection; beyond it whoever sends has to wait.

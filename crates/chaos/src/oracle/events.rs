@@ -3,14 +3,10 @@
 
 use std::collections::HashSet;
 
-use super::{
-    Stretch,
-    stored::{Event, Outbox, Stored},
-};
+use super::stored::{Event, Outbox, Stored};
 use crate::{
-    notes::{MEMO, NOTE},
-    subscriber::{Key, Memory, Seen, Subscriber},
-    trouble::MISFIT,
+    event::{Key, MEMO, MISFIT, NOTE, Seen, Stretch},
+    subscriber::{Memory, Subscriber},
     verdict::{Charge, Findings},
 };
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::stored::{Outbox, Stored};
 use crate::{
     crew::Log,
-    schedule::Member,
+    fault::Member,
     verdict::{Charge, Findings},
 };
 

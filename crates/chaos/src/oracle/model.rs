@@ -7,8 +7,8 @@ use uuid::Uuid;
 
 use super::stored::{Event, Scored, Stored};
 use crate::{
+    event::Key,
     model::Person,
-    subscriber::Key,
     verdict::{Charge, Findings},
 };
 

@@ -8,9 +8,9 @@ use sqlx::{Connection, Executor, PgConnection};
 use uuid::Uuid;
 
 use crate::{
-    field::Addresses,
+    addresses::Addresses,
+    event::{Entry, Key, Seen, hash},
     model::{Amount, Item, Kind, Person},
-    subscriber::{Entry, Key, Seen, hash},
 };
 
 /// An event as it is stored.

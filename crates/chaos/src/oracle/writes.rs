@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::stored::Stored;
 use crate::{
-    load::History,
+    history::History,
     model::Person,
     verdict::{Charge, Findings},
 };
