@@ -1,4 +1,4 @@
-//! A connection to the broker past all wires, and the two exchanges.
+//! A connection to the broker past all proxies, and the two exchanges.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ pub(crate) const BY_AGGREGATE: &str = "event_dispatcher.by_aggregate";
 /// No answer of the broker takes longer.
 const ANSWER: Duration = Duration::from_secs(20);
 
-/// A connection past all wires, with a channel.
+/// A connection past all proxies, with a channel.
 pub(crate) async fn connect(url: &str) -> anyhow::Result<(Connection, Channel)> {
     let connecting = async {
         let connection = Connection::connect(url, ConnectionProperties::default()).await?;

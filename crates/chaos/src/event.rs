@@ -4,33 +4,33 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use uuid::Uuid;
 
-/// The aggregate types. Both have the same event types, `note.new` and `note.changed`, so that only the exchange by
+/// The aggregate types of the SQL writers. Both have the same event types, `note.new` and `note.changed`, so that only the exchange by
 /// aggregate can tell them apart.
 pub(crate) const NOTE: &str = "note";
 pub(crate) const MEMO: &str = "memo";
-/// The aggregate type of events that cannot be published. An operator drops them.
-pub(crate) const MISFIT: &str = "misfit";
+/// The aggregate type of events that cannot be published, which an operator drops.
+pub(crate) const UNPUBLISHABLE: &str = "unpublishable";
 
-/// Which aggregate: type and id.
-pub(crate) type Key = (String, String);
+/// An aggregate's type and id.
+pub(crate) type AggregateKey = (String, String);
 
-/// An event, as it was first seen.
+/// What the oracle compares of an event: as it is stored, or as it was first delivered.
 #[derive(Clone, Debug)]
-pub(crate) struct Seen {
+pub(crate) struct EventSummary {
     pub(crate) id: Uuid,
     pub(crate) type_: String,
-    /// Of the body.
+    /// A hash of the body.
     pub(crate) hash: u64,
     /// The body's `id`.
     pub(crate) record: String,
     pub(crate) erased: bool,
-    /// What it says of a score.
-    pub(crate) entry: Option<Entry>,
+    /// Of an event of a score.
+    pub(crate) entry: Option<ScoreEntry>,
 }
 
-/// An entry of a score, as an event tells it.
+/// The numbers in an event of a score, as they are written.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub(crate) struct ScoreEntry {
     pub(crate) score: String,
     pub(crate) total: String,
 }
@@ -41,17 +41,17 @@ pub(crate) fn hash(body: &[u8]) -> u64 {
     hasher.finish()
 }
 
-/// Positions that lie between two moments: what a fault may have touched.
+/// The positions that a fault may have affected.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Stretch {
-    /// Everything at or below was settled before.
-    pub(crate) above: i64,
-    /// The last position that was given when it was over.
-    pub(crate) to: i64,
+pub(crate) struct PositionRange {
+    /// Every position up to this one was settled before the fault.
+    pub(crate) after: i64,
+    /// The last position that was taken when the fault ended.
+    pub(crate) through: i64,
 }
 
-impl Stretch {
+impl PositionRange {
     pub(crate) fn contains(self, position: i64) -> bool {
-        position > self.above && position <= self.to
+        position > self.after && position <= self.through
     }
 }

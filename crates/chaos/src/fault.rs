@@ -1,16 +1,16 @@
-//! What can go wrong, and to whom.
+//! The faults, and the parts of the system that can have them.
 
 use std::{fmt, time::Duration};
 
 use serde::Serialize;
 
-/// How long a killed node of the broker takes to be back, about: the next fault of it comes after that.
-const BOOT: u64 = 12_000;
+/// About how long the broker needs to start, in milliseconds. Its next fault comes after that.
+const BROKER_START: u64 = 12_000;
 
-/// One of the programs.
+/// One running program. Relay of persons and projector run twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[expect(missing_docs, reason = "they are called like their programs")]
-pub enum Member {
+pub enum Instance {
     PersonApi,
     PersonRelay1,
     PersonRelay2,
@@ -20,7 +20,7 @@ pub enum Member {
     ScoreApi,
 }
 
-impl Member {
+impl Instance {
     /// All of them, in the order in which an event passes them.
     pub const ALL: [Self; 7] = [
         Self::PersonApi,
@@ -32,7 +32,7 @@ impl Member {
         Self::ScoreApi,
     ];
 
-    /// What it is called.
+    /// Its name in the plan and in the logs.
     pub fn name(self) -> &'static str {
         match self {
             Self::PersonApi => "person-api",
@@ -45,57 +45,57 @@ impl Member {
         }
     }
 
-    /// Whether it speaks to the broker.
+    /// Whether it connects to the broker.
     pub fn has_broker(self) -> bool {
         !matches!(self, Self::PersonApi | Self::ScoreApi)
     }
 }
 
-/// A wire between two of them.
+/// A network link between two parts, with a proxy on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub enum Place {
+pub enum Link {
     /// Between the clients and person-api.
     Clients,
     /// Between a program and PostgreSQL.
-    Database(Member),
+    Database(Instance),
     /// Between a program and RabbitMQ.
-    Broker(Member),
+    Broker(Instance),
 }
 
-impl Place {
+impl Link {
     /// All of them.
     pub fn all() -> Vec<Self> {
-        let brokers = Member::ALL.into_iter().filter(|member| member.has_broker()).map(Self::Broker);
-        [Self::Clients].into_iter().chain(Member::ALL.map(Self::Database)).chain(brokers).collect()
+        let brokers = Instance::ALL.into_iter().filter(|instance| instance.has_broker()).map(Self::Broker);
+        [Self::Clients].into_iter().chain(Instance::ALL.map(Self::Database)).chain(brokers).collect()
     }
 
-    /// Who notices.
-    pub(crate) fn member(self) -> Option<Member> {
+    /// The program that the link belongs to.
+    pub(crate) fn instance(self) -> Option<Instance> {
         match self {
             Self::Clients => None,
-            Self::Database(member) | Self::Broker(member) => Some(member),
+            Self::Database(instance) | Self::Broker(instance) => Some(instance),
         }
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Clients => f.write_str("clients to person-api"),
-            Self::Database(member) => write!(f, "{} to PostgreSQL", member.name()),
-            Self::Broker(member) => write!(f, "{} to RabbitMQ", member.name()),
+            Self::Database(instance) => write!(f, "{} to PostgreSQL", instance.name()),
+            Self::Broker(instance) => write!(f, "{} to RabbitMQ", instance.name()),
         }
     }
 }
 
-/// What of a wire is silent.
+/// Which direction of a half-open link loses what is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub enum Direction {
-    /// Nothing passes.
+    /// Both.
     Both,
     /// Requests do not arrive.
     ToServer,
-    /// Requests arrive and are carried out, and their answers do not come.
+    /// Requests arrive and are executed, and their responses are lost.
     FromServer,
 }
 
@@ -108,7 +108,7 @@ pub enum Database {
 }
 
 impl Database {
-    /// What it is called.
+    /// Its name in the plan and in the logs.
     pub fn name(self) -> &'static str {
         match self {
             Self::Person => "person",
@@ -117,77 +117,76 @@ impl Database {
     }
 }
 
-/// A transaction that somebody leaves open.
+/// A transaction of another client that stays open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub enum Open {
-    /// It only holds a snapshot, in the person database.
+pub enum OpenTransaction {
+    /// It holds a snapshot of the person database.
     Reading,
-    /// The same, in another database of the server.
+    /// It holds a snapshot of another database of the server.
     ReadingElsewhere,
-    /// It has appended an event, and then does nothing for long.
+    /// It has appended an event, and is idle.
     Appending,
-    /// It has appended an event and was prepared (two-phase commit), so no session has it.
+    /// It has appended an event and is prepared (two-phase commit), so it belongs to no session.
     Prepared,
-    /// It was prepared in another database.
+    /// It is prepared in another database of the server.
     PreparedElsewhere,
 }
 
 /// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub enum What {
-    /// SIGKILL, and a successor soon.
-    Killed(Member),
+pub enum Fault {
+    /// SIGKILL, and a new start soon after.
+    Killed(Instance),
     /// SIGSTOP, then SIGCONT.
-    Stopped(Member),
+    Stopped(Instance),
     /// SIGKILL of the node, which is started again.
     BrokerKilled,
     /// `rabbitmqctl stop_app`, then `start_app`.
     BrokerApp,
-    /// SIGSTOP of the node: connections stay open, and nobody answers.
+    /// SIGSTOP of the node, then SIGCONT: connections stay open, and nothing responds.
     BrokerStopped,
-    /// Its memory alarm: it takes nothing from publishers.
+    /// Its memory alarm: it accepts no message from publishers.
     BrokerBlocked,
     /// An operator closes all connections.
     ConnectionsClosed,
-    /// Every channel ends with an error.
+    /// Every channel is killed inside the broker.
     ChannelsClosed,
-    /// The projector's queue loses its binding, and gets it back.
+    /// The binding of the projector's queue is removed, and made again.
     ScoreUnbound,
-    /// Nobody listens to notes and memos for a while: these events are unroutable.
+    /// No queue is bound to notes and memos: these events are unroutable.
     NotesUnbound,
-    /// Nobody listens to memos, and everybody to notes, which have the same event types.
+    /// No queue is bound to memos. Notes, which have the same event types, still have theirs.
     MemosUnbound,
-    /// A queue for notes takes one, and refuses what comes after it.
+    /// A second queue for notes is full, and refuses every message.
     QueueFull,
     /// The relay's user may not publish the types of notes.
     TypeDenied,
-    /// A body is larger than this broker takes.
+    /// A body is larger than the broker's limit.
     BodyTooLarge,
-    /// A row is stored that no message can carry.
+    /// A row is stored whose headers no message can carry.
     RowUnsendable,
-    /// Somebody publishes in the name of a source that is not theirs.
+    /// A sender that is no relay publishes in the name of a source.
     ForeignSender,
-    /// A database takes no writes.
+    /// A database is read-only.
     ReadOnly(Database),
-    /// PostgreSQL is stopped in its `immediate` mode and started again: a crash.
+    /// PostgreSQL is stopped in its `immediate` mode, which is a crash, and started again.
     DatabaseCrashed,
-    /// PostgreSQL is killed while its WAL writer stalls: what was committed asynchronously is lost. Not in
-    /// random plans.
+    /// PostgreSQL is killed while its WAL writer is suspended, so asynchronous commits are lost. Not in random plans.
     CommitsLost,
     /// Every session of the programs is ended (`pg_terminate_backend`).
     SessionsEnded,
-    /// Somebody leaves a transaction open; at the end it is committed, or not.
-    Transaction(Open, bool),
-    /// A wire is slow by so many milliseconds.
-    Slow(Place, u64),
-    /// A wire is cut.
-    Cut(Place),
-    /// A wire is silent.
-    Silent(Place, Direction),
+    /// A transaction stays open. At the end it is committed (`true`) or rolled back.
+    Transaction(OpenTransaction, bool),
+    /// A link delays everything by so many milliseconds.
+    Slow(Link, u64),
+    /// A link resets its connections.
+    Cut(Link),
+    /// A link loses what is sent in a direction.
+    HalfOpen(Link, Direction),
 }
 
-impl What {
-    /// What it counts as.
+impl Fault {
+    /// The kind of fault, as reports count it.
     pub fn kind(self) -> &'static str {
         match self {
             Self::Killed(_) => "a program killed",
@@ -210,20 +209,25 @@ impl What {
             Self::DatabaseCrashed => "PostgreSQL stopped (immediate)",
             Self::CommitsLost => "PostgreSQL killed, with commits lost",
             Self::SessionsEnded => "all sessions ended",
-            Self::Transaction(Open::Reading | Open::ReadingElsewhere, _) => "a long transaction",
-            Self::Transaction(Open::Appending, _) => "an idle transaction that has appended",
-            Self::Transaction(Open::Prepared | Open::PreparedElsewhere, _) => "a prepared transaction",
-            Self::Slow(..) => "a slow wire",
-            Self::Cut(_) => "a cut wire",
-            Self::Silent(..) => "a half-open wire",
+            Self::Transaction(OpenTransaction::Reading | OpenTransaction::ReadingElsewhere, _) => {
+                "a long transaction"
+            }
+            Self::Transaction(OpenTransaction::Appending, _) => "an idle transaction that has appended",
+            Self::Transaction(OpenTransaction::Prepared | OpenTransaction::PreparedElsewhere, _) => {
+                "a prepared transaction"
+            }
+            Self::Slow(..) => "a slow link",
+            Self::Cut(_) => "a cut link",
+            Self::HalfOpen(..) => "a half-open link",
         }
     }
 
-    /// What no two faults have at the same time, and for how many milliseconds it is not well afterwards.
+    /// The part that has at most one fault at a time, and its recovery time after the fault in milliseconds. `None`: any
+    /// number of them may overlap.
     pub(crate) fn subject(self) -> Option<(String, u64)> {
         let subject = match self {
-            Self::Killed(member) | Self::Stopped(member) => (member.name().to_owned(), 1_000),
-            Self::BrokerKilled | Self::BrokerApp => ("broker".to_owned(), BOOT),
+            Self::Killed(instance) | Self::Stopped(instance) => (instance.name().to_owned(), 1_000),
+            Self::BrokerKilled | Self::BrokerApp => ("broker".to_owned(), BROKER_START),
             Self::BrokerStopped | Self::BrokerBlocked => ("broker".to_owned(), 2_000),
             Self::ConnectionsClosed | Self::ChannelsClosed => ("broker".to_owned(), 1_000),
             Self::ScoreUnbound | Self::ForeignSender => ("score".to_owned(), 1_000),
@@ -234,43 +238,43 @@ impl What {
             Self::Transaction(..) | Self::QueueFull | Self::BodyTooLarge | Self::RowUnsendable => {
                 return None;
             }
-            Self::Slow(place, _) | Self::Cut(place) | Self::Silent(place, _) => (place.to_string(), 1_000),
+            Self::Slow(link, _) | Self::Cut(link) | Self::HalfOpen(link, _) => (link.to_string(), 1_000),
         };
         Some(subject)
     }
 }
 
-impl fmt::Display for What {
+impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.kind())?;
         match self {
-            Self::Killed(member) | Self::Stopped(member) => write!(f, ": {}", member.name()),
+            Self::Killed(instance) | Self::Stopped(instance) => write!(f, ": {}", instance.name()),
             Self::Transaction(open, commits) => {
                 write!(f, ": {open:?}, {}", if *commits { "committed" } else { "rolled back" })
             }
-            Self::Slow(place, delay) => write!(f, ": {place}, {delay} ms"),
-            Self::Cut(place) => write!(f, ": {place}"),
-            Self::Silent(place, direction) => write!(f, ": {place}, {direction:?}"),
+            Self::Slow(link, delay) => write!(f, ": {link}, {delay} ms"),
+            Self::Cut(link) => write!(f, ": {link}"),
+            Self::HalfOpen(link, direction) => write!(f, ": {link}, {direction:?}"),
             Self::ReadOnly(database) => write!(f, ": {}", database.name()),
             _ => Ok(()),
         }
     }
 }
 
-/// A fault with its time.
+/// A fault and its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct Fault {
-    /// When it begins, in milliseconds from the beginning of the load.
+pub struct ScheduledFault {
+    /// When it begins, in milliseconds from the beginning of the workload.
     pub at: u64,
     /// How long it lasts, in milliseconds.
     pub lasts: u64,
-    /// What it is.
-    pub what: What,
+    /// The fault.
+    pub fault: Fault,
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for ScheduledFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = |ms: u64| Duration::from_millis(ms).as_secs_f32();
-        write!(f, "{:7.1} s  for {:4.1} s  {}", seconds(self.at), seconds(self.lasts), self.what)
+        write!(f, "{:7.1} s  for {:4.1} s  {}", seconds(self.at), seconds(self.lasts), self.fault)
     }
 }

@@ -1,32 +1,38 @@
-//! `make chaos`: everything goes wrong at once, to a seeded plan, while many clients write; then it is
-//! quiet, and an oracle that shares no code with the programs says whether every promise was kept.
+//! `make chaos`: many clients write while a seeded plan of faults is carried out. When the faults are over and everything
+//! has arrived, an oracle that shares no code with the programs checks every promise.
 //!
-//! The way of a run: [`schedule`] makes the plan, `field` starts servers and programs with a `wire` between
-//! any two, `load` writes, `nemesis` carries the plan out, `subscriber` remembers what is delivered, `quiet`
-//! waits until everything has arrived, `oracle` judges, and [`report`] says what was found.
+//! One run:
+//!
+//! 1. [`schedule`] makes the plan of faults from the seed.
+//! 2. `testbed` starts the servers and the programs, with a `proxy` on each link between two of them; `supervisor` keeps
+//!    the programs running.
+//! 3. `workload` writes and records a `history`; `subscriber` records what is delivered.
+//! 4. `nemesis` carries the plan out.
+//! 5. `quiescence` waits until everything has arrived.
+//! 6. `oracle` compares history, databases and deliveries, and adds to the [`violation`]s.
+//! 7. [`report`] shows what was found.
+//!
+//! [`sabotage`] shows that the oracle can see: it removes one guard from the programs.
 
 pub mod command;
-pub mod copy;
 pub mod fault;
 pub mod report;
 pub mod run;
 pub mod sabotage;
 pub mod schedule;
 pub mod settings;
-pub mod verdict;
+pub mod violation;
 
 mod addresses;
 mod broker;
-mod client;
-mod crew;
 mod event;
-mod field;
 mod history;
-mod load;
 mod model;
 mod nemesis;
-mod notes;
 mod oracle;
-mod quiet;
+mod proxy;
+mod quiescence;
 mod subscriber;
-mod wire;
+mod supervisor;
+mod testbed;
+mod workload;

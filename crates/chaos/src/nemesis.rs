@@ -1,12 +1,12 @@
-//! Carries a plan out: each fault at its time, and undone at its end.
+//! Injects the faults of a plan: each begins at its time, and is undone at its end.
 
 mod bindings;
 mod broker;
 mod database;
-mod refused;
+mod foreign_sender;
 mod retry;
-mod stranger;
 mod transactions;
+mod unpublishable;
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -15,105 +15,111 @@ use futures_util::future::try_join_all;
 use tokio::time::Instant;
 
 use crate::{
-    event::Stretch,
-    fault::{Fault, Member, Place, What},
-    field::Field,
-    wire::Weather,
+    event::PositionRange,
+    fault::{Fault, Instance, Link, ScheduledFault},
+    proxy::LinkState,
+    testbed::Testbed,
 };
 
-/// What was done.
+/// What was injected.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Done {
-    /// How often each kind was.
+pub(crate) struct Injected {
+    /// How often each kind of fault.
     pub(crate) counts: BTreeMap<&'static str, usize>,
-    /// What may have been set aside.
-    pub(crate) notes_aside: Vec<Stretch>,
+    /// Where notes may have been parked, and so published out of order.
+    pub(crate) parked_notes: Vec<PositionRange>,
 }
 
-/// Carries out all of it, from `begin` on. Returns when everything is undone.
+/// Injects all faults of the plan. Returns when all are undone.
 pub(crate) async fn carry_out(
-    field: &Field,
-    plan: &[Fault],
+    testbed: &Testbed,
+    plan: &[ScheduledFault],
     begin: Instant,
     say: fn(&str),
-) -> anyhow::Result<Done> {
-    let mut done = Done::default();
+) -> anyhow::Result<Injected> {
+    let mut injected = Injected::default();
     for fault in plan {
-        *done.counts.entry(fault.what.kind()).or_default() += 1;
+        *injected.counts.entry(fault.fault.kind()).or_default() += 1;
     }
     let faults = plan.iter().enumerate().map(async |(number, fault)| {
         tokio::time::sleep_until(begin + Duration::from_millis(fault.at)).await;
         say(&fault.to_string());
-        let one = one(field, *fault, number).await;
-        one.with_context(|| format!("this fault went wrong: {fault}"))
+        let done = inject(testbed, *fault, number).await;
+        done.with_context(|| format!("this fault went wrong: {fault}"))
     });
-    done.notes_aside = try_join_all(faults).await?.into_iter().flatten().collect();
-    Ok(done)
+    injected.parked_notes = try_join_all(faults).await?.into_iter().flatten().collect();
+    Ok(injected)
 }
 
-/// Returns the positions of the notes that may have been set aside, if any.
-async fn one(field: &Field, fault: Fault, number: usize) -> anyhow::Result<Option<Stretch>> {
+/// Injects one fault, and returns the positions of the notes that may have been parked, if any.
+async fn inject(
+    testbed: &Testbed,
+    fault: ScheduledFault,
+    number: usize,
+) -> anyhow::Result<Option<PositionRange>> {
     let lasts = Duration::from_millis(fault.lasts);
-    match fault.what {
-        What::NotesUnbound => bindings::notes_unbound(field, lasts).await.map(Some),
-        What::MemosUnbound => bindings::memos_unbound(field, lasts).await.map(Some),
-        What::TypeDenied => {
-            bindings::positions_during(field, refused::type_denied(field, lasts)).await.map(Some)
+    match fault.fault {
+        Fault::NotesUnbound => bindings::notes_unbound(testbed, lasts).await.map(Some),
+        Fault::MemosUnbound => bindings::memos_unbound(testbed, lasts).await.map(Some),
+        Fault::TypeDenied => {
+            bindings::positions_during(testbed, unpublishable::type_denied(testbed, lasts)).await.map(Some)
         }
-        _ => plain(field, fault, number).await.map(|()| None),
+        _ => inject_other(testbed, fault, number).await.map(|()| None),
     }
 }
 
-async fn plain(field: &Field, fault: Fault, number: usize) -> anyhow::Result<()> {
+async fn inject_other(testbed: &Testbed, fault: ScheduledFault, number: usize) -> anyhow::Result<()> {
     let lasts = Duration::from_millis(fault.lasts);
-    let crew = &field.crew;
-    match fault.what {
-        What::Killed(member) => crew.kill(member, lasts).await,
-        What::Stopped(member) => crew.stop_and_go_on(member, lasts).await,
-        What::DatabaseCrashed | What::CommitsLost | What::SessionsEnded => {
-            let disturbed = Member::ALL;
-            database::database(field, fault.what, &disturbed, lasts).await?;
-            crew.calm(&disturbed);
+    let supervisor = &testbed.supervisor;
+    match fault.fault {
+        Fault::Killed(instance) => supervisor.kill(instance, lasts).await,
+        Fault::Stopped(instance) => supervisor.suspend(instance, lasts).await,
+        Fault::DatabaseCrashed | Fault::CommitsLost | Fault::SessionsEnded => {
+            let affected = Instance::ALL;
+            database::database(testbed, fault.fault, &affected, lasts).await?;
+            supervisor.fault_ends(&affected);
             Ok(())
         }
-        What::Transaction(open, commits) => {
-            transactions::transaction(field, open, commits, lasts, number).await
+        Fault::Transaction(open, commits) => {
+            transactions::transaction(testbed, open, commits, lasts, number).await
         }
-        What::Slow(place, delay) => {
-            weather(field, place, Weather::Slow(Duration::from_millis(delay)), lasts).await
+        Fault::Slow(link, delay) => {
+            set_link(testbed, link, LinkState::Slow(Duration::from_millis(delay)), lasts).await
         }
-        What::Cut(place) => weather(field, place, Weather::Cut, lasts).await,
-        What::Silent(place, direction) => weather(field, place, Weather::Silent(direction), lasts).await,
-        What::BrokerKilled
-        | What::BrokerApp
-        | What::BrokerStopped
-        | What::BrokerBlocked
-        | What::ConnectionsClosed
-        | What::ChannelsClosed => {
-            let disturbed: Vec<Member> =
-                Member::ALL.into_iter().filter(|member| member.has_broker()).collect();
-            crew.disturb(&disturbed);
-            broker::broker(field, fault.what, lasts).await?;
-            crew.calm(&disturbed);
+        Fault::Cut(link) => set_link(testbed, link, LinkState::Cut, lasts).await,
+        Fault::HalfOpen(link, direction) => {
+            set_link(testbed, link, LinkState::HalfOpen(direction), lasts).await
+        }
+        Fault::BrokerKilled
+        | Fault::BrokerApp
+        | Fault::BrokerStopped
+        | Fault::BrokerBlocked
+        | Fault::ConnectionsClosed
+        | Fault::ChannelsClosed => {
+            let affected: Vec<Instance> =
+                Instance::ALL.into_iter().filter(|instance| instance.has_broker()).collect();
+            supervisor.fault_begins(&affected);
+            broker::broker(testbed, fault.fault, lasts).await?;
+            supervisor.fault_ends(&affected);
             Ok(())
         }
-        What::ScoreUnbound => bindings::score_unbound(field, lasts).await,
-        What::QueueFull => refused::queue_full(field, lasts, number).await,
-        What::BodyTooLarge => refused::body_too_large(field, number).await,
-        What::RowUnsendable => refused::row_unsendable(field, number).await,
-        What::ForeignSender => stranger::foreign_sender(field).await,
-        What::ReadOnly(database) => database::read_only(field, database, lasts).await,
-        // See `one`.
-        What::NotesUnbound | What::MemosUnbound | What::TypeDenied => Ok(()),
+        Fault::ScoreUnbound => bindings::score_unbound(testbed, lasts).await,
+        Fault::QueueFull => unpublishable::queue_full(testbed, lasts, number).await,
+        Fault::BodyTooLarge => unpublishable::body_too_large(testbed, number).await,
+        Fault::RowUnsendable => unpublishable::row_unsendable(testbed, number).await,
+        Fault::ForeignSender => foreign_sender::foreign_sender(testbed).await,
+        Fault::ReadOnly(database) => database::read_only(testbed, database, lasts).await,
+        // See `inject`.
+        Fault::NotesUnbound | Fault::MemosUnbound | Fault::TypeDenied => Ok(()),
     }
 }
 
-async fn weather(field: &Field, place: Place, weather: Weather, lasts: Duration) -> anyhow::Result<()> {
-    let disturbed: Vec<Member> = place.member().into_iter().collect();
-    field.crew.disturb(&disturbed);
-    field.turn(place, weather);
+async fn set_link(testbed: &Testbed, link: Link, state: LinkState, lasts: Duration) -> anyhow::Result<()> {
+    let affected: Vec<Instance> = link.instance().into_iter().collect();
+    testbed.supervisor.fault_begins(&affected);
+    testbed.set_link(link, state);
     tokio::time::sleep(lasts).await;
-    field.turn(place, Weather::Clear);
-    field.crew.calm(&disturbed);
+    testbed.set_link(link, LinkState::Up);
+    testbed.supervisor.fault_ends(&affected);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! One run, from the start of the servers to the verdict.
+//! One run, from the start of the servers to the report.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -7,46 +7,44 @@ use tokio::{task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    copy,
-    field::Field,
-    load::{CLIENTS, Load},
     nemesis,
-    notes::Pen,
-    oracle::{self, Evidence},
-    quiet,
+    oracle::{self, Observations},
+    quiescence,
     report::{Numbers, Report},
-    sabotage::Sabotage,
+    sabotage::{Sabotage, build},
     settings::Settings,
     subscriber::Subscriber,
-    verdict::Findings,
+    testbed::Testbed,
+    violation::Violations,
+    workload::{CLIENTS, Workload, sql_writers::SqlWriters},
 };
 
-/// How long the programs may take to be ready at first.
-const READY: Duration = Duration::from_mins(1);
-/// How long the clients may take, once all faults are over, to learn what became of their writes.
-const FINISH: Duration = Duration::from_mins(2);
+/// How long the programs may take to be ready at the beginning.
+const READY_TIMEOUT: Duration = Duration::from_mins(1);
+/// How long the clients may take after the last fault to learn the outcome of their writes.
+const FINISH_TIMEOUT: Duration = Duration::from_mins(2);
 
-/// What nobody listened to is tried again within a minute: when nothing has moved for longer, nothing will.
-const STILL: Duration = Duration::from_secs(75);
-/// The same, where it is known that something will never come.
-const STILL_SABOTAGED: Duration = Duration::from_secs(20);
+/// Without progress for this long, nothing more will arrive: the relay retries unroutable events within a minute.
+const NO_PROGRESS: Duration = Duration::from_secs(75);
+/// The same with sabotaged programs, where events are missing on purpose.
+const NO_PROGRESS_SABOTAGED: Duration = Duration::from_secs(20);
 
-/// Runs it. What the programs and servers have said goes to the folder `logs`.
+/// Runs it, and copies the logs of programs and servers to the folder `logs`.
 pub async fn run(settings: &Settings, logs: &Path, say: fn(&str)) -> anyhow::Result<Report> {
     let began = Instant::now();
-    let without = match settings.sabotage {
+    let sabotaged = match settings.sabotage {
         Some(guard) => {
             say("building the programs without a guard");
-            Some(copy::build(&[guard]).await?)
+            Some(build::build(&[guard]).await?)
         }
         None => None,
     };
-    let field = Arc::new(Field::start(without.as_deref()).await?);
-    let ran = Box::pin(on(&field, settings, say)).await;
-    let kept = keep_logs(&field.logs(), logs);
-    match Arc::into_inner(field) {
-        Some(field) => field.stop().await,
-        None => say("something is still at work; the guard ends it"),
+    let testbed = Arc::new(Testbed::start(sabotaged.as_deref()).await?);
+    let ran = Box::pin(run_on(&testbed, settings, say)).await;
+    let kept = keep_logs(&testbed.logs(), logs);
+    match Arc::into_inner(testbed) {
+        Some(testbed) => testbed.stop().await,
+        None => say("a task has not ended; the cleanup process ends what is left"),
     }
     kept.with_context(|| format!("the logs cannot be kept in {}", logs.display()))?;
     let mut report = ran?;
@@ -54,27 +52,28 @@ pub async fn run(settings: &Settings, logs: &Path, say: fn(&str)) -> anyhow::Res
     Ok(report)
 }
 
-async fn on(field: &Arc<Field>, settings: &Settings, say: fn(&str)) -> anyhow::Result<Report> {
-    let findings = Arc::new(Findings::default());
-    // It is there before anybody publishes.
-    let subscriber = Arc::new(Subscriber::new(&field.addresses.broker, Arc::clone(&findings)).await?);
-    field.crew.start().await?;
-    field.crew.ready(READY).await?;
-    say("the programs are ready; it begins");
+async fn run_on(testbed: &Arc<Testbed>, settings: &Settings, say: fn(&str)) -> anyhow::Result<Report> {
+    let violations = Arc::new(Violations::default());
+    // Its queue exists before the first event is published.
+    let subscriber = Arc::new(Subscriber::new(&testbed.addresses.broker, Arc::clone(&violations)).await?);
+    testbed.supervisor.start().await?;
+    testbed.supervisor.ready(READY_TIMEOUT).await?;
+    say("the programs are ready: the faults begin");
 
     let begin = Instant::now();
-    let [stop, give_up, no_more_notes] = std::array::from_fn(|_| CancellationToken::new());
-    let _ending = [stop.clone(), give_up.clone(), no_more_notes.clone()].map(CancellationToken::drop_guard);
-    let (clients, pen) = settings.sabotage.map_or((CLIENTS, Pen::USUAL), Sabotage::load);
-    let mut notes = JoinSet::new();
-    for number in 0..pen.writers {
-        let (addresses, stop) = (Arc::clone(&field.addresses), no_more_notes.clone());
-        notes.spawn(pen.write(addresses, settings.seed.wrapping_add(number), stop));
+    let [stop, give_up, stop_sql_writers] = std::array::from_fn(|_| CancellationToken::new());
+    let _ending =
+        [stop.clone(), give_up.clone(), stop_sql_writers.clone()].map(CancellationToken::drop_guard);
+    let (clients, sql_writers) = settings.sabotage.map_or((CLIENTS, SqlWriters::USUAL), Sabotage::load);
+    let mut sql_writing = JoinSet::new();
+    for number in 0..sql_writers.writers {
+        let (addresses, stop) = (Arc::clone(&testbed.addresses), stop_sql_writers.clone());
+        sql_writing.spawn(sql_writers.write(addresses, settings.seed.wrapping_add(number), stop));
     }
     let mut watching = JoinSet::new();
     watching.spawn({
-        let (field, stop) = (Arc::clone(field), stop.clone());
-        async move { field.crew.watch(&stop).await }
+        let (testbed, stop) = (Arc::clone(testbed), stop.clone());
+        async move { testbed.supervisor.watch(&stop).await }
     });
     watching.spawn({
         let (subscriber, stop) = (Arc::clone(&subscriber), stop.clone());
@@ -84,41 +83,46 @@ async fn on(field: &Arc<Field>, settings: &Settings, say: fn(&str)) -> anyhow::R
         }
     });
 
-    let load = Load { clients, seed: settings.seed, end: begin + settings.length };
+    let workload = Workload { clients, seed: settings.seed, end: begin + settings.length };
     let plan = settings.plan();
     let faults = async {
-        let done = nemesis::carry_out(field, &plan, begin, say).await?;
-        let (give_up, end) = (give_up.clone(), load.end.max(Instant::now()) + FINISH);
+        let injected = nemesis::carry_out(testbed, &plan, begin, say).await?;
+        let (give_up, end) = (give_up.clone(), workload.end.max(Instant::now()) + FINISH_TIMEOUT);
         tokio::spawn(async move {
             tokio::time::sleep_until(end).await;
             give_up.cancel();
         });
-        anyhow::Ok(done)
+        anyhow::Ok(injected)
     };
-    let (history, done) = tokio::try_join!(load.run(&field.addresses, &findings, &give_up), faults)?;
-    no_more_notes.cancel();
-    while let Some(writer) = notes.join_next().await {
+    let (history, injected) =
+        tokio::try_join!(workload.run(&testbed.addresses, &violations, &give_up), faults)?;
+    stop_sql_writers.cancel();
+    while let Some(writer) = sql_writing.join_next().await {
         writer?;
     }
-    say("quiet: until everything has arrived");
+    say("the faults are over: waiting until everything has arrived");
     let quiet = Instant::now();
-    let still = if settings.sabotage.is_some() { STILL_SABOTAGED } else { STILL };
-    quiet::ready(field, still, say).await;
-    quiet::arrived(field, &subscriber, still, say).await?;
+    let no_progress = if settings.sabotage.is_some() { NO_PROGRESS_SABOTAGED } else { NO_PROGRESS };
+    quiescence::ready(testbed, no_progress, say).await;
+    quiescence::arrived(testbed, &subscriber, no_progress, say).await?;
     let quiet = quiet.elapsed();
-    quiet::ready(field, still, say).await;
+    quiescence::ready(testbed, no_progress, say).await;
     stop.cancel();
     while let Some(watch) = watching.join_next().await {
         watch??;
     }
 
-    let crew = field.crew.seen();
-    let evidence =
-        Evidence { history: &history, crew: &crew, subscriber: &subscriber, notes_aside: &done.notes_aside };
-    let totals = oracle::judge(&field.addresses, evidence, &findings).await?;
-    let memory = subscriber.memory();
-    let numbers = Numbers::new(&history.told, &totals, &memory, quiet);
-    Ok(Report::new(settings, done.counts, &crew, findings.all(), numbers))
+    let health = testbed.supervisor.health();
+    let observations = Observations {
+        history: &history,
+        health: &health,
+        subscriber: &subscriber,
+        parked_notes: &injected.parked_notes,
+    };
+    let totals = oracle::check(&testbed.addresses, observations, &violations).await?;
+    let deliveries = subscriber.deliveries();
+    let numbers = Numbers::new(&history, &totals, &deliveries, quiet);
+    Ok(Report::new(settings, injected.counts, &health, violations.all(), numbers))
 }
 
 fn keep_logs(from: &Path, to: &Path) -> std::io::Result<()> {

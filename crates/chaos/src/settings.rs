@@ -2,21 +2,21 @@
 
 use std::time::Duration;
 
-use super::{fault::Fault, sabotage::Sabotage, schedule};
+use super::{fault::ScheduledFault, sabotage::Sabotage, schedule};
 
-/// What to do.
+/// The settings of a run.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Which run it is: the same one has the same faults at the same times.
+    /// The seed of the plan.
     pub seed: u64,
-    /// For how long there are faults.
+    /// How long the faults last.
     pub length: Duration,
-    /// A guard that is taken out, and whose faults are the plan then.
+    /// A guard to remove. The plan then has the faults that this guard is for.
     pub sabotage: Option<Sabotage>,
 }
 
 impl Settings {
-    /// The command that runs it.
+    /// The command that runs it again.
     pub fn command(&self) -> String {
         let what = match self.sabotage {
             Some(sabotage) => format!("--sabotage {}", sabotage.name()),
@@ -25,8 +25,8 @@ impl Settings {
         format!("make chaos CHAOS_ARGS=\"--seed {} {what}\"", self.seed)
     }
 
-    /// Its faults.
-    pub fn plan(&self) -> Vec<Fault> {
+    /// Its plan of faults.
+    pub fn plan(&self) -> Vec<ScheduledFault> {
         match self.sabotage {
             Some(sabotage) => sabotage.plan(self.seed),
             None => schedule::plan(self.seed, self.length),

@@ -8,39 +8,39 @@ use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
 use super::retry::until_done;
 use crate::{
-    fault::{Database, Member, What},
-    field::Field,
+    fault::{Database, Fault, Instance},
+    testbed::Testbed,
 };
 
 pub(crate) async fn database(
-    field: &Field,
-    what: What,
-    disturbed: &[Member],
+    testbed: &Testbed,
+    what: Fault,
+    affected: &[Instance],
     lasts: Duration,
 ) -> anyhow::Result<()> {
-    let mut postgres = field.postgres.lock().await;
+    let mut postgres = testbed.postgres.lock().await;
     match what {
-        What::DatabaseCrashed => {
-            field.crew.disturb(disturbed);
+        Fault::DatabaseCrashed => {
+            testbed.supervisor.fault_begins(affected);
             postgres.abort().await;
             tokio::time::sleep(lasts).await;
             postgres.start().await
         }
-        What::CommitsLost => {
-            let mut conn = field.addresses.connect("postgres").await?;
+        Fault::CommitsLost => {
+            let mut conn = testbed.addresses.connect("postgres").await?;
             let writer: i32 =
                 sqlx::query_scalar("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'")
                     .fetch_one(&mut conn)
                     .await?;
             proc::signal(&Pid::from_raw(writer).into_iter().collect::<Vec<_>>(), Signal::STOP);
             tokio::time::sleep(lasts).await;
-            field.crew.disturb(disturbed);
+            testbed.supervisor.fault_begins(affected);
             postgres.kill().await;
             postgres.start().await
         }
         _ => {
-            let mut conn = field.addresses.connect("postgres").await?;
-            field.crew.disturb(disturbed);
+            let mut conn = testbed.addresses.connect("postgres").await?;
+            testbed.supervisor.fault_begins(affected);
             end_sessions(&mut conn).await?;
             Ok(conn.close().await?)
         }
@@ -57,21 +57,21 @@ async fn end_sessions(conn: &mut PgConnection) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A database that takes no writes, as a standby that somebody leads the programs to.
-pub(crate) async fn read_only(field: &Field, database: Database, lasts: Duration) -> anyhow::Result<()> {
-    field.crew.disturb(&Member::ALL);
-    set_read_only(field, database, "SET default_transaction_read_only = on").await?;
+/// Makes a database read-only, as a standby is.
+pub(crate) async fn read_only(testbed: &Testbed, database: Database, lasts: Duration) -> anyhow::Result<()> {
+    testbed.supervisor.fault_begins(&Instance::ALL);
+    set_read_only(testbed, database, "SET default_transaction_read_only = on").await?;
     tokio::time::sleep(lasts).await;
-    set_read_only(field, database, "RESET default_transaction_read_only").await?;
-    field.crew.calm(&Member::ALL);
+    set_read_only(testbed, database, "RESET default_transaction_read_only").await?;
+    testbed.supervisor.fault_ends(&Instance::ALL);
     Ok(())
 }
 
-async fn set_read_only(field: &Field, database: Database, change: &str) -> anyhow::Result<()> {
+async fn set_read_only(testbed: &Testbed, database: Database, change: &str) -> anyhow::Result<()> {
     let name = database.name();
     until_done(async || {
-        // Not in that database: there it would be read-only itself.
-        let mut conn = field.addresses.connect("postgres").await?;
+        // In another database: in that one this session would be read-only itself.
+        let mut conn = testbed.addresses.connect("postgres").await?;
         conn.execute(AssertSqlSafe(format!("ALTER DATABASE {name} {change}"))).await?;
         end_sessions(&mut conn).await?;
         Ok(conn.close().await?)

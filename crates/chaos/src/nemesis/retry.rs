@@ -1,17 +1,17 @@
-//! Trying again while another fault is in the way.
+//! Retries while another fault is in the way.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// For how long it is tried to begin a fault, or to undo it, while another one is in the way.
-const PATIENCE: Duration = Duration::from_mins(5);
-/// The pause before another try.
+/// How long the start or the end of a fault is retried.
+const TIMEOUT: Duration = Duration::from_mins(5);
+/// The pause before a retry.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Tries until it is done: the server may be away just now, by another fault.
+/// Retries `work` until it succeeds. A server may be down because of another fault.
 pub(crate) async fn until_done<T>(mut work: impl AsyncFnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     loop {
         match work().await {
             Ok(done) => return Ok(done),

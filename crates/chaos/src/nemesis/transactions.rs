@@ -5,40 +5,42 @@ use std::time::Duration;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
 use super::retry::until_done;
-use crate::{event::NOTE, fault::Open, field::Field, notes};
+use crate::{
+    addresses::Addresses, event::NOTE, fault::OpenTransaction, testbed::Testbed, workload::sql_writers,
+};
 
-/// Somebody's transaction, open for so long. A crash ends it early, unless it was prepared.
+/// A transaction of another client that is open for so long. A crash of PostgreSQL ends it early, unless it is prepared.
 pub(crate) async fn transaction(
-    field: &Field,
-    open: Open,
+    testbed: &Testbed,
+    open: OpenTransaction,
     commits: bool,
     lasts: Duration,
     number: usize,
 ) -> anyhow::Result<()> {
-    let elsewhere = matches!(open, Open::ReadingElsewhere | Open::PreparedElsewhere);
+    let elsewhere = matches!(open, OpenTransaction::ReadingElsewhere | OpenTransaction::PreparedElsewhere);
     let name = format!("chaos-{number}");
     let begun = until_done(async || {
-        let mut conn = reach(field, elsewhere).await?;
+        let mut conn = reach(testbed, elsewhere).await?;
         conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ").await?;
         Ok(conn)
     })
     .await?;
     let end = if commits { "COMMIT" } else { "ROLLBACK" };
     match open {
-        Open::Reading | Open::ReadingElsewhere => {
-            let _crashed = rest(begun, "SELECT txid_current()", lasts, end).await;
+        OpenTransaction::Reading | OpenTransaction::ReadingElsewhere => {
+            let _crashed = hold(begun, "SELECT txid_current()", lasts, end).await;
             Ok(())
         }
-        Open::Appending => {
+        OpenTransaction::Appending => {
             let _crashed = append(begun, &name, lasts, end).await;
             Ok(())
         }
-        Open::Prepared | Open::PreparedElsewhere => {
-            // Whether it was prepared shows at the end.
+        OpenTransaction::Prepared | OpenTransaction::PreparedElsewhere => {
+            // Whether it is prepared is checked at the end.
             let _crashed = prepare(begun, &name, elsewhere).await;
             tokio::time::sleep(lasts).await;
             until_done(async || {
-                let mut conn = reach(field, elsewhere).await?;
+                let mut conn = reach(testbed, elsewhere).await?;
                 let prepared: bool =
                     sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_prepared_xacts WHERE gid = $1)")
                         .bind(&name)
@@ -54,15 +56,15 @@ pub(crate) async fn transaction(
     }
 }
 
-async fn reach(field: &Field, elsewhere: bool) -> anyhow::Result<PgConnection> {
+async fn reach(testbed: &Testbed, elsewhere: bool) -> anyhow::Result<PgConnection> {
     if elsewhere {
-        field.addresses.connect_elsewhere().await
+        testbed.addresses.connect(Addresses::OTHER).await
     } else {
-        field.addresses.connect("person").await
+        testbed.addresses.connect("person").await
     }
 }
 
-async fn rest(
+async fn hold(
     mut conn: PgConnection,
     sql: &'static str,
     lasts: Duration,
@@ -75,7 +77,7 @@ async fn rest(
 }
 
 async fn append(mut conn: PgConnection, name: &str, lasts: Duration, end: &'static str) -> sqlx::Result<()> {
-    notes::write(&mut conn, NOTE, name).await?;
+    sql_writers::write(&mut conn, NOTE, name).await?;
     tokio::time::sleep(lasts).await;
     conn.execute(end).await?;
     conn.close().await
@@ -85,7 +87,7 @@ async fn prepare(mut conn: PgConnection, name: &str, elsewhere: bool) -> sqlx::R
     if elsewhere {
         conn.execute("SELECT txid_current()").await?;
     } else {
-        notes::write(&mut conn, NOTE, name).await?;
+        sql_writers::write(&mut conn, NOTE, name).await?;
     }
     conn.execute(AssertSqlSafe(format!("PREPARE TRANSACTION '{name}'"))).await?;
     conn.close().await

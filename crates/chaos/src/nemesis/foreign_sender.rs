@@ -1,4 +1,4 @@
-//! A sender that may write to the projector's queue and publishes what is not its own.
+//! A sender that may write to the projector's queue, and publishes in the name of a source.
 
 use anyhow::{Context, ensure};
 use lapin::{
@@ -11,30 +11,30 @@ use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use super::retry::until_done;
-use crate::{broker::connect, fault::Member, field::Field};
+use crate::{broker::connect, fault::Instance, testbed::Testbed};
 
 /// The projector's queue.
 const QUEUE: &str = "score";
-/// Whose turn it is to be a stranger.
-static STRANGERS: Mutex<()> = Mutex::const_new(());
+/// One sender at a time: the operator drops every rejected message at once.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
-/// Messages by how many of which source a stranger sends: more than the poison that opens a breaker.
+/// How many messages the sender publishes in the name of which source. 25 in a row would open the breaker if foreign
+/// messages counted.
 const FORGED: [(&str, usize); 2] = [("person", 1), ("stranger", 25)];
 
-/// Somebody who may write to the projector's queue ends a person in the name of the source `person`, and sends
-/// poison in a name of its own. Both have to be rejected; an operator drops them then.
-pub(crate) async fn foreign_sender(field: &Field) -> anyhow::Result<()> {
-    let projectors = [Member::Projector1, Member::Projector2];
-    field.crew.disturb(&projectors);
-    // One after the other: the operator drops all that is rejected.
-    let _turn = STRANGERS.lock().await;
+/// Deletes a person in the name of the source `person`, and sends messages of an unknown source. The projector has to
+/// reject all of them. Then an operator drops them.
+pub(crate) async fn foreign_sender(testbed: &Testbed) -> anyhow::Result<()> {
+    let projectors = [Instance::Projector1, Instance::Projector2];
+    testbed.supervisor.fault_begins(&projectors);
+    let _one = ONE_AT_A_TIME.lock().await;
     let sent = until_done(async || {
-        let mut conn = field.addresses.connect("person").await?;
+        let mut conn = testbed.addresses.connect("person").await?;
         let victim: Option<(Uuid, i64)> =
             sqlx::query_as("SELECT id, version FROM person.person LIMIT 1").fetch_optional(&mut conn).await?;
         let (id, version) = victim.context("there is no person yet")?;
         conn.close().await?;
-        let (connection, channel) = connect(&field.addresses.broker).await?;
+        let (connection, channel) = connect(&testbed.addresses.broker).await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         let mut sent = Vec::new();
         for (source, messages) in FORGED {
@@ -54,30 +54,30 @@ pub(crate) async fn foreign_sender(field: &Field) -> anyhow::Result<()> {
         Ok(sent)
     })
     .await?;
-    // All of it has come before any of it is dropped: else what comes last stays. What an attempt before this one sent,
-    // which was cut off, came before.
+    // All messages have to be rejected before they are dropped; otherwise the last ones would stay. Those of an earlier
+    // attempt that a fault interrupted are in the queue before these.
     until_done(async || {
-        let rejected = rejected(field, &sent).await?;
-        ensure!(rejected == REJECTED, "of a stranger's messages these are rejected: {rejected:?}");
+        let rejected = rejected(testbed, &sent).await?;
+        ensure!(rejected == REJECTED, "of the foreign messages these are rejected: {rejected:?}");
         Ok(())
     })
     .await?;
     until_done(async || {
-        let database = field.addresses.url("score");
+        let database = testbed.addresses.url("score");
         let drop = ["rejected", "drop", "--all", "--yes"];
-        field.score_operator.command(&drop, &[("DATABASE_URL", &database)]).await
+        testbed.score_operator.command(&drop, &[("DATABASE_URL", &database)]).await
     })
     .await?;
-    field.crew.calm(&projectors);
+    testbed.supervisor.fault_ends(&projectors);
     Ok(())
 }
 
-/// What becomes of them: how many are rejected as from a wrong user, and how many as foreign.
+/// How many have to be rejected for a wrong user, and how many as foreign.
 const REJECTED: (i64, i64) = (1, 25);
 
-/// How many of these messages are rejected for each of those reasons.
-async fn rejected(field: &Field, sent: &[String]) -> anyhow::Result<(i64, i64)> {
-    let mut conn = field.addresses.connect("score").await?;
+/// How many of these messages are rejected for each of these reasons.
+async fn rejected(testbed: &Testbed, sent: &[String]) -> anyhow::Result<(i64, i64)> {
+    let mut conn = testbed.addresses.connect("score").await?;
     let sql =
         "SELECT count(*) FILTER (WHERE reason = 'wrong-user'), count(*) FILTER (WHERE reason = 'foreign')
                FROM inbox.rejected WHERE properties::jsonb ->> 'message_id' = ANY ($1)";
@@ -86,7 +86,7 @@ async fn rejected(field: &Field, sent: &[String]) -> anyhow::Result<(i64, i64)> 
     Ok(rejected)
 }
 
-/// The end of a person, as only the person outbox's relay may publish it.
+/// A `person.deleted`, which only the relay of the person outbox may publish.
 fn forged(source: &str, person: Uuid, version: i64) -> BasicProperties {
     let mut headers = FieldTable::default();
     headers.insert("aggregate_type".into(), AMQPValue::LongString("person".into()));
