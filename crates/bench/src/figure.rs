@@ -4,22 +4,22 @@ use serde::Serialize;
 
 use super::{
     goal::Goal,
-    ground::Ground,
     statistics::{Spread, number},
+    testbed::Testbed,
 };
 
-/// A row of the table, before it was measured.
+/// A row of the table, before it is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Row {
     /// What it is called.
     pub name: &'static str,
     /// What the system does.
     pub system: &'static str,
-    /// What it is held against, if anything.
+    /// What it is compared with, if anything.
     pub ceiling: Option<&'static str>,
     /// Of both.
     pub unit: &'static str,
-    /// What they have to come to.
+    /// The goal.
     pub goal: Goal,
 }
 
@@ -28,19 +28,19 @@ pub trait Figure: Sized {
     /// Its rows.
     const ROWS: &'static [Row];
 
-    /// Makes what all rounds need.
-    fn prepare(ground: &Ground) -> impl Future<Output = anyhow::Result<Self>>;
+    /// Prepares what all rounds need.
+    fn prepare(testbed: &Testbed) -> impl Future<Output = anyhow::Result<Self>>;
 
     /// A round of the system.
-    fn system(&mut self, ground: &Ground) -> impl Future<Output = anyhow::Result<Vec<f64>>>;
+    fn system(&mut self, testbed: &Testbed) -> impl Future<Output = anyhow::Result<Vec<f64>>>;
 
-    /// A round of what it is held against.
-    fn ceiling(&mut self, _ground: &Ground) -> impl Future<Output = anyhow::Result<Vec<f64>>> {
+    /// A round of what it is compared with.
+    fn ceiling(&mut self, _ground: &Testbed) -> impl Future<Output = anyhow::Result<Vec<f64>>> {
         std::future::ready(Ok(Vec::new()))
     }
 
-    /// Removes what was made, and says what else is worth knowing.
-    fn finish(self, ground: &Ground) -> impl Future<Output = anyhow::Result<Vec<String>>>;
+    /// Removes what was prepared, and returns notes for the report.
+    fn finish(self, testbed: &Testbed) -> impl Future<Output = anyhow::Result<Vec<String>>>;
 }
 
 /// A row and what was measured, round by round.
@@ -56,7 +56,7 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// What was held against the goal in each round.
+    /// The value that is compared with the goal, round by round.
     pub fn values(&self) -> Vec<f64> {
         let ceilings = self.of_ceiling.iter().copied().chain(std::iter::repeat(f64::NAN));
         self.of_system.iter().zip(ceilings).map(|(s, c)| self.row.goal.value(*s, c)).collect()
@@ -68,36 +68,36 @@ impl Measured {
     }
 }
 
-/// Runs the rounds of a figure. System and ceiling take turns in going first. `say` is told of each round.
+/// Runs the rounds of a figure. System and ceiling take turns in going first. `say` gets a line for each round.
 pub async fn measure<F: Figure>(
-    ground: &Ground,
+    testbed: &Testbed,
     say: impl Fn(&str),
 ) -> anyhow::Result<(Vec<Measured>, Vec<String>)> {
     let mut rows: Vec<Measured> = F::ROWS
         .iter()
         .map(|row| Measured { row: *row, of_system: Vec::new(), of_ceiling: Vec::new() })
         .collect();
-    let mut figure = F::prepare(ground).await?;
-    for round in 0..ground.size.rounds {
+    let mut figure = F::prepare(testbed).await?;
+    for round in 0..testbed.size.rounds {
         let (system, ceiling) = if round % 2 == 0 {
-            let system = figure.system(ground).await?;
-            (system, figure.ceiling(ground).await?)
+            let system = figure.system(testbed).await?;
+            (system, figure.ceiling(testbed).await?)
         } else {
-            let ceiling = figure.ceiling(ground).await?;
-            (figure.system(ground).await?, ceiling)
+            let ceiling = figure.ceiling(testbed).await?;
+            (figure.system(testbed).await?, ceiling)
         };
         for (n, row) in rows.iter_mut().enumerate() {
             row.of_system.extend(system.get(n));
             row.of_ceiling.extend(ceiling.get(n));
-            say(&told(row, round + 1, ground.size.rounds));
+            say(&progress(row, round + 1, testbed.size.rounds));
         }
     }
-    let notes = figure.finish(ground).await?;
+    let notes = figure.finish(testbed).await?;
     Ok((rows, notes))
 }
 
-/// A row's last round, in one line.
-fn told(row: &Measured, round: usize, rounds: usize) -> String {
+/// The last round of a row, in one line.
+fn progress(row: &Measured, round: usize, rounds: usize) -> String {
     let last = |values: &[f64]| values.last().copied().map(number).unwrap_or_default();
     let Row { name, unit, .. } = row.row;
     let against = match row.row.ceiling {

@@ -1,25 +1,25 @@
-//! What a figure has to come to.
+//! The goal of a figure.
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// What the system and its ceiling have to come to, round by round; the median decides.
+/// What system and ceiling have to reach. It is computed in each round, and the median decides.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Goal {
-    /// The system does at least so much of its ceiling.
+    /// The system reaches at least this part of its ceiling.
     RatioAtLeast(f64),
-    /// The system takes at most so many times its floor.
+    /// The system takes at most this many times its floor.
     RatioAtMost(f64),
-    /// The system takes at most so much more.
+    /// The system takes at most this much more than its floor.
     DifferenceAtMost(f64),
     /// The system takes less than this.
     Below(f64),
 }
 
 impl Goal {
-    /// What is held against the goal.
+    /// The value that is compared with the goal.
     pub(crate) fn value(self, system: f64, ceiling: f64) -> f64 {
         match self {
             Self::RatioAtLeast(_) | Self::RatioAtMost(_) => system / ceiling,
@@ -46,7 +46,7 @@ impl Goal {
     }
 }
 
-/// In words, for a table in which the ceiling stands to the left.
+/// For a table with the ceiling in an earlier column.
 impl fmt::Display for Goal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -1,15 +1,15 @@
-//! What `make bench` measures, and how: a figure is the system in some work, round after round, each
-//! next to its ceiling: the same work by the barest means on the same servers, in the same minutes.
+//! `make bench` measures figures. A figure is some work of the system, round by round, next to its ceiling: the same work by
+//! the simplest means, on the same servers, in the same minutes.
 
 pub mod command;
 pub mod figure;
 pub mod goal;
-pub mod ground;
 pub mod report;
 pub mod scale;
 pub mod statistics;
+pub mod testbed;
 
-mod bare;
+mod broker;
 mod events;
 mod files;
 mod growth;
@@ -20,7 +20,7 @@ mod machine;
 mod memory;
 mod pgbench;
 mod plot;
-mod processor;
+mod processor_time;
 mod project;
 mod read;
 mod relay;

@@ -1,15 +1,15 @@
 //! What a run is measured on.
 
-use std::fs;
+use std::{fs, path::Path};
 
-use devstack::program::client;
+use devstack::{binary, program::client};
 use serde_json::Value;
 
-use super::ground::Ground;
+use super::testbed::Testbed;
 
-/// What it is measured on.
-pub(crate) async fn machine(ground: &Ground) -> anyhow::Result<Vec<(&'static str, String)>> {
-    let mut conn = ground.connect("postgres").await?;
+/// Versions, settings and hardware, for the report.
+pub(crate) async fn machine(testbed: &Testbed) -> anyhow::Result<Vec<(&'static str, String)>> {
+    let mut conn = testbed.connect("postgres").await?;
     let setting =
         |name: &'static str| sqlx::query_scalar::<_, String>("SELECT current_setting($1)").bind(name);
     let postgres = setting("server_version").fetch_one(&mut conn).await?;
@@ -19,7 +19,7 @@ pub(crate) async fn machine(ground: &Ground) -> anyhow::Result<Vec<(&'static str
     {
         settings.push(format!("{name} {}", setting(name).fetch_one(&mut conn).await?));
     }
-    let overview = format!("{}/api/overview", ground.stack.servers.rabbitmq.management_url());
+    let overview = format!("{}/api/overview", testbed.stack.servers.rabbitmq.management_url());
     let overview: Value = client()?.get(overview).send().await?.json().await?;
     let of = |name: &str| overview[name].as_str().unwrap_or("?").to_owned();
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
@@ -30,7 +30,9 @@ pub(crate) async fn machine(ground: &Ground) -> anyhow::Result<Vec<(&'static str
             .map(|(_, v)| v.trim().to_owned());
         line.unwrap_or_else(|| "?".to_owned())
     };
-    let build = if cfg!(debug_assertions) { "debug" } else { "release" };
+    // Cargo's folder has the name of the profile.
+    let program = binary::find("person-api")?;
+    let build = program.parent().and_then(Path::file_name).unwrap_or_default().display();
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let kib: u64 = field(&read("/proc/meminfo"), "MemTotal").trim_end_matches(" kB").parse().unwrap_or(0);
     Ok(vec![
@@ -40,7 +42,7 @@ pub(crate) async fn machine(ground: &Ground) -> anyhow::Result<Vec<(&'static str
         ("PostgreSQL", format!("{postgres}; {}", settings.join(", "))),
         ("RabbitMQ", format!("{} on Erlang {}; one node", of("rabbitmq_version"), of("erlang_version"))),
         ("messages", "persistent, mandatory, confirmed, into a quorum queue".to_owned()),
-        ("load before", ground.load.clone()),
+        ("load before", testbed.load.clone()),
         ("programs", format!("{}, {build} build, settings as they are built in", env!("CARGO_PKG_VERSION"))),
     ])
 }

@@ -1,4 +1,4 @@
-//! A run for people and for programs: the table and the page.
+//! The report of a run: the table, the page in Markdown, and JSON.
 
 use std::fmt::Write;
 
@@ -10,20 +10,20 @@ use super::{
     statistics::{Spread, number},
 };
 
-/// Everything that was found.
+/// The report of a run.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// The command that measures it again.
     pub command: String,
     /// A short run, whose numbers mean little.
     pub quick: bool,
-    /// How much was done.
+    /// The scale of the run.
     pub size: Scale,
     /// Versions, cores, settings.
     pub machine: Vec<(&'static str, String)>,
     /// The rows of the table.
     pub rows: Vec<Measured>,
-    /// What else is worth knowing.
+    /// Notes of the figures.
     pub notes: Vec<String>,
     /// The figures without a result.
     pub failed: Vec<Failed>,
@@ -115,7 +115,7 @@ impl Report {
         )
     }
 
-    /// For programs: every round of everything.
+    /// Every round, as JSON.
     pub fn json(&self) -> anyhow::Result<String> {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }

@@ -26,7 +26,7 @@ pub struct Scale {
 }
 
 impl Scale {
-    /// What the goals are about.
+    /// The scale that the goals are set for.
     pub const FULL: Self = Self {
         rounds: 5,
         events: 100_000,
@@ -37,7 +37,7 @@ impl Scale {
         history: 5_000_000,
         waiting: 2_000_000,
     };
-    /// To see that everything works. Its numbers are too short to mean much.
+    /// Shows that every figure can be measured. The rounds are too short for numbers that mean something.
     pub const QUICK: Self = Self {
         rounds: 3,
         events: 15_000,

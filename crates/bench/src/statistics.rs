@@ -1,4 +1,4 @@
-//! Numbers of several rounds, and how they are written.
+//! Statistics of several rounds, and how numbers are written.
 
 use std::time::Duration;
 
@@ -9,14 +9,14 @@ use serde::Serialize;
 pub struct Spread {
     /// The middle one; of an even number the lower of the two.
     pub median: f64,
-    /// The least.
+    /// The smallest.
     pub min: f64,
-    /// The most.
+    /// The largest.
     pub max: f64,
 }
 
 impl Spread {
-    /// Of some values; without any, nothing is known.
+    /// Of these values. Without any, all three are NaN.
     pub fn of(values: &[f64]) -> Self {
         let sorted = sorted(values);
         let at = |n: usize| sorted.get(n).copied().unwrap_or(f64::NAN);
@@ -28,7 +28,7 @@ impl Spread {
     }
 }
 
-/// The value that so many thousandths are at or below.
+/// The value that this many thousandths of the values do not exceed.
 pub(crate) fn quantile(values: &[f64], thousandths: usize) -> f64 {
     let sorted = sorted(values);
     let at = (sorted.len() * thousandths).div_ceil(1000).saturating_sub(1);
@@ -41,7 +41,7 @@ fn sorted(values: &[f64]) -> Vec<f64> {
     sorted
 }
 
-/// So many of something in a time, as a rate in seconds.
+/// A count in a time, as a rate per second.
 pub(crate) fn rate(count: i64, took: Duration) -> f64 {
     float(count) / took.as_secs_f64()
 }
