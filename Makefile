@@ -4,7 +4,11 @@
 
 # `run -- COMMAND` puts private servers around a command and leaves nothing of them. The binary and not
 # `cargo run -p devstack`: for one package alone cargo builds the dependencies again, with fewer features.
-DEVSTACK := $(or $(CARGO_TARGET_DIR),target)/debug/devstack
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+DEVSTACK := $(TARGET)/debug/devstack
+
+# What users run, and the bench measures: built for release. The bench itself has a profile that is built faster.
+PROGRAMS := person-api outbox-relay score-projector score-api
 
 up: ## Start the whole stack in this checkout, until Ctrl-C
 	@crates/devstack/install
@@ -40,13 +44,19 @@ schemathesis: ## Hold the APIs against their documents, thousands of requests; S
 
 bench: ## Measure the system next to its ceilings, 15 minutes; writes docs/bench; BENCH_ARGS="--quick --json FILE"
 	@crates/devstack/install
-	cargo build $(if $(findstring --quick,$(BENCH_ARGS)),,--release) --workspace
-	exec $(or $(CARGO_TARGET_DIR),target)/$(if $(findstring --quick,$(BENCH_ARGS)),debug,release)/bench $(BENCH_ARGS)
+ifneq ($(findstring --quick,$(BENCH_ARGS)),)
+	cargo build --workspace
+	exec $(TARGET)/debug/bench $(BENCH_ARGS)
+else
+	cargo build --release --workspace $(PROGRAMS:%=--bin %)
+	cargo build --profile laboratory --workspace --bin bench --bin devstack
+	DEVSTACK_PROGRAMS=$(abspath $(TARGET))/release exec $(TARGET)/laboratory/bench $(BENCH_ARGS)
+endif
 
 chaos: ## Let everything go wrong at once and judge, 5 minutes; CHAOS_ARGS="--seed N --minutes N --json FILE"
 	@crates/devstack/install tests
 	cargo build --workspace
-	exec $(dir $(DEVSTACK))chaos $(CHAOS_ARGS)
+	exec $(TARGET)/debug/chaos $(CHAOS_ARGS)
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\): ## \(.*\)/\1\t\2/p' Makefile | expand -t 17

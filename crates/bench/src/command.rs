@@ -1,4 +1,4 @@
-//! `make bench`: measures the system next to its ceilings, and holds both against the goals.
+//! The command line of `make bench`.
 
 use std::path::PathBuf;
 
@@ -6,26 +6,29 @@ use anyhow::{Context, bail};
 
 use crate::{
     Growth, Idle, Latency, Memory, Project, Read, Relay, Write,
-    figure::{self, Figure, Measured, Size},
-    ground::Ground,
-    report::{Failed, Report, machine},
+    figure::{self, Figure, Measured},
+    files,
+    machine::machine,
+    report::{Failed, Report},
+    scale::Scale,
+    testbed::Testbed,
 };
 use devstack::{ending::Ending, say, show};
 
-/// What `bench` is told.
+/// The arguments of `bench`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct BenchArgs {
-    /// Fewer and shorter rounds, to see that every figure can be measured. The numbers mean little: no goal is
-    /// missed, docs/bench and docs/proof/bench.md stay as they are, and a debug build may run it.
+    /// Run fewer and shorter rounds, to show that every figure can be measured. The numbers mean little, so no goal is
+    /// checked, and docs/bench and docs/proof/bench.md are not written. A debug build may run it.
     #[arg(long)]
     pub quick: bool,
-    /// Also write every round of everything to this file.
+    /// Also write every round as JSON to this file.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Only these figures; docs/bench and docs/proof/bench.md stay as they are.
+    /// Measure these figures alone. docs/bench and docs/proof/bench.md are not written.
     #[arg(long, value_name = "FIGURE", value_enum, value_delimiter = ',')]
     pub only: Vec<Name>,
-    /// Write the report with its plots to this folder, whatever the run, instead of to docs/bench.
+    /// Write the report and its plots to this folder, for every kind of run, instead of to docs/bench.
     #[arg(long, value_name = "FOLDER")]
     pub docs: Option<PathBuf>,
 }
@@ -45,22 +48,22 @@ pub enum Name {
 
 /// Measures. Exit code 1: a goal is missed, or a figure could not be measured.
 pub async fn run(args: &BenchArgs) -> anyhow::Result<u8> {
-    // The programs are next to it, and built as it is.
+    // A debug build of the bench takes the debug programs next to it.
     if cfg!(debug_assertions) && !args.quick {
         bail!("this is a debug build, which is many times slower: run make bench");
     }
     let checkout = devstack::command::checkout()?;
     let ending = Ending::watch()?;
-    let size = if args.quick { Size::QUICK } else { Size::FULL };
+    let size = if args.quick { Scale::QUICK } else { Scale::FULL };
     let begin = std::time::Instant::now();
     let measured = async {
-        let ground = Ground::start(size).await?;
-        let report = Box::pin(all(&ground, args)).await;
-        ground.stop().await;
+        let testbed = Testbed::start(size).await?;
+        let report = Box::pin(all(&testbed, args)).await;
+        testbed.stop().await;
         report
     };
     let Some(report) = ending.asked.run_until_cancelled(Box::pin(measured)).await else {
-        bail!("the bench was ended");
+        bail!("the bench was interrupted");
     };
     let report = report?;
     say(&format!("measured in {} s", begin.elapsed().as_secs()));
@@ -69,18 +72,18 @@ pub async fn run(args: &BenchArgs) -> anyhow::Result<u8> {
         std::fs::write(path, report.json()?).with_context(|| format!("cannot write {}", path.display()))?;
     }
     match &args.docs {
-        Some(folder) => report.write(folder)?,
+        Some(folder) => files::write(&report, folder)?,
         None if !args.quick && args.only.is_empty() && report.failed.is_empty() => {
-            report.write(&checkout.join("docs/bench"))?;
-            report.write_into(&checkout.join("docs/proof/bench.md"))?;
-            say("docs/bench and the table in docs/proof/bench.md are new");
+            files::write(&report, &checkout.join("docs/bench"))?;
+            files::write_into(&report, &checkout.join("docs/proof/bench.md"))?;
+            say("docs/bench and the table in docs/proof/bench.md are written");
         }
         None => {}
     }
     Ok(code(&report))
 }
 
-/// The exit code, and why it is not 0. A quick run misses no goal: its numbers mean too little.
+/// The exit code, and a line that says why it is not 0. A quick run checks no goal: its numbers mean too little.
 fn code(report: &Report) -> u8 {
     let missed = if report.quick { Vec::new() } else { report.missed() };
     if !missed.is_empty() {
@@ -93,8 +96,8 @@ fn code(report: &Report) -> u8 {
 }
 
 /// Every figure, in the order of the table.
-async fn all(ground: &Ground, args: &BenchArgs) -> anyhow::Result<Report> {
-    let mut run = Run { ground, only: &args.only, found: Found::default() };
+async fn all(testbed: &Testbed, args: &BenchArgs) -> anyhow::Result<Report> {
+    let mut run = Run { testbed, only: &args.only, results: Results::default() };
     run.figure::<Relay>(Name::Relay).await;
     run.figure::<Write>(Name::Write).await;
     run.figure::<Read>(Name::Read).await;
@@ -108,12 +111,12 @@ async fn all(ground: &Ground, args: &BenchArgs) -> anyhow::Result<Report> {
         (true, true) => "make bench BENCH_ARGS=--quick",
         (_, false) => "make bench BENCH_ARGS=\"--only …\"",
     };
-    let machine = machine(ground).await?;
-    let Found { rows, notes, failed } = run.found;
+    let machine = machine(testbed).await?;
+    let Results { rows, notes, failed } = run.results;
     Ok(Report {
         command: command.to_owned(),
         quick: args.quick,
-        size: ground.size,
+        size: testbed.size,
         machine,
         rows,
         notes,
@@ -122,14 +125,14 @@ async fn all(ground: &Ground, args: &BenchArgs) -> anyhow::Result<Report> {
 }
 
 struct Run<'a> {
-    ground: &'a Ground,
+    testbed: &'a Testbed,
     only: &'a [Name],
-    found: Found,
+    results: Results,
 }
 
-/// What the figures came to so far.
+/// The results of the figures so far.
 #[derive(Default)]
-struct Found {
+struct Results {
     rows: Vec<Measured>,
     notes: Vec<String>,
     failed: Vec<Failed>,
@@ -143,14 +146,14 @@ impl Run<'_> {
         }
         let title = F::ROWS.first().map_or("?", |row| row.name);
         say(&format!("{title}: preparing"));
-        let measured = Box::pin(figure::measure::<F>(self.ground, say)).await;
-        self.found.take_in(title, measured);
+        let measured = Box::pin(figure::measure::<F>(self.testbed, say)).await;
+        self.results.add(title, measured);
     }
 }
 
-impl Found {
-    /// A figure that fails takes nothing from the others.
-    fn take_in(&mut self, figure: &'static str, measured: anyhow::Result<(Vec<Measured>, Vec<String>)>) {
+impl Results {
+    /// Adds a figure. One that fails does not stop the others.
+    fn add(&mut self, figure: &'static str, measured: anyhow::Result<(Vec<Measured>, Vec<String>)>) {
         match measured {
             Ok((rows, notes)) => {
                 self.rows.extend(rows);
@@ -158,7 +161,7 @@ impl Found {
             }
             Err(error) => {
                 let error = format!("{error:#}");
-                say(&format!("{figure}: failed, the others go on: {error}"));
+                say(&format!("{figure} failed, and the other figures go on: {error}"));
                 self.failed.push(Failed { figure, error });
             }
         }
@@ -168,20 +171,20 @@ impl Found {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::figure::{Goal, Row};
+    use crate::{figure::Row, goal::Goal};
 
     #[test]
     fn a_figure_that_fails_leaves_the_others() {
         let row = Row { name: "read", system: "", ceiling: None, unit: "reads/s", goal: Goal::Below(9.0) };
         let read = Measured { row, of_system: vec![7.0], of_ceiling: Vec::new() };
-        let mut found = Found::default();
-        found.take_in("write", Err(anyhow::anyhow!("no such column").context("pgbench ended with 2")));
-        found.take_in("read", Ok((vec![read], Vec::new())));
-        let Found { rows, notes, failed } = found;
+        let mut results = Results::default();
+        results.add("write", Err(anyhow::anyhow!("no such column").context("pgbench ended with 2")));
+        results.add("read", Ok((vec![read], Vec::new())));
+        let Results { rows, notes, failed } = results;
         let report = Report {
             command: "make bench".to_owned(),
             quick: true,
-            size: Size::QUICK,
+            size: Scale::QUICK,
             machine: Vec::new(),
             rows,
             notes,

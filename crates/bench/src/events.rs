@@ -8,24 +8,24 @@ use lapin::{
 use sqlx::{AssertSqlSafe, Executor, PgConnection};
 use uuid::Uuid;
 
-use super::figure::float;
+use super::statistics::float;
 use devstack::rabbitmq;
 
 /// How many events each person has: the person and four items.
-pub(crate) const EACH: i64 = 5;
+pub(crate) const EVENTS_PER_PERSON: i64 = 5;
 
-/// `count` events, a fifth of them new persons, then items of all of them in turn. Every `batch` is about
-/// persons of its own.
+/// `count` events: first the new persons, a fifth of them, then items of all persons in turn. Every `batch` has persons of
+/// its own.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Stream {
+pub(crate) struct EventBatch {
     pub(crate) batch: i64,
     pub(crate) count: i64,
 }
 
-impl Stream {
+impl EventBatch {
     /// How many persons they are about.
     pub(crate) fn persons(self) -> i64 {
-        self.count / EACH
+        self.count / EVENTS_PER_PERSON
     }
 
     /// The events as a query: aggregate, version, type and body, in order. Ids are UUIDs that begin with a

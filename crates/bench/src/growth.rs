@@ -1,16 +1,17 @@
-//! Whether a long history slows the relay down: the same drain, with much of it and with little.
+//! Whether a long history slows the relay down: the same drain with a long and with a short one.
 
 use sqlx::{AssertSqlSafe, Executor, PgConnection};
 
 use super::{
-    figure::{Figure, Goal, Row},
-    ground::Ground,
+    figure::{Figure, Row},
+    goal::Goal,
     relay::Drain,
+    testbed::Testbed,
 };
 
 /// Positions of a partition, as the relay makes them.
 const PARTITION: i64 = 1_000_000;
-/// What there is when there is little.
+/// Events of the short history.
 const SHORT: i64 = 10_000;
 
 /// See [`Row`].
@@ -29,30 +30,30 @@ impl Figure for Growth {
         goal: Goal::RatioAtLeast(0.9),
     }];
 
-    async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
-        let mut long = Drain::prepare(ground, "bench_long", "long").await?;
-        let mut short = Drain::prepare(ground, "bench_short", "short").await?;
-        history(ground, "bench_long", ground.size.history).await?;
-        history(ground, "bench_short", SHORT).await?;
+    async fn prepare(testbed: &Testbed) -> anyhow::Result<Self> {
+        let mut long = Drain::prepare(testbed, "bench_long", "long").await?;
+        let mut short = Drain::prepare(testbed, "bench_short", "short").await?;
+        history(testbed, "bench_long", testbed.size.history).await?;
+        history(testbed, "bench_short", SHORT).await?;
         for drain in [&mut long, &mut short] {
             settled(&mut drain.conn, "default", 0).await?;
             // Other persons than those of the history.
-            drain.begin_with(ground.size.history);
+            drain.begin_with(testbed.size.history);
         }
         Ok(Self { long, short })
     }
 
-    async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        Ok(vec![self.long.round(ground, ground.size.events / 2).await?])
+    async fn system(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        Ok(vec![self.long.round(testbed, testbed.size.events / 2).await?])
     }
 
-    async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        Ok(vec![self.short.round(ground, ground.size.events / 2).await?])
+    async fn ceiling(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        Ok(vec![self.short.round(testbed, testbed.size.events / 2).await?])
     }
 
-    async fn finish(self, ground: &Ground) -> anyhow::Result<Vec<String>> {
-        self.long.end(ground, "long").await?;
-        self.short.end(ground, "short").await?;
+    async fn finish(self, testbed: &Testbed) -> anyhow::Result<Vec<String>> {
+        self.long.end(testbed, "long").await?;
+        self.short.end(testbed, "short").await?;
         Ok(Vec::new())
     }
 }
@@ -60,14 +61,14 @@ impl Figure for Growth {
 /// Fills a database's outbox with `count` events that were published long ago, in partitions as the relay
 /// makes them; by two sessions, each with every second partition. As a superuser it may give positions,
 /// which saves taking each one.
-pub(crate) async fn history(ground: &Ground, database: &str, count: i64) -> anyhow::Result<()> {
-    let mut conn = ground.connect(database).await?;
+pub(crate) async fn history(testbed: &Testbed, database: &str, count: i64) -> anyhow::Result<()> {
+    let mut conn = testbed.connect(database).await?;
     let partitions = (count + PARTITION - 1) / PARTITION;
     for _ in 0..partitions {
         conn.execute("SELECT outbox.add_partition(1000000)").await?;
     }
     let fill = async |first: i64| {
-        let mut conn = ground.connect(database).await?;
+        let mut conn = testbed.connect(database).await?;
         for n in (first..partitions).step_by(2) {
             let (from, to) = (n * PARTITION + 1, ((n + 1) * PARTITION).min(count));
             let sql = format!(

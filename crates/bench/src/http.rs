@@ -1,5 +1,5 @@
-//! Load over HTTP, by as little as it takes: keep-alive connections that send a request and read its
-//! answer. On two cores a whole HTTP library would take from the program under load what is being measured.
+//! A minimal HTTP load generator: keep-alive connections that send a request and read its response. On two cores a complete
+//! HTTP library would take processor time from the program that is measured.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -11,34 +11,34 @@ use tokio::{
     time::Instant,
 };
 
-/// An answer takes no longer.
+/// Timeout of a response.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A keep-alive connection.
 #[derive(Debug)]
 pub(crate) struct Client {
     stream: TcpStream,
-    answer: Vec<u8>,
+    response: Vec<u8>,
 }
 
-/// What came back, until the next request.
+/// A response, valid until the next request.
 #[derive(Debug)]
-pub(crate) struct Answer<'a> {
+pub(crate) struct Response<'a> {
     pub(crate) status: u16,
     pub(crate) head: &'a str,
     pub(crate) body: &'a [u8],
 }
 
-impl Answer<'_> {
+impl Response<'_> {
     /// A header by its name in lower case.
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         header(self.head, name)
     }
 
-    /// Fails with what was answered unless it has this status.
+    /// Fails with the body unless it has this status.
     pub(crate) fn expect(&self, status: u16) -> anyhow::Result<()> {
         let body = || String::from_utf8_lossy(self.body).into_owned();
-        ensure!(self.status == status, "answered {} instead of {status}: {}", self.status, body());
+        ensure!(self.status == status, "the status is {} instead of {status}: {}", self.status, body());
         Ok(())
     }
 }
@@ -46,36 +46,37 @@ impl Answer<'_> {
 impl Client {
     pub(crate) async fn connect(address: SocketAddr) -> anyhow::Result<Self> {
         let stream =
-            TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
+            TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
         stream.set_nodelay(true)?;
-        Ok(Self { stream, answer: Vec::with_capacity(4096) })
+        Ok(Self { stream, response: Vec::with_capacity(4096) })
     }
 
-    /// Sends a request, as [`get`] and [`post`] write it, and reads the answer to its end.
-    pub(crate) async fn send(&mut self, request: &str) -> anyhow::Result<Answer<'_>> {
+    /// Sends a request, as [`get`] and [`post`] write it, and reads the response to its end.
+    pub(crate) async fn send(&mut self, request: &str) -> anyhow::Result<Response<'_>> {
         let exchange = async {
             self.stream.write_all(request.as_bytes()).await?;
-            self.answer.clear();
+            self.response.clear();
             loop {
-                ensure!(self.stream.read_buf(&mut self.answer).await? > 0, "the connection was closed");
-                if let Some((head, end)) = complete(&self.answer)? {
+                ensure!(self.stream.read_buf(&mut self.response).await? > 0, "the connection was closed");
+                if let Some((head, end)) = complete(&self.response)? {
                     return Ok((head, end));
                 }
             }
         };
-        let (head, end) = tokio::time::timeout(TIMEOUT, exchange).await.context("no answer in time")??;
-        let text = std::str::from_utf8(&self.answer[..head])?;
-        let status = text.get(9..12).and_then(|code| code.parse().ok()).context("no status in the answer")?;
-        Ok(Answer { status, head: text, body: &self.answer[head..end] })
+        let (head, end) = tokio::time::timeout(TIMEOUT, exchange).await.context("no response in time")??;
+        let text = std::str::from_utf8(&self.response[..head])?;
+        let status =
+            text.get(9..12).and_then(|code| code.parse().ok()).context("no status in the response")?;
+        Ok(Response { status, head: text, body: &self.response[head..end] })
     }
 }
 
-/// Where the head ends and where the answer does, once all of it is there.
+/// Where head and response end, once the response is complete.
 fn complete(bytes: &[u8]) -> anyhow::Result<Option<(usize, usize)>> {
     let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else { return Ok(None) };
     let (head, body) = (std::str::from_utf8(&bytes[..end])?, end + 4);
     let Some(length) = header(head, "content-length") else {
-        bail!("an answer without content-length: {head}");
+        bail!("a response without content-length: {head}");
     };
     let whole = body + length.parse::<usize>()?;
     Ok((bytes.len() >= whole).then_some((body, whole)))
@@ -102,8 +103,8 @@ pub(crate) fn address(url: &str) -> anyhow::Result<SocketAddr> {
     url.trim_start_matches("http://").parse().with_context(|| format!("{url} is no address"))
 }
 
-/// Requests a second that `clients` get answered with `status`, each sending its next one as soon as it
-/// has the last one's answer.
+/// Requests per second of `clients` connections, each of which sends its next request as soon as it has a response. Every
+/// response must have this status.
 pub(crate) async fn load(
     address: SocketAddr,
     clients: usize,
@@ -132,7 +133,7 @@ pub(crate) async fn load(
     while let Some(task) = tasks.join_next().await {
         answered += task??;
     }
-    Ok(super::figure::rate(answered, begin.elapsed()))
+    Ok(super::statistics::rate(answered, begin.elapsed()))
 }
 
 #[cfg(test)]
@@ -141,10 +142,10 @@ mod tests {
 
     #[test]
     fn an_answer_is_complete_with_its_last_byte() {
-        let answer = b"HTTP/1.1 201 Created\r\netag: \"a.1\"\r\nContent-Length: 3\r\n\r\nabc";
-        assert_eq!(complete(answer).unwrap(), Some((answer.len() - 3, answer.len())));
-        for cut in 0..answer.len() {
-            assert_eq!(complete(&answer[..cut]).unwrap(), None);
+        let response = b"HTTP/1.1 201 Created\r\netag: \"a.1\"\r\nContent-Length: 3\r\n\r\nabc";
+        assert_eq!(complete(response).unwrap(), Some((response.len() - 3, response.len())));
+        for cut in 0..response.len() {
+            assert_eq!(complete(&response[..cut]).unwrap(), None);
         }
         assert!(complete(b"HTTP/1.1 200 OK\r\n\r\n").is_err());
     }

@@ -6,8 +6,11 @@ use anyhow::Context;
 use sqlx::{Connection, Executor, PgConnection};
 
 use super::{
-    figure::{Figure, Goal, Row, Spread, float, number},
-    ground::Ground,
+    figure::{Figure, Row},
+    goal::Goal,
+    statistics::{Spread, float, number},
+    testbed::Testbed,
+    wait,
 };
 use devstack::{proc, program::Program};
 
@@ -42,34 +45,34 @@ impl Figure for Idle {
         },
     ];
 
-    async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
+    async fn prepare(testbed: &Testbed) -> anyhow::Result<Self> {
         for (template, name) in [("person", PERSON), ("score", SCORE)] {
-            ground.database(template, name).await?.close().await?;
+            testbed.database(template, name).await?.close().await?;
         }
-        ground.virtual_host(VHOST).await?;
-        let mut programs = ground.programs(PERSON, SCORE, VHOST)?;
+        testbed.virtual_host(VHOST).await?;
+        let mut programs = testbed.programs(PERSON, SCORE, VHOST)?;
         for program in &mut programs {
             program.start().await?;
         }
         for program in &mut programs {
-            program.ready(super::READY).await?;
+            program.ready(wait::READY_TIMEOUT).await?;
         }
         // It counts for all databases, from wherever it is asked.
-        let mut conn = ground.connect("postgres").await?;
+        let mut conn = testbed.connect("postgres").await?;
         conn.execute("CREATE EXTENSION IF NOT EXISTS pg_stat_statements").await?;
         // Until the polls have slowed down.
         tokio::time::sleep(std::time::Duration::from_secs(3)).await;
         Ok(Self { programs, conn, each: BTreeMap::new() })
     }
 
-    async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
+    async fn system(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
         let begin = self.counts().await?;
-        tokio::time::sleep(ground.size.idle).await;
+        tokio::time::sleep(testbed.size.idle).await;
         let end = self.counts().await?;
         let mut worst = vec![0.0_f64, 0.0];
         for (name, count) in end {
             let spent = count - begin.get(&name).copied().unwrap_or(0.0);
-            let value = spent / ground.size.idle.as_secs_f64();
+            let value = spent / testbed.size.idle.as_secs_f64();
             let of = usize::from(name.starts_with("bench_"));
             worst[of] = worst[of].max(value);
             self.each.entry(name).or_default().push(value);
@@ -77,21 +80,21 @@ impl Figure for Idle {
         Ok(worst)
     }
 
-    async fn finish(mut self, ground: &Ground) -> anyhow::Result<Vec<String>> {
+    async fn finish(mut self, testbed: &Testbed) -> anyhow::Result<Vec<String>> {
         for program in &mut self.programs {
             program.kill().await;
         }
         self.conn.close().await?;
-        ground.drop_virtual_host(VHOST).await?;
-        ground.drop_database(PERSON).await?;
-        ground.drop_database(SCORE).await?;
-        let told = |(name, values): (&String, &Vec<f64>)| {
+        testbed.drop_virtual_host(VHOST).await?;
+        testbed.drop_database(PERSON).await?;
+        testbed.drop_database(SCORE).await?;
+        let median = |(name, values): (&String, &Vec<f64>)| {
             let name =
                 name.strip_prefix("bench_idle_").map_or(name.clone(), |name| format!("database {name}"));
             format!("{name} {}", number(Spread::of(values).median))
         };
-        let told: Vec<String> = self.each.iter().map(told).collect();
-        Ok(vec![format!("idle, the medians of each: {}", told.join(", "))])
+        let medians: Vec<String> = self.each.iter().map(median).collect();
+        Ok(vec![format!("idle, the medians of each: {}", medians.join(", "))])
     }
 }
 

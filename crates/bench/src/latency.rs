@@ -1,4 +1,4 @@
-//! How soon a write can be read: through the whole system, against the sum of what cannot be avoided.
+//! How soon a write can be read: through the whole system, next to the sum of the unavoidable steps.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -9,13 +9,15 @@ use sqlx::{Connection, Executor, PgConnection};
 use tokio::{sync::Mutex, task::JoinSet, time::Instant};
 
 use super::{
-    bare::Link,
-    events::Stream,
-    figure::{Figure, Goal, Row, Spread, number, quantile},
-    ground::Ground,
+    broker::BrokerConnection,
+    events::EventBatch,
+    figure::{Figure, Row},
+    goal::Goal,
     http::{self, Client},
-    processor::{Sample, Spent},
-    write,
+    processor_time::{ProcessorTime, Sample},
+    statistics::{Spread, number, quantile},
+    testbed::Testbed,
+    wait, write,
 };
 use devstack::program::Program;
 
@@ -36,16 +38,16 @@ const SAMPLES: usize = 300;
 pub struct Latency {
     programs: [Program; 5],
     amqp: String,
-    clients: Vec<Arc<Mutex<Pair>>>,
+    clients: Vec<Arc<Mutex<Clients>>>,
     /// Commit, confirm and delivery, round by round.
     floors: [Vec<f64>; 3],
     all: Vec<f64>,
-    spent: Spent,
+    spent: ProcessorTime,
 }
 
 /// A client's connections to both services.
 #[derive(Debug)]
-struct Pair {
+struct Clients {
     person: Client,
     score: Client,
 }
@@ -68,25 +70,25 @@ impl Figure for Latency {
         },
     ];
 
-    async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
+    async fn prepare(testbed: &Testbed) -> anyhow::Result<Self> {
         for (template, name) in [("person", PERSON), ("score", SCORE)] {
-            ground.database(template, name).await?.close().await?;
+            testbed.database(template, name).await?.close().await?;
         }
-        let amqp = ground.virtual_host(VHOST).await?;
-        let mut programs = ground.programs(PERSON, SCORE, VHOST)?;
+        let amqp = testbed.virtual_host(VHOST).await?;
+        let mut programs = testbed.programs(PERSON, SCORE, VHOST)?;
         for program in &mut programs {
             program.start().await?;
         }
         for program in &mut programs {
-            program.ready(super::READY).await?;
+            program.ready(wait::READY_TIMEOUT).await?;
         }
         let [person, _, _, _, score] = &programs;
         let (person, score) = (http::address(&person.url())?, http::address(&score.url())?);
-        create(&mut Pair::connect(person, score).await?).await?;
+        create(&mut Clients::connect(person, score).await?).await?;
         // Only now: the services close a connection that sends no request for ten seconds.
         let mut clients = Vec::new();
         for _ in 0..CONNECTIONS {
-            clients.push(Arc::new(Mutex::new(Pair::connect(person, score).await?)));
+            clients.push(Arc::new(Mutex::new(Clients::connect(person, score).await?)));
         }
         let latency = Self {
             programs,
@@ -94,25 +96,25 @@ impl Figure for Latency {
             clients,
             floors: Default::default(),
             all: Vec::new(),
-            spent: Spent::default(),
+            spent: ProcessorTime::default(),
         };
         // Warm.
-        latency.writes(Duration::from_secs(1), ground.size.apart).await?;
+        latency.writes(Duration::from_secs(1), testbed.size.apart).await?;
         Ok(latency)
     }
 
-    async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        ground.settle().await?;
+    async fn system(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        testbed.settle().await?;
         let sample = Sample::take();
-        let times = self.writes(ground.size.load, ground.size.apart).await?;
+        let times = self.writes(testbed.size.load, testbed.size.apart).await?;
         self.spent.add(&sample, i64::try_from(times.len())?);
         let values = vec![quantile(&times, 500), quantile(&times, 990)];
         self.all.extend(times);
         Ok(values)
     }
 
-    async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        let mut conn = ground.connect(PERSON).await?;
+    async fn ceiling(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        let mut conn = testbed.connect(PERSON).await?;
         let commit = commits(&mut conn).await?;
         let (confirm, delivery) = broker(&mut conn, &self.amqp).await?;
         for (all, one) in self.floors.iter_mut().zip([commit, confirm, delivery]) {
@@ -122,13 +124,13 @@ impl Figure for Latency {
         Ok(vec![floor, floor])
     }
 
-    async fn finish(mut self, ground: &Ground) -> anyhow::Result<Vec<String>> {
+    async fn finish(mut self, testbed: &Testbed) -> anyhow::Result<Vec<String>> {
         for program in &mut self.programs {
             program.kill().await;
         }
-        ground.drop_virtual_host(VHOST).await?;
-        ground.drop_database(PERSON).await?;
-        ground.drop_database(SCORE).await?;
+        testbed.drop_virtual_host(VHOST).await?;
+        testbed.drop_database(PERSON).await?;
+        testbed.drop_database(SCORE).await?;
         let median = |values: &Vec<f64>| number(Spread::of(values).median);
         let [commit, confirm, delivery] = self.floors.each_ref().map(median);
         let at = [500, 900, 990, 999, 1000].map(|thousandths| number(quantile(&self.all, thousandths)));
@@ -141,7 +143,7 @@ impl Figure for Latency {
                 "latency: of {} writes, {p50} ms at the median, {p90} ms at 90 %, {p99} ms at 99 %, {p999} ms at 99.9 %, {most} ms at most",
                 self.all.len()
             ),
-            format!("latency: µs of processor time a write: {}", self.spent.told()),
+            format!("latency: µs of processor time a write: {}", self.spent.summary()),
         ])
     }
 }
@@ -172,7 +174,7 @@ impl Latency {
 }
 
 /// Creates the persons, and waits until the last is known to the score.
-async fn create(pair: &mut Pair) -> anyhow::Result<()> {
+async fn create(pair: &mut Clients) -> anyhow::Result<()> {
     for cpf in 1..=PERSONS {
         let body = format!(r#"{{"cpf":{cpf},"name":"Maria da Silva Santos","date_of_birth":"1980-05-17"}}"#);
         pair.write(&http::post("/person", &body), cpf).await?;
@@ -180,16 +182,16 @@ async fn create(pair: &mut Pair) -> anyhow::Result<()> {
     Ok(())
 }
 
-impl Pair {
+impl Clients {
     async fn connect(person: SocketAddr, score: SocketAddr) -> anyhow::Result<Self> {
         Ok(Self { person: Client::connect(person).await?, score: Client::connect(score).await? })
     }
 
     /// Writes, and reads the score with it.
     async fn write(&mut self, request: &str, cpf: i64) -> anyhow::Result<()> {
-        let answer = self.person.send(request).await?;
-        answer.expect(201)?;
-        let token = answer.header("etag").context("a write without an ETag")?.trim_matches('"');
+        let response = self.person.send(request).await?;
+        response.expect(201)?;
+        let token = response.header("etag").context("a write without an ETag")?.trim_matches('"');
         let read = http::get(&format!("/{cpf}/score?after={token}&wait=10s"));
         self.score.send(&read).await?.expect(200)
     }
@@ -214,26 +216,26 @@ async fn commits(conn: &mut PgConnection) -> anyhow::Result<f64> {
 /// a time: from the ack of the last message to the next one.
 async fn broker(conn: &mut PgConnection, url: &str) -> anyhow::Result<(f64, f64)> {
     let count = i64::try_from(SAMPLES)?;
-    let messages = Stream { batch: 0, count }.messages(conn).await?;
-    let link = Link::open(url).await?.confirmed().await?;
+    let messages = EventBatch { batch: 0, count }.messages(conn).await?;
+    let connection = BrokerConnection::open(url).await?.confirmed().await?;
     // Beside the exchange that the system uses.
-    link.private_queue(QUEUE).await?;
+    connection.private_queue(QUEUE).await?;
     let mut confirms = Vec::with_capacity(SAMPLES);
     for message in messages {
         let begin = Instant::now();
-        link.publish_to(QUEUE, message).await?;
+        connection.publish_to(QUEUE, message).await?;
         confirms.push(begin.elapsed().as_secs_f64() * 1_000.0);
     }
-    let mut deliveries = link.consume(QUEUE, 1).await?;
+    let mut deliveries = connection.consume(QUEUE, 1).await?;
     let mut times = Vec::with_capacity(SAMPLES);
     let mut begin = None;
     for _ in 0..SAMPLES {
         let delivery = deliveries.next().await.context("the broker cancelled the consumer")??;
         times.extend(begin.map(|begin: Instant| begin.elapsed().as_secs_f64() * 1_000.0));
         begin = Some(Instant::now());
-        link.channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default()).await?;
+        connection.channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default()).await?;
     }
-    link.delete_queue(QUEUE).await?;
-    link.close().await?;
+    connection.delete_queue(QUEUE).await?;
+    connection.close().await?;
     Ok((quantile(&confirms, 500), quantile(&times, 500)))
 }

@@ -1,13 +1,16 @@
-//! How much memory the relay takes at most, with many events waiting and with few.
+//! The peak memory of the relay, with many events waiting and with few.
 
 use anyhow::Context;
 use sqlx::{Connection, PgConnection};
 
 use super::{
-    bare::Link,
-    figure::{Figure, Goal, Row, float},
-    ground::Ground,
+    broker::BrokerConnection,
+    figure::{Figure, Row},
+    goal::Goal,
     growth::{history, settled},
+    statistics::float,
+    testbed::Testbed,
+    wait,
 };
 use devstack::program::Program;
 
@@ -43,52 +46,54 @@ impl Figure for Memory {
         },
     ];
 
-    async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
-        let conn = ground.database("person", DATABASE).await?;
-        let amqp = ground.virtual_host(VHOST).await?;
-        history(ground, DATABASE, ground.size.waiting).await?;
+    async fn prepare(testbed: &Testbed) -> anyhow::Result<Self> {
+        let conn = testbed.database("person", DATABASE).await?;
+        let amqp = testbed.virtual_host(VHOST).await?;
+        history(testbed, DATABASE, testbed.size.waiting).await?;
         Ok(Self { conn, amqp, names: 0 })
     }
 
-    async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        let peak = self.peak(ground, ground.size.waiting, ground.size.events).await?;
+    async fn system(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        let peak = self.peak(testbed, testbed.size.waiting, testbed.size.events).await?;
         Ok(vec![peak, peak])
     }
 
-    async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        Ok(vec![self.peak(ground, FEW, FEW).await?])
+    async fn ceiling(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        Ok(vec![self.peak(testbed, FEW, FEW).await?])
     }
 
-    async fn finish(self, ground: &Ground) -> anyhow::Result<Vec<String>> {
+    async fn finish(self, testbed: &Testbed) -> anyhow::Result<Vec<String>> {
         self.conn.close().await?;
-        ground.drop_virtual_host(VHOST).await?;
-        ground.drop_database(DATABASE).await?;
+        testbed.drop_virtual_host(VHOST).await?;
+        testbed.drop_database(DATABASE).await?;
         Ok(Vec::new())
     }
 }
 
 impl Memory {
     /// The peak of a relay of a name of its own that has drained `drained` of `waiting` events.
-    async fn peak(&mut self, ground: &Ground, waiting: i64, drained: i64) -> anyhow::Result<f64> {
+    async fn peak(&mut self, testbed: &Testbed, waiting: i64, drained: i64) -> anyhow::Result<f64> {
         self.names += 1;
         let name = format!("memory{}", self.names);
         settled(&mut self.conn, &name, waiting).await?;
-        let link = Link::open(&self.amqp).await?;
-        link.fresh_queue(QUEUE).await?;
-        let [_, relay, ..] = ground.programs(DATABASE, "score", VHOST)?;
+        let connection = BrokerConnection::open(&self.amqp).await?;
+        connection.fresh_queue(QUEUE).await?;
+        let [_, relay, ..] = testbed.programs(DATABASE, "score", VHOST)?;
         let mut relay = relay.env("RELAY_NAME", &name);
         relay.start().await?;
-        super::until("the relay drains", async || Ok((link.waiting(QUEUE).await? >= drained).then_some(())))
-            .await?;
+        wait::until("the relay drains", async || {
+            Ok((connection.waiting(QUEUE).await? >= drained).then_some(()))
+        })
+        .await?;
         let peak = peak(&mut relay)?;
         relay.kill().await;
-        link.delete_queue(QUEUE).await?;
-        link.close().await?;
+        connection.delete_queue(QUEUE).await?;
+        connection.close().await?;
         Ok(peak)
     }
 }
 
-/// The most memory that a program has had, in megabytes.
+/// Peak resident memory of a program, in megabytes.
 fn peak(program: &mut Program) -> anyhow::Result<f64> {
     let pid = program.process().context("it runs")?.pid();
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;

@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use rustix::process::Signal;
 use sqlx::PgConnection;
 
-use super::ground::Ground;
+use super::testbed::Testbed;
 use devstack::process::Launch;
 
 /// The statement with `text` in it that a program has sent last, as the server got it: so that pgbench
@@ -25,13 +25,13 @@ pub(crate) async fn statement(conn: &mut PgConnection, program: &str, text: &str
 
 /// Statements a second of a script, prepared, by so many clients.
 pub(crate) async fn run(
-    ground: &Ground,
+    testbed: &Testbed,
     [role, database]: [&str; 2],
     script: &str,
     clients: u32,
     length: Duration,
 ) -> anyhow::Result<f64> {
-    let (folder, postgres) = (ground.stack.folder(), &ground.stack.servers.postgres);
+    let (folder, postgres) = (testbed.stack.folder(), &testbed.stack.servers.postgres);
     let home = folder.part("pgbench")?;
     let file = home.join("script.sql");
     fs::write(&file, script)?;

@@ -3,8 +3,9 @@
 use std::fmt::Write;
 
 use super::{
-    figure::{Goal, Measured, Spread, float, number},
-    report::{Report, goal},
+    figure::Measured,
+    report::Report,
+    statistics::{Spread, float, number},
 };
 
 const WIDTH: f64 = 860.0;
@@ -24,7 +25,7 @@ pub(crate) fn goals(report: &Report) -> String {
     const LEFT: f64 = 170.0;
     const RIGHT: f64 = 40.0;
     let parts = |measured: &Measured| {
-        let limit = limit(measured.row.goal);
+        let limit = measured.row.goal.limit();
         let Spread { median, min, max } = Spread::of(&measured.values());
         [min / limit, median / limit, max / limit]
     };
@@ -59,7 +60,7 @@ pub(crate) fn goals(report: &Report) -> String {
             y1 = y - 8.0,
             y2 = y + 8.0,
             text_y = y + 21.0,
-            goal = goal(measured.row.goal),
+            goal = measured.row.goal,
         );
     }
     svg(ROW * float(i64::try_from(report.rows.len()).unwrap_or(0)) + 30.0, &body)
@@ -117,12 +118,4 @@ pub(crate) fn rounds(report: &Report) -> String {
         x3 = LEFT + 138.0,
     );
     svg(height, &body)
-}
-
-fn limit(goal: Goal) -> f64 {
-    let (Goal::RatioAtLeast(limit)
-    | Goal::RatioAtMost(limit)
-    | Goal::DifferenceAtMost(limit)
-    | Goal::Below(limit)) = goal;
-    limit
 }

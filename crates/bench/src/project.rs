@@ -1,15 +1,18 @@
-//! How fast the projector applies messages that wait, against a consumer that only acknowledges them.
+//! How fast the projector applies waiting messages, next to a consumer that only acknowledges them.
 
 use sqlx::{Connection, PgConnection};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    bare::{self, Link},
-    events::{EACH, Message, Stream},
-    figure::{Figure, Goal, Row, rate},
-    ground::Ground,
-    processor::{Sample, Spent},
+    broker::{self, BrokerConnection},
+    events::{EVENTS_PER_PERSON, EventBatch, Message},
+    figure::{Figure, Row},
+    goal::Goal,
+    processor_time::{ProcessorTime, Sample},
+    statistics::rate,
+    testbed::Testbed,
+    wait,
 };
 use devstack::program::Program;
 
@@ -29,7 +32,7 @@ pub struct Project {
     bare: String,
     projector: Program,
     batch: i64,
-    spent: [Spent; 2],
+    spent: [ProcessorTime; 2],
 }
 
 impl Figure for Project {
@@ -41,31 +44,31 @@ impl Figure for Project {
         goal: Goal::RatioAtLeast(0.6),
     }];
 
-    async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
-        let conn = ground.database("score", DATABASE).await?;
-        let (amqp, bare) = (ground.virtual_host(VHOST).await?, ground.virtual_host(BARE).await?);
-        let [_, _, mut projector, ..] = ground.programs("person", DATABASE, VHOST)?;
+    async fn prepare(testbed: &Testbed) -> anyhow::Result<Self> {
+        let conn = testbed.database("score", DATABASE).await?;
+        let (amqp, bare) = (testbed.virtual_host(VHOST).await?, testbed.virtual_host(BARE).await?);
+        let [_, _, mut projector, ..] = testbed.programs("person", DATABASE, VHOST)?;
         // It declares its queue.
         projector.start().await?;
-        projector.ready(super::READY).await?;
+        projector.ready(wait::READY_TIMEOUT).await?;
         projector.stop(&CancellationToken::new()).await;
         Ok(Self { conn, amqp, bare, projector, batch: 0, spent: Default::default() })
     }
 
-    async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        let count = ground.size.events;
+    async fn system(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        let count = testbed.size.events;
         let messages = self.messages(count).await?;
-        bare::publish(&self.amqp, messages, 2).await?;
-        ground.settle().await?;
+        broker::publish(&self.amqp, messages, 2).await?;
+        testbed.settle().await?;
         let goal = self.batch * count;
         let (sample, begin) = (Sample::take(), Instant::now());
         self.projector.start().await?;
-        let link = Link::open(&self.amqp).await?;
-        super::until("the projector has taken the last message", async || {
-            Ok((link.waiting(SCORE).await? == 0).then_some(()))
+        let connection = BrokerConnection::open(&self.amqp).await?;
+        wait::until("the projector has taken the last message", async || {
+            Ok((connection.waiting(SCORE).await? == 0).then_some(()))
         })
         .await?;
-        super::until("the projector has applied the last event", async || {
+        wait::until("the projector has applied the last event", async || {
             let applied: i64 = sqlx::query_scalar("SELECT sum(version)::bigint FROM inbox.aggregate")
                 .fetch_one(&mut self.conn)
                 .await?;
@@ -75,35 +78,35 @@ impl Figure for Project {
         let took = begin.elapsed();
         self.spent[0].add(&sample, count);
         self.projector.stop(&CancellationToken::new()).await;
-        link.close().await?;
+        connection.close().await?;
         Ok(vec![rate(count, took)])
     }
 
-    async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        let count = ground.size.events;
-        let messages = Stream { batch: self.batch, count }.messages(&mut self.conn).await?;
-        let link = Link::open(&self.bare).await?;
-        link.fresh_queue(QUEUE).await?;
-        bare::publish(&self.bare, messages, 2).await?;
-        ground.settle().await?;
+    async fn ceiling(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        let count = testbed.size.events;
+        let messages = EventBatch { batch: self.batch, count }.messages(&mut self.conn).await?;
+        let connection = BrokerConnection::open(&self.bare).await?;
+        connection.fresh_queue(QUEUE).await?;
+        broker::publish(&self.bare, messages, 2).await?;
+        testbed.settle().await?;
         let sample = Sample::take();
-        let took = bare::consume(&self.bare, QUEUE, count).await?;
+        let took = broker::consume(&self.bare, QUEUE, count).await?;
         self.spent[1].add(&sample, count);
-        link.delete_queue(QUEUE).await?;
-        link.close().await?;
+        connection.delete_queue(QUEUE).await?;
+        connection.close().await?;
         Ok(vec![rate(count, took)])
     }
 
-    async fn finish(mut self, ground: &Ground) -> anyhow::Result<Vec<String>> {
+    async fn finish(mut self, testbed: &Testbed) -> anyhow::Result<Vec<String>> {
         self.projector.kill().await;
         self.conn.close().await?;
         for vhost in [VHOST, BARE] {
-            ground.drop_virtual_host(vhost).await?;
+            testbed.drop_virtual_host(vhost).await?;
         }
-        ground.drop_database(DATABASE).await?;
-        let [system, ceiling] = self.spent.each_ref().map(Spent::told);
+        testbed.drop_database(DATABASE).await?;
+        let [system, ceiling] = self.spent.each_ref().map(ProcessorTime::summary);
         Ok(vec![
-            format!("project: {EACH} events of each person, none next to each other"),
+            format!("project: {EVENTS_PER_PERSON} events of each person, none next to each other"),
             format!("project: µs of processor time a message, the system: {system}; its ceiling: {ceiling}"),
         ])
     }
@@ -112,7 +115,7 @@ impl Figure for Project {
 impl Project {
     /// The events of persons that were not there yet.
     async fn messages(&mut self, count: i64) -> anyhow::Result<Vec<Message>> {
-        let messages = Stream { batch: self.batch, count }.messages(&mut self.conn).await?;
+        let messages = EventBatch { batch: self.batch, count }.messages(&mut self.conn).await?;
         self.batch += 1;
         Ok(messages)
     }

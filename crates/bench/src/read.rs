@@ -1,14 +1,16 @@
-//! How many reads a second score-api answers, against the same select by pgbench.
+//! How many reads per second score-api serves, next to the same select by pgbench.
 
 use std::{net::SocketAddr, time::Duration};
 
 use sqlx::{Connection, PgConnection};
 
 use super::{
-    figure::{Figure, Goal, Row},
-    ground::Ground,
+    figure::{Figure, Row},
+    goal::Goal,
     http, pgbench,
-    processor::{Sample, Spent},
+    processor_time::{ProcessorTime, Sample},
+    testbed::Testbed,
+    wait,
     write::CLIENTS,
 };
 use devstack::program::Program;
@@ -27,7 +29,7 @@ pub struct Read {
     address: SocketAddr,
     persons: i64,
     script: String,
-    spent: [Spent; 2],
+    spent: [ProcessorTime; 2],
 }
 
 impl Figure for Read {
@@ -39,9 +41,9 @@ impl Figure for Read {
         goal: Goal::RatioAtLeast(0.5),
     }];
 
-    async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
-        let mut conn = ground.database("score", DATABASE).await?;
-        let persons = ground.size.persons;
+    async fn prepare(testbed: &Testbed) -> anyhow::Result<Self> {
+        let mut conn = testbed.database("score", DATABASE).await?;
+        let persons = testbed.size.persons;
         sqlx::query(
             "INSERT INTO score.person (id, cpf, created_at, version, total)
              SELECT gen_random_uuid(), n, now(), 4, 4970 FROM generate_series(1, $1::bigint) n",
@@ -50,9 +52,9 @@ impl Figure for Read {
         .execute(&mut conn)
         .await?;
         sqlx::query("VACUUM ANALYZE score.person").execute(&mut conn).await?;
-        let [_, _, _, _, mut api] = ground.programs("person", DATABASE, "%2f")?;
+        let [_, _, _, _, mut api] = testbed.programs("person", DATABASE, "%2f")?;
         api.start().await?;
-        api.ready(super::READY).await?;
+        api.ready(wait::READY_TIMEOUT).await?;
         let address = http::address(&api.url())?;
         let script = format!("\\set cpf random(1, {persons})\n{};\n", SELECT.replace('\n', " "));
         let read = Self { conn, api, address, persons, script, spent: Default::default() };
@@ -61,26 +63,26 @@ impl Figure for Read {
         Ok(read)
     }
 
-    async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
+    async fn system(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
         let sample = Sample::take();
-        let rate = self.load(ground.size.load).await?;
-        self.spent[0].add_rate(&sample, rate, ground.size.load);
+        let rate = self.load(testbed.size.load).await?;
+        self.spent[0].add_rate(&sample, rate, testbed.size.load);
         Ok(vec![rate])
     }
 
-    async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
+    async fn ceiling(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
         let account = ["score_api", DATABASE];
         let sample = Sample::take();
-        let rate = pgbench::run(ground, account, &self.script, CLIENTS, ground.size.load).await?;
-        self.spent[1].add_rate(&sample, rate, ground.size.load);
+        let rate = pgbench::run(testbed, account, &self.script, CLIENTS, testbed.size.load).await?;
+        self.spent[1].add_rate(&sample, rate, testbed.size.load);
         Ok(vec![rate])
     }
 
-    async fn finish(mut self, ground: &Ground) -> anyhow::Result<Vec<String>> {
+    async fn finish(mut self, testbed: &Testbed) -> anyhow::Result<Vec<String>> {
         self.api.kill().await;
         self.conn.close().await?;
-        ground.drop_database(DATABASE).await?;
-        let [system, ceiling] = self.spent.each_ref().map(Spent::told);
+        testbed.drop_database(DATABASE).await?;
+        let [system, ceiling] = self.spent.each_ref().map(ProcessorTime::summary);
         Ok(vec![format!("read: µs of processor time each, the system: {system}; its ceiling: {ceiling}")])
     }
 }

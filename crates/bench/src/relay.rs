@@ -1,15 +1,18 @@
-//! How fast the relay drains events that wait, against a bare publisher that has them in memory.
+//! How fast the relay drains waiting events, next to a bare publisher that has them in memory.
 
 use anyhow::ensure;
 use sqlx::{Connection, Executor, PgConnection};
 use tokio::time::Instant;
 
 use super::{
-    bare::{self, Link},
-    events::{self, Message, Stream},
-    figure::{Figure, Goal, Row, Spread, number, rate},
-    ground::Ground,
-    processor::{Sample, Spent},
+    broker::{self, BrokerConnection},
+    events::{self, EventBatch, Message},
+    figure::{Figure, Row},
+    goal::Goal,
+    processor_time::{ProcessorTime, Sample},
+    statistics::{Spread, number, rate},
+    testbed::Testbed,
+    wait,
 };
 use devstack::program::Program;
 
@@ -25,7 +28,7 @@ pub struct Relay {
     drain: Drain,
     /// What the bare publisher came to, by lanes.
     bare: [Vec<f64>; LANES.len()],
-    spent_bare: Spent,
+    spent_bare: ProcessorTime,
     mean_body: f64,
 }
 
@@ -38,36 +41,36 @@ impl Figure for Relay {
         goal: Goal::RatioAtLeast(0.95),
     }];
 
-    async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
-        let drain = Drain::prepare(ground, DATABASE, VHOST).await?;
-        Ok(Self { drain, bare: Default::default(), spent_bare: Spent::default(), mean_body: 0.0 })
+    async fn prepare(testbed: &Testbed) -> anyhow::Result<Self> {
+        let drain = Drain::prepare(testbed, DATABASE, VHOST).await?;
+        Ok(Self { drain, bare: Default::default(), spent_bare: ProcessorTime::default(), mean_body: 0.0 })
     }
 
-    async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        Ok(vec![self.drain.round(ground, ground.size.events).await?])
+    async fn system(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        Ok(vec![self.drain.round(testbed, testbed.size.events).await?])
     }
 
-    async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        let messages = self.drain.messages(ground.size.events).await?;
+    async fn ceiling(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        let messages = self.drain.messages(testbed.size.events).await?;
         self.mean_body = events::mean_body(&messages);
-        let link = Link::open(&self.drain.amqp).await?;
+        let connection = BrokerConnection::open(&self.drain.amqp).await?;
         let mut best: f64 = 0.0;
         for (lanes, rates) in LANES.into_iter().zip(&mut self.bare) {
-            link.fresh_queue(QUEUE).await?;
-            ground.settle().await?;
+            connection.fresh_queue(QUEUE).await?;
+            testbed.settle().await?;
             let messages = messages.clone();
             let begin = Sample::take();
-            let rate = rate(ground.size.events, bare::publish(&self.drain.amqp, messages, lanes).await?);
-            self.spent_bare.add(&begin, ground.size.events);
+            let rate = rate(testbed.size.events, broker::publish(&self.drain.amqp, messages, lanes).await?);
+            self.spent_bare.add(&begin, testbed.size.events);
             rates.push(rate);
             best = best.max(rate);
         }
-        link.delete_queue(QUEUE).await?;
-        link.close().await?;
+        connection.delete_queue(QUEUE).await?;
+        connection.close().await?;
         Ok(vec![best])
     }
 
-    async fn finish(self, ground: &Ground) -> anyhow::Result<Vec<String>> {
+    async fn finish(self, testbed: &Testbed) -> anyhow::Result<Vec<String>> {
         let by_lanes = LANES.iter().zip(&self.bare);
         let by_lanes = by_lanes.map(|(n, rates)| format!("{} with {n}", number(Spread::of(rates).median)));
         let notes = vec![
@@ -78,11 +81,11 @@ impl Figure for Relay {
             ),
             format!(
                 "relay: µs of processor time an event, the system: {}; its ceiling: {}",
-                self.drain.spent.told(),
-                self.spent_bare.told()
+                self.drain.spent.summary(),
+                self.spent_bare.summary()
             ),
         ];
-        self.drain.end(ground, VHOST).await?;
+        self.drain.end(testbed, VHOST).await?;
         Ok(notes)
     }
 }
@@ -95,20 +98,20 @@ pub(crate) struct Drain {
     pub(crate) amqp: String,
     pub(crate) relay: Program,
     batch: i64,
-    spent: Spent,
+    spent: ProcessorTime,
 }
 
 impl Drain {
     /// On a database and a virtual host of its own.
     pub(crate) async fn prepare(
-        ground: &Ground,
+        testbed: &Testbed,
         database: &'static str,
         vhost: &str,
     ) -> anyhow::Result<Self> {
-        let conn = ground.database("person", database).await?;
-        let amqp = ground.virtual_host(vhost).await?;
-        let [_, relay, ..] = ground.programs(database, "score", vhost)?;
-        Ok(Self { database, conn, amqp, relay, batch: 0, spent: Spent::default() })
+        let conn = testbed.database("person", database).await?;
+        let amqp = testbed.virtual_host(vhost).await?;
+        let [_, relay, ..] = testbed.programs(database, "score", vhost)?;
+        Ok(Self { database, conn, amqp, relay, batch: 0, spent: ProcessorTime::default() })
     }
 
     /// Goes on with persons that no batch was about so far.
@@ -118,30 +121,30 @@ impl Drain {
 
     /// Events a second, from the commit that makes `count` of them visible until `low_water` has passed
     /// the last.
-    pub(crate) async fn round(&mut self, ground: &Ground, count: i64) -> anyhow::Result<f64> {
+    pub(crate) async fn round(&mut self, testbed: &Testbed, count: i64) -> anyhow::Result<f64> {
         if self.relay.process().is_none() {
             self.relay.start().await?;
-            self.relay.ready(super::READY).await?;
+            self.relay.ready(wait::READY_TIMEOUT).await?;
         }
-        let link = Link::open(&self.amqp).await?;
-        link.fresh_queue(QUEUE).await?;
+        let connection = BrokerConnection::open(&self.amqp).await?;
+        connection.fresh_queue(QUEUE).await?;
         let mut tx = self.conn.begin().await?;
-        Stream { batch: self.batch, count }.append(&mut tx).await?;
+        EventBatch { batch: self.batch, count }.append(&mut tx).await?;
         self.batch += 1;
         let last: i64 =
             sqlx::query_scalar("SELECT last_value FROM outbox.position").fetch_one(&mut *tx).await?;
         // What was inserted is on disk, so the commit is only a commit.
-        ground.settle().await?;
+        testbed.settle().await?;
         let (sample, begin) = (Sample::take(), Instant::now());
         tx.commit().await?;
         self.conn.execute("SELECT pg_notify('outbox_event', '')").await?;
         until_settled(&mut self.conn, last).await?;
         let took = begin.elapsed();
         self.spent.add(&sample, count);
-        let arrived = link.waiting(QUEUE).await?;
+        let arrived = connection.waiting(QUEUE).await?;
         ensure!(arrived >= count, "{arrived} of {count} events are in the queue");
-        link.delete_queue(QUEUE).await?;
-        link.close().await?;
+        connection.delete_queue(QUEUE).await?;
+        connection.close().await?;
         Ok(rate(count, took))
     }
 
@@ -151,23 +154,23 @@ impl Drain {
             .fetch_one(&mut self.conn)
             .await?;
         if last < count {
-            return Stream { batch: self.batch, count }.messages(&mut self.conn).await;
+            return EventBatch { batch: self.batch, count }.messages(&mut self.conn).await;
         }
         events::above(&mut self.conn, last - count).await
     }
 
     /// Ends the relay and removes everything.
-    pub(crate) async fn end(mut self, ground: &Ground, vhost: &str) -> anyhow::Result<()> {
+    pub(crate) async fn end(mut self, testbed: &Testbed, vhost: &str) -> anyhow::Result<()> {
         self.relay.kill().await;
         self.conn.close().await?;
-        ground.drop_virtual_host(vhost).await?;
-        ground.drop_database(self.database).await
+        testbed.drop_virtual_host(vhost).await?;
+        testbed.drop_database(self.database).await
     }
 }
 
 /// Waits until the relay `default` has settled everything up to `position`.
 pub(crate) async fn until_settled(conn: &mut PgConnection, position: i64) -> anyhow::Result<()> {
-    super::until("the relay settles the last event", async || {
+    wait::until("the relay settles the last event", async || {
         let low_water: i64 = sqlx::query_scalar("SELECT low_water FROM outbox.relay WHERE name = 'default'")
             .fetch_one(&mut *conn)
             .await?;

@@ -1,14 +1,16 @@
-//! How many writes a second person-api takes, against the same statement by pgbench.
+//! How many writes per second person-api serves, next to the same statement by pgbench.
 
 use std::net::SocketAddr;
 
 use sqlx::{Connection, PgConnection};
 
 use super::{
-    figure::{Figure, Goal, Row},
-    ground::Ground,
+    figure::{Figure, Row},
+    goal::Goal,
     http, pgbench,
-    processor::{Sample, Spent},
+    processor_time::{ProcessorTime, Sample},
+    testbed::Testbed,
+    wait,
 };
 use devstack::program::Program;
 
@@ -39,7 +41,7 @@ pub struct Write {
     address: SocketAddr,
     persons: i64,
     script: String,
-    spent: [Spent; 2],
+    spent: [ProcessorTime; 2],
 }
 
 impl Figure for Write {
@@ -51,9 +53,9 @@ impl Figure for Write {
         goal: Goal::RatioAtLeast(0.6),
     }];
 
-    async fn prepare(ground: &Ground) -> anyhow::Result<Self> {
-        let mut conn = ground.database("person", DATABASE).await?;
-        let persons = ground.size.persons;
+    async fn prepare(testbed: &Testbed) -> anyhow::Result<Self> {
+        let mut conn = testbed.database("person", DATABASE).await?;
+        let persons = testbed.size.persons;
         sqlx::query(
             "INSERT INTO person.person (id, cpf, name, address, date_of_birth)
              SELECT outbox.uuid7(), n, 'Maria da Silva Santos', 'Rua das Laranjeiras 100, Rio de Janeiro',
@@ -64,9 +66,9 @@ impl Figure for Write {
         .execute(&mut conn)
         .await?;
         sqlx::query("ANALYZE").execute(&mut conn).await?;
-        let [mut api, ..] = ground.programs(DATABASE, "score", "%2f")?;
+        let [mut api, ..] = testbed.programs(DATABASE, "score", "%2f")?;
         api.start().await?;
-        api.ready(super::READY).await?;
+        api.ready(wait::READY_TIMEOUT).await?;
         let address = http::address(&api.url())?;
         let mut write =
             Self { conn, api, address, persons, script: String::new(), spent: Default::default() };
@@ -80,28 +82,28 @@ impl Figure for Write {
         Ok(write)
     }
 
-    async fn system(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        ground.settle().await?;
+    async fn system(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        testbed.settle().await?;
         let sample = Sample::take();
-        let rate = self.load(ground.size.load).await?;
-        self.spent[0].add_rate(&sample, rate, ground.size.load);
+        let rate = self.load(testbed.size.load).await?;
+        self.spent[0].add_rate(&sample, rate, testbed.size.load);
         Ok(vec![rate])
     }
 
-    async fn ceiling(&mut self, ground: &Ground) -> anyhow::Result<Vec<f64>> {
-        ground.settle().await?;
+    async fn ceiling(&mut self, testbed: &Testbed) -> anyhow::Result<Vec<f64>> {
+        testbed.settle().await?;
         let account = ["person_api", DATABASE];
         let sample = Sample::take();
-        let rate = pgbench::run(ground, account, &self.script, CLIENTS, ground.size.load).await?;
-        self.spent[1].add_rate(&sample, rate, ground.size.load);
+        let rate = pgbench::run(testbed, account, &self.script, CLIENTS, testbed.size.load).await?;
+        self.spent[1].add_rate(&sample, rate, testbed.size.load);
         Ok(vec![rate])
     }
 
-    async fn finish(mut self, ground: &Ground) -> anyhow::Result<Vec<String>> {
+    async fn finish(mut self, testbed: &Testbed) -> anyhow::Result<Vec<String>> {
         self.api.kill().await;
         self.conn.close().await?;
-        ground.drop_database(DATABASE).await?;
-        let [system, ceiling] = self.spent.each_ref().map(Spent::told);
+        testbed.drop_database(DATABASE).await?;
+        let [system, ceiling] = self.spent.each_ref().map(ProcessorTime::summary);
         Ok(vec![format!("write: µs of processor time each, the system: {system}; its ceiling: {ceiling}")])
     }
 }

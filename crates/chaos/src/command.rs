@@ -1,38 +1,40 @@
-//! `make chaos`: everything goes wrong at once, and the oracle says what came of it.
+//! The command line of `make chaos`.
 
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 
-use crate::{Settings, report::Report, sabotage::Sabotage};
+use crate::{report::Report, run, sabotage::Sabotage, settings::Settings};
 use devstack::{ending::Ending, say, show};
 
-/// What `chaos` is told.
+/// The arguments of `chaos`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ChaosArgs {
-    /// Which run: the same seed has the same faults at the same times. Any, and said, when it is not given.
+    /// The seed of the plan: the same seed has the same faults at the same times. Without it the run chooses one and
+    /// prints it.
     #[arg(long)]
     pub seed: Option<u64>,
-    /// For how many minutes there are faults. About a minute more is quiet.
+    /// How many minutes the faults last. Start, recovery and the check of the result take about a minute more.
     #[arg(long, default_value = "5", value_parser = clap::value_parser!(u64).range(1..=120))]
     pub minutes: u64,
-    /// The same in seconds.
+    /// How many seconds the faults last.
     #[arg(long, conflicts_with = "minutes", value_parser = clap::value_parser!(u64).range(10..=7200))]
     pub seconds: Option<u64>,
-    /// Also write everything that was found to this file.
+    /// Also write the report as JSON to this file.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Take a guard out of a program, under the faults that it is for, and see whether the oracle finds it; exit code 1
-    /// when it does not. `all`: one after the other. The programs are built anew for it.
+    /// Remove a guard from a program, inject the faults that the guard is for, and check that the oracle finds the
+    /// violation. Exit code 1 if it does not. `all` takes one guard after the other. Relay and projector are built
+    /// from a copy of the sources.
     #[arg(long, value_name = "GUARD", value_parser = guards, conflicts_with_all = ["minutes", "seconds"])]
     pub sabotage: Option<Guards>,
-    /// Only show which faults there would be.
+    /// Print the plan of faults, and start nothing.
     #[arg(long)]
     pub plan: bool,
 }
 
-/// Guards to take out, one at a time.
+/// Guards to remove, one at a time.
 #[derive(Clone, Debug)]
 pub struct Guards(Vec<Sabotage>);
 
@@ -48,15 +50,15 @@ fn guards(name: &str) -> Result<Guards, String> {
     }
 }
 
-/// Runs it. Exit code 1: a promise was broken; or, with a guard taken out, none was seen to be.
+/// Runs it. Exit code 1: a promise was broken; or, without a guard, the oracle found no violation.
 pub async fn run(args: &ChaosArgs) -> anyhow::Result<u8> {
-    // A short one, for people to repeat.
+    // Short, so that people can type it again.
     let seed = args.seed.unwrap_or_else(|| rand::random_range(0..1_000_000));
     let length = Duration::from_secs(args.seconds.unwrap_or(args.minutes * 60));
     let mut runs = vec![Settings { seed, length, sabotage: None }];
     if let Some(Guards(guards)) = &args.sabotage {
         if !cfg!(debug_assertions) {
-            bail!("guards are taken out of debug builds: run make chaos");
+            bail!("only debug builds can be sabotaged: run make chaos");
         }
         let run = |one: &Sabotage| Settings { seed, length: one.length(), sabotage: Some(*one) };
         runs = guards.iter().map(run).collect();
@@ -70,8 +72,9 @@ pub async fn run(args: &ChaosArgs) -> anyhow::Result<u8> {
     let mut code = 0;
     let mut reports = Vec::new();
     for settings in &runs {
-        let (report, well) = one(settings, &ending).await.with_context(|| format!("the seed was {seed}"))?;
-        code |= u8::from(!well);
+        let (report, as_expected) =
+            one(settings, &ending).await.with_context(|| format!("the seed was {seed}"))?;
+        code |= u8::from(!as_expected);
         reports.push(report);
     }
     if let Some(path) = &args.json {
@@ -84,20 +87,20 @@ pub async fn run(args: &ChaosArgs) -> anyhow::Result<u8> {
     Ok(code)
 }
 
-/// One run, and whether it ended as it should.
+/// One run, and whether it ended as expected.
 async fn one(settings: &Settings, ending: &Ending) -> anyhow::Result<(Report, bool)> {
     let Settings { seed, length, sabotage } = settings;
     let name = sabotage.map_or_else(|| seed.to_string(), |sabotage| format!("{seed}-{}", sabotage.name()));
     let logs = devstack::command::data()?.join(format!("chaos-{name}"));
-    let without = sabotage.map(|sabotage| format!(", and a guard taken out: {}", sabotage.words()));
+    let without = sabotage.map(|sabotage| format!(", without a guard: the program {}", sabotage.words()));
     say(&format!(
-        "chaos with the seed {seed} for {} s{}",
+        "faults for {} s with the seed {seed}{}",
         length.as_secs(),
         without.as_deref().unwrap_or_default()
     ));
-    let running = Box::pin(crate::run(settings, &logs, say));
+    let running = Box::pin(run::run(settings, &logs, say));
     let Some(report) = ending.asked.run_until_cancelled(running).await else {
-        bail!("the chaos was ended");
+        bail!("the run was interrupted");
     };
     let report = report?;
     show(&format!("\n{}\n", report.page()));
@@ -105,7 +108,7 @@ async fn one(settings: &Settings, ending: &Ending) -> anyhow::Result<(Report, bo
         show(&report.complaint(&logs));
     }
     let seconds = report.numbers.seconds;
-    let well = match sabotage {
+    let as_expected = match sabotage {
         None if report.is_green() => {
             say(&format!("green: every promise was kept, {seconds} s in all"));
             true
@@ -116,17 +119,19 @@ async fn one(settings: &Settings, ending: &Ending) -> anyhow::Result<(Report, bo
         }
         Some(sabotage) => {
             let found: Vec<_> =
-                report.charges().into_iter().filter(|c| sabotage.seen_as().contains(c)).collect();
+                report.violations().into_iter().filter(|c| sabotage.seen_as().contains(c)).collect();
             match found.as_slice() {
-                [] => say(&format!("the oracle did not see it: {}", sabotage.words())),
+                [] => {
+                    say(&format!("the oracle found no violation, although the program {}", sabotage.words()));
+                }
                 [first, ..] => say(&format!(
-                    "red, as it should be, after {seconds} s: {} ({})",
-                    first.words(),
+                    "red, as expected, after {seconds} s: {} (the program {})",
+                    first.description(),
                     sabotage.words()
                 )),
             }
             !found.is_empty()
         }
     };
-    Ok((report, well))
+    Ok((report, as_expected))
 }

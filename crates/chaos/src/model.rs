@@ -10,13 +10,13 @@ use uuid::Uuid;
 
 /// A kind of item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Kind {
+pub(crate) enum ItemKind {
     Income,
     Asset,
     Debt,
 }
 
-impl Kind {
+impl ItemKind {
     pub(crate) const ALL: [Self; 3] = [Self::Income, Self::Asset, Self::Debt];
 
     pub(crate) fn name(self) -> &'static str {
@@ -56,16 +56,16 @@ impl Amount {
 /// An item.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Item {
-    pub(crate) kind: Kind,
+    pub(crate) kind: ItemKind,
     /// A debt has none.
     pub(crate) type_: Option<String>,
     pub(crate) value: Amount,
 }
 
 impl Item {
-    pub(crate) fn random(kind: Kind, random: &mut Xoshiro256PlusPlus) -> Self {
+    pub(crate) fn random(kind: ItemKind, random: &mut Xoshiro256PlusPlus) -> Self {
         let names = ["renting", "salary", "house", "car"];
-        let type_ = (kind != Kind::Debt).then(|| names[random.random_range(0..names.len())].to_owned());
+        let type_ = (kind != ItemKind::Debt).then(|| names[random.random_range(0..names.len())].to_owned());
         Self { kind, type_, value: Amount(random.random_range(0..1_000_000_000)) }
     }
 
@@ -73,9 +73,9 @@ impl Item {
     /// rounded down before the sign.
     pub(crate) fn points(&self) -> i64 {
         match self.kind {
-            Kind::Asset => self.value.0 / (20 * 10_000),
-            Kind::Income => self.value.0 / (50 * 10_000),
-            Kind::Debt => -(self.value.0 / (20 * 10_000)),
+            ItemKind::Asset => self.value.0 / (20 * 10_000),
+            ItemKind::Income => self.value.0 / (50 * 10_000),
+            ItemKind::Debt => -(self.value.0 / (20 * 10_000)),
         }
     }
 
@@ -84,7 +84,7 @@ impl Item {
         format!("{{{}\"value\": {}}}", type_.unwrap_or_default(), self.value.text())
     }
 
-    fn read(kind: Kind, value: &Value) -> anyhow::Result<(Uuid, Self)> {
+    fn read(kind: ItemKind, value: &Value) -> anyhow::Result<(Uuid, Self)> {
         let amount = value["value"].as_number().and_then(|number| Amount::parse(&number.to_string()));
         let type_ = value["type"].as_str().map(str::to_owned);
         Ok((uuid(value)?, Self { kind, type_, value: amount.context("an item without a value")? }))
@@ -116,7 +116,7 @@ impl Person {
     /// From the answer to `GET /person/{cpf}`.
     pub(crate) fn read(body: &Value, version: i64) -> anyhow::Result<Self> {
         let mut items = BTreeMap::new();
-        for kind in Kind::ALL {
+        for kind in ItemKind::ALL {
             let list = body[format!("{}s", kind.name())].as_array().context("a list of items is missing")?;
             for item in list {
                 let (id, item) = Item::read(kind, item)?;
@@ -272,10 +272,10 @@ mod tests {
     #[test]
     fn items_are_worth_what_the_contract_says() {
         let item = |kind, text| Item { kind, type_: None, value: Amount::parse(text).unwrap() };
-        assert_eq!(item(Kind::Asset, "100000").points(), 5_000);
-        assert_eq!(item(Kind::Income, "1000").points(), 20);
-        assert_eq!(item(Kind::Debt, "1000").points(), -50);
-        assert_eq!(item(Kind::Debt, "39.9999").points(), -1);
+        assert_eq!(item(ItemKind::Asset, "100000").points(), 5_000);
+        assert_eq!(item(ItemKind::Income, "1000").points(), 20);
+        assert_eq!(item(ItemKind::Debt, "1000").points(), -50);
+        assert_eq!(item(ItemKind::Debt, "39.9999").points(), -1);
     }
 
     #[test]
@@ -284,7 +284,7 @@ mod tests {
         let create = Change::Create { cpf: 1, name: "a".to_owned(), address: None };
         let person = create.apply(None, id).unwrap();
         assert_eq!(create.leads(None, Some(&person)), Some(id));
-        let item = Item { kind: Kind::Debt, type_: None, value: Amount(1) };
+        let item = Item { kind: ItemKind::Debt, type_: None, value: Amount(1) };
         let more = Change::Add(item.clone()).apply(Some(&person), Uuid::from_u128(2)).unwrap();
         assert_eq!(Change::Add(item.clone()).leads(Some(&person), Some(&more)), Some(Uuid::from_u128(2)));
         let twice = Change::Add(item.clone()).apply(Some(&more), Uuid::from_u128(3)).unwrap();

@@ -1,50 +1,31 @@
-//! Holds what is stored, what was answered and what was delivered against each other, once all is quiet.
-//!
-//! It shares no code with the programs. What it compares comes from four places: the clients' memory, the
-//! person database, the score database, and the subscriber's memory.
+//! Compares the clients' history, the two databases and the deliveries, once everything has arrived. It shares no code with
+//! the programs.
 
 mod events;
-mod left;
-mod model;
+mod leftovers;
+mod read_model;
 mod stored;
 mod writes;
 
 use std::collections::BTreeMap;
 
 use super::{
-    crew::Log, field::Field, load::History, schedule::Member, subscriber::Subscriber, verdict::Findings,
+    addresses::Addresses, event::PositionRange, fault::Instance, history::History, subscriber::Subscriber,
+    supervisor::Health, violation::Violations,
 };
 pub(crate) use stored::Stored;
 
-/// Positions that lie between two moments: what a fault may have touched.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Stretch {
-    /// Everything at or below was settled before.
-    pub(crate) above: i64,
-    /// The last position that was given when it was over.
-    pub(crate) to: i64,
-}
-
-impl Stretch {
-    pub(crate) fn contains(self, position: i64) -> bool {
-        position > self.above && position <= self.to
-    }
-}
-
-/// What the oracle is told.
+/// What was observed from outside during the run.
 #[derive(Debug)]
-pub(crate) struct Evidence<'a> {
-    /// What the clients know.
+pub(crate) struct Observations<'a> {
     pub(crate) history: &'a History,
-    /// What was seen of the programs.
-    pub(crate) crew: &'a BTreeMap<Member, Log>,
-    /// What was delivered.
+    pub(crate) health: &'a BTreeMap<Instance, Health>,
     pub(crate) subscriber: &'a Subscriber,
-    /// Where notes may have been set aside.
-    pub(crate) notes_aside: &'a [Stretch],
+    /// Where notes may have been parked, and so published out of order.
+    pub(crate) parked_notes: &'a [PositionRange],
 }
 
-/// What there is, for the report.
+/// How much there was, for the report.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Totals {
     pub(crate) person_events: usize,
@@ -54,23 +35,23 @@ pub(crate) struct Totals {
     pub(crate) dead_rows: i64,
 }
 
-/// Judges.
-pub(crate) async fn judge(
-    field: &Field,
-    evidence: Evidence<'_>,
-    findings: &Findings,
+/// Checks every promise, and adds to the violations.
+pub(crate) async fn check(
+    addresses: &Addresses,
+    observations: Observations<'_>,
+    violations: &Violations,
 ) -> anyhow::Result<Totals> {
-    let stored = Stored::load(&field.addresses).await?;
-    writes::judge(&stored, evidence.history, findings);
-    events::judge(&stored, evidence.subscriber, evidence.notes_aside, findings);
-    model::judge(&stored, findings);
-    left::judge(&stored, evidence.crew, findings);
+    let stored = Stored::load(addresses).await?;
+    writes::check(&stored, observations.history, violations);
+    events::check(&stored, observations.subscriber, observations.parked_notes, violations);
+    read_model::check(&stored, violations);
+    leftovers::check(&stored, observations.health, violations);
     let events = || stored.person.events.values().chain(stored.score.events.values());
     Ok(Totals {
         person_events: stored.person.events.len(),
         score_events: stored.score.events.len(),
         persons: stored.persons.len(),
-        erased: events().filter(|event| event.seen.erased).count(),
+        erased: events().filter(|event| event.summary.erased).count(),
         dead_rows: stored.person.dead_rows + stored.score.dead_rows,
     })
 }

@@ -1,61 +1,61 @@
-//! A run for people and for programs.
+//! The report of a run, as Markdown and as JSON.
 
 use std::{collections::BTreeMap, fmt::Write, time::Duration};
 
 use serde::Serialize;
 
 use super::{
-    Settings,
-    client::Told,
-    crew::Log,
+    fault::Instance,
+    history::History,
     oracle::Totals,
-    schedule::Member,
-    subscriber::Memory,
-    verdict::{Charge, Found},
+    settings::Settings,
+    subscriber::Deliveries,
+    supervisor::Health,
+    violation::{Occurrences, Violation},
 };
 
-/// Everything that was found.
+/// The report.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// The command that runs it again.
     pub command: String,
-    /// Which run it was.
+    /// Its seed.
     pub seed: u64,
     /// For how long there were faults, in seconds.
     pub length: u64,
-    /// How often each kind of fault was done.
+    /// How often each kind of fault was injected.
     pub faults: BTreeMap<&'static str, usize>,
-    /// How often each charge was found.
-    pub verdicts: BTreeMap<Charge, Found>,
-    /// How the programs were.
+    /// How often each violation was found.
+    pub verdicts: BTreeMap<Violation, Occurrences>,
+    /// The programs.
     pub programs: Vec<ProgramReport>,
-    /// How much there was.
+    /// How much was written, published and read.
     pub numbers: Numbers,
 }
 
-/// How a program was.
+/// A program during the run.
 #[derive(Debug, Serialize)]
 pub struct ProgramReport {
-    /// Which.
+    /// Its name.
     pub name: &'static str,
-    /// How often it had to be ready again after its faults.
+    /// How often it had a fault and was ready again.
     pub recoveries: usize,
-    /// How many seconds that took: the median.
+    /// From the end of the fault until it was ready, in seconds: the median.
     pub median: f64,
     /// The longest.
     pub worst: f64,
-    /// The most memory that it had, in MiB.
+    /// Its peak memory, in MiB.
     pub memory: u64,
 }
 
-/// How much there was.
+/// How much was written, published and read.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Numbers {
     /// Writes that were acknowledged.
     pub acknowledged: usize,
-    /// Requests that clients sent again.
+    /// Requests that clients repeated.
     pub retries: u64,
-    /// Writes of which nobody knew for a while whether they were done.
+    /// Writes whose outcome was unknown for a while.
     pub in_doubt: u64,
     /// Scores that were read with a write's token.
     pub reads: u64,
@@ -63,13 +63,13 @@ pub struct Numbers {
     pub person_events: usize,
     /// Events of the score database.
     pub score_events: usize,
-    /// Events whose content was erased.
+    /// Events that were erased.
     pub erased: usize,
-    /// Persons who are there at the end.
+    /// Persons that exist at the end.
     pub persons: usize,
-    /// What the subscriber was delivered.
+    /// Deliveries to the subscriber.
     pub deliveries: u64,
-    /// Of these, what had come before.
+    /// Of these, repeated ones.
     pub repeated: u64,
     /// Dead rows of the outboxes.
     pub dead_rows: i64,
@@ -80,18 +80,18 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    pub(crate) fn new(told: &Told, totals: &Totals, memory: &Memory, quiet: Duration) -> Self {
+    pub(crate) fn new(history: &History, totals: &Totals, deliveries: &Deliveries, quiet: Duration) -> Self {
         Self {
-            acknowledged: told.acknowledged.len(),
-            retries: told.retries,
-            in_doubt: told.in_doubt,
-            reads: told.reads,
+            acknowledged: history.acknowledged.len(),
+            retries: history.retries,
+            in_doubt: history.in_doubt,
+            reads: history.reads,
             person_events: totals.person_events,
             score_events: totals.score_events,
             erased: totals.erased,
             persons: totals.persons,
-            deliveries: memory.deliveries,
-            repeated: memory.repeated,
+            deliveries: deliveries.total,
+            repeated: deliveries.repeated,
             dead_rows: totals.dead_rows,
             quiet: quiet.as_secs_f64(),
             seconds: 0,
@@ -103,30 +103,31 @@ impl Report {
     pub(crate) fn new(
         settings: &Settings,
         faults: BTreeMap<&'static str, usize>,
-        crew: &BTreeMap<Member, Log>,
-        found: BTreeMap<Charge, Found>,
+        health: &BTreeMap<Instance, Health>,
+        found: BTreeMap<Violation, Occurrences>,
         numbers: Numbers,
     ) -> Self {
-        let mut verdicts: BTreeMap<Charge, Found> =
-            Charge::ALL.into_iter().map(|charge| (charge, Found::default())).collect();
+        let mut verdicts: BTreeMap<Violation, Occurrences> =
+            Violation::ALL.into_iter().map(|violation| (violation, Occurrences::default())).collect();
         verdicts.extend(found);
-        let programs = crew.iter().map(|(member, log)| ProgramReport::new(*member, log)).collect();
+        let programs =
+            health.iter().map(|(instance, health)| ProgramReport::new(*instance, health)).collect();
         let (command, length) = (settings.command(), settings.length.as_secs());
         Self { command, seed: settings.seed, length, faults, verdicts, programs, numbers }
     }
 
-    /// Whether nothing was found.
+    /// Whether every promise was kept.
     pub fn is_green(&self) -> bool {
         self.verdicts.values().all(|found| found.count == 0)
     }
 
-    /// What was found, in the order of the table.
-    pub fn charges(&self) -> Vec<Charge> {
+    /// The violations that were found, in the order of the table.
+    pub fn violations(&self) -> Vec<Violation> {
         let found = self.verdicts.iter().filter(|(_, found)| found.count > 0);
-        found.map(|(charge, _)| *charge).collect()
+        found.map(|(violation, _)| *violation).collect()
     }
 
-    /// The whole of it, in Markdown.
+    /// The page, in Markdown.
     pub fn page(&self) -> String {
         let mut text = format!("Made by `{}`.\n\n", self.command);
         let mut row = |cells: &[String]| {
@@ -142,11 +143,11 @@ impl Report {
         let mut row = |cells: &[String]| {
             let _never = writeln!(text, "| {} |", cells.join(" | "));
         };
-        row(&["verdict".to_owned(), String::new()]);
+        row(&["violation".to_owned(), String::new()]);
         row(&["---".to_owned(), "---:".to_owned()]);
-        for charge in Charge::ALL {
-            let count = self.verdicts.get(&charge).map_or(0, |found| found.count);
-            row(&[charge.words().to_owned(), count.to_string()]);
+        for violation in Violation::ALL {
+            let count = self.verdicts.get(&violation).map_or(0, |found| found.count);
+            row(&[violation.description().to_owned(), count.to_string()]);
         }
         text.push('\n');
         let mut row = |cells: &[String]| {
@@ -184,39 +185,39 @@ impl Report {
         text
     }
 
-    /// What to look at, when something was found.
+    /// What to look at when a promise was broken.
     pub fn complaint(&self, logs: &std::path::Path) -> String {
         let mut text = String::new();
-        for charge in self.charges() {
-            let Some(found) = self.verdicts.get(&charge) else { continue };
-            let _never = writeln!(text, "{}: {}", charge.words(), found.count);
+        for violation in self.violations() {
+            let Some(found) = self.verdicts.get(&violation) else { continue };
+            let _never = writeln!(text, "{}: {}", violation.description(), found.count);
             for example in &found.examples {
                 let _never = writeln!(text, "    {example}");
             }
-            let _never = writeln!(text, "    look at {}", charge.look_at());
+            let _never = writeln!(text, "    look at {}", violation.where_to_look());
         }
         let _never =
             writeln!(text, "The logs are in {}. The same faults again: {}", logs.display(), self.command);
         text
     }
 
-    /// For programs.
+    /// All of it, as JSON.
     pub fn json(&self) -> anyhow::Result<String> {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }
 }
 
 impl ProgramReport {
-    fn new(member: Member, log: &Log) -> Self {
-        let mut took = log.recoveries.clone();
+    fn new(instance: Instance, health: &Health) -> Self {
+        let mut took = health.recoveries.clone();
         took.sort_unstable();
         let seconds = |at: usize| took.get(at).map_or(0.0, Duration::as_secs_f64);
         Self {
-            name: member.name(),
+            name: instance.name(),
             recoveries: took.len(),
             median: seconds(took.len() / 2),
             worst: seconds(took.len().saturating_sub(1)),
-            memory: log.memory / 1024,
+            memory: health.peak_memory / 1024,
         }
     }
 }

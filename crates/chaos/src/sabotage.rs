@@ -1,28 +1,31 @@
-//! Shows that the oracle can see: a program runs with one guard taken out, under the faults that the guard is for, and
-//! the verdict has to be red. Each guard is taken out by a patch, in a copy of the sources that is built for it.
+//! Shows that the oracle can see: a program runs without one of its guards, under the faults that the guard is for, and
+//! the oracle has to find the violation. A patch removes the guard from a copy of the sources, which is then built.
+
+pub mod build;
 
 use std::time::Duration;
 
 use super::{
-    notes::Pen,
-    schedule::{Card, Direction, Fault, Member, Place, What, deal},
-    verdict::Charge,
+    fault::{Direction, Fault, Instance, Link, ScheduledFault},
+    schedule::{Template, plan_from},
+    violation::Violation,
+    workload::{CLIENTS, sql_writers::SqlWriters},
 };
 
-/// A guard that is taken out.
+/// A guard that is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Sabotage {
     /// The relay does not wait for confirms.
     Confirms,
-    /// The relay's `low_water` runs ahead of the confirms.
+    /// The relay's `low_water` is ahead of the confirms.
     LowWater,
-    /// The relay reads gaps first, and what lies above in a second statement.
+    /// The relay reads the gaps and the new events in two statements.
     Snapshot,
-    /// The relay keeps its memory when the database crashes.
+    /// The relay keeps its state in memory across a crash of the database.
     Memory,
     /// The projector acknowledges before it commits.
     Commit,
-    /// The projector applies what it has applied.
+    /// The projector applies an event that it has applied before.
     Duplicates,
 }
 
@@ -31,7 +34,7 @@ impl Sabotage {
     pub const ALL: [Self; 6] =
         [Self::Confirms, Self::LowWater, Self::Snapshot, Self::Memory, Self::Commit, Self::Duplicates];
 
-    /// What the programs do without it, in words.
+    /// What the program does without the guard.
     pub fn words(self) -> &'static str {
         match self {
             Self::Confirms => "publishes without waiting for confirms",
@@ -43,13 +46,13 @@ impl Sabotage {
         }
     }
 
-    /// As the command line spells it.
+    /// Its name on the command line.
     pub fn name(self) -> String {
         use clap::ValueEnum;
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// The patch that takes it out.
+    /// The patch that removes it.
     pub(crate) fn patch(self) -> &'static str {
         match self {
             Self::Confirms => include_str!("../sabotage/confirms.patch"),
@@ -61,17 +64,17 @@ impl Sabotage {
         }
     }
 
-    /// What the oracle has to find, at least one of it.
-    pub fn seen_as(self) -> &'static [Charge] {
+    /// The violations of which the oracle has to find at least one.
+    pub fn seen_as(self) -> &'static [Violation] {
         match self {
-            Self::Confirms | Self::LowWater | Self::Memory => &[Charge::EventLost],
-            Self::Snapshot => &[Charge::EventOutOfOrder],
-            Self::Commit => &[Charge::InboxBehind],
-            Self::Duplicates => &[Charge::InboxBehind, Charge::ModelWrong, Charge::LeftOver],
+            Self::Confirms | Self::LowWater | Self::Memory => &[Violation::EventLost],
+            Self::Snapshot => &[Violation::EventOutOfOrder],
+            Self::Commit => &[Violation::InboxBehind],
+            Self::Duplicates => &[Violation::InboxBehind, Violation::ModelWrong, Violation::LeftOver],
         }
     }
 
-    /// How long its faults take.
+    /// How long the faults last.
     pub fn length(self) -> Duration {
         Duration::from_secs(match self {
             Self::Memory => 60,
@@ -80,63 +83,63 @@ impl Sabotage {
         })
     }
 
-    /// How many clients write, and how notes are written.
-    pub(crate) fn load(self) -> (u64, Pen) {
+    /// The workload: how many clients write, and how the SQL writers work.
+    pub(crate) fn load(self) -> (u64, SqlWriters) {
         match self {
-            // What a person's client writes is on disk when it is answered, and takes along what else is not.
-            Self::Memory => (0, Pen { writers: 8, notes: 500, pause: 90, hold: 20 }),
-            // A position is missing for longer than from one read to the next, and what follows is soon there.
-            Self::Snapshot => (super::CLIENTS, Pen { writers: 12, notes: 4, pause: 20, hold: 1_500 }),
-            _ => (super::CLIENTS, super::PEN),
+            // A client's commit is synchronous, and would flush the asynchronous commits before it.
+            Self::Memory => (0, SqlWriters { writers: 8, notes: 500, pause: 90, hold: 20 }),
+            // A position is missing for longer than from one read to the next, and the next positions follow soon.
+            Self::Snapshot => (CLIENTS, SqlWriters { writers: 12, notes: 4, pause: 20, hold: 1_500 }),
+            _ => (CLIENTS, SqlWriters::USUAL),
         }
     }
 
     /// The faults that the guard is for.
-    pub(crate) fn plan(self, seed: u64) -> Vec<Fault> {
-        let relays = [Member::PersonRelay1, Member::PersonRelay2];
-        let projectors = [Member::Projector1, Member::Projector2];
-        let each = |members: [Member; 2], what: fn(Member) -> What, from: u64, to: u64| {
-            members.map(|member| Card::Plain(what(member), from, to))
+    pub(crate) fn plan(self, seed: u64) -> Vec<ScheduledFault> {
+        let relays = [Instance::PersonRelay1, Instance::PersonRelay2];
+        let projectors = [Instance::Projector1, Instance::Projector2];
+        let each = |instances: [Instance; 2], fault: fn(Instance) -> Fault, from: u64, to: u64| {
+            instances.map(|instance| Template::Plain(fault(instance), from, to))
         };
-        let slow = |delay: fn(Member) -> What| each(relays, delay, 6_000, 7_000);
-        let cards: Vec<Card> = match self {
-            // What was sent into the silence is gone.
+        let slow = |delay: fn(Instance) -> Fault| each(relays, delay, 6_000, 7_000);
+        let templates: Vec<Template> = match self {
+            // Messages that are sent in this direction are lost.
             Self::Confirms => {
-                let silent = |member| What::Silent(Place::Broker(member), Direction::ToServer);
+                let silent = |instance| Fault::HalfOpen(Link::Broker(instance), Direction::ToServer);
                 each(relays, silent, 3_000, 5_000).to_vec()
             }
-            // There is something on its way when the relay is killed.
+            // Messages are in flight when the relay is killed.
             Self::LowWater => [
-                slow(|member| What::Slow(Place::Broker(member), 300)),
-                each(relays, What::Killed, 100, 300),
-                each(relays, What::Killed, 100, 300),
+                slow(|instance| Fault::Slow(Link::Broker(instance), 300)),
+                each(relays, Fault::Killed, 100, 300),
+                each(relays, Fault::Killed, 100, 300),
             ]
             .concat(),
-            // Much can happen between two statements.
-            Self::Snapshot => slow(|member| What::Slow(Place::Database(member), 60)).to_vec(),
-            // Much is read before it is flushed.
+            // Much time passes between two statements.
+            Self::Snapshot => slow(|instance| Fault::Slow(Link::Database(instance), 60)).to_vec(),
+            // Many events are read before they are flushed.
             Self::Memory => vec![
-                Card::Plain(What::Slow(Place::Database(Member::PersonRelay1), 50), 5_000, 6_000),
-                Card::Plain(What::CommitsLost, 500, 1_500),
-                Card::Plain(What::CommitsLost, 500, 1_500),
+                Template::Plain(Fault::Slow(Link::Database(Instance::PersonRelay1), 50), 5_000, 6_000),
+                Template::Plain(Fault::CommitsLost, 500, 1_500),
+                Template::Plain(Fault::CommitsLost, 500, 1_500),
             ],
             Self::Commit | Self::Duplicates => [
-                &each(projectors, What::Killed, 100, 300)[..],
-                &each(relays, What::Killed, 100, 300)[..],
+                &each(projectors, Fault::Killed, 100, 300)[..],
+                &each(relays, Fault::Killed, 100, 300)[..],
                 &[
-                    Card::Plain(What::DatabaseCrashed, 100, 500),
-                    Card::Plain(What::SessionsEnded, 0, 1),
-                    Card::Plain(What::ConnectionsClosed, 0, 1),
+                    Template::Plain(Fault::DatabaseCrashed, 100, 500),
+                    Template::Plain(Fault::SessionsEnded, 0, 1),
+                    Template::Plain(Fault::ConnectionsClosed, 0, 1),
                 ],
             ]
             .concat(),
         };
-        let mut plan = deal(&cards, 500..1_500, seed, self.length());
+        let mut plan = plan_from(&templates, 500..1_500, seed, self.length());
         if self == Self::Memory {
-            // Nobody else leads, and nobody's progress flushes what others wrote.
+            // No other relay leads, and no progress of another program flushes the commits.
             let lasts = u64::try_from(self.length().as_millis()).unwrap_or(0);
-            let stopped = [Member::PersonRelay2, Member::ScoreRelay].map(What::Stopped);
-            plan.splice(0..0, stopped.map(|what| Fault { at: 0, lasts, what }));
+            let stopped = [Instance::PersonRelay2, Instance::ScoreRelay].map(Fault::Stopped);
+            plan.splice(0..0, stopped.map(|fault| ScheduledFault { at: 0, lasts, fault }));
         }
         plan
     }

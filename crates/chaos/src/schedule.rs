@@ -1,320 +1,54 @@
-//! Which faults happen when: the same list for the same seed, on every machine.
+//! The plan: which fault happens when. The same seed has the same plan on every machine.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
+use super::fault::{Database, Direction, Fault, Instance, Link, OpenTransaction, ScheduledFault};
 use rand::{
     RngExt, SeedableRng,
     rngs::Xoshiro256PlusPlus,
     seq::{IndexedRandom, SliceRandom},
 };
-use serde::Serialize;
 
 /// Between the beginnings of two faults, in milliseconds.
 const PAUSE: std::ops::Range<u64> = 900..3_600;
-/// Nothing begins before everybody has had time to begin.
-const BEGIN: u64 = 3_000;
-/// How long a killed node of the broker takes to be back, about: the next fault of it comes after that.
-const BOOT: u64 = 12_000;
+/// The first fault begins after so many milliseconds, when every client has written.
+const FIRST: u64 = 3_000;
 
-/// One of the programs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[expect(missing_docs, reason = "they are called like their programs")]
-pub enum Member {
-    PersonApi,
-    PersonRelay1,
-    PersonRelay2,
-    Projector1,
-    Projector2,
-    ScoreRelay,
-    ScoreApi,
+/// The plan of a run of this length, in the order of time. 90 seconds have nearly every kind of fault.
+pub fn plan(seed: u64, length: Duration) -> Vec<ScheduledFault> {
+    plan_from(&TEMPLATES, PAUSE, seed, length)
 }
 
-impl Member {
-    /// All of them, in the order in which an event passes them.
-    pub const ALL: [Self; 7] = [
-        Self::PersonApi,
-        Self::PersonRelay1,
-        Self::PersonRelay2,
-        Self::Projector1,
-        Self::Projector2,
-        Self::ScoreRelay,
-        Self::ScoreApi,
-    ];
-
-    /// What it is called.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::PersonApi => "person-api",
-            Self::PersonRelay1 => "person-relay-1",
-            Self::PersonRelay2 => "person-relay-2",
-            Self::Projector1 => "score-projector-1",
-            Self::Projector2 => "score-projector-2",
-            Self::ScoreRelay => "score-relay",
-            Self::ScoreApi => "score-api",
-        }
-    }
-
-    /// Whether it speaks to the broker.
-    pub fn has_broker(self) -> bool {
-        !matches!(self, Self::PersonApi | Self::ScoreApi)
-    }
-}
-
-/// A wire between two of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub enum Place {
-    /// Between the clients and person-api.
-    Clients,
-    /// Between a program and PostgreSQL.
-    Database(Member),
-    /// Between a program and RabbitMQ.
-    Broker(Member),
-}
-
-impl Place {
-    /// All of them.
-    pub fn all() -> Vec<Self> {
-        let brokers = Member::ALL.into_iter().filter(|member| member.has_broker()).map(Self::Broker);
-        [Self::Clients].into_iter().chain(Member::ALL.map(Self::Database)).chain(brokers).collect()
-    }
-
-    /// Who notices.
-    pub(crate) fn member(self) -> Option<Member> {
-        match self {
-            Self::Clients => None,
-            Self::Database(member) | Self::Broker(member) => Some(member),
-        }
-    }
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Clients => f.write_str("clients to person-api"),
-            Self::Database(member) => write!(f, "{} to PostgreSQL", member.name()),
-            Self::Broker(member) => write!(f, "{} to RabbitMQ", member.name()),
-        }
-    }
-}
-
-/// What of a wire is silent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub enum Direction {
-    /// Nothing passes.
-    Both,
-    /// Requests do not arrive.
-    ToServer,
-    /// Requests arrive and are carried out, and their answers do not come.
-    FromServer,
-}
-
-/// A database of the stack.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[expect(missing_docs, reason = "they are called like their databases")]
-pub enum Database {
-    Person,
-    Score,
-}
-
-impl Database {
-    /// What it is called.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Person => "person",
-            Self::Score => "score",
-        }
-    }
-}
-
-/// A transaction that somebody leaves open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub enum Open {
-    /// It only holds a snapshot, in the person database.
-    Reading,
-    /// The same, in another database of the server.
-    ReadingElsewhere,
-    /// It has appended an event, and then does nothing for long.
-    Appending,
-    /// It has appended an event and was prepared (two-phase commit), so no session has it.
-    Prepared,
-    /// It was prepared in another database.
-    PreparedElsewhere,
-}
-
-/// A fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub enum What {
-    /// SIGKILL, and a successor soon.
-    Killed(Member),
-    /// SIGSTOP, then SIGCONT.
-    Stopped(Member),
-    /// SIGKILL of the node, which is started again.
-    BrokerKilled,
-    /// `rabbitmqctl stop_app`, then `start_app`.
-    BrokerApp,
-    /// SIGSTOP of the node: connections stay open, and nobody answers.
-    BrokerStopped,
-    /// Its memory alarm: it takes nothing from publishers.
-    BrokerBlocked,
-    /// An operator closes all connections.
-    ConnectionsClosed,
-    /// Every channel ends with an error.
-    ChannelsClosed,
-    /// The projector's queue loses its binding, and gets it back.
-    ScoreUnbound,
-    /// Nobody listens to notes and memos for a while: these events are unroutable.
-    NotesUnbound,
-    /// Nobody listens to memos, and everybody to notes, which have the same event types.
-    MemosUnbound,
-    /// A queue for notes takes one, and refuses what comes after it.
-    QueueFull,
-    /// The relay's user may not publish the types of notes.
-    TypeDenied,
-    /// A body is larger than this broker takes.
-    BodyTooLarge,
-    /// A row is stored that no message can carry.
-    RowUnsendable,
-    /// Somebody publishes in the name of a source that is not theirs.
-    ForeignSender,
-    /// A database takes no writes.
-    ReadOnly(Database),
-    /// PostgreSQL is stopped in its `immediate` mode and started again: a crash.
-    DatabaseCrashed,
-    /// PostgreSQL is killed while its WAL writer stalls: what was committed asynchronously is lost. Not in
-    /// random plans.
-    CommitsLost,
-    /// Every session of the programs is ended (`pg_terminate_backend`).
-    SessionsEnded,
-    /// Somebody leaves a transaction open; at the end it is committed, or not.
-    Transaction(Open, bool),
-    /// A wire is slow by so many milliseconds.
-    Slow(Place, u64),
-    /// A wire is cut.
-    Cut(Place),
-    /// A wire is silent.
-    Silent(Place, Direction),
-}
-
-impl What {
-    /// What it counts as.
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Killed(_) => "a program killed",
-            Self::Stopped(_) => "a program stopped and continued",
-            Self::BrokerKilled => "RabbitMQ killed",
-            Self::BrokerApp => "RabbitMQ's application stopped",
-            Self::BrokerStopped => "RabbitMQ stopped and continued",
-            Self::BrokerBlocked => "RabbitMQ's memory alarm",
-            Self::ConnectionsClosed => "all connections closed",
-            Self::ChannelsClosed => "all channels closed",
-            Self::ScoreUnbound => "the projector's binding removed",
-            Self::NotesUnbound => "a type's only binding removed",
-            Self::MemosUnbound => "one of two bindings of a type removed",
-            Self::QueueFull => "a full queue",
-            Self::TypeDenied => "a type that the relay may not publish",
-            Self::BodyTooLarge => "an event that the broker refuses",
-            Self::RowUnsendable => "a row that cannot be sent",
-            Self::ForeignSender => "a foreign sender",
-            Self::ReadOnly(_) => "a read-only database",
-            Self::DatabaseCrashed => "PostgreSQL stopped (immediate)",
-            Self::CommitsLost => "PostgreSQL killed, with commits lost",
-            Self::SessionsEnded => "all sessions ended",
-            Self::Transaction(Open::Reading | Open::ReadingElsewhere, _) => "a long transaction",
-            Self::Transaction(Open::Appending, _) => "an idle transaction that has appended",
-            Self::Transaction(Open::Prepared | Open::PreparedElsewhere, _) => "a prepared transaction",
-            Self::Slow(..) => "a slow wire",
-            Self::Cut(_) => "a cut wire",
-            Self::Silent(..) => "a half-open wire",
-        }
-    }
-
-    /// What no two faults have at the same time, and for how many milliseconds it is not well afterwards.
-    fn subject(self) -> Option<(String, u64)> {
-        let subject = match self {
-            Self::Killed(member) | Self::Stopped(member) => (member.name().to_owned(), 1_000),
-            Self::BrokerKilled | Self::BrokerApp => ("broker".to_owned(), BOOT),
-            Self::BrokerStopped | Self::BrokerBlocked => ("broker".to_owned(), 2_000),
-            Self::ConnectionsClosed | Self::ChannelsClosed => ("broker".to_owned(), 1_000),
-            Self::ScoreUnbound | Self::ForeignSender => ("score".to_owned(), 1_000),
-            Self::NotesUnbound | Self::MemosUnbound | Self::TypeDenied => ("notes".to_owned(), 1_000),
-            Self::DatabaseCrashed | Self::CommitsLost | Self::SessionsEnded | Self::ReadOnly(_) => {
-                ("database".to_owned(), 3_000)
-            }
-            Self::Transaction(..) | Self::QueueFull | Self::BodyTooLarge | Self::RowUnsendable => {
-                return None;
-            }
-            Self::Slow(place, _) | Self::Cut(place) | Self::Silent(place, _) => (place.to_string(), 1_000),
-        };
-        Some(subject)
-    }
-}
-
-impl fmt::Display for What {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.kind())?;
-        match self {
-            Self::Killed(member) | Self::Stopped(member) => write!(f, ": {}", member.name()),
-            Self::Transaction(open, commits) => {
-                write!(f, ": {open:?}, {}", if *commits { "committed" } else { "rolled back" })
-            }
-            Self::Slow(place, delay) => write!(f, ": {place}, {delay} ms"),
-            Self::Cut(place) => write!(f, ": {place}"),
-            Self::Silent(place, direction) => write!(f, ": {place}, {direction:?}"),
-            Self::ReadOnly(database) => write!(f, ": {}", database.name()),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// A fault with its time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct Fault {
-    /// When it begins, in milliseconds from the beginning of the load.
-    pub at: u64,
-    /// How long it lasts, in milliseconds.
-    pub lasts: u64,
-    /// What it is.
-    pub what: What,
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = |ms: u64| Duration::from_millis(ms).as_secs_f32();
-        write!(f, "{:7.1} s  for {:4.1} s  {}", seconds(self.at), seconds(self.lasts), self.what)
-    }
-}
-
-/// The faults of a run of this length, in the order of their beginnings. A run of one and a half minutes has seen
-/// about every kind.
-pub fn plan(seed: u64, length: Duration) -> Vec<Fault> {
-    deal(&DECK, PAUSE, seed, length)
-}
-
-/// Faults from a deck that has each kind, the frequent ones several times: it is shuffled, dealt and shuffled
-/// again. `pause`: milliseconds between two of them.
-pub(crate) fn deal(cards: &[Card], pause: std::ops::Range<u64>, seed: u64, length: Duration) -> Vec<Fault> {
+/// A plan from these templates: they are shuffled and used one after the other, then shuffled again. `pause` is the time
+/// between the beginnings of two faults, in milliseconds.
+pub(crate) fn plan_from(
+    templates: &[Template],
+    pause: std::ops::Range<u64>,
+    seed: u64,
+    length: Duration,
+) -> Vec<ScheduledFault> {
     let length = u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
-    // A named algorithm: the list of a seed stays the same when the library's default changes.
+    // A named algorithm, so the plan of a seed does not change with the library's default.
     let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
-    let mut free: BTreeMap<String, u64> = BTreeMap::new();
+    let mut free_from: BTreeMap<String, u64> = BTreeMap::new();
     let mut faults = Vec::new();
-    let mut deck = Vec::new();
-    let mut now = BEGIN;
+    let mut shuffled = Vec::new();
+    let mut now = FIRST;
     while now < length {
-        if deck.is_empty() {
-            deck = cards.to_vec();
-            deck.shuffle(&mut random);
+        if shuffled.is_empty() {
+            shuffled = templates.to_vec();
+            shuffled.shuffle(&mut random);
         }
-        let Some(card) = deck.pop() else { break };
-        let (what, lasts) = card.draw(&mut random);
+        let Some(template) = shuffled.pop() else { break };
+        let (fault, lasts) = template.draw(&mut random);
         let mut at = now;
-        if let Some((subject, rest)) = what.subject() {
-            let free = free.entry(subject).or_default();
+        if let Some((subject, rest)) = fault.subject() {
+            let free = free_from.entry(subject).or_default();
             at = at.max(*free);
             *free = at + lasts + rest;
         }
         if at + lasts < length {
-            faults.push(Fault { at, lasts, what });
+            faults.push(ScheduledFault { at, lasts, fault });
         }
         now += random.random_range(pause.clone());
     }
@@ -322,86 +56,86 @@ pub(crate) fn deal(cards: &[Card], pause: std::ops::Range<u64>, seed: u64, lengt
     faults
 }
 
-/// A kind of fault, without its particulars.
+/// A kind of fault, without its particulars. Frequent kinds are listed several times.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Card {
+pub(crate) enum Template {
     Kill,
     Stop,
-    Plain(What, u64, u64),
-    Transaction(Open),
+    Plain(Fault, u64, u64),
+    Transaction(OpenTransaction),
     Slow,
     Cut,
-    Silent,
+    HalfOpen,
 }
 
-const DECK: [Card; 46] = [
-    Card::Kill,
-    Card::Kill,
-    Card::Kill,
-    Card::Kill,
-    Card::Kill,
-    Card::Kill,
-    Card::Stop,
-    Card::Stop,
-    Card::Stop,
-    Card::Stop,
-    Card::Plain(What::BrokerKilled, 500, 3_000),
-    Card::Plain(What::BrokerApp, 500, 3_000),
-    Card::Plain(What::BrokerStopped, 1_000, 6_000),
-    Card::Plain(What::BrokerBlocked, 1_000, 6_000),
-    Card::Plain(What::ConnectionsClosed, 0, 1),
-    Card::Plain(What::ChannelsClosed, 0, 1),
-    Card::Plain(What::ScoreUnbound, 500, 3_000),
-    Card::Plain(What::NotesUnbound, 1_000, 5_000),
-    Card::Plain(What::MemosUnbound, 1_000, 5_000),
-    Card::Plain(What::QueueFull, 2_000, 8_000),
-    Card::Plain(What::TypeDenied, 1_000, 5_000),
-    Card::Plain(What::BodyTooLarge, 0, 1),
-    Card::Plain(What::RowUnsendable, 0, 1),
-    Card::Plain(What::ForeignSender, 0, 1),
-    Card::Plain(What::ReadOnly(Database::Person), 500, 3_000),
-    Card::Plain(What::ReadOnly(Database::Score), 500, 3_000),
-    Card::Plain(What::DatabaseCrashed, 200, 4_000),
-    Card::Plain(What::DatabaseCrashed, 200, 4_000),
-    Card::Plain(What::SessionsEnded, 0, 1),
-    Card::Plain(What::SessionsEnded, 0, 1),
-    Card::Transaction(Open::Reading),
-    Card::Transaction(Open::ReadingElsewhere),
-    Card::Transaction(Open::Appending),
-    Card::Transaction(Open::Appending),
-    Card::Transaction(Open::Prepared),
-    Card::Transaction(Open::PreparedElsewhere),
-    Card::Slow,
-    Card::Slow,
-    Card::Slow,
-    Card::Slow,
-    Card::Cut,
-    Card::Cut,
-    Card::Cut,
-    Card::Silent,
-    Card::Silent,
-    Card::Silent,
+const TEMPLATES: [Template; 46] = [
+    Template::Kill,
+    Template::Kill,
+    Template::Kill,
+    Template::Kill,
+    Template::Kill,
+    Template::Kill,
+    Template::Stop,
+    Template::Stop,
+    Template::Stop,
+    Template::Stop,
+    Template::Plain(Fault::BrokerKilled, 500, 3_000),
+    Template::Plain(Fault::BrokerApp, 500, 3_000),
+    Template::Plain(Fault::BrokerStopped, 1_000, 6_000),
+    Template::Plain(Fault::BrokerBlocked, 1_000, 6_000),
+    Template::Plain(Fault::ConnectionsClosed, 0, 1),
+    Template::Plain(Fault::ChannelsClosed, 0, 1),
+    Template::Plain(Fault::ScoreUnbound, 500, 3_000),
+    Template::Plain(Fault::NotesUnbound, 1_000, 5_000),
+    Template::Plain(Fault::MemosUnbound, 1_000, 5_000),
+    Template::Plain(Fault::QueueFull, 2_000, 8_000),
+    Template::Plain(Fault::TypeDenied, 1_000, 5_000),
+    Template::Plain(Fault::BodyTooLarge, 0, 1),
+    Template::Plain(Fault::RowUnsendable, 0, 1),
+    Template::Plain(Fault::ForeignSender, 0, 1),
+    Template::Plain(Fault::ReadOnly(Database::Person), 500, 3_000),
+    Template::Plain(Fault::ReadOnly(Database::Score), 500, 3_000),
+    Template::Plain(Fault::DatabaseCrashed, 200, 4_000),
+    Template::Plain(Fault::DatabaseCrashed, 200, 4_000),
+    Template::Plain(Fault::SessionsEnded, 0, 1),
+    Template::Plain(Fault::SessionsEnded, 0, 1),
+    Template::Transaction(OpenTransaction::Reading),
+    Template::Transaction(OpenTransaction::ReadingElsewhere),
+    Template::Transaction(OpenTransaction::Appending),
+    Template::Transaction(OpenTransaction::Appending),
+    Template::Transaction(OpenTransaction::Prepared),
+    Template::Transaction(OpenTransaction::PreparedElsewhere),
+    Template::Slow,
+    Template::Slow,
+    Template::Slow,
+    Template::Slow,
+    Template::Cut,
+    Template::Cut,
+    Template::Cut,
+    Template::HalfOpen,
+    Template::HalfOpen,
+    Template::HalfOpen,
 ];
 
-impl Card {
-    fn draw(self, random: &mut Xoshiro256PlusPlus) -> (What, u64) {
-        let member = *Member::ALL.choose(random).unwrap_or(&Member::PersonApi);
-        let place = *Place::all().choose(random).unwrap_or(&Place::Clients);
+impl Template {
+    fn draw(self, random: &mut Xoshiro256PlusPlus) -> (Fault, u64) {
+        let instance = *Instance::ALL.choose(random).unwrap_or(&Instance::PersonApi);
+        let link = *Link::all().choose(random).unwrap_or(&Link::Clients);
         match self {
-            Self::Kill => (What::Killed(member), random.random_range(100..1_000)),
-            Self::Stop => (What::Stopped(member), random.random_range(500..6_000)),
-            Self::Plain(what, from, to) => (what, random.random_range(from..to)),
+            Self::Kill => (Fault::Killed(instance), random.random_range(100..1_000)),
+            Self::Stop => (Fault::Stopped(instance), random.random_range(500..6_000)),
+            Self::Plain(fault, from, to) => (fault, random.random_range(from..to)),
             Self::Transaction(open) => {
-                (What::Transaction(open, random.random()), random.random_range(2_000..12_000))
+                (Fault::Transaction(open, random.random()), random.random_range(2_000..12_000))
             }
             Self::Slow => {
-                (What::Slow(place, random.random_range(20..400)), random.random_range(2_000..8_000))
+                (Fault::Slow(link, random.random_range(20..400)), random.random_range(2_000..8_000))
             }
-            Self::Cut => (What::Cut(place), random.random_range(100..3_000)),
-            Self::Silent => {
+            Self::Cut => (Fault::Cut(link), random.random_range(100..3_000)),
+            Self::HalfOpen => {
                 let directions = [Direction::Both, Direction::ToServer, Direction::FromServer];
                 let direction = *directions.choose(random).unwrap_or(&Direction::Both);
-                (What::Silent(place, direction), random.random_range(1_000..8_000))
+                (Fault::HalfOpen(link, direction), random.random_range(1_000..8_000))
             }
         }
     }
@@ -418,16 +152,16 @@ mod tests {
         let minute = Duration::from_mins(1);
         assert_eq!(plan(7, minute), plan(7, minute));
         assert_ne!(plan(7, minute), plan(8, minute));
-        let shown: Vec<_> = plan(1, Duration::from_secs(25)).iter().map(Fault::to_string).collect();
+        let shown: Vec<_> = plan(1, Duration::from_secs(25)).iter().map(ScheduledFault::to_string).collect();
         insta::assert_snapshot!(shown.join("\n"), @r"
-          3.0 s  for  3.4 s  a half-open wire: person-api to PostgreSQL, FromServer
+          3.0 s  for  3.4 s  a half-open link: person-api to PostgreSQL, FromServer
           6.3 s  for  2.0 s  a program stopped and continued: score-api
-          7.4 s  for  5.3 s  a slow wire: person-api to PostgreSQL, 79 ms
-          9.3 s  for  0.8 s  a cut wire: score-projector-2 to PostgreSQL
+          7.4 s  for  5.3 s  a slow link: person-api to PostgreSQL, 79 ms
+          9.3 s  for  0.8 s  a cut link: score-projector-2 to PostgreSQL
          11.8 s  for  0.6 s  a program killed: person-relay-1
          14.7 s  for  0.0 s  all sessions ended
          17.3 s  for  0.0 s  an event that the broker refuses
-         20.2 s  for  4.5 s  a half-open wire: person-relay-1 to RabbitMQ, ToServer
+         20.2 s  for  4.5 s  a half-open link: person-relay-1 to RabbitMQ, ToServer
          22.1 s  for  0.0 s  all sessions ended
         ");
     }
@@ -435,11 +169,11 @@ mod tests {
     #[test]
     fn a_minute_and_a_half_sees_every_kind() {
         let all: BTreeSet<_> =
-            plan(0, Duration::from_mins(30)).iter().map(|fault| fault.what.kind()).collect();
+            plan(0, Duration::from_mins(30)).iter().map(|fault| fault.fault.kind()).collect();
         assert_eq!(all.len(), 25);
         for seed in 0..20 {
             let kinds: BTreeSet<_> =
-                plan(seed, Duration::from_secs(90)).iter().map(|fault| fault.what.kind()).collect();
+                plan(seed, Duration::from_secs(90)).iter().map(|fault| fault.fault.kind()).collect();
             assert!(kinds.len() >= 14, "seed {seed} has only {kinds:?}");
         }
     }
@@ -451,7 +185,7 @@ mod tests {
             let mut until: BTreeMap<String, u64> = BTreeMap::new();
             for fault in plan(seed, length) {
                 assert!(u128::from(fault.at + fault.lasts) < length.as_millis(), "it ends in time");
-                if let Some((subject, _)) = fault.what.subject() {
+                if let Some((subject, _)) = fault.fault.subject() {
                     let until = until.entry(subject).or_default();
                     assert!(fault.at >= *until, "seed {seed}: {fault}");
                     *until = fault.at + fault.lasts;

@@ -1,8 +1,7 @@
-//! A subscriber of its own, past all wires: it has a durable queue for everything, and remembers what came.
+//! A subscriber past all proxies. It has a durable queue for every event, and records each delivery.
 
 use std::{
     collections::{BTreeMap, HashMap},
-    hash::{DefaultHasher, Hash, Hasher},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -10,7 +9,7 @@ use std::{
 use anyhow::Context;
 use futures_util::{FutureExt, StreamExt};
 use lapin::{
-    Channel, Connection, ConnectionProperties, ExchangeKind,
+    Channel, Connection, ExchangeKind,
     message::Delivery,
     options::{
         BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ExchangeBindOptions, ExchangeDeclareOptions,
@@ -20,60 +19,30 @@ use lapin::{
 };
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use super::{
-    notes::{MEMO, NOTE},
-    verdict::{Charge, Findings},
+    broker::{BY_AGGREGATE, EXCHANGE, bind_aggregate, connect},
+    event::{AggregateKey, EventSummary, MEMO, NOTE, ScoreEntry, hash},
+    violation::{Violation, Violations},
 };
 
-/// Where the relays publish to.
-pub(crate) const EXCHANGE: &str = "event_dispatcher";
 /// Its queue.
-const QUEUE: &str = "witness";
-/// The same events, to be bound by their aggregates.
-const BY_AGGREGATE: &str = "event_dispatcher.by_aggregate";
-/// What it is bound to by type: everything but the notes and memos.
+pub(crate) const QUEUE: &str = "witness";
+/// Its bindings by event type: every type but those of notes and memos.
 const BINDINGS: [&str; 5] = ["person.#", "income.#", "asset.#", "debt.#", "score.#"];
-/// Messages sent ahead, and acknowledged at a time.
-const AHEAD: u16 = 500;
+/// How many messages the broker sends ahead, and one acknowledgement covers.
+const PREFETCH: u16 = 500;
 /// The pause before it connects again.
 const PAUSE: Duration = Duration::from_millis(200);
-/// No answer of the broker takes longer.
-const ANSWER: Duration = Duration::from_secs(20);
 
-/// Which aggregate: type and id.
-pub(crate) type Key = (String, String);
-
-/// An event, as it was first seen.
-#[derive(Clone, Debug)]
-pub(crate) struct Seen {
-    pub(crate) id: Uuid,
-    pub(crate) type_: String,
-    /// Of the body.
-    pub(crate) hash: u64,
-    /// The body's `id`.
-    pub(crate) record: String,
-    pub(crate) erased: bool,
-    /// What it says of a score.
-    pub(crate) entry: Option<Entry>,
-}
-
-/// An entry of a score, as an event tells it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) score: String,
-    pub(crate) total: String,
-}
-
-/// Everything that came.
+/// Everything that was delivered.
 #[derive(Debug, Default)]
-pub(crate) struct Memory {
-    pub(crate) chains: HashMap<Key, BTreeMap<i64, Seen>>,
-    /// Aggregates of which a version was first seen behind a later one, and which.
-    pub(crate) inversions: Vec<(Key, i64)>,
-    pub(crate) deliveries: u64,
-    /// Deliveries of what had come before.
+pub(crate) struct Deliveries {
+    pub(crate) chains: HashMap<AggregateKey, BTreeMap<i64, EventSummary>>,
+    /// Versions that were delivered for the first time after a later one.
+    pub(crate) inversions: Vec<(AggregateKey, i64)>,
+    pub(crate) total: u64,
+    /// Deliveries of events that had been delivered before.
     pub(crate) repeated: u64,
 }
 
@@ -81,14 +50,14 @@ pub(crate) struct Memory {
 #[derive(Debug)]
 pub(crate) struct Subscriber {
     url: String,
-    findings: Arc<Findings>,
-    memory: Mutex<Memory>,
+    violations: Arc<Violations>,
+    deliveries: Mutex<Deliveries>,
 }
 
 impl Subscriber {
     /// Declares its queue.
-    pub(crate) async fn new(url: &str, findings: Arc<Findings>) -> anyhow::Result<Self> {
-        let subscriber = Self { url: url.to_owned(), findings, memory: Mutex::default() };
+    pub(crate) async fn new(url: &str, violations: Arc<Violations>) -> anyhow::Result<Self> {
+        let subscriber = Self { url: url.to_owned(), violations, deliveries: Mutex::default() };
         let (connection, channel) = subscriber.connect().await?;
         let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
         channel
@@ -96,7 +65,7 @@ impl Subscriber {
             .await?;
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-        // Without a limit a quorum queue brings back out of order what it brings back.
+        // Without a limit a quorum queue of RabbitMQ 3 redelivers out of order.
         arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(1_000_000));
         let durable = QueueDeclareOptions { durable: true, ..Default::default() };
         channel.queue_declare(QUEUE.into(), durable, arguments).await?;
@@ -108,23 +77,25 @@ impl Subscriber {
         channel.exchange_declare(BY_AGGREGATE.into(), ExchangeKind::Headers, durable, none.clone()).await?;
         let options = ExchangeBindOptions::default();
         channel.exchange_bind(BY_AGGREGATE.into(), EXCHANGE.into(), "#".into(), options, none).await?;
-        follow(&channel, &[NOTE, MEMO], true).await?;
+        for aggregate_type in [NOTE, MEMO] {
+            bind_aggregate(&channel, QUEUE, aggregate_type, true).await?;
+        }
         connection.close(200, "bye".into()).await?;
         Ok(subscriber)
     }
 
-    /// Takes everything until `stop`.
+    /// Consumes until `stop`.
     pub(crate) async fn run(&self, stop: &CancellationToken) {
         while !stop.is_cancelled() {
-            // It ends with the broker, and begins again with it.
+            // The session ends when the broker does.
             let _away = stop.run_until_cancelled(self.session()).await;
             stop.run_until_cancelled(tokio::time::sleep(PAUSE)).await;
         }
     }
 
     /// What came so far.
-    pub(crate) fn memory(&self) -> MutexGuard<'_, Memory> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn deliveries(&self) -> MutexGuard<'_, Deliveries> {
+        self.deliveries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn connect(&self) -> anyhow::Result<(Connection, Channel)> {
@@ -133,87 +104,58 @@ impl Subscriber {
 
     async fn session(&self) -> anyhow::Result<()> {
         let (_connection, channel) = self.connect().await?;
-        channel.basic_qos(AHEAD, BasicQosOptions::default()).await?;
+        channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
         let (options, none) = (BasicConsumeOptions::default(), FieldTable::default());
         let mut deliveries = channel.basic_consume(QUEUE.into(), "".into(), options, none).await?;
         while let Some(delivery) = deliveries.next().await {
-            let mut last = self.take(&delivery?);
-            for _ in 1..AHEAD {
+            let mut last = self.record(&delivery?);
+            for _ in 1..PREFETCH {
                 let Some(Some(delivery)) = deliveries.next().now_or_never() else { break };
-                last = self.take(&delivery?);
+                last = self.record(&delivery?);
             }
             channel.basic_ack(last, BasicAckOptions { multiple: true }).await?;
         }
         Ok(())
     }
 
-    /// Remembers a delivery, and returns its tag.
-    fn take(&self, delivery: &Delivery) -> u64 {
+    /// Records a delivery, and returns its tag.
+    fn record(&self, delivery: &Delivery) -> u64 {
         match read(delivery) {
-            Ok((key, version, seen)) => self.remember(key, version, seen, delivery.redelivered),
-            Err(error) => self.findings.add(Charge::EventWrong, format!("a delivery is no event: {error:#}")),
+            Ok((key, version, seen)) => self.record_event(key, version, seen, delivery.redelivered),
+            Err(error) => self
+                .violations
+                .add(Violation::EventWrong, format!("a delivery that is not an event: {error:#}")),
         }
         delivery.delivery_tag
     }
 
-    fn remember(&self, key: Key, version: i64, seen: Seen, redelivered: bool) {
-        let mut memory = self.memory();
-        memory.deliveries += 1;
-        let chain = memory.chains.entry(key.clone()).or_default();
+    fn record_event(&self, key: AggregateKey, version: i64, seen: EventSummary, redelivered: bool) {
+        let mut deliveries = self.deliveries();
+        deliveries.total += 1;
+        let chain = deliveries.chains.entry(key.clone()).or_default();
         let behind = chain.last_key_value().is_some_and(|(last, _)| *last > version);
         let Some(before) = chain.get_mut(&version) else {
             chain.insert(version, seen);
-            // What the broker gives back has lost its place already.
+            // The broker may redeliver out of order.
             if behind && !redelivered {
-                memory.inversions.push((key, version));
+                deliveries.inversions.push((key, version));
             }
             return;
         };
         let (of, contradiction) = (format!("{}/{} version {version}", key.0, key.1), before.id != seen.id);
         if contradiction {
             let (one, other) = (before.id, seen.id);
-            self.findings.add(Charge::EventTakenBack, format!("{of}: event {one}, then event {other}"));
+            self.violations.add(Violation::EventTakenBack, format!("{of}: event {one}, then event {other}"));
         } else if before.hash != seen.hash && !before.erased && !seen.erased {
-            self.findings.add(Charge::EventWrong, format!("{of}: event {} came with two bodies", seen.id));
+            self.violations
+                .add(Violation::EventWrong, format!("{of}: event {} came with two bodies", seen.id));
         }
-        memory.repeated += 1;
+        deliveries.repeated += 1;
     }
 }
 
-/// A connection past all wires, with a channel.
-pub(crate) async fn connect(url: &str) -> anyhow::Result<(Connection, Channel)> {
-    let connecting = async {
-        let connection = Connection::connect(url, ConnectionProperties::default()).await?;
-        let channel = connection.create_channel().await?;
-        anyhow::Ok((connection, channel))
-    };
-    tokio::time::timeout(ANSWER, connecting).await.context("RabbitMQ does not answer")?
-}
-
-/// Binds its queue to all events of aggregates of these types, or takes the bindings away.
-pub(crate) async fn follow(channel: &Channel, aggregate_types: &[&str], follow: bool) -> anyhow::Result<()> {
-    for aggregate_type in aggregate_types {
-        let mut matching = FieldTable::default();
-        matching.insert("x-match".into(), AMQPValue::LongString("all".into()));
-        matching.insert("aggregate_type".into(), AMQPValue::LongString((*aggregate_type).into()));
-        let (queue, exchange) = (QUEUE.into(), BY_AGGREGATE.into());
-        if follow {
-            channel.queue_bind(queue, exchange, "".into(), QueueBindOptions::default(), matching).await?;
-        } else {
-            channel.queue_unbind(queue, exchange, "".into(), matching).await?;
-        }
-    }
-    Ok(())
-}
-
-pub(crate) fn hash(body: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    body.hash(&mut hasher);
-    hasher.finish()
-}
-
-/// Reads what the contract promises of every message.
-fn read(delivery: &Delivery) -> anyhow::Result<(Key, i64, Seen)> {
+/// Reads a message, and checks what the contract promises of every one.
+fn read(delivery: &Delivery) -> anyhow::Result<(AggregateKey, i64, EventSummary)> {
     let properties = &delivery.properties;
     let text = |value: &Option<ShortString>| value.as_ref().map(|value| value.as_str().to_owned());
     let headers = properties.headers().as_ref().context("no headers")?;
@@ -236,13 +178,13 @@ fn read(delivery: &Delivery) -> anyhow::Result<(Key, i64, Seen)> {
     let body: Value = serde_json::from_slice(&delivery.data).with_context(|| format!("{of}: its body"))?;
     let number = |name: &str| body[name].as_number().map(ToString::to_string);
     let entry = number("score").zip(number("total")).filter(|_| key.0 == "score");
-    let seen = Seen {
+    let seen = EventSummary {
         id,
         type_,
         hash: hash(&delivery.data),
         record: body["id"].as_str().unwrap_or_default().to_owned(),
         erased: body["erased"] == Value::Bool(true),
-        entry: entry.map(|(score, total)| Entry { score, total }),
+        entry: entry.map(|(score, total)| ScoreEntry { score, total }),
     };
     Ok((key, version, seen))
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, DirBuilder, File, TryLockError},
-    io::{Read, Seek, SeekFrom, Write},
+    io::{Read, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::guard::Guard;
+use crate::{guard::Guard, log::Log};
 
 /// Others may pass the folder, as PostgreSQL must that runs as another user, and read nothing in it.
 const OPEN: u32 = 0o711;
@@ -69,52 +69,8 @@ impl Folder {
     pub fn log(&self, name: &str) -> anyhow::Result<Log> {
         let path = self.part("log")?.join(format!("{name}.log"));
         File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Log { path, stays: self.lock.is_some() })
+        Ok(Log::new(path, self.lock.is_some()))
     }
-}
-
-/// A log's file.
-#[derive(Clone, Debug)]
-pub struct Log {
-    path: PathBuf,
-    /// Whether the file is there after the stack has ended. A message names no other.
-    stays: bool,
-}
-
-impl Log {
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The log of a tool that works on the same part.
-    #[must_use]
-    pub fn beside(&self, tool: &str) -> Self {
-        Self { path: self.path.with_extension(format!("{tool}.log")), ..*self }
-    }
-
-    /// The end of what was written from the byte `begin` on, for a message: more of it if the file goes away.
-    pub fn last_words(&self, begin: u64) -> String {
-        let text = tail(&self.path, begin).unwrap_or_default();
-        let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-        if lines.is_empty() {
-            return " without a word".to_owned();
-        }
-        let shown = if self.stays { 8 } else { 40 };
-        let last = lines[lines.len().saturating_sub(shown)..].join("\n    ");
-        let rest = if self.stays { format!("\n  all of it: {}", self.path.display()) } else { String::new() };
-        format!("\n    {last}{rest}")
-    }
-}
-
-/// The last 8 KiB of a file, but nothing from before `begin`.
-fn tail(path: &Path, begin: u64) -> std::io::Result<String> {
-    let mut file = File::open(path)?;
-    let end = file.metadata()?.len();
-    file.seek(SeekFrom::Start(begin.max(end.saturating_sub(8192)).min(end)))?;
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// The process that runs a stack in the folder `path`, if there is one.
@@ -206,26 +162,4 @@ fn pid_in(file: &mut File) -> String {
     let mut pid = String::new();
     let _unknown = file.read_to_string(&mut pid);
     pid
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_message_names_a_log_only_if_it_stays() {
-        let path = std::env::temp_dir().join(format!("devstack-log-{}", Uuid::new_v4().simple()));
-        let lines: Vec<String> = (1..=60).map(|n| format!("line {n}")).collect();
-        fs::write(&path, lines.join("\n")).unwrap();
-        let words = |stays| Log { path: path.clone(), stays }.last_words(0);
-        let name = path.display().to_string();
-        assert!(words(true).contains(&name) && !words(true).contains("line 52\n"));
-        assert!(
-            !words(false).contains(&name)
-                && words(false).contains("line 21\n")
-                && words(false).ends_with("line 60")
-        );
-        assert_eq!(Log { path: path.clone(), stays: false }.last_words(u64::MAX), " without a word");
-        fs::remove_file(&path).unwrap();
-    }
 }

@@ -18,8 +18,8 @@ use rustix::process::{Pid, Signal};
 use uuid::Uuid;
 
 use crate::{
+    binary,
     proc::{self, MARK},
-    program,
 };
 
 /// How long processes may take to end by themselves before they are killed.
@@ -39,7 +39,7 @@ impl Guard {
     /// Starts it. It will remove `folder`, if there is one to remove.
     pub fn start(folder: Option<&Path>) -> anyhow::Result<Self> {
         let id = Uuid::new_v4().simple().to_string();
-        let mut command = Command::new(program::find("devstack")?);
+        let mut command = Command::new(binary::beside("devstack")?);
         command.args(["guard", &id]).args(folder).env_remove(MARK).process_group(0);
         let process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let mut process = process.context("cannot start the process that cleans up")?;

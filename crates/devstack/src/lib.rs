@@ -7,10 +7,12 @@
 //!
 //! Linux only: it reads `/proc`, and `setpriv` (util-linux) arranges for the parent's death.
 
+pub mod binary;
 pub mod command;
 pub mod ending;
 pub mod folder;
 pub mod guard;
+pub mod log;
 pub mod ports;
 pub mod postgres;
 pub mod proc;

@@ -13,7 +13,8 @@ use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    folder::{Folder, Log, write_private},
+    folder::{Folder, write_private},
+    log::Log,
     process::{Launch, Process, User},
     tls::Certificate,
 };

@@ -16,7 +16,7 @@ use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    folder::Log,
+    log::Log,
     proc::{self, MARK},
 };
 

@@ -5,12 +5,14 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use rustix::process::Signal;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    folder::{Folder, Log},
+    binary::find,
+    folder::Folder,
+    log::Log,
     process::{Launch, Process},
 };
 
@@ -189,17 +191,4 @@ fn reasons(answer: &str) -> Option<String> {
 /// A client for what listens on this machine: short timeouts, and no proxy in between.
 pub fn client() -> anyhow::Result<reqwest::Client> {
     Ok(reqwest::Client::builder().timeout(Duration::from_secs(3)).no_proxy().build()?)
-}
-
-/// The project's program `name`: next to the running one, or above its folder `deps`, where cargo puts
-/// test binaries.
-pub fn find(name: &str) -> anyhow::Result<PathBuf> {
-    let own = std::env::current_exe().context("cannot find the running program")?;
-    let folder = own.parent().unwrap_or(Path::new("."));
-    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
-    let file = folder.join(name);
-    if file.is_file() {
-        return Ok(file);
-    }
-    bail!("{} is not there; run: cargo build --workspace", file.display())
 }

@@ -12,7 +12,8 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    folder::{Folder, Log, write_private},
+    folder::{Folder, write_private},
+    log::Log,
     ports,
     process::{Launch, Process},
     program::client,

@@ -5,7 +5,7 @@
 use std::process::Command;
 
 use devstack::{
-    program::find,
+    binary::find,
     testing::{Roles, database},
 };
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};

@@ -8,7 +8,8 @@
 mod support;
 
 use devstack::{
-    program::{Program, find},
+    binary::find,
+    program::Program,
     stack::{Addresses, Stack},
     users::{self, REPLAY, Rights, SOURCES},
 };

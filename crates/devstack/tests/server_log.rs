@@ -3,7 +3,7 @@
 
 use std::{net::TcpListener, process::Command};
 
-use devstack::{folder::Folder, postgres::Postgres, program::find};
+use devstack::{binary::find, folder::Folder, postgres::Postgres};
 use sqlx::{Connection, Executor, PgConnection};
 use tokio_util::sync::CancellationToken;
 

@@ -7,14 +7,7 @@ mod support;
 
 use std::time::Duration;
 
-use devstack::{
-    folder::Folder,
-    ports,
-    program::{Program, find},
-    roles,
-    servers::Setup,
-    stack::Stack,
-};
+use devstack::{binary::find, folder::Folder, ports, program::Program, roles, servers::Setup, stack::Stack};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use support::{DEADLINE, eventually, payload};

@@ -1,80 +1,81 @@
-//! The versions of each aggregate have no holes, and the subscriber saw each of them, in order, as it was
+//! The versions of each aggregate have no holes, and each event was delivered to the subscriber, in order and as it was
 //! committed.
 
 use std::collections::HashSet;
 
-use super::{
-    Stretch,
-    stored::{Event, Outbox, Stored},
-};
+use super::stored::{Event, Outbox, Stored};
 use crate::{
-    notes::{MEMO, NOTE},
-    subscriber::{Key, Memory, Seen, Subscriber},
-    trouble::MISFIT,
-    verdict::{Charge, Findings},
+    event::{AggregateKey, EventSummary, MEMO, NOTE, PositionRange, UNPUBLISHABLE},
+    subscriber::{Deliveries, Subscriber},
+    violation::{Violation, Violations},
 };
 
-pub(crate) fn judge(stored: &Stored, subscriber: &Subscriber, notes_aside: &[Stretch], findings: &Findings) {
-    let memory = subscriber.memory();
+pub(crate) fn check(
+    stored: &Stored,
+    subscriber: &Subscriber,
+    parked_notes: &[PositionRange],
+    violations: &Violations,
+) {
+    let deliveries = subscriber.deliveries();
     for outbox in [&stored.person, &stored.score] {
-        versions(outbox, findings);
-        delivered(outbox, &memory, findings);
+        versions(outbox, violations);
+        delivered(outbox, &deliveries, violations);
     }
-    let known: HashSet<(&Key, i64)> =
+    let known: HashSet<(&AggregateKey, i64)> =
         [&stored.person, &stored.score].iter().flat_map(|o| o.events.keys()).map(|(k, v)| (k, *v)).collect();
-    for (key, chain) in &memory.chains {
+    for (key, chain) in &deliveries.chains {
         for (version, seen) in chain {
             if !known.contains(&(key, *version)) {
                 let example = format!("{}: event {} is not stored", named(key, *version), seen.id);
-                findings.add(Charge::EventTakenBack, example);
+                violations.add(Violation::EventTakenBack, example);
             }
         }
     }
-    for (key, version) in &memory.inversions {
+    for (key, version) in &deliveries.inversions {
         let event = stored.person.events.get(&(key.clone(), *version));
-        // What was set aside comes after what came meanwhile, as the contract says.
-        let aside = |event: &Event| notes_aside.iter().any(|stretch| stretch.contains(event.position));
+        // A parked event comes after later ones, as the contract says.
+        let parked = |event: &Event| parked_notes.iter().any(|range| range.contains(event.position));
         let note = [NOTE, MEMO].contains(&key.0.as_str());
-        if !note || !event.is_some_and(aside) {
-            findings.add(Charge::EventOutOfOrder, named(key, *version));
+        if !note || !event.is_some_and(parked) {
+            violations.add(Violation::EventOutOfOrder, named(key, *version));
         }
     }
     for (note, version) in &stored.notes {
         let last = stored.person.chains.get(note).map(|(last, _)| *last);
         if last != Some(*version) {
             let example = format!("{}/{} is at {version}, its events at {last:?}", note.0, note.1);
-            findings.add(Charge::VersionsWrong, example);
+            violations.add(Violation::VersionsWrong, example);
         }
     }
 }
 
-fn versions(outbox: &Outbox, findings: &Findings) {
-    for (key, version) in &outbox.twice {
-        findings.add(Charge::VersionsWrong, format!("{} is there twice", named(key, *version)));
+fn versions(outbox: &Outbox, violations: &Violations) {
+    for (key, version) in &outbox.duplicates {
+        violations.add(Violation::VersionsWrong, format!("{} is stored twice", named(key, *version)));
     }
     for (key, (last, count)) in &outbox.chains {
         if usize::try_from(*last).ok() != Some(*count) || !outbox.events.contains_key(&(key.clone(), 1)) {
-            findings.add(
-                Charge::VersionsWrong,
+            violations.add(
+                Violation::VersionsWrong,
                 format!("{}/{} has {count} events up to version {last}", key.0, key.1),
             );
         }
     }
 }
 
-fn delivered(outbox: &Outbox, memory: &Memory, findings: &Findings) {
-    for ((key, version), Event { position, seen: stored }) in &outbox.events {
-        let Some(seen) = memory.chains.get(key).and_then(|chain| chain.get(version)) else {
-            // What nobody can carry was dropped by hand.
-            if key.0 != MISFIT {
+fn delivered(outbox: &Outbox, deliveries: &Deliveries, violations: &Violations) {
+    for ((key, version), Event { position, summary: stored }) in &outbox.events {
+        let Some(seen) = deliveries.chains.get(key).and_then(|chain| chain.get(version)) else {
+            // An operator has dropped the events that cannot be published.
+            if key.0 != UNPUBLISHABLE {
                 let example = format!("{} ({}) at position {position}", named(key, *version), stored.type_);
-                findings.add(Charge::EventLost, example);
+                violations.add(Violation::EventLost, example);
             }
             continue;
         };
         if seen.id != stored.id {
-            findings.add(
-                Charge::EventTakenBack,
+            violations.add(
+                Violation::EventTakenBack,
                 format!(
                     "{}: event {} was delivered, event {} is stored",
                     named(key, *version),
@@ -82,18 +83,19 @@ fn delivered(outbox: &Outbox, memory: &Memory, findings: &Findings) {
                     stored.id
                 ),
             );
-        } else if !is_like(seen, stored) {
-            findings.add(Charge::EventWrong, format!("{}: event {}", named(key, *version), seen.id));
+        } else if !is_same(seen, stored) {
+            violations.add(Violation::EventWrong, format!("{}: event {}", named(key, *version), seen.id));
         }
     }
 }
 
-/// Byte by byte; or of an event that was erased before or after it was delivered, what erasure leaves.
-fn is_like(seen: &Seen, stored: &Seen) -> bool {
+/// Whether type and body are the same. Of an erased event only the record is compared: it may have been delivered before
+/// or after the erasure.
+fn is_same(seen: &EventSummary, stored: &EventSummary) -> bool {
     let erased = stored.erased && seen.record == stored.record;
     seen.type_ == stored.type_ && (seen.hash == stored.hash || erased)
 }
 
-fn named(key: &Key, version: i64) -> String {
+fn named(key: &AggregateKey, version: i64) -> String {
     format!("{}/{} version {version}", key.0, key.1)
 }

@@ -1,4 +1,4 @@
-//! Everything that the two databases hold.
+//! Everything that the two databases store.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -8,26 +8,26 @@ use sqlx::{Connection, Executor, PgConnection};
 use uuid::Uuid;
 
 use crate::{
-    field::Addresses,
-    model::{Amount, Item, Kind, Person},
-    subscriber::{Entry, Key, Seen, hash},
+    addresses::Addresses,
+    event::{AggregateKey, EventSummary, ScoreEntry, hash},
+    model::{Amount, Item, ItemKind, Person},
 };
 
-/// An event as it is stored.
+/// A stored event.
 #[derive(Clone, Debug)]
 pub(crate) struct Event {
     pub(crate) position: i64,
-    pub(crate) seen: Seen,
+    pub(crate) summary: EventSummary,
 }
 
 /// An outbox.
 #[derive(Debug)]
 pub(crate) struct Outbox {
-    pub(crate) events: BTreeMap<(Key, i64), Event>,
-    /// Versions that are there twice.
-    pub(crate) twice: Vec<(Key, i64)>,
+    pub(crate) events: BTreeMap<(AggregateKey, i64), Event>,
+    /// Versions that are stored twice.
+    pub(crate) duplicates: Vec<(AggregateKey, i64)>,
     /// The last version of each aggregate, and how many it has.
-    pub(crate) chains: HashMap<Key, (i64, usize)>,
+    pub(crate) chains: HashMap<AggregateKey, (i64, usize)>,
     /// The last position, whether or not its transaction was committed.
     pub(crate) last_position: i64,
     pub(crate) low_water: i64,
@@ -37,18 +37,18 @@ pub(crate) struct Outbox {
 
 /// A person's row of the read model.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Scored {
+pub(crate) struct ScoreRow {
     pub(crate) cpf: i64,
     pub(crate) version: i64,
     pub(crate) total: String,
-    pub(crate) entries: BTreeMap<Uuid, (Kind, Amount, i64)>,
+    pub(crate) entries: BTreeMap<Uuid, (ItemKind, Amount, i64)>,
 }
 
-/// What a consumer has applied last.
+/// The last version of an aggregate that the inbox has applied.
 #[derive(Clone, Debug)]
-pub(crate) struct Applied {
+pub(crate) struct InboxRow {
     pub(crate) source: String,
-    pub(crate) key: Key,
+    pub(crate) key: AggregateKey,
     pub(crate) version: i64,
     pub(crate) last_event: Option<Uuid>,
 }
@@ -59,13 +59,13 @@ pub(crate) struct Stored {
     pub(crate) person: Outbox,
     pub(crate) persons: BTreeMap<Uuid, Person>,
     /// The version of each note and memo.
-    pub(crate) notes: BTreeMap<Key, i64>,
+    pub(crate) notes: BTreeMap<AggregateKey, i64>,
     pub(crate) score: Outbox,
-    pub(crate) scores: BTreeMap<Uuid, Scored>,
+    pub(crate) scores: BTreeMap<Uuid, ScoreRow>,
     pub(crate) chains: BTreeMap<Uuid, i64>,
-    pub(crate) applied: Vec<Applied>,
-    /// What is held or rejected, in words.
-    pub(crate) aside: Vec<String>,
+    pub(crate) applied: Vec<InboxRow>,
+    /// Held and rejected events, in words.
+    pub(crate) held_or_rejected: Vec<String>,
 }
 
 impl Stored {
@@ -85,12 +85,12 @@ impl Stored {
         let chains: Vec<(Uuid, i64)> =
             sqlx::query_as("SELECT person_id, version FROM score.chain").fetch_all(&mut conn).await?;
         let applied = applied(&mut conn).await.context("the inbox")?;
-        let aside = sqlx::query_scalar(
+        let held_or_rejected = sqlx::query_scalar(
             "SELECT 'held (' || reason || '): ' || aggregate_type || '/' || aggregate_id || ' version '
                     || version || coalesce(': ' || error, '') FROM inbox.held
              UNION ALL
              SELECT 'rejected (' || reason || ') ' || times || ' times: ' || detail FROM inbox.rejected
-             -- What a stranger sent may come again after an operator has dropped it. It names no user; the relays
+             -- Fault a stranger sent may come again after an operator has dropped it. It names no user; the relays
              -- always name theirs.
              WHERE reason NOT IN ('foreign', 'wrong-user') OR properties::jsonb ->> 'user_id' IS NOT NULL",
         )
@@ -99,7 +99,7 @@ impl Stored {
         conn.close().await?;
         let notes = notes.into_iter().map(|(kind, id, version)| ((kind, id), version)).collect();
         let chains = chains.into_iter().collect();
-        Ok(Self { person, persons, notes, score, scores, chains, applied, aside })
+        Ok(Self { person, persons, notes, score, scores, chains, applied, held_or_rejected })
     }
 }
 
@@ -114,25 +114,25 @@ impl Outbox {
         )
         .fetch_all(&mut *conn)
         .await?;
-        let (mut events, mut twice) = (BTreeMap::new(), Vec::new());
-        let mut chains: HashMap<Key, (i64, usize)> = HashMap::new();
+        let (mut events, mut duplicates) = (BTreeMap::new(), Vec::new());
+        let mut chains: HashMap<AggregateKey, (i64, usize)> = HashMap::new();
         for (position, id, aggregate_type, aggregate_id, version, type_, payload, erased) in rows {
-            let body: Value = serde_json::from_str(&payload).context("a body that is no JSON")?;
+            let body: Value = serde_json::from_str(&payload).context("a body is not JSON")?;
             let number = |name: &str| body[name].as_number().map(ToString::to_string);
             let entry = number("score").zip(number("total")).filter(|_| aggregate_type == "score");
             let key = (aggregate_type, aggregate_id);
             let (last, count) = chains.entry(key.clone()).or_default();
             (*last, *count) = (version.max(*last), *count + 1);
-            let seen = Seen {
+            let summary = EventSummary {
                 id,
                 type_,
                 hash: hash(payload.as_bytes()),
                 record: body["id"].as_str().unwrap_or_default().to_owned(),
                 erased,
-                entry: entry.map(|(score, total)| Entry { score, total }),
+                entry: entry.map(|(score, total)| ScoreEntry { score, total }),
             };
-            if events.insert((key.clone(), version), Event { position, seen }).is_some() {
-                twice.push((key, version));
+            if events.insert((key.clone(), version), Event { position, summary }).is_some() {
+                duplicates.push((key, version));
             }
         }
         let (last_position, low_water): (i64, i64) = sqlx::query_as(
@@ -153,7 +153,7 @@ impl Outbox {
         )
         .fetch_one(&mut *conn)
         .await?;
-        Ok(Self { events, twice, chains, last_position, low_water, parked, dead_rows })
+        Ok(Self { events, duplicates, chains, last_position, low_water, parked, dead_rows })
     }
 
     /// The last position that is stored.
@@ -182,35 +182,41 @@ async fn persons(conn: &mut PgConnection) -> anyhow::Result<BTreeMap<Uuid, Perso
     .fetch_all(conn)
     .await?;
     for (id, person, kind, type_, value) in rows {
-        let (kind, value) = (Kind::of(&kind).context("a kind")?, Amount::parse(&value).context("a value")?);
-        let person = persons.get_mut(&person).context("an item of nobody")?;
+        let (kind, value) = (
+            ItemKind::of(&kind).context("an unknown kind of item")?,
+            Amount::parse(&value).context("a value that is no amount")?,
+        );
+        let person = persons.get_mut(&person).context("an item without a person")?;
         person.items.insert(id, Item { kind, type_, value });
     }
     Ok(persons)
 }
 
-async fn scores(conn: &mut PgConnection) -> anyhow::Result<BTreeMap<Uuid, Scored>> {
+async fn scores(conn: &mut PgConnection) -> anyhow::Result<BTreeMap<Uuid, ScoreRow>> {
     let rows: Vec<(Uuid, i64, i64, String)> =
         sqlx::query_as("SELECT id, cpf, version, total::text FROM score.person")
             .fetch_all(&mut *conn)
             .await?;
-    let mut scores: BTreeMap<Uuid, Scored> = rows
+    let mut scores: BTreeMap<Uuid, ScoreRow> = rows
         .into_iter()
-        .map(|(id, cpf, version, total)| (id, Scored { cpf, version, total, entries: BTreeMap::new() }))
+        .map(|(id, cpf, version, total)| (id, ScoreRow { cpf, version, total, entries: BTreeMap::new() }))
         .collect();
     let rows: Vec<(Uuid, Uuid, String, String, i64)> =
         sqlx::query_as("SELECT id, person_id, type, value::text, score FROM score.entry")
             .fetch_all(conn)
             .await?;
     for (id, person, kind, value, score) in rows {
-        let (kind, value) = (Kind::of(&kind).context("a kind")?, Amount::parse(&value).context("a value")?);
-        let person = scores.get_mut(&person).context("an entry of nobody")?;
+        let (kind, value) = (
+            ItemKind::of(&kind).context("an unknown kind of item")?,
+            Amount::parse(&value).context("a value that is no amount")?,
+        );
+        let person = scores.get_mut(&person).context("an entry without a person")?;
         person.entries.insert(id, (kind, value, score));
     }
     Ok(scores)
 }
 
-async fn applied(conn: &mut PgConnection) -> anyhow::Result<Vec<Applied>> {
+async fn applied(conn: &mut PgConnection) -> anyhow::Result<Vec<InboxRow>> {
     let rows: Vec<(String, String, String, i64, Option<Uuid>)> = sqlx::query_as(
         "SELECT source, aggregate_type, aggregate_id, version, last_event_id
          FROM inbox.aggregate WHERE consumer = 'score'",
@@ -218,7 +224,7 @@ async fn applied(conn: &mut PgConnection) -> anyhow::Result<Vec<Applied>> {
     .fetch_all(conn)
     .await?;
     let applied = rows.into_iter().map(|(source, aggregate_type, aggregate_id, version, last_event)| {
-        Applied { source, key: (aggregate_type, aggregate_id), version, last_event }
+        InboxRow { source, key: (aggregate_type, aggregate_id), version, last_event }
     });
     Ok(applied.collect())
 }

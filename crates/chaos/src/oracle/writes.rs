@@ -6,32 +6,35 @@ use uuid::Uuid;
 
 use super::stored::Stored;
 use crate::{
-    load::History,
+    history::History,
     model::Person,
-    verdict::{Charge, Findings},
+    violation::{Violation, Violations},
 };
 
-pub(crate) fn judge(stored: &Stored, history: &History, findings: &Findings) {
+pub(crate) fn check(stored: &Stored, history: &History, violations: &Violations) {
     let mut asked: HashSet<(String, i64)> = HashSet::new();
-    for write in &history.told.acknowledged {
+    for write in &history.acknowledged {
         let key = ("person".to_owned(), write.person.to_string());
         let event = stored.person.events.get(&(key.clone(), write.version));
         let is_it = event.is_some_and(|event| {
-            event.seen.type_ == write.type_ && event.seen.record == write.record.to_string()
+            event.summary.type_ == write.type_ && event.summary.record == write.record.to_string()
         });
         let of = || format!("person {} version {}: {}", write.person, write.version, write.type_);
         if !is_it {
-            findings.add(Charge::WriteLost, format!("{} was acknowledged; there is {event:?}", of()));
+            violations.add(Violation::WriteLost, format!("{} was acknowledged; there is {event:?}", of()));
         }
         if !asked.insert((key.1, write.version)) {
-            findings.add(Charge::WriteWrong, format!("{} was acknowledged twice", of()));
+            violations.add(Violation::WriteWrong, format!("{} was acknowledged twice", of()));
         }
     }
     for ((key, version), event) in &stored.person.events {
         if key.0 == "person" && !asked.contains(&(key.1.clone(), *version)) {
-            findings.add(
-                Charge::WriteDoubled,
-                format!("person {} version {version}: {} that no client knows of", key.1, event.seen.type_),
+            violations.add(
+                Violation::WriteDoubled,
+                format!(
+                    "person {} version {version}: {} that no client knows of",
+                    key.1, event.summary.type_
+                ),
             );
         }
     }
@@ -39,9 +42,9 @@ pub(crate) fn judge(stored: &Stored, history: &History, findings: &Findings) {
     let known: BTreeMap<Uuid, &Person> = history.persons.iter().map(|person| (person.id, person)).collect();
     for (id, person) in &known {
         match stored.persons.get(id) {
-            None => findings.add(Charge::WriteLost, format!("person {id} is gone")),
-            Some(found) if found != *person => findings.add(
-                Charge::WriteWrong,
+            None => violations.add(Violation::WriteLost, format!("person {id} is gone")),
+            Some(found) if found != *person => violations.add(
+                Violation::WriteWrong,
                 format!(
                     "person {id} at version {} with {} items is not the one that its client knows, at version {} \
                      with {} items",
@@ -55,6 +58,6 @@ pub(crate) fn judge(stored: &Stored, history: &History, findings: &Findings) {
         }
     }
     for id in stored.persons.keys().filter(|id| !known.contains_key(id)) {
-        findings.add(Charge::WriteDoubled, format!("person {id} is there, and no client knows of it"));
+        violations.add(Violation::WriteDoubled, format!("person {id} is there, and no client knows of it"));
     }
 }

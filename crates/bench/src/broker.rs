@@ -1,4 +1,4 @@
-//! The barest publisher and consumer: what the broker takes and gives when there is nothing else to do.
+//! A bare publisher and a bare consumer: how fast the broker is when they do nothing else.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,20 +18,20 @@ use super::events::Message;
 
 /// Where the relay publishes to.
 const EXCHANGE: &str = "event_dispatcher";
-/// As many as the relay has on their way together on each lane.
-const WINDOW: usize = 250;
-/// As many as the projector lets the broker send ahead, and acknowledges together.
-const AHEAD: u16 = 200;
-const TOGETHER: usize = 100;
+/// How many messages wait for their confirms at a time: as many as on each lane of the relay.
+const CONFIRM_WINDOW: usize = 250;
+/// Prefetch of the consumer, and how many messages one acknowledgement covers: as in the projector.
+const PREFETCH: u16 = 200;
+const ACK_BATCH: usize = 100;
 
 /// A connection with a channel.
 #[derive(Debug)]
-pub(crate) struct Link {
+pub(crate) struct BrokerConnection {
     connection: Connection,
     pub(crate) channel: Channel,
 }
 
-impl Link {
+impl BrokerConnection {
     pub(crate) async fn open(url: &str) -> anyhow::Result<Self> {
         let connection = Connection::connect(url, ConnectionProperties::default()).await?;
         let channel = connection.create_channel().await?;
@@ -42,7 +42,7 @@ impl Link {
         Ok(self.connection.close(200, "bye".into()).await?)
     }
 
-    /// An empty quorum queue that gets everything.
+    /// Makes an empty quorum queue that every event is routed to.
     pub(crate) async fn fresh_queue(&self, name: &str) -> anyhow::Result<()> {
         self.private_queue(name).await?;
         let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
@@ -52,7 +52,7 @@ impl Link {
         Ok(self.channel.queue_bind(name.into(), EXCHANGE.into(), "#".into(), bind, none()).await?)
     }
 
-    /// An empty quorum queue that nothing is bound to. One consumer at a time, as with the projector's.
+    /// Makes an empty quorum queue without a binding. It has a single active consumer, as the projector's queue has.
     pub(crate) async fn private_queue(&self, name: &str) -> anyhow::Result<()> {
         self.channel.queue_delete(name.into(), QueueDeleteOptions::default()).await?;
         let mut arguments = FieldTable::default();
@@ -91,30 +91,36 @@ impl Link {
         }
         for confirm in confirms {
             let confirm = confirm.await?;
-            ensure!(matches!(confirm, Confirmation::Ack(None)), "a message was not taken: {confirm:?}");
+            ensure!(
+                matches!(confirm, Confirmation::Ack(None)),
+                "the broker did not confirm a message: {confirm:?}"
+            );
         }
         Ok(())
     }
 
-    /// Publishes a message to one queue alone, and awaits its confirm.
+    /// Publishes a message to this queue alone, and awaits its confirm.
     pub(crate) async fn publish_to(&self, queue: &str, message: Message) -> anyhow::Result<()> {
         let options = BasicPublishOptions { mandatory: true, ..Default::default() };
         let Message { properties, body, .. } = message;
         let confirm = self.channel.basic_publish("".into(), queue.into(), options, &body, properties).await?;
         let confirm = confirm.await?;
-        ensure!(matches!(confirm, Confirmation::Ack(None)), "a message was not taken: {confirm:?}");
+        ensure!(
+            matches!(confirm, Confirmation::Ack(None)),
+            "the broker did not confirm a message: {confirm:?}"
+        );
         Ok(())
     }
 
-    /// Consumes from a queue, with so many messages sent ahead.
-    pub(crate) async fn consume(&self, queue: &str, ahead: u16) -> anyhow::Result<lapin::Consumer> {
-        self.channel.basic_qos(ahead, BasicQosOptions::default()).await?;
+    /// Consumes from a queue, with so many messages sent prefetch.
+    pub(crate) async fn consume(&self, queue: &str, prefetch: u16) -> anyhow::Result<lapin::Consumer> {
+        self.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
         let (options, none) = (BasicConsumeOptions::default(), FieldTable::default());
         Ok(self.channel.basic_consume(queue.into(), "".into(), options, none).await?)
     }
 }
 
-/// Publishes messages that are in memory, on so many connections, and says how long it took.
+/// Publishes these messages on so many connections, and returns how long it took.
 pub(crate) async fn publish(url: &str, messages: Vec<Message>, lanes: usize) -> anyhow::Result<Duration> {
     let mut shares: Vec<Vec<Message>> = vec![Vec::new(); lanes];
     for (n, message) in messages.into_iter().enumerate() {
@@ -123,48 +129,47 @@ pub(crate) async fn publish(url: &str, messages: Vec<Message>, lanes: usize) -> 
     let ready = Arc::new(Barrier::new(lanes + 1));
     let mut tasks = JoinSet::new();
     for mut share in shares {
-        let link = Link::open(url).await?.confirmed().await?;
+        let connection = BrokerConnection::open(url).await?.confirmed().await?;
         let ready = Arc::clone(&ready);
         tasks.spawn(async move {
             ready.wait().await;
             while !share.is_empty() {
-                let rest = share.split_off(share.len().min(WINDOW));
-                link.publish(std::mem::replace(&mut share, rest)).await?;
+                let rest = share.split_off(share.len().min(CONFIRM_WINDOW));
+                connection.publish(std::mem::replace(&mut share, rest)).await?;
             }
-            anyhow::Ok(link)
+            anyhow::Ok(connection)
         });
     }
     ready.wait().await;
     let begin = Instant::now();
-    let mut links = Vec::new();
-    while let Some(link) = tasks.join_next().await {
-        links.push(link??);
+    let mut connections = Vec::new();
+    while let Some(connection) = tasks.join_next().await {
+        connections.push(connection??);
     }
     let took = begin.elapsed();
-    for link in links {
-        link.close().await?;
+    for connection in connections {
+        connection.close().await?;
     }
     Ok(took)
 }
 
-/// Consumes so many messages from a queue and acknowledges them, and says how long it took, connecting
-/// included.
+/// Consumes and acknowledges so many messages from a queue, and returns how long it took, with the connect.
 pub(crate) async fn consume(url: &str, queue: &str, count: i64) -> anyhow::Result<Duration> {
     let begin = Instant::now();
-    let link = Link::open(url).await?;
-    let mut deliveries = link.consume(queue, AHEAD).await?;
+    let connection = BrokerConnection::open(url).await?;
+    let mut deliveries = connection.consume(queue, PREFETCH).await?;
     let mut left = usize::try_from(count)?;
     while left > 0 {
         let mut last = 0;
-        for _ in 0..left.min(TOGETHER) {
+        for _ in 0..left.min(ACK_BATCH) {
             last = deliveries.next().await.context("the broker cancelled the consumer")??.delivery_tag;
             left -= 1;
         }
-        link.channel.basic_ack(last, BasicAckOptions { multiple: true }).await?;
+        connection.channel.basic_ack(last, BasicAckOptions { multiple: true }).await?;
     }
-    // The broker answers in order, so the acks have arrived.
-    ensure!(link.waiting(queue).await? == 0, "the queue {queue} is not empty");
+    // The broker responds in order, so the acknowledgements have arrived.
+    ensure!(connection.waiting(queue).await? == 0, "the queue {queue} is not empty");
     let took = begin.elapsed();
-    link.close().await?;
+    connection.close().await?;
     Ok(took)
 }

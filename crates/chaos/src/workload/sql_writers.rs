@@ -1,6 +1,6 @@
-//! Another service in the same database, which writes plain SQL into the outbox: several writers at the same
-//! few rows, rolled back now and then, and committed asynchronously, so that a crash of PostgreSQL takes the
-//! last commits back. What is published of them must be what stayed.
+//! Another service in the same database, which inserts into the outbox with plain SQL. Several writers change the same
+//! few rows. Some transactions are rolled back, and all are committed asynchronously, so a crash of PostgreSQL loses the
+//! last commits. Exactly what is stored in the end must have been published.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,16 +8,15 @@ use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use sqlx::{Connection, Executor, PgConnection};
 use tokio_util::sync::CancellationToken;
 
-use super::field::Addresses;
+use crate::{
+    addresses::Addresses,
+    event::{MEMO, NOTE},
+};
 
-/// The aggregate types. Both have the same event types, `note.new` and `note.changed`, so that only the exchange by
-/// aggregate can tell them apart.
-pub(crate) const NOTE: &str = "note";
-pub(crate) const MEMO: &str = "memo";
-/// After so many versions, a note is left and another begun.
+/// After so many versions, a writer goes on with another note.
 const VERSIONS: i64 = 200;
 
-/// Makes the table of notes.
+/// Creates the table of notes.
 pub(crate) async fn prepare(conn: &mut PgConnection) -> anyhow::Result<()> {
     conn.execute(
         "CREATE TABLE public.note (kind text, id text, version bigint NOT NULL, PRIMARY KEY (kind, id))",
@@ -26,7 +25,7 @@ pub(crate) async fn prepare(conn: &mut PgConnection) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes the next version of a note or a memo, in whatever transaction there is.
+/// Writes the next version of a note or a memo, and returns it.
 pub(crate) async fn write(conn: &mut PgConnection, kind: &str, id: &str) -> sqlx::Result<i64> {
     sqlx::query_scalar(
         "WITH note AS (
@@ -44,29 +43,30 @@ pub(crate) async fn write(conn: &mut PgConnection, kind: &str, id: &str) -> sqlx
     .await
 }
 
-/// How notes are written.
+/// How these writers work.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Pen {
-    /// How many writers there are.
+pub(crate) struct SqlWriters {
     pub(crate) writers: u64,
-    /// How many notes they write to at a time; every other one is a memo.
+    /// How many notes they write to at a time. Every other one is a memo.
     pub(crate) notes: u32,
     /// The longest pause between two transactions of a writer, in milliseconds.
     pub(crate) pause: u64,
-    /// The longest time that a transaction stays open with its position taken, in milliseconds. Half of them are
-    /// short.
+    /// How long half of the transactions stay open after they have taken a position, at most, in milliseconds.
     pub(crate) hold: u64,
 }
 
-/// The others are short.
+/// The same of the other half.
 const SHORT: u64 = 20;
 
-impl Pen {
-    /// Writes until `stop`, through whatever happens.
+impl SqlWriters {
+    /// Seldom enough that a note rarely has two events in flight.
+    pub(crate) const USUAL: Self = Self { writers: 4, notes: 4, pause: 700, hold: 300 };
+
+    /// Writes until `stop`, and connects again after each crash.
     pub(crate) async fn write(self, addresses: Arc<Addresses>, seed: u64, stop: CancellationToken) {
         let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
         while !stop.is_cancelled() {
-            // Crashes end a session's life; the next one begins with what stayed.
+            // A crash ends the session. The next one begins with what is stored.
             let _crashed = self.session(&addresses, &mut random, &stop).await;
             stop.run_until_cancelled(tokio::time::sleep(Duration::from_millis(100))).await;
         }
@@ -80,13 +80,13 @@ impl Pen {
     ) -> anyhow::Result<()> {
         let mut conn = addresses.connect("person").await?;
         conn.execute("SET synchronous_commit = off; SET statement_timeout = '10s'").await?;
-        let mut life = 0;
+        let mut generation = 0;
         while !stop.is_cancelled() {
             let number = random.random_range(0..self.notes);
             let kind = if number % 2 == 0 { NOTE } else { MEMO };
             let mut tx = conn.begin().await?;
-            let version = write(&mut tx, kind, &format!("{number}-{life}")).await?;
-            // The position is taken: meanwhile it is a gap.
+            let version = write(&mut tx, kind, &format!("{number}-{generation}")).await?;
+            // The position is taken and not committed: the relay sees a gap.
             let hold = if random.random() { self.hold } else { SHORT.min(self.hold) };
             tokio::time::sleep(Duration::from_millis(random.random_range(0..hold))).await;
             if random.random_ratio(1, 8) {
@@ -95,7 +95,7 @@ impl Pen {
                 tx.commit().await?;
             }
             if version >= VERSIONS {
-                life += 1;
+                generation += 1;
             }
             tokio::time::sleep(Duration::from_millis(random.random_range(0..self.pause))).await;
         }

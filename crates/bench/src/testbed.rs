@@ -1,9 +1,9 @@
-//! Where figures are measured: private durable servers, with databases and virtual hosts of their own.
+//! The servers that figures are measured on: private and durable. Each figure has its own databases and virtual host.
 
 use anyhow::{Context, ensure};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
-use super::figure::Size;
+use super::scale::Scale;
 use devstack::{
     folder::Folder,
     program::{Program, client},
@@ -13,7 +13,7 @@ use devstack::{
     users,
 };
 
-/// As in production, and told what the server was asked.
+/// Durable, as in production, and with statistics of the statements.
 const SETUP: Setup = Setup {
     durable: true,
     settings: &[
@@ -24,26 +24,26 @@ const SETUP: Setup = Setup {
     ..Setup::PASSING
 };
 
-/// The servers, and how much is done on them.
+/// The servers, and the scale of the run.
 #[derive(Debug)]
-pub struct Ground {
+pub struct Testbed {
     /// Its databases `person` and `score` are empty and serve as templates; its programs do not run.
     pub(crate) stack: Stack,
-    /// How much is done.
-    pub(crate) size: Size,
-    /// How busy the machine was before the run.
+    /// The scale of the run.
+    pub(crate) size: Scale,
+    /// The load average of the machine before the run.
     pub(crate) load: String,
 }
 
-impl Ground {
+impl Testbed {
     /// Starts the servers.
-    pub async fn start(size: Size) -> anyhow::Result<Self> {
+    pub async fn start(size: Scale) -> anyhow::Result<Self> {
         let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
         let load = load.split(' ').take(3).collect::<Vec<_>>().join(", ") + " (1, 5 and 15 minutes)";
         Ok(Self { load, stack: Stack::prepare(Folder::temporary()?, SETUP).await?, size })
     }
 
-    /// Stops them, at once: the data goes away.
+    /// Stops the servers at once, since their data is removed.
     pub async fn stop(self) {
         let hurry = tokio_util::sync::CancellationToken::new();
         hurry.cancel();
@@ -65,7 +65,7 @@ impl Ground {
         self.connect(name).await
     }
 
-    /// Removes a database, whoever is connected to it.
+    /// Drops a database, and ends its sessions.
     pub(crate) async fn drop_database(&self, name: &str) -> anyhow::Result<()> {
         let sql = format!("DROP DATABASE {name} WITH (FORCE)");
         self.connect("postgres").await?.execute(AssertSqlSafe(sql)).await?;
@@ -86,8 +86,9 @@ impl Ground {
 
     async fn manage(&self, method: reqwest::Method, vhost: &str) -> anyhow::Result<()> {
         let url = format!("{}/api/vhosts/{vhost}", self.stack.servers.rabbitmq.management_url());
-        let answer = client()?.request(method, url).timeout(std::time::Duration::from_mins(1)).send().await?;
-        ensure!(answer.status().is_success(), "the virtual host {vhost}: {}", answer.status());
+        let response =
+            client()?.request(method, url).timeout(std::time::Duration::from_mins(1)).send().await?;
+        ensure!(response.status().is_success(), "the virtual host {vhost}: {}", response.status());
         Ok(())
     }
 
@@ -96,12 +97,12 @@ impl Ground {
     pub(crate) fn programs(&self, person: &str, score: &str, vhost: &str) -> anyhow::Result<[Program; 5]> {
         let [person_api, person_relay, projector, score_relay, score_api] =
             self.stack.programs_on([person, score], vhost)?;
-        // What is published without a relay comes from the administrator.
+        // The bench publishes without a relay, as the administrator.
         let sources = format!("{},person={}", users::SOURCES, rabbitmq::USER);
         Ok([person_api, person_relay, projector.env("SOURCE", &sources), score_relay, score_api])
     }
 
-    /// Writes what is left to write of earlier rounds, so that none pays for another's.
+    /// Flushes what earlier rounds have written, so that no round pays for another one.
     pub(crate) async fn settle(&self) -> anyhow::Result<()> {
         self.connect("postgres").await?.execute("CHECKPOINT").await?;
         Ok(())

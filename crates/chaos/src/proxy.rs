@@ -1,4 +1,4 @@
-//! A TCP proxy that does to connections what networks do: late, cut off, silent.
+//! A TCP proxy that does to connections what networks do: it delays, resets or swallows what is sent.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -17,73 +17,72 @@ use tokio::{
     time::Instant,
 };
 
-use super::schedule::Direction;
+use super::fault::Direction;
 use devstack::ports;
 
-/// Pieces under way in one direction of a connection; beyond it whoever sends has to wait.
-const PIECES: usize = 64;
+/// Chunks in flight in one direction of a connection. At this limit the sender has to wait.
+const CHUNKS: usize = 64;
 
-/// What a wire is like.
+/// What a link does to its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Weather {
-    /// As if it were not there.
-    Clear,
+pub(crate) enum LinkState {
+    /// Nothing.
+    Up,
     /// Everything arrives this much later, in both directions.
     Slow(Duration),
-    /// Connections break at once, and new ones as well.
+    /// Connections are reset at once, also new ones.
     Cut,
-    /// What is sent in this direction is gone, and neither end is told: a half-open connection. It breaks
-    /// when the silence is over.
-    Silent(Direction),
+    /// What is sent in this direction is lost, and neither end learns of it. At the end the connections are reset.
+    HalfOpen(Direction),
 }
 
-/// A wire's weather, and how often its connections were broken: one breaks when the number is not the one
-/// that it began with.
+/// The state of a link, and how often its connections were reset. A connection is reset when this number differs from
+/// the one at its beginning.
 #[derive(Clone, Copy, Debug)]
-struct State {
-    weather: Weather,
-    breaks: u64,
+struct Epoch {
+    state: LinkState,
+    resets: u64,
 }
 
-impl State {
-    fn silences(&self, to_server: bool) -> bool {
-        match self.weather {
-            Weather::Silent(Direction::Both) => true,
-            Weather::Silent(Direction::ToServer) => to_server,
-            Weather::Silent(Direction::FromServer) => !to_server,
+impl Epoch {
+    fn swallows(&self, to_server: bool) -> bool {
+        match self.state {
+            LinkState::HalfOpen(Direction::Both) => true,
+            LinkState::HalfOpen(Direction::ToServer) => to_server,
+            LinkState::HalfOpen(Direction::FromServer) => !to_server,
             _ => false,
         }
     }
 
     fn delay(&self) -> Duration {
-        if let Weather::Slow(delay) = self.weather { delay } else { Duration::ZERO }
+        if let LinkState::Slow(delay) = self.state { delay } else { Duration::ZERO }
     }
 }
 
 /// A proxy in front of one server for one client. Ends when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Wire {
+pub(crate) struct Proxy {
     port: u16,
-    state: watch::Sender<State>,
+    state: watch::Sender<Epoch>,
     accept: JoinHandle<()>,
 }
 
-impl Wire {
-    /// Listens at a free port of 127.0.0.1 for what is to go to `server`, a port there.
+impl Proxy {
+    /// Listens at a free port of 127.0.0.1 and forwards to the port `server` there.
     pub(crate) async fn to(server: u16) -> anyhow::Result<Self> {
         let port = ports::free();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
             .await
             .with_context(|| format!("the port {port} is not free any more"))?;
-        let state = watch::Sender::new(State { weather: Weather::Clear, breaks: 0 });
-        let told = state.subscribe();
+        let state = watch::Sender::new(Epoch { state: LinkState::Up, resets: 0 });
+        let states = state.subscribe();
         let server = SocketAddr::from((Ipv4Addr::LOCALHOST, server));
         let accept = tokio::spawn(async move {
-            // An error here is of one connection, or of too many open files: the next one may do better.
+            // An error concerns one connection, or there are too many open files: the next accept may succeed.
             loop {
                 match listener.accept().await {
                     Ok((client, _)) => {
-                        tokio::spawn(carry(client, server, told.clone()));
+                        tokio::spawn(forward(client, server, states.clone()));
                     }
                     Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
                 }
@@ -97,38 +96,38 @@ impl Wire {
         self.port
     }
 
-    /// Changes the weather. Whatever was cut or silent has broken by the end.
-    pub(crate) fn turn(&self, weather: Weather) {
-        self.state.send_modify(|state| {
-            let broken = |weather| matches!(weather, Weather::Cut | Weather::Silent(_));
-            if weather == Weather::Cut || broken(state.weather) {
-                state.breaks += 1;
+    /// Puts the link into another state. Connections of a link that was cut or half-open are reset.
+    pub(crate) fn set(&self, next: LinkState) {
+        self.state.send_modify(|epoch| {
+            let was_broken = matches!(epoch.state, LinkState::Cut | LinkState::HalfOpen(_));
+            if next == LinkState::Cut || was_broken {
+                epoch.resets += 1;
             }
-            state.weather = weather;
+            epoch.state = next;
         });
     }
 }
 
-impl Drop for Wire {
+impl Drop for Proxy {
     fn drop(&mut self) {
         self.accept.abort();
     }
 }
 
-/// One connection's life.
-async fn carry(mut client: TcpStream, server: SocketAddr, mut state: watch::Receiver<State>) {
-    let State { weather, breaks } = *state.borrow();
-    let mut broken = {
+/// Forwards one connection until it ends or is reset.
+async fn forward(mut client: TcpStream, server: SocketAddr, mut state: watch::Receiver<Epoch>) {
+    let Epoch { state: link, resets } = *state.borrow();
+    let mut reset = {
         let mut state = state.clone();
         Box::pin(async move {
-            let _wire_is_gone = state.wait_for(|state| state.breaks != breaks).await;
+            let _proxy_is_gone = state.wait_for(|state| state.resets != resets).await;
         })
     };
-    match weather {
-        // Nobody answers, until it is over.
-        Weather::Silent(_) => broken.await,
-        Weather::Cut => {}
-        Weather::Clear | Weather::Slow(_) => {
+    match link {
+        // Accepted, and never answered.
+        LinkState::HalfOpen(_) => reset.await,
+        LinkState::Cut => {}
+        LinkState::Up | LinkState::Slow(_) => {
             if let Ok(mut server) = TcpStream::connect(server).await {
                 let _as_is = client.set_nodelay(true).and_then(|()| server.set_nodelay(true));
                 let (from_client, to_client) = client.split();
@@ -141,39 +140,39 @@ async fn carry(mut client: TcpStream, server: SocketAddr, mut state: watch::Rece
                 };
                 tokio::select! {
                     _ = both => return,
-                    () = &mut broken => {}
+                    () = &mut reset => {}
                 }
                 let _as_is = server.set_zero_linger();
             }
         }
     }
-    // A reset, and not the goodbye of an orderly end.
+    // Without lingering, closing sends a reset.
     let _as_is = client.set_zero_linger();
     state.mark_unchanged();
 }
 
-/// Carries one direction of a connection to its end, which is passed on.
-async fn pump(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, to_server: bool, state: watch::Receiver<State>) {
-    let (send, mut pieces) = mpsc::channel::<(Instant, Vec<u8>)>(PIECES);
-    let mut told = state.clone();
+/// Forwards one direction of a connection, and its end.
+async fn pump(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, to_server: bool, state: watch::Receiver<Epoch>) {
+    let (send, mut chunks) = mpsc::channel::<(Instant, Vec<u8>)>(CHUNKS);
+    let mut states = state.clone();
     let read = async move {
         let mut buffer = vec![0; 16 * 1024];
         loop {
             let read = from.read(&mut buffer).await.unwrap_or(0);
-            // Neither bytes nor the end come through, and afterwards the connection is broken.
-            let heard = told.wait_for(|state| !state.silences(to_server)).await.map(|state| state.delay());
-            let (Ok(delay), true) = (heard, read > 0) else { return };
+            // Bytes and the end wait while the link swallows them; afterwards the connection is reset.
+            let passes = states.wait_for(|state| !state.swallows(to_server)).await.map(|state| state.delay());
+            let (Ok(delay), true) = (passes, read > 0) else { return };
             if send.send((Instant::now() + delay, buffer[..read].to_vec())).await.is_err() {
                 return;
             }
         }
     };
-    let mut told = state;
+    let mut states = state;
     let write = async move {
-        while let Some((at, piece)) = pieces.recv().await {
+        while let Some((at, chunk)) = chunks.recv().await {
             tokio::time::sleep_until(at).await;
-            let heard = told.wait_for(|state| !state.silences(to_server)).await.is_ok();
-            if !heard || to.write_all(&piece).await.is_err() {
+            let passes = states.wait_for(|state| !state.swallows(to_server)).await.is_ok();
+            if !passes || to.write_all(&chunk).await.is_err() {
                 return;
             }
         }
@@ -201,11 +200,11 @@ mod tests {
         port
     }
 
-    async fn connect(wire: &Wire) -> TcpStream {
-        TcpStream::connect((Ipv4Addr::LOCALHOST, wire.port())).await.unwrap()
+    async fn connect(proxy: &Proxy) -> TcpStream {
+        TcpStream::connect((Ipv4Addr::LOCALHOST, proxy.port())).await.unwrap()
     }
 
-    /// What comes back of `x`, or nothing.
+    /// Sends one byte, and returns what comes back.
     async fn ask(stream: &mut TcpStream) -> std::io::Result<Option<u8>> {
         stream.write_all(b"x").await?;
         let mut byte = [0];
@@ -213,50 +212,50 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_sent_arrives_and_so_does_the_end() {
-        let wire = Wire::to(echo().await).await.unwrap();
-        let mut stream = connect(&wire).await;
+    async fn bytes_and_the_end_of_a_connection_arrive() {
+        let proxy = Proxy::to(echo().await).await.unwrap();
+        let mut stream = connect(&proxy).await;
         assert_eq!(ask(&mut stream).await.unwrap(), Some(b'x'));
         stream.shutdown().await.unwrap();
         assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
     }
 
     #[tokio::test]
-    async fn a_slow_wire_is_slow_both_ways() {
-        let wire = Wire::to(echo().await).await.unwrap();
-        wire.turn(Weather::Slow(Duration::from_millis(60)));
-        let mut stream = connect(&wire).await;
+    async fn a_slow_link_is_slow_both_ways() {
+        let proxy = Proxy::to(echo().await).await.unwrap();
+        proxy.set(LinkState::Slow(Duration::from_millis(60)));
+        let mut stream = connect(&proxy).await;
         let begin = Instant::now();
         assert_eq!(ask(&mut stream).await.unwrap(), Some(b'x'));
         assert!(begin.elapsed() >= Duration::from_millis(120));
     }
 
     #[tokio::test]
-    async fn a_cut_wire_resets_what_there_is_and_what_comes() {
-        let wire = Wire::to(echo().await).await.unwrap();
-        let mut before = connect(&wire).await;
+    async fn a_cut_link_resets_old_and_new_connections() {
+        let proxy = Proxy::to(echo().await).await.unwrap();
+        let mut before = connect(&proxy).await;
         assert_eq!(ask(&mut before).await.unwrap(), Some(b'x'));
-        wire.turn(Weather::Cut);
+        proxy.set(LinkState::Cut);
         assert!(before.read(&mut [0]).await.is_err(), "the old one");
-        let mut during = connect(&wire).await;
+        let mut during = connect(&proxy).await;
         assert!(during.read(&mut [0]).await.is_err(), "a new one");
-        wire.turn(Weather::Clear);
-        assert_eq!(ask(&mut connect(&wire).await).await.unwrap(), Some(b'x'));
+        proxy.set(LinkState::Up);
+        assert_eq!(ask(&mut connect(&proxy).await).await.unwrap(), Some(b'x'));
     }
 
     #[tokio::test]
-    async fn a_silent_wire_tells_nobody_and_breaks_in_the_end() {
-        let wire = Wire::to(echo().await).await.unwrap();
+    async fn a_half_open_link_tells_nobody_and_resets_in_the_end() {
+        let proxy = Proxy::to(echo().await).await.unwrap();
         for direction in [Direction::Both, Direction::ToServer, Direction::FromServer] {
-            let mut before = connect(&wire).await;
+            let mut before = connect(&proxy).await;
             assert_eq!(ask(&mut before).await.unwrap(), Some(b'x'));
-            wire.turn(Weather::Silent(direction));
-            let mut during = connect(&wire).await;
+            proxy.set(LinkState::HalfOpen(direction));
+            let mut during = connect(&proxy).await;
             for stream in [&mut before, &mut during] {
                 let asked = tokio::time::timeout(Duration::from_millis(100), ask(stream)).await;
                 assert!(asked.is_err(), "{direction:?}: silence, not {asked:?}");
             }
-            wire.turn(Weather::Clear);
+            proxy.set(LinkState::Up);
             for mut stream in [before, during] {
                 assert!(stream.read(&mut [0]).await.is_err(), "{direction:?}");
             }

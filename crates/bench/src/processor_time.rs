@@ -1,23 +1,22 @@
-//! Who takes how much processor time: what bounds a figure, and a number of it that hardly depends on what
-//! else the machine does.
+//! Processor time by program: it shows what limits a figure, and hardly depends on what else the machine does.
 
 use std::{collections::BTreeMap, fs, time::Duration};
 
 use rustix::{param::clock_ticks_per_second, process};
 
-use super::figure::{Spread, float, number};
+use super::statistics::{Spread, float, number};
 use devstack::proc;
 
-/// Seconds of processor time that each program has taken so far, by name.
+/// Seconds of processor time of each program so far, by name.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Sample(BTreeMap<String, f64>);
 
 impl Sample {
-    /// Of now.
+    /// Takes one.
     pub(crate) fn take() -> Self {
         let mut sample = Self::default();
         let this = process::getpid();
-        // With what has ended: pgbench.
+        // With its children that have ended, such as pgbench.
         sample.add("the bench", proc::processor(this));
         for child in proc::children(this) {
             let tree = std::iter::once(child).chain(proc::descendants(child));
@@ -41,12 +40,12 @@ impl Sample {
     }
 }
 
-/// What the rounds of a figure took.
+/// Microseconds of processor time by program, for each unit of work, round by round.
 #[derive(Debug, Default)]
-pub(crate) struct Spent(BTreeMap<String, Vec<f64>>);
+pub(crate) struct ProcessorTime(BTreeMap<String, Vec<f64>>);
 
-impl Spent {
-    /// Takes in what was spent since `begin` on `count` of something.
+impl ProcessorTime {
+    /// Adds a round that began at the sample `begin` and did `count` units of work.
     pub(crate) fn add(&mut self, begin: &Sample, count: i64) {
         for (name, seconds) in Sample::take().0 {
             let spent = seconds - begin.0.get(&name).copied().unwrap_or_default();
@@ -54,19 +53,19 @@ impl Spent {
         }
     }
 
-    /// The same, of what was done at a `rate` for so long.
+    /// Adds a round that worked at this `rate` for so long.
     pub(crate) fn add_rate(&mut self, begin: &Sample, rate: f64, length: Duration) {
         #[expect(clippy::cast_possible_truncation, reason = "a count")]
         self.add(begin, (rate * length.as_secs_f64()) as i64);
     }
 
     /// The medians, the largest first.
-    pub(crate) fn told(&self) -> String {
+    pub(crate) fn summary(&self) -> String {
         let medians = self.0.iter().map(|(name, each)| (Spread::of(each).median, name));
         let mut medians: Vec<_> = medians.filter(|(median, _)| *median >= 0.5).collect();
         medians.sort_by(|(a, _), (b, _)| b.total_cmp(a));
-        let told: Vec<String> =
+        let summary: Vec<String> =
             medians.iter().map(|(median, name)| format!("{name} {}", number(*median))).collect();
-        told.join(", ")
+        summary.join(", ")
     }
 }

@@ -1,65 +1,68 @@
-//! The inbox stands where the source stands, the read model is the fold of the person database, and the
-//! score's own events add up to it.
+//! The inbox is at the versions of the source, the read model follows from the person database, and the events of the scores
+//! add up to it.
 
 use std::collections::{BTreeMap, HashMap};
 
 use uuid::Uuid;
 
-use super::stored::{Event, Scored, Stored};
+use super::stored::{Event, ScoreRow, Stored};
 use crate::{
+    event::AggregateKey,
     model::Person,
-    subscriber::Key,
-    verdict::{Charge, Findings},
+    violation::{Violation, Violations},
 };
 
-pub(crate) fn judge(stored: &Stored, findings: &Findings) {
-    inbox(stored, findings);
-    read_model(stored, findings);
-    scores(stored, findings);
-    erased(stored, findings);
+pub(crate) fn check(stored: &Stored, violations: &Violations) {
+    inbox(stored, violations);
+    read_model(stored, violations);
+    scores(stored, violations);
+    erased(stored, violations);
 }
 
-fn inbox(stored: &Stored, findings: &Findings) {
-    let mut applied: HashMap<&Key, (i64, Option<Uuid>)> = HashMap::new();
+fn inbox(stored: &Stored, violations: &Violations) {
+    let mut applied: HashMap<&AggregateKey, (i64, Option<Uuid>)> = HashMap::new();
     for row in &stored.applied {
         if row.source != "person" || applied.insert(&row.key, (row.version, row.last_event)).is_some() {
-            findings.add(Charge::InboxBehind, format!("a chain of the source {}: {:?}", row.source, row.key));
+            violations
+                .add(Violation::InboxBehind, format!("a chain of the source {}: {:?}", row.source, row.key));
         }
     }
     for (key, (last, _)) in stored.person.chains.iter().filter(|(key, _)| key.0 == "person") {
-        let event = stored.person.events.get(&(key.clone(), *last)).map(|event| event.seen.id);
+        let event = stored.person.events.get(&(key.clone(), *last)).map(|event| event.summary.id);
         let at = applied.remove(key);
         if at != Some((*last, event)) {
             let at = at.map(|(version, _)| version);
-            findings.add(Charge::InboxBehind, format!("person/{}: {at:?} instead of {last}", key.1));
+            violations.add(Violation::InboxBehind, format!("person/{}: {at:?} instead of {last}", key.1));
         }
     }
     for key in applied.keys() {
-        findings.add(Charge::InboxBehind, format!("{}/{}, which the source does not have", key.0, key.1));
+        violations
+            .add(Violation::InboxBehind, format!("{}/{}, which the source does not have", key.0, key.1));
     }
 }
 
-fn read_model(stored: &Stored, findings: &Findings) {
+fn read_model(stored: &Stored, violations: &Violations) {
     let mut found = stored.scores.clone();
     for (id, person) in &stored.persons {
         let expected = fold(person);
         let row = found.remove(id);
         if row.as_ref() != Some(&expected) {
-            let shown = |row: &Scored| {
+            let shown = |row: &ScoreRow| {
                 format!("version {}, total {}, {} entries", row.version, row.total, row.entries.len())
             };
             let row = row.as_ref().map_or_else(|| "nothing".to_owned(), shown);
-            findings.add(Charge::ModelWrong, format!("person {id}: {row} instead of {}", shown(&expected)));
+            violations
+                .add(Violation::ModelWrong, format!("person {id}: {row} instead of {}", shown(&expected)));
         }
     }
     for id in found.keys() {
-        findings.add(Charge::ModelWrong, format!("person {id} is gone, and still in the read model"));
+        violations.add(Violation::ModelWrong, format!("person {id} is gone, and still in the read model"));
     }
 }
 
-fn fold(person: &Person) -> Scored {
+fn fold(person: &Person) -> ScoreRow {
     let entries = person.items.iter().map(|(id, item)| (*id, (item.kind, item.value, item.points())));
-    Scored {
+    ScoreRow {
         cpf: person.cpf,
         version: person.version,
         total: person.score().to_string(),
@@ -67,14 +70,14 @@ fn fold(person: &Person) -> Scored {
     }
 }
 
-/// The chain of each score ends with its person, or says entry by entry what the read model says.
-fn scores(stored: &Stored, findings: &Findings) {
+/// The last events of each score say what the read model says, entry by entry. The chain of a deleted person has ended.
+fn scores(stored: &Stored, violations: &Violations) {
     let mut chains: BTreeMap<&str, Vec<&Event>> = BTreeMap::new();
     for ((key, _), event) in &stored.score.events {
         chains.entry(&key.1).or_default().push(event);
     }
     let wrong = |id: &dyn std::fmt::Display, why: String| {
-        findings.add(Charge::ScoreWrong, format!("score {id}: {why}"));
+        violations.add(Violation::ScoreWrong, format!("score {id}: {why}"));
     };
     for (person, version) in &stored.chains {
         let count = chains.get(person.to_string().as_str()).map_or(0, Vec::len);
@@ -84,46 +87,47 @@ fn scores(stored: &Stored, findings: &Findings) {
     }
     for (id, scored) in &stored.scores {
         let events = chains.remove(id.to_string().as_str()).unwrap_or_default();
-        let mut told: BTreeMap<&str, &str> = BTreeMap::new();
+        let mut published: BTreeMap<&str, &str> = BTreeMap::new();
         let mut total = "0";
         for event in events {
-            let Some(entry) = &event.seen.entry else {
-                wrong(id, format!("{} without a score", event.seen.type_));
+            let Some(entry) = &event.summary.entry else {
+                wrong(id, format!("{} without a score", event.summary.type_));
                 continue;
             };
-            told.insert(&event.seen.record, &entry.score);
+            published.insert(&event.summary.record, &entry.score);
             total = &entry.total;
         }
         if total != scored.total {
             wrong(id, format!("the last event says {total}, the read model {}", scored.total));
         }
         for (entry, (_, _, score)) in &scored.entries {
-            let said = told.remove(entry.to_string().as_str());
+            let said = published.remove(entry.to_string().as_str());
             if said != Some(score.to_string().as_str()) {
                 wrong(id, format!("entry {entry}: {said:?} instead of {score}"));
             }
         }
-        for (entry, said) in told.into_iter().filter(|(_, said)| *said != "0") {
+        for (entry, said) in published.into_iter().filter(|(_, said)| *said != "0") {
             wrong(id, format!("entry {entry} is gone, and its last event says {said}"));
         }
     }
     for (id, events) in chains {
-        if events.last().is_none_or(|event| event.seen.type_ != "score.deleted") {
+        if events.last().is_none_or(|event| event.summary.type_ != "score.deleted") {
             wrong(&id, "its person is gone, and its chain does not end".to_owned());
         }
     }
 }
 
-/// Of who has ended, nothing is left.
-fn erased(stored: &Stored, findings: &Findings) {
+/// Nothing of an ended aggregate is left.
+fn erased(stored: &Stored, violations: &Violations) {
     for (outbox, end) in [(&stored.person, "person.deleted"), (&stored.score, "score.deleted")] {
         for ((key, version), event) in &outbox.events {
             let last = outbox.chains.get(key).map_or(0, |(last, _)| *last);
-            let ends = outbox.events.get(&(key.clone(), last)).is_some_and(|event| event.seen.type_ == end);
-            if ends && *version < last && !event.seen.erased {
-                findings.add(
-                    Charge::LeftOver,
-                    format!("{}/{} has ended, and the content of version {version} is there", key.0, key.1),
+            let ends =
+                outbox.events.get(&(key.clone(), last)).is_some_and(|event| event.summary.type_ == end);
+            if ends && *version < last && !event.summary.erased {
+                violations.add(
+                    Violation::LeftOver,
+                    format!("{}/{} has ended, and version {version} still has its content", key.0, key.1),
                 );
             }
         }

@@ -1,4 +1,4 @@
-//! What is found to be wrong, counted by charge.
+//! Broken promises, counted by kind.
 
 use std::{
     collections::BTreeMap,
@@ -7,18 +7,18 @@ use std::{
 
 use serde::Serialize;
 
-/// Examples of each charge that are kept.
+/// How many examples of each violation are recorded.
 const EXAMPLES: usize = 5;
 
-/// What can be wrong. Every run looks for each.
+/// A promise that is broken. Every run checks all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Charge {
+pub enum Violation {
     /// A write that was acknowledged is not stored.
     WriteLost,
     /// A write was stored more often than it was asked for.
     WriteDoubled,
-    /// What is stored, or was answered, is not what was written.
+    /// What is stored, or what a response said, is not what was written.
     WriteWrong,
     /// A score that was read with a write's token does not contain it.
     ReadWrong,
@@ -26,19 +26,19 @@ pub enum Charge {
     EventLost,
     /// An event reached the subscriber and is not stored.
     EventTakenBack,
-    /// A version was delivered for the first time behind a later one.
+    /// A version was delivered for the first time after a later one.
     EventOutOfOrder,
     /// A delivery's body or properties are not those of the event.
     EventWrong,
-    /// Versions of an aggregate have a hole, or a version is there twice.
+    /// Versions of an aggregate have a hole, or a version is stored twice.
     VersionsWrong,
-    /// The inbox does not stand where the source stands.
+    /// The inbox is not at the version of the source.
     InboxBehind,
-    /// The read model is not the fold of the person database.
+    /// The read model differs from the person database.
     ModelWrong,
     /// The events of a score do not add up to it.
     ScoreWrong,
-    /// Something is parked, held or rejected that no fault explains, or still is at the end.
+    /// An event is parked, held or rejected at the end, or the content of an ended aggregate is not erased.
     LeftOver,
     /// A relay has not settled everything.
     Unsettled,
@@ -48,13 +48,13 @@ pub enum Charge {
     Ended,
     /// The outbox has dead rows that neither erasure nor a rollback explains.
     DeadRows,
-    /// A program took more memory than it may.
+    /// A program used more memory than its limit.
     Memory,
-    /// A client could not finish.
+    /// A client could not learn the outcome of a write.
     Unfinished,
 }
 
-impl Charge {
+impl Violation {
     /// All of them, in the order of the table.
     pub const ALL: [Self; 19] = [
         Self::WriteLost,
@@ -78,8 +78,8 @@ impl Charge {
         Self::Unfinished,
     ];
 
-    /// In words, as a row of the table.
-    pub fn words(self) -> &'static str {
+    /// Its row of the table.
+    pub fn description(self) -> &'static str {
         match self {
             Self::WriteLost => "acknowledged writes lost",
             Self::WriteDoubled => "writes doubled",
@@ -93,18 +93,18 @@ impl Charge {
             Self::InboxBehind => "aggregates whose inbox is not at the source's version",
             Self::ModelWrong => "rows of the read model that differ from the person database",
             Self::ScoreWrong => "scores that differ from their events",
-            Self::LeftOver => "parked, held or rejected without a cause, or still",
+            Self::LeftOver => "events parked, held or rejected at the end, or content not erased",
             Self::Unsettled => "relays that have not settled everything",
             Self::NotReady => "programs not ready at the end",
             Self::Ended => "programs that ended by themselves",
             Self::DeadRows => "dead rows of the outbox beyond erasures and rollbacks",
-            Self::Memory => "programs above their bound of memory",
+            Self::Memory => "programs above their memory limit",
             Self::Unfinished => "clients that could not finish",
         }
     }
 
     /// Where to look first.
-    pub fn look_at(self) -> &'static str {
+    pub fn where_to_look(self) -> &'static str {
         match self {
             Self::WriteLost | Self::WriteDoubled | Self::WriteWrong | Self::Unfinished => {
                 "log/person-api.log; the person's rows and events: SELECT … FROM outbox.event WHERE aggregate_id = …"
@@ -125,38 +125,38 @@ impl Charge {
     }
 }
 
-/// What was found, from wherever it was seen.
+/// The violations that were found so far.
 #[derive(Debug, Default)]
-pub(crate) struct Findings {
-    found: Mutex<BTreeMap<Charge, Found>>,
+pub(crate) struct Violations {
+    found: Mutex<BTreeMap<Violation, Occurrences>>,
 }
 
-/// How often, and the first examples.
+/// How often a violation was found, and the first examples.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Found {
-    /// How often it was found.
+pub struct Occurrences {
+    /// How often.
     pub count: usize,
-    /// The first few, in words. They name no one but by UUID.
+    /// The first few, in words. They name persons by UUID only.
     pub examples: Vec<String>,
 }
 
-impl Findings {
-    /// Something is wrong.
-    pub(crate) fn add(&self, charge: Charge, example: String) {
+impl Violations {
+    /// Adds an example.
+    pub(crate) fn add(&self, violation: Violation, example: String) {
         let mut found = self.lock();
-        let found = found.entry(charge).or_default();
+        let found = found.entry(violation).or_default();
         found.count += 1;
         if found.examples.len() < EXAMPLES {
             found.examples.push(example);
         }
     }
 
-    /// Everything that was found.
-    pub(crate) fn all(&self) -> BTreeMap<Charge, Found> {
+    /// All that were found.
+    pub(crate) fn all(&self) -> BTreeMap<Violation, Occurrences> {
         self.lock().clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Charge, Found>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Violation, Occurrences>> {
         self.found.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
