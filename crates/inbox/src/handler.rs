@@ -76,47 +76,27 @@ impl Failure {
     }
 }
 
-/// Transient when the database is at fault (see [`is_transient`]), a conflict when another transaction was preferred,
-/// poison when the statement is at fault, and too long when it was ended by our own limit.
+/// By what the database's failure means for the program: see [`outbox::database::Failure`]. Only a defect of the
+/// statement or of a value, or a missing right, is the event's own; whatever keeps the database from working for any
+/// event passes, also where an operator has to do something first.
 impl From<sqlx::Error> for Failure {
     fn from(error: sqlx::Error) -> Self {
+        use outbox::database::Failure as Database;
+
         let reason = describe(&error);
-        match error {
-            error if is_too_long(&error) => Self::TooLong(reason),
-            error if is_conflict(&error) => Self::Conflict(reason),
-            error if is_transient(&error) => Self::Transient(reason),
-            _ => Self::Poison(reason),
+        match Database::of(&error) {
+            Database::Cancelled => Self::TooLong(reason),
+            Database::Conflict => Self::Conflict(reason),
+            Database::Away
+            | Database::Locked
+            | Database::Restarting
+            | Database::Resources
+            | Database::ReadOnly
+            | Database::Login
+            | Database::Pooler => Self::Transient(reason),
+            // Row security refuses single rows with the code of a missing right: to wait would stop every other event.
+            Database::Forbidden | Database::Defect => Self::Poison(reason),
         }
-    }
-}
-
-/// Whether the server ended a statement that took longer than the session allows. A limit of our own is no fault of the
-/// database that passes.
-pub(crate) fn is_too_long(error: &sqlx::Error) -> bool {
-    error.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref() == Some("57014")
-}
-
-/// Whether the server rolled the transaction back in favour of another one: a deadlock or a serialization failure.
-pub(crate) fn is_conflict(error: &sqlx::Error) -> bool {
-    outbox::database::Failure::of(error) == outbox::database::Failure::Conflict
-}
-
-/// Whether the same statement may succeed later: the connection broke, or SQLSTATE says so. The classes
-/// are 08 connection, 40 rollback (deadlock, serialization), 53 resources, 57 operator intervention
-/// (shutdown, timeout), 55P03, a lock that was not available, and 25006, a server that takes no writes.
-pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
-    match error {
-        sqlx::Error::Database(db) => db.code().is_some_and(|code| {
-            ["55P03", "25006"].contains(&&*code)
-                || ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class))
-        }),
-        sqlx::Error::Io(_)
-        | sqlx::Error::Tls(_)
-        | sqlx::Error::Protocol(_)
-        | sqlx::Error::PoolTimedOut
-        | sqlx::Error::PoolClosed
-        | sqlx::Error::WorkerCrashed => true,
-        _ => false,
     }
 }
 
@@ -135,7 +115,7 @@ pub(crate) fn describe(error: &sqlx::Error) -> String {
         };
     };
     let mut text = format!("database error {}", db.code().unwrap_or_default());
-    if is_too_long(error) {
+    if outbox::database::Failure::of(error) == outbox::database::Failure::Cancelled {
         text.push_str(" (a statement took longer than statement_timeout allows)");
     }
     for (label, name) in [("table", db.table()), ("constraint", db.constraint())] {
@@ -146,5 +126,102 @@ pub(crate) fn describe(error: &sqlx::Error) -> String {
     match db.code().as_deref().and_then(outbox::database::meaning) {
         Some(meaning) => format!("{text}: {meaning}"),
         None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{borrow::Cow, error::Error, fmt};
+
+    use sqlx::error::{DatabaseError, ErrorKind};
+
+    use super::{Failure, Failure::*};
+    use crate::transaction::Stop;
+
+    /// An error that the server answers with.
+    #[derive(Debug)]
+    struct Refusal(&'static str);
+
+    impl fmt::Display for Refusal {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("Key (cpf)=(11111111111) is wrong")
+        }
+    }
+
+    impl Error for Refusal {}
+
+    impl DatabaseError for Refusal {
+        fn message(&self) -> &str {
+            "Key (cpf)=(11111111111) is wrong"
+        }
+        fn code(&self) -> Option<Cow<'_, str>> {
+            Some(self.0.into())
+        }
+        fn as_error(&self) -> &(dyn Error + Send + Sync + 'static) {
+            self
+        }
+        fn as_error_mut(&mut self) -> &mut (dyn Error + Send + Sync + 'static) {
+            self
+        }
+        fn into_error(self: Box<Self>) -> Box<dyn Error + Send + Sync + 'static> {
+            self
+        }
+        fn kind(&self) -> ErrorKind {
+            ErrorKind::Other
+        }
+    }
+
+    fn refusal(code: &'static str) -> sqlx::Error {
+        sqlx::Error::Database(Box::new(Refusal(code)))
+    }
+
+    /// What becomes of an event whose handler gets this error, and of the transaction when one of the inbox's own
+    /// statements does. Each of the database's failures has a line.
+    #[test]
+    fn each_failure_of_the_database_has_its_consequence() {
+        type Means = fn(String) -> Failure;
+        let io = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
+        let table: [(&str, sqlx::Error, Means); 25] = [
+            ("Away: the connection broke", io(), Transient),
+            ("Away: no connection in time", sqlx::Error::PoolTimedOut, Transient),
+            ("Away: the pool is closed", sqlx::Error::PoolClosed, Transient),
+            ("Away: a protocol error", sqlx::Error::Protocol("half a message".to_owned()), Transient),
+            ("Away: connection failure", refusal("08006"), Transient),
+            ("Conflict: serialization failure", refusal("40001"), Conflict),
+            ("Conflict: deadlock", refusal("40P01"), Conflict),
+            ("Locked: lock not available", refusal("55P03"), Transient),
+            ("Cancelled: statement timeout", refusal("57014"), TooLong),
+            ("Restarting: shutdown", refusal("57P01"), Transient),
+            ("Restarting: starting up", refusal("57P03"), Transient),
+            ("Restarting: idle session timeout", refusal("57P05"), Transient),
+            ("Resources: disk full", refusal("53100"), Transient),
+            ("Resources: too many connections", refusal("53300"), Transient),
+            ("ReadOnly: a standby", refusal("25006"), Transient),
+            ("Login: wrong password", refusal("28P01"), Transient),
+            ("Login: no such database", refusal("3D000"), Transient),
+            ("Pooler: no such prepared statement", refusal("26000"), Transient),
+            ("Pooler: statement prepared by another client", refusal("42P05"), Transient),
+            ("Pooler: protocol violation", refusal("08P01"), Transient),
+            ("Forbidden: a missing right, or row security", refusal("42501"), Poison),
+            ("Defect: unique violation", refusal("23505"), Poison),
+            ("Defect: undefined table", refusal("42P01"), Poison),
+            ("Defect: a value out of range", refusal("22003"), Poison),
+            ("Defect: a row that is not there", sqlx::Error::RowNotFound, Poison),
+        ];
+        for (case, error, means) in table {
+            let reason = super::describe(&error);
+            assert!(!reason.contains("11111111111"), "{case}: {reason}");
+            assert_eq!(Failure::from(error), means(reason), "{case}");
+        }
+    }
+
+    /// A statement of the inbox's own is no event's: what a handler's event would be held for fails the transaction.
+    #[test]
+    fn the_inbox_itself_fails_where_a_handler_refuses() {
+        assert!(matches!(Stop::from(refusal("23505")), Stop::Failed(_)));
+        assert!(matches!(Stop::from(refusal("42501")), Stop::Failed(_)));
+        assert!(matches!(Stop::from(refusal("28P01")), Stop::Transient(_)));
+        assert!(matches!(Stop::from(refusal("40001")), Stop::Conflict(_)));
+        assert!(matches!(Stop::from(refusal("57014")), Stop::TooLong(_)));
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     attempt::{Attempt, NEVER_CAME_BACK},
     chain::{Key, Reason},
     failpoint,
-    handler::{describe, is_conflict, is_too_long, is_transient},
+    handler::describe,
     ledger::{Ledger, NEAR, UNREADABLE},
     plan::{Message, Plan},
     save::{Rejected, Rejection},
@@ -124,13 +124,7 @@ impl Stop {
 
 impl From<sqlx::Error> for Stop {
     fn from(error: sqlx::Error) -> Self {
-        let reason = describe(&error);
-        match error {
-            error if is_too_long(&error) => Self::TooLong(reason),
-            error if is_conflict(&error) => Self::Conflict(reason),
-            error if is_transient(&error) => Self::Transient(reason),
-            _ => Self::Failed(reason),
-        }
+        Failure::from(error).into()
     }
 }
 
