@@ -8,7 +8,7 @@ use sqlx::PgPool;
 
 use crate::{
     rejected::REASONS,
-    save::{NOT_KEPT, Rejection},
+    rejection::{NOT_KEPT, Rejection},
 };
 
 /// How many are named; the rest is counted.

@@ -9,9 +9,9 @@ use crate::{
     Event, Handler, Sequencer,
     chain::{Key, Reason},
     handler::describe,
+    rollback::Rollback,
     save::json_text,
     schema::BEGIN,
-    transaction::Stop,
 };
 
 /// How often an event may be tried without its handler coming back.
@@ -38,7 +38,7 @@ impl<H: Handler> Sequencer<H> {
         &self,
         event: &Event,
         held: Option<(Reason, i32)>,
-    ) -> Result<Option<Attempt>, Stop> {
+    ) -> Result<Option<Attempt>, Rollback> {
         let (key, version) = (Key::from(event), event.version);
         // This process has tried it, and lives.
         let survived =
@@ -55,10 +55,10 @@ impl<H: Handler> Sequencer<H> {
             self.keep(&mut *tx, event, Reason::Trying, None, attempts).await?;
             tx.commit().await
         };
-        commit.await.map_err(|error| match Stop::from(error) {
-            Stop::Conflict(reason) => Stop::Conflict(reason),
+        commit.await.map_err(|error| match Rollback::from(error) {
+            Rollback::Conflict(reason) => Rollback::Conflict(reason),
             // Whatever it is, it is not the handler's.
-            other => Stop::Transient(other.reason()),
+            other => Rollback::Transient(other.reason()),
         })?;
         Ok(Some(Attempt { key, version, attempts, held: held.is_some() }))
     }
@@ -117,7 +117,7 @@ impl<H: Handler> Sequencer<H> {
         event: &Event,
         reason: &str,
         attempts: i32,
-    ) -> Result<(), Stop> {
+    ) -> Result<(), Rollback> {
         self.keep(&mut **tx, event, Reason::Poison, Some(reason), attempts).await?;
         tracing::warn!(
             consumer = self.consumer,

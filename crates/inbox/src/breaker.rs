@@ -11,11 +11,7 @@ use std::{
 };
 
 use crate::{
-    Handler, Sequencer,
-    attempt::NEVER_CAME_BACK,
-    chain::Key,
-    sources::name,
-    transaction::{Mode, Stop},
+    Handler, Sequencer, attempt::NEVER_CAME_BACK, chain::Key, rollback::Rollback, sources::name, work::Mode,
 };
 
 /// Sources that are remembered at most, where every source is followed.
@@ -134,7 +130,7 @@ impl<H: Handler> Sequencer<H> {
     }
 
     /// Tries again what was refused, as long as that succeeds. None when it may go on, else why not.
-    pub(crate) async fn mend(&self, limit: u32) -> Result<Option<String>, Stop> {
+    pub(crate) async fn mend(&self, limit: u32) -> Result<Option<String>, Rollback> {
         loop {
             let overfull = self.overfull(limit).await?;
             let Some(reason) = overfull.clone().or_else(|| self.broken()) else { return Ok(None) };

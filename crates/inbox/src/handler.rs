@@ -136,7 +136,6 @@ mod tests {
     use sqlx::error::{DatabaseError, ErrorKind};
 
     use super::{Failure, Failure::*};
-    use crate::transaction::Stop;
 
     /// An error that the server answers with.
     #[derive(Debug)]
@@ -175,8 +174,9 @@ mod tests {
         sqlx::Error::Database(Box::new(Refusal(code)))
     }
 
-    /// What becomes of an event whose handler gets this error, and of the transaction when one of the inbox's own
-    /// statements does. Each of the database's failures has a line.
+    /// What becomes of an event whose handler gets this error. Each of the database's failures has a line. An error of
+    /// the inbox's own statements means the same, except that poison fails the transaction: see
+    /// [`Rollback`](crate::rollback::Rollback).
     #[test]
     fn each_failure_of_the_database_has_its_consequence() {
         type Means = fn(String) -> Failure;
@@ -213,15 +213,5 @@ mod tests {
             assert!(!reason.contains("11111111111"), "{case}: {reason}");
             assert_eq!(Failure::from(error), means(reason), "{case}");
         }
-    }
-
-    /// A statement of the inbox's own is no event's: what a handler's event would be held for fails the transaction.
-    #[test]
-    fn the_inbox_itself_fails_where_a_handler_refuses() {
-        assert!(matches!(Stop::from(refusal("23505")), Stop::Failed(_)));
-        assert!(matches!(Stop::from(refusal("42501")), Stop::Failed(_)));
-        assert!(matches!(Stop::from(refusal("28P01")), Stop::Transient(_)));
-        assert!(matches!(Stop::from(refusal("40001")), Stop::Conflict(_)));
-        assert!(matches!(Stop::from(refusal("57014")), Stop::TooLong(_)));
     }
 }

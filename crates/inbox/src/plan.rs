@@ -6,38 +6,20 @@ use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    Envelope, Event, Outcome, Sources,
+    Event, Outcome,
     chain::{Decision, Held, Key, Next, Reason},
-    kept::Kept,
     ledger::Ledger,
-    save::{Rejected, Rejection},
-    transaction::{Mode, Stop},
+    parsed::ParsedMessage,
+    rejection::Rejection,
+    rollback::Rollback,
+    save_rejected::RejectedMessage,
+    stored_message::StoredMessage,
+    work::Mode,
 };
 
 /// Why an event that came too early is rejected.
 const TOO_MANY: &str =
     "earlier versions have not arrived, and as many events wait for such as may: have the aggregate replayed";
-
-/// A message, parsed once for all tries.
-pub(crate) struct Message<'a> {
-    pub(crate) envelope: &'a Envelope,
-    /// The event in it, or why it is rejected.
-    pub(crate) event: Result<Event, (Rejection, String)>,
-    /// What is kept of it when it is none.
-    kept: Option<Kept<'a>>,
-}
-
-impl<'a> Message<'a> {
-    /// Who sent it comes first: what is foreign is not looked into.
-    pub(crate) fn new(envelope: &'a Envelope, sources: &Sources) -> Self {
-        let event = match sources.refuse(envelope) {
-            Some(refused) => Err(refused),
-            None => envelope.event().map_err(|malformed| (Rejection::Malformed, malformed.to_string())),
-        };
-        let kept = event.as_ref().err().map(|(reason, _)| Kept::of(envelope, *reason));
-        Self { envelope, event, kept }
-    }
-}
 
 /// An event whose turn it is.
 pub(crate) struct Due<'a> {
@@ -64,7 +46,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) due: Vec<Due<'a>>,
     /// Aggregates with held events that may be next, but for which the budget did not last.
     pub(crate) unfinished: Vec<Key>,
-    pub(crate) rejected: Vec<Rejected<'a>>,
+    pub(crate) rejected: Vec<RejectedMessage<'a>>,
     pub(crate) outcome: Outcome,
 }
 
@@ -83,7 +65,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Takes a message that was received.
-    pub(crate) fn message(&mut self, message: &'a Message<'a>) -> Result<(), Stop> {
+    pub(crate) fn message(&mut self, message: &'a ParsedMessage<'a>) -> Result<(), Rollback> {
         let event = match &message.event {
             Ok(event) => event,
             Err((reason, detail)) => {
@@ -105,7 +87,7 @@ impl<'a> Plan<'a> {
         match self.ledger.chain(&key)?.decide(event) {
             Decision::Duplicate => self.outcome.duplicates += 1,
             Decision::Tried if self.mode == Mode::Together => {
-                return Err(Stop::Failed("an event that may end the process is taken alone".to_owned()));
+                return Err(Rollback::Failed("an event that may end the process is taken alone".to_owned()));
             }
             Decision::Fork(detail) => {
                 self.outcome.forks += 1;
@@ -162,16 +144,16 @@ impl<'a> Plan<'a> {
 
     fn reject(
         &mut self,
-        message: &'a Message<'a>,
+        message: &'a ParsedMessage<'a>,
         event: Option<&'a Event>,
         reason: Rejection,
         detail: String,
     ) {
-        let kept = match &message.kept {
-            Some(kept) => Cow::Borrowed(kept),
-            None => Cow::Owned(Kept::of(message.envelope, reason)),
+        let stored = match &message.stored {
+            Some(stored) => Cow::Borrowed(stored),
+            None => Cow::Owned(StoredMessage::of(message.envelope, reason)),
         };
-        self.rejected.push(Rejected { kept, event, reason, detail });
+        self.rejected.push(RejectedMessage { stored, event, reason, detail });
     }
 
     /// The events to apply, whole.

@@ -17,8 +17,8 @@ use crate::{
     handler::describe,
     held::{self, Filter},
     ledger::{Ledger, UNREADABLE},
+    rollback::Rollback,
     schema::BEGIN,
-    transaction::Stop,
 };
 
 /// How many aggregates are looked up at once.
@@ -116,16 +116,16 @@ pub enum NotDone {
 
 impl From<sqlx::Error> for NotDone {
     fn from(error: sqlx::Error) -> Self {
-        Stop::from(error).into()
+        Rollback::from(error).into()
     }
 }
 
-impl From<Stop> for NotDone {
-    fn from(stop: Stop) -> Self {
-        match stop {
-            Stop::Transient(reason) | Stop::TooLong(reason) => Self::Transient(reason),
-            Stop::Conflict(reason) => Self::Conflict(reason),
-            stop => Self::Failed(stop.reason()),
+impl From<Rollback> for NotDone {
+    fn from(rollback: Rollback) -> Self {
+        match rollback {
+            Rollback::Transient(reason) | Rollback::TooLong(reason) => Self::Transient(reason),
+            Rollback::Conflict(reason) => Self::Conflict(reason),
+            rollback => Self::Failed(rollback.reason()),
         }
     }
 }
@@ -214,7 +214,7 @@ impl<H: Handler> Sequencer<H> {
     ) -> Result<(Transaction<'static, Postgres>, Ledger<'_>), NotDone> {
         let mut tx =
             self.pool.begin_with(BEGIN).await.map_err(|error| NotDone::Transient(describe(&error)))?;
-        self.handler.begin(&mut tx).await.map_err(Stop::from)?;
+        self.handler.begin(&mut tx).await.map_err(Rollback::from)?;
         let mut ledger = Ledger::lock(&mut tx, &self.consumer, &BTreeSet::from([key.clone()])).await?;
         ledger.read_held(&mut tx, &[]).await?;
         Ok((tx, ledger))

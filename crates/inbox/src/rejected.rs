@@ -5,7 +5,7 @@ use serde::Serialize;
 use serde_json::Value;
 use sqlx::PgConnection;
 
-use crate::{held::text, save::Rejection};
+use crate::{held::text, rejection::Rejection};
 
 /// Why a message is rejected.
 pub const REASONS: [&str; 4] = {

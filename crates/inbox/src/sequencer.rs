@@ -1,16 +1,17 @@
-use std::{collections::BTreeSet, ops::AddAssign, slice, sync::Mutex, time::Duration};
+use std::{collections::BTreeSet, slice, sync::Mutex, time::Duration};
 
 use outbox::database::Session;
 use sqlx::PgPool;
 
 use crate::{
-    Envelope, Handler, Sources,
+    Envelope, Handler, Interrupted, Outcome, Sources,
     breaker::Streaks,
     chain::Key,
     ledger::NEAR,
     limits::Limits,
-    plan::Message,
-    transaction::{Mode, Stop, Work},
+    parsed::ParsedMessage,
+    rollback::Rollback,
+    work::{Mode, Work},
 };
 
 /// Applies events once and in order, whatever order and however often they arrive.
@@ -45,55 +46,8 @@ pub struct Sequencer<H> {
     pub(crate) limits: Limits,
 }
 
-/// What became of messages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
-    /// Applied, those that had been held included.
-    pub applied: u64,
-    /// Nothing to do: applied or held before.
-    pub duplicates: u64,
-    /// Newly held because an earlier version is missing or is poison.
-    pub held: u64,
-    /// Newly refused by the handler.
-    pub poison: u64,
-    /// No events.
-    pub rejected: u64,
-    /// From sources that are not followed.
-    pub foreign: u64,
-    /// Of a followed source, from a user that does not publish it.
-    pub wrong_user: u64,
-    /// Suspected forks.
-    pub forks: u64,
-}
-
-impl AddAssign for Outcome {
-    fn add_assign(&mut self, other: Self) {
-        self.applied += other.applied;
-        self.duplicates += other.duplicates;
-        self.held += other.held;
-        self.poison += other.poison;
-        self.rejected += other.rejected;
-        self.foreign += other.foreign;
-        self.wrong_user += other.wrong_user;
-        self.forks += other.forks;
-    }
-}
-
 /// A database that takes longer for a tiny commit is slow with everything.
 const QUICK: Duration = Duration::from_secs(1);
-
-/// Why messages were not settled. Deliver those from `settled` on again.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{reason}")]
-pub struct Interrupted {
-    /// How many messages from the start are settled all the same.
-    pub settled: usize,
-    /// What happened, for logs and readiness.
-    pub reason: String,
-    /// The database refused the inbox's own statements for the first unsettled message, and another
-    /// try would end the same way. False when it passes.
-    pub refused: bool,
-}
 
 impl<H: Handler> Sequencer<H> {
     /// A sequencer under the name `consumer`, which must stay the same for as long as the read model
@@ -123,8 +77,8 @@ impl<H: Handler> Sequencer<H> {
     /// bad event costs nobody else, and about twice the logarithm of the batch. Everything that is reported as
     /// settled is committed, and may be acknowledged.
     pub async fn apply(&self, messages: &[Envelope]) -> Result<Outcome, Interrupted> {
-        let messages: Vec<Message<'_>> =
-            messages.iter().map(|message| Message::new(message, &self.sources)).collect();
+        let messages: Vec<ParsedMessage<'_>> =
+            messages.iter().map(|message| ParsedMessage::new(message, &self.sources)).collect();
         let mut outcome = Outcome::default();
         let mut settled = 0;
         let mut parts = vec![messages.as_slice()];
@@ -138,7 +92,7 @@ impl<H: Handler> Sequencer<H> {
                         return Err(Interrupted { settled, reason, refused: false });
                     }
                 }
-                Err(Stop::Failed(reason) | Stop::TooLong(reason)) if part.len() > 1 => {
+                Err(Rollback::Failed(reason) | Rollback::TooLong(reason)) if part.len() > 1 => {
                     tracing::debug!(
                         reason,
                         messages = part.len(),
@@ -147,7 +101,7 @@ impl<H: Handler> Sequencer<H> {
                     let (first, second) = part.split_at(part.len() / 2);
                     parts.extend([second, first]);
                 }
-                Err(stop) => return Err(stop.after(settled)),
+                Err(rollback) => return Err(rollback.after(settled)),
             }
         }
         Ok(outcome)
@@ -156,7 +110,7 @@ impl<H: Handler> Sequencer<H> {
     /// Settles one message whose handler may end the process. That it is tried is committed before the
     /// handler runs, and an event whose handler has not come back three times is held as poison.
     pub async fn attempt(&self, message: &Envelope) -> Result<Outcome, Interrupted> {
-        let message = Message::new(message, &self.sources);
+        let message = ParsedMessage::new(message, &self.sources);
         let settled = async {
             let (outcome, mut unfinished) = self.alone(Work::suspect(&message)).await?;
             let mut outcome = outcome;
@@ -168,11 +122,11 @@ impl<H: Handler> Sequencer<H> {
             }
             Ok(outcome)
         };
-        settled.await.map_err(|stop: Stop| stop.after(0))
+        settled.await.map_err(|rollback: Rollback| rollback.after(0))
     }
 
     /// Tries again the event that stops an aggregate, and applies what waits behind it.
-    pub(crate) async fn retry(&self, key: &Key) -> Result<Outcome, Stop> {
+    pub(crate) async fn retry(&self, key: &Key) -> Result<Outcome, Rollback> {
         let (mut outcome, unfinished) = self.alone(Work::one_held(slice::from_ref(key), Mode::Retry)).await?;
         outcome += self.drain(unfinished).await?;
         Ok(outcome)
@@ -180,11 +134,11 @@ impl<H: Handler> Sequencer<H> {
 
     /// One transaction for the messages, then as many as it takes for what they freed. What is left of `several`
     /// that failed goes into a savepoint at once, which most messages that come alone need not pay for.
-    async fn settle(&self, messages: &[Message<'_>], several: bool) -> Result<Outcome, Stop> {
+    async fn settle(&self, messages: &[ParsedMessage<'_>], several: bool) -> Result<Outcome, Rollback> {
         let settled = match messages {
             [message] if several => self.alone(Work::alone(message)).await,
             _ => match (self.transaction(Work::messages(messages)).await, messages) {
-                (Err(Stop::Failed(_) | Stop::TooLong(_)), [message]) => {
+                (Err(Rollback::Failed(_) | Rollback::TooLong(_)), [message]) => {
                     self.alone(Work::alone(message)).await
                 }
                 (settled, _) => settled,
@@ -196,7 +150,7 @@ impl<H: Handler> Sequencer<H> {
     }
 
     /// Applies what is held next, as much at a time as succeeds.
-    async fn drain(&self, mut unfinished: Vec<Key>) -> Result<Outcome, Stop> {
+    async fn drain(&self, mut unfinished: Vec<Key>) -> Result<Outcome, Rollback> {
         let mut outcome = Outcome::default();
         let mut budget = NEAR;
         while !unfinished.is_empty() {
@@ -208,8 +162,8 @@ impl<H: Handler> Sequencer<H> {
                     unfinished = rest;
                     budget = NEAR.min(budget * 2);
                 }
-                Err(Stop::Failed(_) | Stop::TooLong(_)) if budget > 1 => budget /= 2,
-                Err(stop) => return Err(stop),
+                Err(Rollback::Failed(_) | Rollback::TooLong(_)) if budget > 1 => budget /= 2,
+                Err(rollback) => return Err(rollback),
             }
         }
         Ok(outcome)
@@ -218,12 +172,12 @@ impl<H: Handler> Sequencer<H> {
     /// A transaction for one event. When it takes longer than it may, it is tried once more, and then the event is held
     /// with the reason: the limit is our own, and the same attempt would end the same way for ever, while everybody
     /// waits. Unless the database is slow with anything: then it is nobody's fault, and passes.
-    async fn alone(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Stop> {
+    async fn alone(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Rollback> {
         let mut done = self.transaction(work).await;
         for again in [true, false] {
-            let Err(Stop::TooLong(reason)) = done else { return done };
+            let Err(Rollback::TooLong(reason)) = done else { return done };
             if !self.is_quick().await {
-                return Err(Stop::Transient(reason));
+                return Err(Rollback::Transient(reason));
             }
             tracing::warn!(consumer = self.consumer, reason, again, "one event alone took too long");
             let work = if again { work } else { Work { refuse: Some(&reason), ..work } };

@@ -8,7 +8,7 @@ use std::{
 
 use lapin::types::ShortString;
 
-use crate::{Envelope, save::Rejection};
+use crate::{Envelope, rejection::Rejection};
 
 /// The sources that a consumer follows, and the users of the broker that publish each.
 ///

@@ -3,14 +3,14 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::{Envelope, about, save::Rejection};
+use crate::{Envelope, about, rejection::Rejection};
 
 /// How much of a body is kept.
 const BODY: usize = 64 * 1024;
 
 /// A message as it is stored in `inbox.rejected`.
 #[derive(Clone, Debug)]
-pub(crate) struct Kept<'a> {
+pub(crate) struct StoredMessage<'a> {
     /// Of reason, message id, routing key and the whole body: by it, a redelivery is known.
     pub(crate) digest: Vec<u8>,
     pub(crate) routing_key: String,
@@ -23,7 +23,7 @@ pub(crate) struct Kept<'a> {
     pub(crate) about: Vec<String>,
 }
 
-impl<'a> Kept<'a> {
+impl<'a> StoredMessage<'a> {
     pub(crate) fn of(envelope: &'a Envelope, reason: Rejection) -> Self {
         let properties = envelope.properties_json().to_string();
         let body = &envelope.body[..envelope.body.len().min(BODY)];
@@ -40,7 +40,7 @@ impl<'a> Kept<'a> {
     }
 }
 
-impl Kept<'static> {
+impl StoredMessage<'static> {
     /// What stands for all messages that were rejected for a reason beyond those that are kept.
     pub(crate) fn uncounted(reason: Rejection) -> Self {
         Self {

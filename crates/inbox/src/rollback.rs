@@ -1,0 +1,64 @@
+//! Why a transaction of the inbox was rolled back, and what the caller does then.
+
+use crate::{Failure, Interrupted, chain::Key, ledger::UNREADABLE};
+
+/// Why a transaction was rolled back.
+#[derive(Debug)]
+pub(crate) enum Rollback {
+    /// It passes.
+    Transient(String),
+    /// The server preferred another transaction; the same work may succeed at once.
+    Conflict(String),
+    /// It does not.
+    Failed(String),
+    /// What is stored of held events cannot be read.
+    Unreadable(Vec<(Key, i64)>),
+    /// It took longer than it may; smaller parts may not.
+    TooLong(String),
+}
+
+impl Rollback {
+    /// As the caller of the sequencer sees it, when so many messages were settled before.
+    pub(crate) fn after(self, settled: usize) -> Interrupted {
+        let refused = matches!(self, Self::Failed(_));
+        Interrupted { settled, reason: self.reason(), refused }
+    }
+
+    /// In words.
+    pub(crate) fn reason(self) -> String {
+        match self {
+            Self::Transient(reason)
+            | Self::Conflict(reason)
+            | Self::Failed(reason)
+            | Self::TooLong(reason) => reason,
+            Self::Unreadable(_) => UNREADABLE.to_owned(),
+        }
+    }
+}
+
+impl From<sqlx::Error> for Rollback {
+    fn from(error: sqlx::Error) -> Self {
+        Failure::from(error).into()
+    }
+}
+
+impl Rollback {
+    /// Of what only waits for others: that it took long is not the events' fault.
+    pub(crate) fn of_waiting(self) -> Self {
+        match self {
+            Self::TooLong(reason) => Self::Transient(reason),
+            other => other,
+        }
+    }
+}
+
+impl From<Failure> for Rollback {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Transient(reason) => Self::Transient(reason),
+            Failure::Conflict(reason) => Self::Conflict(reason),
+            Failure::Poison(reason) => Self::Failed(reason),
+            Failure::TooLong(reason) => Self::TooLong(reason),
+        }
+    }
+}
