@@ -8,7 +8,7 @@ use daemon::{
     config::{SettingError, database::Database},
     health::{Health, Part},
 };
-use inbox::{Consumer, Sequencer, Sources, Topology};
+use inbox::{Consumer, Sequencer, Sources};
 use outbox::Waker;
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{
@@ -18,9 +18,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    broker::topology,
     model::{self, Model, Role, Stored},
     projection::Projection,
-    rebuild,
 };
 
 /// How often is asked which models there are. A write to one that was replaced makes it sooner.
@@ -173,7 +173,7 @@ impl Consumers {
                 let database = database.clone();
                 Box::pin(async move {
                     database.prepare(conn).await?;
-                    rebuild::hold_shadow(conn).await
+                    model::lock_shadow(conn).await
                 })
             })
             .connect_lazy_with(options)
@@ -185,12 +185,6 @@ impl Running {
         self.stop.cancel();
         Ok(self.task.await?)
     }
-}
-
-/// Exchanges and queues of a person's events.
-pub(crate) fn topology(queue: &str) -> Result<Topology, SettingError> {
-    Topology::new(events::EXCHANGE, events::EXCHANGE_BY_AGGREGATE, queue, &[events::AGGREGATE_PERSON])
-        .map_err(|e| SettingError::new("QUEUE", e))
 }
 
 /// Shows in the program's readiness what the consumer waits for, until `stop`.

@@ -1,10 +1,12 @@
 //! The score service's consuming side: applies the person service's events to the read model and
 //! appends the score service's own events to its outbox, in one transaction per batch.
 //!
-//! An event comes in through [`inbox`], which knows about order and repetition; [`projection`] says what
-//! it means for the read model, [`score`] what an item is worth, [`store`] writes the read model and
-//! [`publish`] what follows from it.
+//! An event comes in through [`inbox`], which knows about order and repetition; [`batch`] says what it
+//! means for the read model, [`score`] what an item is worth, [`store`] writes the read model, [`publish`] the
+//! events that follow from it, and [`projection`] puts them together.
 
+mod batch;
+mod broker;
 pub mod command;
 pub mod config;
 mod consumers;
@@ -22,7 +24,6 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use daemon::{
-    config::{SettingError, broker::BrokerArgs},
     health::{Health, Identity},
     probes,
     shutdown::Shutdown,
@@ -56,8 +57,8 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let options = args.database.options("score-projector", STATEMENT_TIMEOUT)?.by_index();
     options.warn();
     let pool = Role::Live.options(options.clone()).pool(POOL_SIZE);
-    consumers::topology(&args.queue)?;
-    let nodes = nodes(&args.broker, args.database.require_tls)?;
+    broker::topology(&args.queue)?;
+    let nodes = broker::nodes(&args.broker, args.database.require_tls)?;
     let identity = Identity::of("score-projector").with("queue", &args.queue).at(&options);
     let health = Health::of(identity);
     let [database, broker, consuming, sources, holes, forks, limits] =
@@ -102,12 +103,6 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     });
     shutdown.spawn("consumers", consumers.run(stop));
     shutdown.finish(drain).await
-}
-
-fn nodes(broker: &BrokerArgs, require_tls: bool) -> Result<Vec<inbox::Node>, SettingError> {
-    let nodes = broker.nodes(require_tls)?;
-    daemon::config::broker::warn(&nodes);
-    Ok(nodes.into_iter().map(|node| inbox::Node::new(node.uri, node.tls)).collect())
 }
 
 /// Creates the schemas or brings them up to date, then grants. Running it again changes nothing.

@@ -92,6 +92,14 @@ pub(crate) async fn erase_old(
     Ok(())
 }
 
+/// Takes the lock of a connection that writes to the shadow. Such connections share it; the removal of the shadow's
+/// queue takes it alone, since a consumer that still lives would declare the queue again.
+pub(crate) async fn lock_shadow(conn: &mut PgConnection) -> sqlx::Result<()> {
+    sqlx::query("SELECT score.hold_shadow()").execute(&mut *conn).await?;
+    // After the removal there is no shadow.
+    sqlx::query("SELECT FROM score.model WHERE role = 'shadow'").fetch_one(conn).await.map(drop)
+}
+
 /// A read model to write to, under its consumer's name in the inbox.
 #[derive(Clone, Debug)]
 pub struct Model {

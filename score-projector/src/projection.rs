@@ -1,24 +1,18 @@
 //! What the events of persons become: the read model, and what the score service publishes of it.
 //!
-//! A batch is one fold: what it touches of the read model is loaded ([`needs`]), the events are applied to
-//! it in memory ([`slice`]), and what it has become is written in bulk ([`store`](crate::store)). So a
-//! batch costs a handful of statements, however many events it has.
-
-pub(crate) mod entry;
-pub(crate) mod needs;
-pub(crate) mod slice;
+//! The part of the read model that a [`batch`](crate::batch) touches is loaded, the events are applied to it in memory,
+//! and the result is written in bulk ([`store`](crate::store)). So a batch costs a handful of statements, however
+//! many events it has.
 
 use std::slice::from_ref;
 
-use events::PersonEvent;
 use inbox::{Event, Failure, Handler};
 use outbox::AppendError;
 use sqlx::{Postgres, Transaction};
-use uuid::Uuid;
 
 use crate::{
+    batch::{cause::Cause, needs::Needs, slice::Slice},
     model::{self, Model, Role},
-    projection::{needs::Needs, slice::Slice},
     publish, store,
 };
 
@@ -53,40 +47,6 @@ impl Projection {
     }
 }
 
-/// An event of a person, parsed.
-#[derive(Debug)]
-pub(crate) struct Cause {
-    pub(crate) person: Uuid,
-    pub(crate) version: i64,
-    pub(crate) trace: Option<String>,
-    pub(crate) body: PersonEvent,
-}
-
-/// Why an event cannot be applied, now or later.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Refused {
-    #[error("the read model knows this person already")]
-    PersonKnown,
-    #[error("the read model does not know this person")]
-    PersonUnknown,
-    #[error("the read model knows this item already")]
-    ItemKnown,
-    #[error("the read model does not know this item")]
-    ItemUnknown,
-    #[error("the read model knows this item as another person's")]
-    ItemOfAnother,
-    #[error("a value is negative or does not fit 15 digits and 4 decimals")]
-    Value,
-    #[error("the score cannot be written as JSON")]
-    Json,
-}
-
-impl From<Refused> for Failure {
-    fn from(refused: Refused) -> Self {
-        Self::poison(refused.to_string())
-    }
-}
-
 impl Handler for Projection {
     async fn begin(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), Failure> {
         self.model.fence(tx).await
@@ -101,7 +61,7 @@ impl Handler for Projection {
         events: &[Event],
         tx: &mut Transaction<'_, Postgres>,
     ) -> Result<(), Failure> {
-        let causes = events.iter().map(parse).collect::<Result<Vec<Cause>, Failure>>()?;
+        let causes = events.iter().map(Cause::parse).collect::<Result<Vec<Cause>, Failure>>()?;
         let mut slice = Slice::default();
         let mut needs = Needs::of(&causes);
         store::load_persons(tx, &needs, &mut slice).await?;
@@ -122,33 +82,6 @@ impl Handler for Projection {
 
     fn committed(&self) {
         self.model.committed();
-    }
-}
-
-fn parse(event: &Event) -> Result<Cause, Failure> {
-    let person = Uuid::try_parse(&event.aggregate_id)
-        .map_err(|_| Failure::poison("the aggregate's id is not a person's UUID"))?;
-    let body = if event.is_erased() {
-        PersonEvent::Erased
-    } else {
-        PersonEvent::parse(&event.type_, &event.payload).map_err(|e| Failure::poison(e.to_string()))?
-    };
-    if subject(&body).is_some_and(|subject| subject != person) {
-        return Err(Failure::poison("the body is about another person than the aggregate's id"));
-    }
-    Ok(Cause { person, version: event.version, trace: event.traceparent().map(str::to_owned), body })
-}
-
-/// Whom a body is about.
-fn subject(body: &PersonEvent) -> Option<Uuid> {
-    match body {
-        PersonEvent::New(person) | PersonEvent::Changed(person) => Some(person.id),
-        PersonEvent::Deleted(deleted) => Some(deleted.id),
-        PersonEvent::Baseline(baseline) => Some(baseline.person.id),
-        PersonEvent::ItemNew(_, item)
-        | PersonEvent::ItemChanged(_, item)
-        | PersonEvent::ItemDeleted(_, item) => Some(item.person_id),
-        PersonEvent::Erased | PersonEvent::Unknown => None,
     }
 }
 

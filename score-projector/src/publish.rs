@@ -7,7 +7,7 @@ use outbox::{AppendError, Ended, NewEvent};
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
-use crate::projection::entry::ScoreEvent;
+use crate::batch::entry::ScoreEvent;
 
 type Tx<'a, 'tx> = &'a mut Transaction<'tx, Postgres>;
 

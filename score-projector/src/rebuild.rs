@@ -26,7 +26,7 @@ use outbox::database::{Failure, again};
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 use tokio::time::Instant;
 
-use crate::{consumers, nodes, schema};
+use crate::{broker, schema};
 
 /// Settings of `rebuild`.
 #[derive(Debug, clap::Args)]
@@ -105,17 +105,6 @@ pub async fn rebuild(args: &RebuildArgs) -> anyhow::Result<Verdict> {
     Ok(verdict)
 }
 
-/// The lock of those who write to a shadow: shared by their connections, and taken alone by whoever
-/// removes its queue, since a consumer that still lives would declare it again.
-const SHADOW_LOCK: &str = "SELECT score.hold_shadow()";
-
-/// For a connection that is to write to the shadow.
-pub(crate) async fn hold_shadow(conn: &mut PgConnection) -> sqlx::Result<()> {
-    sqlx::query(SHADOW_LOCK).execute(&mut *conn).await?;
-    // Whoever comes too late finds no shadow.
-    sqlx::query("SELECT FROM score.model WHERE role = 'shadow'").fetch_one(conn).await.map(::std::mem::drop)
-}
-
 /// Waits until nobody writes to the shadow that is no more, and then deletes its queue.
 async fn remove_queue(conn: &mut PgConnection, broker: &BrokerArgs, queue: &str) -> anyhow::Result<()> {
     const TRY: &str = "SELECT pg_try_advisory_lock('score.model'::regclass::oid::int, 1)";
@@ -136,8 +125,8 @@ async fn remove_queue(conn: &mut PgConnection, broker: &BrokerArgs, queue: &str)
     }
 }
 
-fn config(broker: &BrokerArgs, queue: &str) -> anyhow::Result<Config> {
-    Ok(Config::new(consumers::topology(queue)?, nodes(broker, false)?, "score-projector rebuild"))
+fn config(args: &BrokerArgs, queue: &str) -> anyhow::Result<Config> {
+    Ok(Config::new(broker::topology(queue)?, broker::nodes(args, false)?, "score-projector rebuild"))
 }
 
 /// Removes a consumer's place in the inbox, in batches.

@@ -10,10 +10,10 @@ use rust_decimal::Decimal;
 use sqlx::{FromRow, Postgres, Row, Transaction, postgres::PgRow};
 use uuid::Uuid;
 
-use crate::projection::{
-    Refused,
+use crate::batch::{
     entry::Entry,
     needs::Needs,
+    refused::Refused,
     slice::{Person, Slice},
 };
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 use sqlx::{Connection, FromRow, PgConnection, Row};
 use uuid::Uuid;
 
-use crate::{projection::entry::Entry, schema, score};
+use crate::{batch::entry::Entry, schema, score};
 
 /// Settings of `verify`.
 #[derive(Debug, clap::Args)]

@@ -8,7 +8,7 @@ use sqlx::{AssertSqlSafe, FromRow, Postgres, Row, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    projection::{
+    batch::{
         entry::{Change, Entry, ScoreEvent, changes},
         slice::Person,
     },

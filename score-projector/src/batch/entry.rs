@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, value::RawValue};
 use uuid::Uuid;
 
-use super::Refused;
+use super::refused::Refused;
 use crate::score;
 
 /// What one item adds to its person's score.

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use events::PersonEvent;
 use uuid::Uuid;
 
-use super::{Cause, slice::Slice};
+use super::{cause::Cause, slice::Slice};
 
 /// Persons and entries to load, each in the order in which their rows are locked.
 #[derive(Debug, Default)]

@@ -8,8 +8,9 @@ use rust_decimal::Decimal;
 use uuid::Uuid;
 
 use super::{
-    Cause, Refused,
+    cause::Cause,
     entry::{Change, Entry, ScoreEvent, changes},
+    refused::Refused,
 };
 
 /// A person as the read model has them.
