@@ -56,6 +56,11 @@ pub(crate) fn aggregate(text: &str) -> Result<(String, String), &'static str> {
     }
 }
 
+/// How many events one transaction applies at most.
+pub(crate) fn batch(text: &str) -> Result<usize, &'static str> {
+    text.parse().ok().filter(|batch| (1..=10_000).contains(batch)).ok_or("it should be from 1 to 10000")
+}
+
 /// A time for people.
 pub(crate) fn time(at: DateTime<Utc>) -> String {
     at.format("%Y-%m-%d %H:%M:%S UTC").to_string()

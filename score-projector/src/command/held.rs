@@ -1,5 +1,8 @@
 //! `held`: which events wait, why, and what is to become of them.
 
+mod skip;
+mod text;
+
 use std::{
     fmt::Write,
     io::IsTerminal,
@@ -9,14 +12,18 @@ use std::{
 use ::shown::shown as escaped;
 use anyhow::{Context, bail};
 use inbox::{
-    Redrive, Redriven, Redrives, Sequencer, Skip,
-    held::{self, Filter, Group, Groups, HeldEvent, Shown, Skipped},
+    Redrive, Redrives, Sequencer,
+    held::{self, Filter, HeldEvent, Skipped},
 };
 use serde_json::json;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, Which, aggregate, connect, many, operator, time};
+use self::{
+    skip::SkipArgs,
+    text::{causes, one, redriven, waits},
+};
+use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, Which, aggregate, batch, connect, time};
 use crate::{model::Model, projection::Projection};
 
 /// How often a long redrive says how far it is.
@@ -113,36 +120,6 @@ pub struct Selection {
     pub all: bool,
 }
 
-/// Settings of `held skip`.
-#[derive(Debug, clap::Args)]
-pub struct SkipArgs {
-    /// The event's id.
-    #[arg(long, value_name = "UUID", required_unless_present = "aggregate")]
-    pub event: Option<Uuid>,
-    /// Or its aggregate: TYPE/ID.
-    #[arg(long, value_parser = aggregate, requires = "version", conflicts_with = "event")]
-    pub aggregate: Option<(String, String)>,
-    /// And its version of that.
-    #[arg(long, requires = "aggregate")]
-    pub version: Option<i64>,
-    /// Who says so; USER at this host, unless told.
-    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
-    pub by: Option<String>,
-    /// And why. Both are recorded for good: no personal data.
-    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
-    pub why: String,
-    /// How many events one transaction applies at most.
-    #[arg(long, default_value = "64", value_parser = batch)]
-    pub batch: usize,
-    /// Do it; without this it is tried and rolled back, and said what would be done, with exit code 3.
-    #[arg(long)]
-    pub yes: bool,
-}
-
-fn batch(text: &str) -> Result<usize, &'static str> {
-    text.parse().ok().filter(|batch| (1..=10_000).contains(batch)).ok_or("it should be from 1 to 10000")
-}
-
 /// Looks at what is held, or brings it on.
 pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
     let (mut conn, consumer) = connect(&args.common, "held", args.which, STATEMENT_TIMEOUT).await?;
@@ -162,10 +139,10 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
             args.common.answer(&answer, || redriven(&answer, redrive.dry_run))?;
             Ok(if answer.refused == 0 { Verdict::Well } else { Verdict::NotWell })
         }
-        HeldAction::Skip(skip) => {
-            let event = chosen(&mut conn, &consumer, skip).await?;
+        HeldAction::Skip(request) => {
+            let event = skip::chosen(&mut conn, &consumer, request).await?;
             drop(conn);
-            self::skip(args, &sequencer(args, consumer)?, &event, skip).await
+            skip::skip(&args.common, &sequencer(args, consumer)?, &event, request).await
         }
     }
 }
@@ -199,40 +176,6 @@ fn progress() -> impl FnMut(&Redrives) {
     }
 }
 
-fn causes(consumer: &str, held: &Groups, which: Which) -> String {
-    if held.events == 0 {
-        return format!("{consumer}: nothing is held");
-    }
-    let mut text = format!("{consumer}: {} held\n", many(held.events, "event"));
-    for group in &held.groups {
-        let Group { reason, events, aggregates, first_at, oldest, version, .. } = group;
-        let of =
-            format!("{events} of {}, {reason} since {}", many(*aggregates, "aggregate"), time(*first_at));
-        let _ = match &group.error {
-            Some(error) => {
-                writeln!(text, "  {of}, tried {}: {}", many(group.attempts, "time"), escaped(error))
-            }
-            None if reason == "gap" => writeln!(text, "  {of}: an earlier version has not arrived"),
-            None => writeln!(text, "  {of}, tried {}", many(group.attempts, "time")),
-        };
-        let todo = if reason == "gap" {
-            format!(
-                "outbox-relay replay --aggregate {} --to-queue QUEUE, at the source {}",
-                oldest.quoted(),
-                escaped(&oldest.source)
-            )
-        } else {
-            let shadow = if which.shadow { " --shadow" } else { "" };
-            format!("score-projector held redrive --aggregate {}{shadow}", oldest.quoted())
-        };
-        let _ = writeln!(text, "    {oldest} waits for version {version}: {todo}");
-    }
-    if held.more > 0 {
-        let _ = writeln!(text, "  and {} more; --limit shows them", many(held.more, "cause"));
-    }
-    text
-}
-
 async fn list_events(
     args: &HeldArgs,
     conn: &mut PgConnection,
@@ -264,19 +207,6 @@ async fn list_events(
     Ok(if events.is_empty() { Verdict::Well } else { Verdict::NotWell })
 }
 
-/// Why an event waits, since when, and what came of trying it.
-fn waits(event: &HeldEvent) -> String {
-    let since = format!("{} since {}", event.reason, time(event.first_at));
-    match (&event.error, event.attempts) {
-        (None, 0) => since,
-        (None, attempts) => format!("{since}, tried {}", many(attempts, "time")),
-        (Some(error), attempts) => {
-            let (tried, last, error) = (many(attempts, "time"), time(event.last_at), escaped(error));
-            format!("{since}, tried {tried}, last at {last}: {error}")
-        }
-    }
-}
-
 async fn show(
     args: &HeldArgs,
     conn: &mut PgConnection,
@@ -303,106 +233,4 @@ async fn show(
         return Ok(Verdict::Well);
     }
     bail!("{consumer} holds no event {id}; score-projector held list shows what it holds")
-}
-
-fn one(shown: &Shown) -> String {
-    let Shown { event, applied, behind, body, .. } = shown;
-    let mut text = format!(
-        "event {} of type {}\n  of {}, version {}, published by {}; applied is version {applied}\n  {}\n  \
-         {} behind it\n",
-        event.event_id,
-        escaped(&event.type_),
-        event.aggregate,
-        event.version,
-        escaped(&event.aggregate.source),
-        waits(event),
-        many(*behind, "event"),
-    );
-    let _ = match body {
-        Some(body) => writeln!(text, "{}", body.replace('\n', "\n  ")),
-        None => writeln!(text, "  its body has {}; --body shows it", many(event.bytes, "byte")),
-    };
-    text
-}
-
-fn redriven(all: &Redrives, dry_run: bool) -> String {
-    if all.aggregates == 0 {
-        return "nothing that is held matches".to_owned();
-    }
-    let (applied, are) = if dry_run { ("would be applied", "would be") } else { ("applied", "are") };
-    let aggregates = i64::try_from(all.aggregates).unwrap_or(i64::MAX);
-    let events = i64::try_from(all.applied).unwrap_or(i64::MAX);
-    let mut text = format!("{}: {} {applied}", many(aggregates, "aggregate"), many(events, "event"));
-    let _ = match all.held {
-        0 => writeln!(text, ", nothing of them {} held any more", if dry_run { "would be" } else { "is" }),
-        held => writeln!(text, ", {held} of them {are} held still"),
-    };
-    for (error, count) in &all.errors {
-        let aggregates = many(i64::try_from(*count).unwrap_or(i64::MAX), "aggregate");
-        let _ = writeln!(text, "  {aggregates} stopped again: {}", escaped(error));
-    }
-    for one in &all.each {
-        let _ = writeln!(text, "  {}", became(one));
-    }
-    if u64::try_from(all.each.len()).is_ok_and(|listed| listed < all.aggregates) {
-        let _ = writeln!(text, "  and others");
-    }
-    text
-}
-
-fn became(one: &Redriven) -> String {
-    let Redriven { aggregate, from, to, held, .. } = one;
-    let moved = if from == to {
-        format!("{aggregate} stays at version {to}")
-    } else {
-        format!("{aggregate} from version {from} to {to}")
-    };
-    match (&one.refused, held) {
-        (Some(refused), _) => format!("{moved}, stopped by event {}; {held} held", refused.event_id),
-        (None, 0) => moved,
-        (None, held) => format!("{moved}, and waits for version {}; {held} held", to + 1),
-    }
-}
-
-/// The event that is to be skipped.
-async fn chosen(conn: &mut PgConnection, consumer: &str, args: &SkipArgs) -> anyhow::Result<HeldEvent> {
-    let found = match (args.event, &args.aggregate, args.version) {
-        (Some(id), ..) => held::event(conn, consumer, id, false).await?.map(|shown| shown.event),
-        (None, Some((type_, id)), Some(version)) => {
-            let mut found = held::at(conn, consumer, type_, id, version).await?;
-            if found.len() > 1 {
-                let (type_, id) = (escaped(type_), escaped(id));
-                bail!("several sources have a version {version} of {type_}/{id}: name it by --event");
-            }
-            found.pop()
-        }
-        _ => None,
-    };
-    found.with_context(|| {
-        format!("{consumer} holds no such event; score-projector held list shows what it holds")
-    })
-}
-
-async fn skip(
-    args: &HeldArgs,
-    sequencer: &Sequencer<Projection>,
-    event: &HeldEvent,
-    skip: &SkipArgs,
-) -> anyhow::Result<Verdict> {
-    let by = skip.by.clone().unwrap_or_else(operator);
-    let request = Skip { event, by: &by, why: &skip.why, batch: skip.batch, dry_run: !skip.yes };
-    let after = sequencer.skip(&request).await.context("nothing was skipped")?;
-    let answer = json!({"skipped": skip.yes, "event": event, "by": by, "why": skip.why, "after": after});
-    args.common.answer(&answer, || {
-        let HeldEvent { event_id, aggregate, version, type_, .. } = event;
-        let type_ = escaped(type_);
-        let event = format!("event {event_id} of type {type_}, version {version} of {aggregate}");
-        let after = became(&after);
-        if skip.yes {
-            format!("{event}, is skipped; by {by}: {}\n  {after}", skip.why)
-        } else {
-            format!("{event}, would be skipped: its version counts, and it does nothing\n  {after}\nsay --yes to do it")
-        }
-    })?;
-    Ok(if skip.yes && after.refused.is_none() { Verdict::Well } else { Verdict::NotWell })
 }
