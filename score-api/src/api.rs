@@ -14,10 +14,10 @@ use web::{
 };
 
 use crate::{
-    answer,
     problems::UNKNOWN_PERSON,
     read_model::{entries, scores::Scores},
     request::{self, After},
+    response,
     waiters::Waiters,
 };
 
@@ -56,26 +56,26 @@ pub(crate) fn routes(api: &Api) -> Route {
 #[handler]
 async fn read_score(request: &Request, Data(api): Data<&Api>) -> Result<Response, Problem> {
     let (cpf, after) = request::score(request, api.max_wait)?;
-    let _place = api.begin(after).await?;
-    let score = api.scores.newest_life(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
-    answer::score(&Conditional::of(request), &score)
+    let _slot = api.begin(after).await?;
+    let score = api.scores.newest_person(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
+    response::score(&Conditional::of(request), &score)
 }
 
 /// `GET /{cpf}/score/entries`
 #[handler]
 async fn read_entries(request: &Request, Data(api): Data<&Api>) -> Result<Response, Problem> {
     let (cpf, page, after) = request::entries(request, api.max_wait)?;
-    let _place = api.begin(after).await?;
+    let _slot = api.begin(after).await?;
     let conditional = Conditional::of(request);
     if conditional.may_need_no_body() {
         // One row, whatever the page has: it is read only when the state is a new one.
-        let score = api.scores.newest_life(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
-        if let Some(same) = conditional.without_body(answer::tag(&score)) {
+        let score = api.scores.newest_person(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
+        if let Some(same) = conditional.without_body(response::tag(&score)) {
             return Ok(same);
         }
     }
     let found = entries::entries(&api.pool, cpf, page).await?.ok_or(&UNKNOWN_PERSON)?;
-    answer::entries(&conditional, cpf, page, found)
+    response::entries(&conditional, cpf, page, found)
 }
 
 impl Api {

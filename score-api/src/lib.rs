@@ -1,11 +1,11 @@
 //! Serves each person's score from the read model that the score projector writes. Reads only, and
 //! from nowhere else: the person service may be away. A reader may wait for a write of its own.
 
-mod answer;
 mod api;
 mod problems;
 mod read_model;
 mod request;
+mod response;
 mod token;
 mod waiters;
 

@@ -2,7 +2,7 @@
 //!
 //! However many wait, one task looks for all of them ([`look`](Waiters::look)), and one connection
 //! listens for the projector's notices ([`listen`](Waiters::listen)). Dropping the future of a reader
-//! frees its place.
+//! frees its slot.
 
 mod listen;
 mod look;
@@ -19,7 +19,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::persons::{Fate, Persons, Seen};
+use self::persons::{LookResult, Persons, Seen};
 use crate::{read_model::DEADLINE, token::Token};
 
 /// The reads that wait.
@@ -27,14 +27,14 @@ use crate::{read_model::DEADLINE, token::Token};
 pub(crate) struct Waiters(Arc<Shared>);
 
 struct Shared {
-    places: Semaphore,
+    slots: Semaphore,
     persons: Mutex<Persons>,
     /// Somebody came.
     came: Notify,
     /// Something may have been applied.
     applied: Notify,
     /// When the projector last said that it has.
-    told: Mutex<Option<Instant>>,
+    last_notice: Mutex<Option<Instant>>,
     ending: CancellationToken,
 }
 
@@ -46,7 +46,7 @@ pub(crate) enum Missed {
     Unavailable,
     /// A defect; it is in the log.
     Defect,
-    /// There was no place.
+    /// There was no slot.
     TooMany,
     /// The process is to end.
     Ending,
@@ -78,15 +78,15 @@ impl Missed {
 }
 
 impl Waiters {
-    /// At most `places` reads wait at the same time, and none once `ending` is cancelled.
-    pub(crate) fn new(places: usize, ending: CancellationToken) -> Self {
+    /// At most `slots` reads wait at the same time, and none once `ending` is cancelled.
+    pub(crate) fn new(slots: usize, ending: CancellationToken) -> Self {
         metrics::gauge!("score_api_waiters").set(0);
         Self(Arc::new(Shared {
-            places: Semaphore::new(places),
+            slots: Semaphore::new(slots),
             persons: Mutex::default(),
             came: Notify::new(),
             applied: Notify::new(),
-            told: Mutex::default(),
+            last_notice: Mutex::default(),
             ending,
         }))
     }
@@ -94,12 +94,12 @@ impl Waiters {
     /// Returns as soon as the read model contains `token`, which is looked for once at least; or after
     /// `wait`, with where it stands instead.
     pub(crate) async fn until_contained(&self, token: Token, wait: Duration) -> Result<(), Missed> {
-        let mut place = Place::take(&self.0.places)?;
+        let mut slot = Slot::take(&self.0.slots)?;
         let contained = tokio::select! {
-            contained = self.wait(token, wait, place.came) => contained,
+            contained = self.wait(token, wait, slot.came) => contained,
             () = self.0.ending.cancelled() => Err(Missed::Ending),
         };
-        place.outcome = contained.as_ref().map_or_else(Missed::outcome, |()| "contained");
+        slot.outcome = contained.as_ref().map_or_else(Missed::outcome, |()| "contained");
         contained
     }
 
@@ -115,18 +115,23 @@ impl Waiters {
         let Ok(Ok(seen)) = timeout_at(came + wait.max(DEADLINE), looked).await else {
             return Err(Missed::Unavailable);
         };
-        match seen.fate {
+        match seen.result {
             _ if contains(&seen) => Ok(()),
-            Fate::Answered => Err(Missed::Behind(self.behind(token, seen.version, came))),
-            Fate::Unavailable => Err(Missed::Unavailable),
-            Fate::Defect => Err(Missed::Defect),
+            LookResult::Answered => Err(Missed::Behind(self.behind(token, seen.version, came))),
+            LookResult::Unavailable => Err(Missed::Unavailable),
+            LookResult::Defect => Err(Missed::Defect),
         }
     }
 
     fn behind(&self, token: Token, has: Option<i64>, came: Instant) -> Behind {
         let millis = |since: Instant| u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let told = *self.0.told.lock().unwrap_or_else(PoisonError::into_inner);
-        Behind { asked: token.version, has, waited_ms: millis(came), last_applied_ms_ago: told.map(millis) }
+        let last_notice = *self.0.last_notice.lock().unwrap_or_else(PoisonError::into_inner);
+        Behind {
+            asked: token.version,
+            has,
+            waited_ms: millis(came),
+            last_applied_ms_ago: last_notice.map(millis),
+        }
     }
 
     fn persons(&self) -> MutexGuard<'_, Persons> {
@@ -134,16 +139,16 @@ impl Waiters {
     }
 }
 
-/// A place among those who wait, and what is measured of it.
-struct Place<'a> {
+/// A slot among those who wait, and what is measured of it.
+struct Slot<'a> {
     _permit: SemaphorePermit<'a>,
     came: Instant,
     outcome: &'static str,
 }
 
-impl<'a> Place<'a> {
-    fn take(places: &'a Semaphore) -> Result<Self, Missed> {
-        let Ok(permit) = places.try_acquire() else {
+impl<'a> Slot<'a> {
+    fn take(slots: &'a Semaphore) -> Result<Self, Missed> {
+        let Ok(permit) = slots.try_acquire() else {
             metrics::counter!("score_api_waits_total", "outcome" => Missed::TooMany.outcome()).increment(1);
             return Err(Missed::TooMany);
         };
@@ -153,7 +158,7 @@ impl<'a> Place<'a> {
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for Slot<'_> {
     fn drop(&mut self) {
         metrics::gauge!("score_api_waiters").decrement(1);
         metrics::counter!("score_api_waits_total", "outcome" => self.outcome).increment(1);

@@ -3,5 +3,5 @@
 pub(crate) mod cause;
 pub(crate) mod entry;
 pub(crate) mod needs;
-pub(crate) mod refused;
+pub(crate) mod refusal;
 pub(crate) mod slice;

@@ -21,13 +21,13 @@ pub(crate) const STATEMENT_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Which read model a command is about.
 #[derive(Clone, Copy, Debug, clap::Args)]
-pub struct Which {
+pub struct WhichModel {
     /// Of the read model that is being rebuilt, instead of the one that is read.
     #[arg(long, global = true)]
     pub shadow: bool,
 }
 
-impl Which {
+impl WhichModel {
     pub(crate) fn role(self) -> Role {
         if self.shadow { Role::Shadow } else { Role::Live }
     }
@@ -37,7 +37,7 @@ impl Which {
 pub(crate) async fn connect(
     args: &CommandArgs,
     command: &str,
-    which: Which,
+    which: WhichModel,
     statement_timeout: Duration,
 ) -> anyhow::Result<(PgConnection, String)> {
     let application = format!("score-projector {command}");

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     broker::topology,
-    model::{self, Model, Role, Stored},
+    model::{self, Model, Role, StoredModel},
     projection::Projection,
 };
 
@@ -88,7 +88,7 @@ impl Consumers {
         Ok(())
     }
 
-    async fn wanted(&self) -> sqlx::Result<[Option<Stored>; 2]> {
+    async fn wanted(&self) -> sqlx::Result<[Option<StoredModel>; 2]> {
         model::consumed(&mut *self.pool.acquire().await?).await
     }
 
@@ -97,7 +97,7 @@ impl Consumers {
         &self,
         role: Role,
         running: &mut Option<Running>,
-        wanted: Option<Stored>,
+        wanted: Option<StoredModel>,
         changed: &Arc<Notify>,
     ) -> anyhow::Result<()> {
         if let Some(consumer) = running.take_if(|consumer| {
@@ -122,7 +122,7 @@ impl Consumers {
         Ok(())
     }
 
-    fn start(&self, role: Role, model: Stored, changed: Arc<Notify>) -> Result<Running, SettingError> {
+    fn start(&self, role: Role, model: StoredModel, changed: Arc<Notify>) -> Result<Running, SettingError> {
         let name = model.consumer;
         let (pool, waker, queue) = match role {
             // A live model's own queue is what is left of the time when it was a shadow.

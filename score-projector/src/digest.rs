@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde_json::json;
 use shown::shown;
 
-use crate::command::{CommandArgs, Verdict, Which, connect, many};
+use crate::command::{CommandArgs, Verdict, WhichModel, connect, many};
 
 /// A digest is one pass over everything that a consumer has.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
@@ -22,7 +22,7 @@ pub struct DigestArgs {
     pub buckets: i32,
     /// Which read model.
     #[command(flatten)]
-    pub which: Which,
+    pub which: WhichModel,
 }
 
 /// Prints the digest of each source that the read model follows.

@@ -7,7 +7,7 @@ use std::{
 
 use chrono::{DateTime, Utc};
 use daemon::config::database::Database;
-use inbox::Failure;
+use inbox::HandlerError;
 use outbox::Waker;
 use sqlx::{FromRow, PgConnection, Postgres, Row, Transaction};
 use tokio::sync::Notify;
@@ -43,7 +43,7 @@ impl Role {
 
 /// A row of `score.model`.
 #[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
-pub struct Stored {
+pub struct StoredModel {
     /// Its consumer's name in the inbox.
     pub consumer: String,
     /// A queue of its own, when it has one.
@@ -53,7 +53,7 @@ pub struct Stored {
 }
 
 /// The model in this role (`live`, `shadow`, `old` or `ending`), if there is one.
-pub async fn stored(conn: &mut PgConnection, role: &str) -> sqlx::Result<Option<Stored>> {
+pub async fn stored(conn: &mut PgConnection, role: &str) -> sqlx::Result<Option<StoredModel>> {
     sqlx::query_as("SELECT consumer, queue, since FROM score.model WHERE role = $1")
         .bind(role)
         .fetch_optional(conn)
@@ -61,19 +61,19 @@ pub async fn stored(conn: &mut PgConnection, role: &str) -> sqlx::Result<Option<
 }
 
 /// The models that are consumed for: the live one and the shadow, as far as they are there.
-pub(crate) async fn consumed(conn: &mut PgConnection) -> sqlx::Result<[Option<Stored>; 2]> {
-    let mut stored: HashMap<String, Stored> =
+pub(crate) async fn consumed(conn: &mut PgConnection) -> sqlx::Result<[Option<StoredModel>; 2]> {
+    let mut stored: HashMap<String, StoredModel> =
         sqlx::query("SELECT role, consumer, queue, since FROM score.model WHERE role IN ('live', 'shadow')")
             .fetch_all(conn)
             .await?
             .iter()
-            .map(|row| Ok((row.try_get("role")?, Stored::from_row(row)?)))
+            .map(|row| Ok((row.try_get("role")?, StoredModel::from_row(row)?)))
             .collect::<sqlx::Result<_>>()?;
     Ok([Role::Live, Role::Shadow].map(|role| stored.remove(role.as_str())))
 }
 
 /// The live model. There is always one.
-pub async fn live(conn: &mut PgConnection) -> sqlx::Result<Stored> {
+pub async fn live(conn: &mut PgConnection) -> sqlx::Result<StoredModel> {
     stored(conn, Role::Live.as_str()).await?.ok_or(sqlx::Error::RowNotFound)
 }
 
@@ -133,7 +133,7 @@ impl Model {
 
     /// Whether the model is still this consumer's, and until the end of the transaction it stays so: an
     /// exchange waits for it.
-    pub(crate) async fn fence(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), Failure> {
+    pub(crate) async fn fence(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), HandlerError> {
         let mine = sqlx::query("SELECT FROM score.model WHERE role = $1 AND consumer = $2 FOR SHARE")
             .bind(self.role.as_str())
             .bind(&self.consumer)
@@ -143,7 +143,7 @@ impl Model {
             return Ok(());
         }
         self.replaced.notify_one();
-        Err(Failure::Transient(format!("the read model of the consumer {} was replaced", self.consumer)))
+        Err(HandlerError::Transient(format!("the read model of the consumer {} was replaced", self.consumer)))
     }
 
     pub(crate) fn committed(&self) {

@@ -6,7 +6,7 @@
 
 use std::slice::from_ref;
 
-use inbox::{Event, Failure, Handler};
+use inbox::{Event, Handler, HandlerError};
 use outbox::AppendError;
 use sqlx::{Postgres, Transaction};
 
@@ -48,11 +48,11 @@ impl Projection {
 }
 
 impl Handler for Projection {
-    async fn begin(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), Failure> {
+    async fn begin(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), HandlerError> {
         self.model.fence(tx).await
     }
 
-    async fn handle(&self, event: &Event, tx: &mut Transaction<'_, Postgres>) -> Result<(), Failure> {
+    async fn handle(&self, event: &Event, tx: &mut Transaction<'_, Postgres>) -> Result<(), HandlerError> {
         self.handle_batch(from_ref(event), tx).await
     }
 
@@ -60,8 +60,8 @@ impl Handler for Projection {
         &self,
         events: &[Event],
         tx: &mut Transaction<'_, Postgres>,
-    ) -> Result<(), Failure> {
-        let causes = events.iter().map(Cause::parse).collect::<Result<Vec<Cause>, Failure>>()?;
+    ) -> Result<(), HandlerError> {
+        let causes = events.iter().map(Cause::parse).collect::<Result<Vec<Cause>, HandlerError>>()?;
         let mut slice = Slice::default();
         let mut needs = Needs::of(&causes);
         store::load_persons(tx, &needs, &mut slice).await?;
@@ -85,10 +85,12 @@ impl Handler for Projection {
     }
 }
 
-fn refusal(error: AppendError) -> Failure {
+fn refusal(error: AppendError) -> HandlerError {
     match error {
-        AppendError::VersionTaken => Failure::poison("the score's next version is in the outbox already"),
-        AppendError::Unfit { .. } => Failure::poison(error.to_string()),
+        AppendError::VersionTaken => {
+            HandlerError::poison("the score's next version is in the outbox already")
+        }
+        AppendError::Unfit { .. } => HandlerError::poison(error.to_string()),
         AppendError::Database(error) => error.into(),
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use chrono::{DateTime, Utc};
 use events::{Cpf, Kind};
-use inbox::Failure;
+use inbox::HandlerError;
 use rust_decimal::Decimal;
 use sqlx::{FromRow, Postgres, Row, Transaction, postgres::PgRow};
 use uuid::Uuid;
@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::batch::{
     entry::Entry,
     needs::Needs,
-    refused::Refused,
+    refusal::Refusal,
     slice::{Person, Slice},
 };
 
@@ -87,7 +87,7 @@ pub(crate) async fn load_entries(tx: Tx<'_, '_>, needs: &Needs, slice: &mut Slic
 }
 
 /// Writes what the slice has become. What is gone goes first, so that its ids are free.
-pub(crate) async fn save(tx: Tx<'_, '_>, slice: &Slice) -> Result<(), Failure> {
+pub(crate) async fn save(tx: Tx<'_, '_>, slice: &Slice) -> Result<(), HandlerError> {
     delete(tx, "DELETE FROM person WHERE id = ANY ($1)", slice.persons_gone()).await?;
     delete(tx, "DELETE FROM entry WHERE id = ANY ($1)", slice.entries_gone()).await?;
     write(tx, &slice.persons_written(), &slice.entries_written()).await
@@ -103,7 +103,7 @@ async fn delete(tx: Tx<'_, '_>, sql: &'static str, ids: Vec<Uuid>) -> sqlx::Resu
 /// New or changed persons and entries, each found by its id: a joined UPDATE would be planned by what the server
 /// believes to be in the table, and while that fills it would be to read all of it. An entry keeps its person: an
 /// id that another one has just taken is left as it is, and only then fewer rows are written.
-async fn write(tx: Tx<'_, '_>, persons: &[&Person], entries: &[(Uuid, &Entry)]) -> Result<(), Failure> {
+async fn write(tx: Tx<'_, '_>, persons: &[&Person], entries: &[(Uuid, &Entry)]) -> Result<(), HandlerError> {
     if persons.is_empty() && entries.is_empty() {
         return Ok(());
     }
@@ -136,7 +136,7 @@ async fn write(tx: Tx<'_, '_>, persons: &[&Person], entries: &[(Uuid, &Entry)]) 
     .execute(&mut **tx)
     .await?
     .rows_affected();
-    if written == entries.len() as u64 { Ok(()) } else { Err(Refused::ItemOfAnother.into()) }
+    if written == entries.len() as u64 { Ok(()) } else { Err(Refusal::ItemOfAnother.into()) }
 }
 
 fn ids(set: &BTreeSet<Uuid>) -> Vec<Uuid> {

@@ -31,9 +31,9 @@ struct Hole {
     holes: i64,
 }
 
-/// What was found.
+/// What an operator should look at.
 #[derive(Debug, Default)]
-pub(crate) struct Found {
+pub(crate) struct Findings {
     pub(crate) holes: Option<String>,
     pub(crate) forks: Option<String>,
     pub(crate) forged: Option<String>,
@@ -45,7 +45,7 @@ pub(crate) struct Found {
 
 /// How much may be stored; 0 for any number.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Most {
+pub(crate) struct StorageCaps {
     /// Of messages that are rejected for one reason.
     pub(crate) rejected: u32,
     /// Of events that wait for missing versions.
@@ -60,7 +60,7 @@ pub(crate) struct Alarms<'a> {
     pub(crate) queue: &'a str,
     /// How long a hole may be open.
     pub(crate) after: Duration,
-    most: Most,
+    caps: StorageCaps,
     logged: BTreeSet<Hole>,
 }
 
@@ -70,21 +70,21 @@ impl<'a> Alarms<'a> {
         pool: &'a PgPool,
         queue: &'a str,
         after: Duration,
-        most: Most,
+        caps: StorageCaps,
     ) -> Self {
-        Self { consumer, pool, queue, after, most, logged: BTreeSet::new() }
+        Self { consumer, pool, queue, after, caps, logged: BTreeSet::new() }
     }
 
-    pub(crate) async fn look(&mut self) -> sqlx::Result<Found> {
+    pub(crate) async fn look(&mut self) -> sqlx::Result<Findings> {
         let counts = self.count().await?;
         // The reasons of the two tables have no name in common.
         let count = |of: &str| counts.iter().find(|(reason, _)| reason == of).map_or(0, |(_, count)| *count);
-        Ok(Found {
+        Ok(Findings {
             holes: self.holes(count("gap")).await?,
             forks: self.forks(count(Rejection::Fork.as_str())).await?,
             forged: self.forged(count(Rejection::WrongUser.as_str())).await?,
             limits: self.limits(&counts),
-            full: reached(self.most.gaps, count("gap")),
+            full: reached(self.caps.gaps, count("gap")),
         })
     }
 
@@ -102,7 +102,7 @@ impl<'a> Alarms<'a> {
              FROM unnest($4::text[]) AS r (reason)",
         )
         .bind(self.consumer)
-        .bind(COUNTED.max(self.most.gaps.max(self.most.rejected).into()) + 1)
+        .bind(COUNTED.max(self.caps.gaps.max(self.caps.rejected).into()) + 1)
         .bind(held.map(|(_, reason)| reason))
         .bind(rejected.map(|(_, reason)| reason))
         .fetch_all(self.pool)
@@ -118,7 +118,7 @@ impl<'a> Alarms<'a> {
 
     /// Which limits are reached, and what can be done.
     fn limits(&self, counts: &[(String, i64)]) -> Option<String> {
-        let Most { rejected, gaps } = self.most;
+        let StorageCaps { rejected, gaps } = self.caps;
         let texts: Vec<String> = counts
             .iter()
             .filter_map(|(reason, count)| match reason.as_str() {

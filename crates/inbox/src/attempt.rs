@@ -25,10 +25,10 @@ pub(crate) const NEVER_CAME_BACK: &str = "its handler never came back: the proce
 pub(crate) struct Attempt {
     key: Key,
     version: i64,
-    /// The how-manieth of the event.
+    /// The attempt number.
     pub(crate) attempts: i32,
-    /// Whether the event had been held before.
-    held: bool,
+    /// Whether the event was held before.
+    was_held: bool,
 }
 
 impl<H: Handler> Sequencer<H> {
@@ -52,7 +52,7 @@ impl<H: Handler> Sequencer<H> {
         let commit = async {
             // Explicit, since a connection whose user went away in BEGIN may be in a transaction already.
             let mut tx = self.pool.begin_with(BEGIN).await?;
-            self.keep(&mut *tx, event, Reason::Trying, None, attempts).await?;
+            self.hold(&mut *tx, event, Reason::Trying, None, attempts).await?;
             tx.commit().await
         };
         commit.await.map_err(|error| match Rollback::from(error) {
@@ -60,7 +60,7 @@ impl<H: Handler> Sequencer<H> {
             // Whatever it is, it is not the handler's.
             other => Rollback::Transient(other.reason()),
         })?;
-        Ok(Some(Attempt { key, version, attempts, held: held.is_some() }))
+        Ok(Some(Attempt { key, version, attempts, was_held: held.is_some() }))
     }
 
     /// An attempt that was interrupted, by the database for example, and not by the event: it does
@@ -76,7 +76,7 @@ impl<H: Handler> Sequencer<H> {
     }
 
     async fn write_back(&self, attempt: &Attempt) -> sqlx::Result<()> {
-        let Attempt { key, version, held, .. } = attempt;
+        let Attempt { key, version, was_held, .. } = attempt;
         let mut tx = self.pool.begin_with(BEGIN).await?;
         // Not while somebody else tries it.
         sqlx::query(
@@ -89,7 +89,7 @@ impl<H: Handler> Sequencer<H> {
         .bind(&key.aggregate_id)
         .execute(&mut *tx)
         .await?;
-        let sql = if *held {
+        let sql = if *was_held {
             "UPDATE inbox.held
              SET attempts = attempts - 1, reason = CASE attempts WHEN 1 THEN 'gap' ELSE reason END
              WHERE (consumer, source, aggregate_type, aggregate_id, version) = ($1, $2, $3, $4, $5)
@@ -118,7 +118,7 @@ impl<H: Handler> Sequencer<H> {
         reason: &str,
         attempts: i32,
     ) -> Result<(), Rollback> {
-        self.keep(&mut **tx, event, Reason::Poison, Some(reason), attempts).await?;
+        self.hold(&mut **tx, event, Reason::Poison, Some(reason), attempts).await?;
         tracing::warn!(
             consumer = self.consumer,
             source = event.source,
@@ -134,7 +134,7 @@ impl<H: Handler> Sequencer<H> {
     }
 
     /// Keeps an event that has been tried `attempts` times.
-    async fn keep(
+    async fn hold(
         &self,
         connection: impl PgExecutor<'_>,
         event: &Event,

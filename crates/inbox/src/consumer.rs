@@ -12,11 +12,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Handler, Part, Sequencer, Status, Topology,
-    alarms::{Alarms, Found, Most},
+    alarms::{Alarms, Findings, StorageCaps},
     backoff::Backoff,
     erasure,
     handler::describe,
-    stall::Stall,
+    stall::StallDetector,
     subscription::{Subscription, Trouble, answer},
 };
 
@@ -130,7 +130,7 @@ pub struct Consumer<H> {
     sequencer: Sequencer<H>,
     status: watch::Sender<Status>,
     /// Of the queue and of its dead letters.
-    stalls: [Stall; 2],
+    stalls: [StallDetector; 2],
 }
 
 impl<H: Handler> Consumer<H> {
@@ -327,11 +327,11 @@ impl<H: Handler> Consumer<H> {
     async fn watch(&self, stop: &CancellationToken) {
         let queue = self.config.topology.queue().as_str();
         let Sequencer { consumer, pool, .. } = &self.sequencer;
-        let most = Most { rejected: self.config.max_rejected, gaps: self.config.max_gaps };
-        let mut alarms = Alarms::new(consumer, pool, queue, self.config.hole_after, most);
+        let caps = StorageCaps { rejected: self.config.max_rejected, gaps: self.config.max_gaps };
+        let mut alarms = Alarms::new(consumer, pool, queue, self.config.hole_after, caps);
         while stop.run_until_cancelled(tokio::time::sleep(ALARMS)).await.is_some() {
             match alarms.look().await {
-                Ok(Found { holes, forks, forged, limits, full }) => {
+                Ok(Findings { holes, forks, forged, limits, full }) => {
                     self.sequencer.limits.set_full(full);
                     self.set(|status| &mut status.sources, forged.map_or(Ok(()), Err));
                     self.status.send_if_modified(|status| {
@@ -350,7 +350,7 @@ impl<H: Handler> Consumer<H> {
     /// Says when messages wait without being applied.
     async fn watch_stalls(&self, stop: &CancellationToken) {
         while stop.run_until_cancelled(tokio::time::sleep(STALLS)).await.is_some() {
-            let stalled = self.stalls.iter().find_map(Stall::reason);
+            let stalled = self.stalls.iter().find_map(StallDetector::reason);
             self.set(|status| &mut status.applying, stalled.map_or(Ok(()), Err));
         }
     }

@@ -7,8 +7,11 @@ use crate::Event;
 /// What a subscriber does with its events.
 pub trait Handler: Send + Sync + 'static {
     /// Called first in every transaction, also in one that only holds or rejects what came: the place to
-    /// refuse, with [`Failure::Transient`], when this consumer may not write any more.
-    fn begin(&self, _tx: &mut Transaction<'_, Postgres>) -> impl Future<Output = Result<(), Failure>> + Send {
+    /// refuse, with [`HandlerError::Transient`], when this consumer may not write any more.
+    fn begin(
+        &self,
+        _tx: &mut Transaction<'_, Postgres>,
+    ) -> impl Future<Output = Result<(), HandlerError>> + Send {
         async { Ok(()) }
     }
 
@@ -22,7 +25,7 @@ pub trait Handler: Send + Sync + 'static {
         &self,
         event: &Event,
         tx: &mut Transaction<'_, Postgres>,
-    ) -> impl Future<Output = Result<(), Failure>> + Send;
+    ) -> impl Future<Output = Result<(), HandlerError>> + Send;
 
     /// Applies events in one transaction, in this order: those of one aggregate follow each other, those
     /// of several are mixed. It is what the sequencer calls, with one event too. It may be overridden
@@ -34,7 +37,7 @@ pub trait Handler: Send + Sync + 'static {
         &self,
         events: &[Event],
         tx: &mut Transaction<'_, Postgres>,
-    ) -> impl Future<Output = Result<(), Failure>> + Send {
+    ) -> impl Future<Output = Result<(), HandlerError>> + Send {
         async move {
             for event in events {
                 self.handle(event, tx).await?;
@@ -49,7 +52,7 @@ pub trait Handler: Send + Sync + 'static {
 
 /// Why an event was not applied.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Failure {
+pub enum HandlerError {
     /// The event itself is the reason, so another try would end the same way: it is held with this
     /// text, which must not quote personal data, and later events of its aggregate wait behind it.
     #[error("{0}")]
@@ -59,7 +62,7 @@ pub enum Failure {
     #[error("{0}")]
     Transient(String),
     /// The database rolled the transaction back in favour of another one (a deadlock or a serialization failure, class
-    /// 40). It is tried again at once, a few times, and is then like [`Failure::Transient`].
+    /// 40). It is tried again at once, a few times, and is then like [`HandlerError::Transient`].
     #[error("{0}")]
     Conflict(String),
     /// The database ended a statement because it took longer than this consumer allows (SQLSTATE 57014). The
@@ -69,7 +72,7 @@ pub enum Failure {
     TooLong(String),
 }
 
-impl Failure {
+impl HandlerError {
     /// The event is at fault, for this reason. No personal data in it.
     pub fn poison(reason: impl Into<String>) -> Self {
         Self::Poison(reason.into())
@@ -79,7 +82,7 @@ impl Failure {
 /// By what the database's failure means for the program: see [`outbox::database::Failure`]. Only a defect of the
 /// statement or of a value, or a missing right, is the event's own; whatever keeps the database from working for any
 /// event passes, also where an operator has to do something first.
-impl From<sqlx::Error> for Failure {
+impl From<sqlx::Error> for HandlerError {
     fn from(error: sqlx::Error) -> Self {
         use outbox::database::Failure as Database;
 
@@ -135,7 +138,7 @@ mod tests {
 
     use sqlx::error::{DatabaseError, ErrorKind};
 
-    use super::{Failure, Failure::*};
+    use super::{HandlerError, HandlerError::*};
 
     /// An error that the server answers with.
     #[derive(Debug)]
@@ -150,7 +153,7 @@ mod tests {
     impl Error for Refusal {}
 
     impl DatabaseError for Refusal {
-        fn message(&self) -> &str {
+        fn message(&self) -> &'static str {
             "Key (cpf)=(11111111111) is wrong"
         }
         fn code(&self) -> Option<Cow<'_, str>> {
@@ -179,7 +182,7 @@ mod tests {
     /// [`Rollback`](crate::rollback::Rollback).
     #[test]
     fn each_failure_of_the_database_has_its_consequence() {
-        type Means = fn(String) -> Failure;
+        type Means = fn(String) -> HandlerError;
         let io = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
         let table: [(&str, sqlx::Error, Means); 25] = [
             ("Away: the connection broke", io(), Transient),
@@ -211,7 +214,7 @@ mod tests {
         for (case, error, means) in table {
             let reason = super::describe(&error);
             assert!(!reason.contains("11111111111"), "{case}: {reason}");
-            assert_eq!(Failure::from(error), means(reason), "{case}");
+            assert_eq!(HandlerError::from(error), means(reason), "{case}");
         }
     }
 }

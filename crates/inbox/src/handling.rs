@@ -6,7 +6,7 @@ use futures_util::FutureExt;
 use sqlx::{Acquire, Postgres, Transaction};
 
 use crate::{
-    Event, Failure, Handler, Sequencer,
+    Event, Handler, HandlerError, Sequencer,
     attempt::{Attempt, NEVER_CAME_BACK},
     chain::Reason,
     plan::Plan,
@@ -24,7 +24,7 @@ impl<H: Handler> Sequencer<H> {
         plan: &mut Plan<'_>,
         event: &Event,
         attempt: &mut Option<Attempt>,
-    ) -> Result<(Result<(), Failure>, i32), Rollback> {
+    ) -> Result<(Result<(), HandlerError>, i32), Rollback> {
         let held = plan.due.first().and_then(|due| due.held);
         let attempts = held.map_or(0, |(_, attempts)| attempts);
         let tried = matches!(held, Some((Reason::Trying, _)));
@@ -37,7 +37,7 @@ impl<H: Handler> Sequencer<H> {
                 plan.tried(attempts)?;
                 Ok((self.handle_alone(tx, event).await, attempts))
             }
-            None => Ok((Err(Failure::poison(NEVER_CAME_BACK)), attempts)),
+            None => Ok((Err(HandlerError::poison(NEVER_CAME_BACK)), attempts)),
         }
     }
 
@@ -46,7 +46,7 @@ impl<H: Handler> Sequencer<H> {
         &self,
         tx: &mut Transaction<'_, Postgres>,
         event: &Event,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), HandlerError> {
         let mut savepoint = tx.begin().await?;
         let mut handled = self.handle(&mut savepoint, slice::from_ref(event)).await;
         if handled.is_ok() {
@@ -55,7 +55,7 @@ impl<H: Handler> Sequencer<H> {
                 .execute(&mut *savepoint)
                 .await
                 .map(drop)
-                .map_err(Failure::from);
+                .map_err(HandlerError::from);
         }
         if handled.is_ok() {
             savepoint.commit().await?;
@@ -70,10 +70,10 @@ impl<H: Handler> Sequencer<H> {
         &self,
         tx: &mut Transaction<'_, Postgres>,
         events: &[Event],
-    ) -> Result<(), Failure> {
+    ) -> Result<(), HandlerError> {
         AssertUnwindSafe(self.handler.handle_batch(events, tx))
             .catch_unwind()
             .await
-            .unwrap_or_else(|_| Err(Failure::poison("the handler panicked")))
+            .unwrap_or_else(|_| Err(HandlerError::poison("the handler panicked")))
     }
 }

@@ -78,7 +78,7 @@ pub struct HeldEvent {
 
 /// A held event and its surroundings.
 #[derive(Clone, Debug, Serialize)]
-pub struct Shown {
+pub struct HeldDetail {
     /// The event.
     #[serde(flatten)]
     pub event: HeldEvent,
@@ -208,7 +208,7 @@ pub async fn event(
     consumer: &str,
     id: Uuid,
     with_body: bool,
-) -> sqlx::Result<Option<Shown>> {
+) -> sqlx::Result<Option<HeldDetail>> {
     let sql = format!("{EVENT} WHERE consumer = $1 AND event_id = $2 ORDER BY version LIMIT 1");
     let found: Option<HeldEvent> =
         sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(consumer).bind(id).fetch_optional(&mut *conn).await?;
@@ -229,7 +229,7 @@ pub async fn event(
         .bind(with_body)
         .fetch_optional(conn)
         .await?;
-    Ok(rest.map(|rest| Shown {
+    Ok(rest.map(|rest| HeldDetail {
         event,
         headers: serde_json::from_str(&rest.headers).unwrap_or_else(|_| unreadable()),
         applied: rest.applied,

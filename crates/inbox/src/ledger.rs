@@ -217,11 +217,11 @@ impl<'a> Ledger<'a> {
         let mut events = BTreeMap::new();
         for row in rows {
             let (event, readable) = row.event();
-            let place = (Key::from(&event), event.version);
+            let version = (Key::from(&event), event.version);
             if !readable {
-                self.unreadable.push(place.clone());
+                self.unreadable.push(version.clone());
             }
-            events.insert(place, event);
+            events.insert(version, event);
         }
         Ok(events)
     }

@@ -9,7 +9,6 @@
 //! rejected is looked at with [`held`] and [`rejected`], and brought on with [`Sequencer::redrive`] and
 //! [`Sequencer::skip`]: a program's own commands are a thin layer over these.
 
-mod about;
 mod after_commit;
 mod alarms;
 mod attempt;
@@ -23,6 +22,7 @@ mod failpoint;
 mod handler;
 mod handling;
 pub mod held;
+mod identifiers;
 mod ledger;
 mod limits;
 mod message;
@@ -51,11 +51,11 @@ mod work;
 pub use chain::Key as Aggregate;
 pub use consumer::{Config, Consumer, InvalidNode, Node};
 pub use digest::{Digest, digest};
-pub use handler::{Failure, Handler};
+pub use handler::{Handler, HandlerError};
 pub use message::{Envelope, Event, Malformed};
 pub use outcome::{Interrupted, Outcome};
 pub use queues::{declare, remove};
-pub use redrive::{NotDone, Redrive, Redriven, Redrives, Refused};
+pub use redrive::{Redrive, RedriveError, RedriveSummary, RedrivenAggregate, RefusedEvent};
 pub use schema::{SCHEMA, migrator};
 pub use sequencer::Sequencer;
 pub use skip::Skip;

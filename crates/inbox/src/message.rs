@@ -68,7 +68,7 @@ const DEPTH: usize = 4;
 /// How many headers an event may have, without those that the broker adds.
 const HEADERS: usize = 100;
 /// How much of a rejected message's headers is kept, as JSON.
-const KEPT_HEADERS: usize = 16 * 1024;
+const MAX_STORED_HEADERS: usize = 16 * 1024;
 /// Stands for what is nested deeper than it may be.
 const TOO_DEEP: &str = "(nested too deep; not kept)";
 
@@ -154,7 +154,7 @@ impl Envelope {
             "reply_to": text(p.reply_to()),
             "expiration": text(p.expiration()),
             "user_id": text(p.user_id()),
-            "headers": p.headers().as_ref().map(kept),
+            "headers": p.headers().as_ref().map(stored),
         });
         if let Some(all) = all.as_object_mut() {
             all.retain(|_, value| !value.is_null());
@@ -292,21 +292,21 @@ fn is_deep(value: &AMQPValue, levels: usize) -> bool {
 }
 
 /// The headers of a rejected message, as far as they are kept.
-fn kept(headers: &FieldTable) -> Value {
-    let mut kept = Map::new();
-    let mut room = KEPT_HEADERS;
+fn stored(headers: &FieldTable) -> Value {
+    let mut stored = Map::new();
+    let mut left = MAX_STORED_HEADERS;
     for (name, value) in headers.inner() {
         let value = to_json(value, DEPTH);
         let bytes = name.as_str().len() + value.to_string().len();
-        let Some(rest) = room.checked_sub(bytes) else { continue };
-        room = rest;
-        kept.insert(name.as_str().to_owned(), value);
+        let Some(rest) = left.checked_sub(bytes) else { continue };
+        left = rest;
+        stored.insert(name.as_str().to_owned(), value);
     }
-    let missing = headers.inner().len() - kept.len();
+    let missing = headers.inner().len() - stored.len();
     if missing > 0 {
-        kept.insert("…".to_owned(), format!("({missing} more, too large to be kept)").into());
+        stored.insert("…".to_owned(), format!("({missing} more, too large to be kept)").into());
     }
-    kept.into()
+    stored.into()
 }
 
 /// With at most so many levels of arrays and tables.

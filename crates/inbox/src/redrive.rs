@@ -12,7 +12,7 @@ use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    Failure, Handler, Sequencer,
+    Handler, HandlerError, Sequencer,
     chain::{Chain, Key, Next, Reason},
     handler::describe,
     held::{self, Filter},
@@ -41,7 +41,7 @@ pub struct Redrive {
 
 /// What became of an aggregate.
 #[derive(Clone, Debug, Serialize)]
-pub struct Redriven {
+pub struct RedrivenAggregate {
     /// Which one.
     #[serde(flatten)]
     pub aggregate: Key,
@@ -54,7 +54,7 @@ pub struct Redriven {
     /// How many are held still.
     pub held: i64,
     /// The event that was refused again; the rest waits behind it.
-    pub refused: Option<Refused>,
+    pub refused: Option<RefusedEvent>,
     /// There is more to apply.
     #[serde(skip)]
     pub(crate) unfinished: bool,
@@ -62,7 +62,7 @@ pub struct Redriven {
 
 /// An event that was refused again.
 #[derive(Clone, Debug, Serialize)]
-pub struct Refused {
+pub struct RefusedEvent {
     /// Its id.
     pub event_id: Uuid,
     /// Which version.
@@ -76,7 +76,7 @@ pub struct Refused {
 
 /// What became of all of them.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Redrives {
+pub struct RedriveSummary {
     /// How many aggregates were taken.
     pub aggregates: u64,
     /// How many events were applied.
@@ -88,12 +88,12 @@ pub struct Redrives {
     /// How many aggregates each error stops: the first hundred errors.
     pub errors: BTreeMap<String, u64>,
     /// What became of each: the first hundred aggregates, those that are stopped before the others.
-    pub each: Vec<Redriven>,
+    pub each: Vec<RedrivenAggregate>,
 }
 
 /// Why something by hand was not done, or not to its end; what was committed before stays.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NotDone {
+pub enum RedriveError {
     /// It passes.
     #[error("{0}; try again later")]
     Transient(String),
@@ -114,13 +114,13 @@ pub enum NotDone {
     Refused(String),
 }
 
-impl From<sqlx::Error> for NotDone {
+impl From<sqlx::Error> for RedriveError {
     fn from(error: sqlx::Error) -> Self {
         Rollback::from(error).into()
     }
 }
 
-impl From<Rollback> for NotDone {
+impl From<Rollback> for RedriveError {
     fn from(rollback: Rollback) -> Self {
         match rollback {
             Rollback::Transient(reason) | Rollback::TooLong(reason) => Self::Transient(reason),
@@ -130,8 +130,8 @@ impl From<Rollback> for NotDone {
     }
 }
 
-impl Redrives {
-    fn add(&mut self, one: Redriven) {
+impl RedriveSummary {
+    fn add(&mut self, one: RedrivenAggregate) {
         self.aggregates += 1;
         self.applied += one.applied;
         self.held += one.held;
@@ -161,9 +161,9 @@ impl<H: Handler> Sequencer<H> {
     pub async fn redrive(
         &self,
         redrive: &Redrive,
-        mut progress: impl FnMut(&Redrives),
-    ) -> Result<Redrives, NotDone> {
-        let mut all = Redrives::default();
+        mut progress: impl FnMut(&RedriveSummary),
+    ) -> Result<RedriveSummary, RedriveError> {
+        let mut all = RedriveSummary::default();
         let mut after = None;
         loop {
             let mut conn = self.pool.acquire().await?;
@@ -181,17 +181,22 @@ impl<H: Handler> Sequencer<H> {
     }
 
     /// One aggregate, in as many transactions as it takes; a dry run sees no further than one goes.
-    pub(crate) async fn bring_on(&self, key: &Key, batch: usize, dry_run: bool) -> Result<Redriven, NotDone> {
+    pub(crate) async fn bring_on(
+        &self,
+        key: &Key,
+        batch: usize,
+        dry_run: bool,
+    ) -> Result<RedrivenAggregate, RedriveError> {
         let mut all = self.some(key, batch, dry_run).await?;
         while all.unfinished && !dry_run {
             let more = self.some(key, batch, dry_run).await?;
-            all = Redriven { from: all.from, applied: all.applied + more.applied, ..more };
+            all = RedrivenAggregate { from: all.from, applied: all.applied + more.applied, ..more };
         }
         Ok(all)
     }
 
     /// One transaction, and again when the server preferred another one.
-    async fn some(&self, key: &Key, batch: usize, dry_run: bool) -> Result<Redriven, NotDone> {
+    async fn some(&self, key: &Key, batch: usize, dry_run: bool) -> Result<RedrivenAggregate, RedriveError> {
         let mut attempts = Attempts::default();
         loop {
             let work = async {
@@ -201,7 +206,7 @@ impl<H: Handler> Sequencer<H> {
                 Ok(done)
             };
             let done = within(work).await;
-            if !matches!(done, Err(NotDone::Conflict(_))) || !attempts.again().await {
+            if !matches!(done, Err(RedriveError::Conflict(_))) || !attempts.again().await {
                 return done;
             }
         }
@@ -211,9 +216,9 @@ impl<H: Handler> Sequencer<H> {
     pub(crate) async fn lock(
         &self,
         key: &Key,
-    ) -> Result<(Transaction<'static, Postgres>, Ledger<'_>), NotDone> {
+    ) -> Result<(Transaction<'static, Postgres>, Ledger<'_>), RedriveError> {
         let mut tx =
-            self.pool.begin_with(BEGIN).await.map_err(|error| NotDone::Transient(describe(&error)))?;
+            self.pool.begin_with(BEGIN).await.map_err(|error| RedriveError::Transient(describe(&error)))?;
         self.handler.begin(&mut tx).await.map_err(Rollback::from)?;
         let mut ledger = Ledger::lock(&mut tx, &self.consumer, &BTreeSet::from([key.clone()])).await?;
         ledger.read_held(&mut tx, &[]).await?;
@@ -229,7 +234,7 @@ impl<H: Handler> Sequencer<H> {
         key: &Key,
         batch: usize,
         dry_run: bool,
-    ) -> Result<Redriven, NotDone> {
+    ) -> Result<RedrivenAggregate, RedriveError> {
         let from = ledger.chain(key)?.stored;
         let mut applied = 0;
         let mut refused = None;
@@ -240,19 +245,22 @@ impl<H: Handler> Sequencer<H> {
                 break;
             }
             let readable = mem::take(&mut ledger.unreadable).is_empty();
-            let handled =
-                if readable { self.handle_alone(tx, &event).await } else { Err(Failure::poison(UNREADABLE)) };
+            let handled = if readable {
+                self.handle_alone(tx, &event).await
+            } else {
+                Err(HandlerError::poison(UNREADABLE))
+            };
             match handled {
                 Ok(()) => {
                     ledger.chain(key)?.advance(version, event.id);
                     ledger.applied(&event)?;
                     applied += 1;
                 }
-                Err(Failure::Conflict(reason)) => return Err(NotDone::Conflict(reason)),
-                Err(Failure::Transient(reason) | Failure::TooLong(reason)) => {
-                    return Err(NotDone::Transient(reason));
+                Err(HandlerError::Conflict(reason)) => return Err(RedriveError::Conflict(reason)),
+                Err(HandlerError::Transient(reason) | HandlerError::TooLong(reason)) => {
+                    return Err(RedriveError::Transient(reason));
                 }
-                Err(Failure::Poison(error)) => {
+                Err(HandlerError::Poison(error)) => {
                     if !readable && !dry_run {
                         ledger.unread(tx, key, version).await?;
                     }
@@ -265,7 +273,7 @@ impl<H: Handler> Sequencer<H> {
                     }
                     // As it is stored.
                     let error = error.replace('\0', "");
-                    refused = Some(Refused { event_id: event.id, version, type_: event.type_, error });
+                    refused = Some(RefusedEvent { event_id: event.id, version, type_: event.type_, error });
                     break;
                 }
             }
@@ -276,15 +284,15 @@ impl<H: Handler> Sequencer<H> {
         let to = chain.version;
         let held = ledger.count(tx, key).await?;
         let applied = applied as u64;
-        Ok(Redriven { aggregate: key.clone(), from, to, applied, held, refused, unfinished })
+        Ok(RedrivenAggregate { aggregate: key.clone(), from, to, applied, held, refused, unfinished })
     }
 
     pub(crate) async fn end(
         &self,
         tx: Transaction<'_, Postgres>,
-        done: &Redriven,
+        done: &RedrivenAggregate,
         dry_run: bool,
-    ) -> Result<(), NotDone> {
+    ) -> Result<(), RedriveError> {
         if dry_run {
             tx.rollback().await?;
             return Ok(());
@@ -298,10 +306,12 @@ impl<H: Handler> Sequencer<H> {
 }
 
 /// Not for ever.
-pub(crate) async fn within<T>(work: impl Future<Output = Result<T, NotDone>>) -> Result<T, NotDone> {
+pub(crate) async fn within<T>(
+    work: impl Future<Output = Result<T, RedriveError>>,
+) -> Result<T, RedriveError> {
     match tokio::time::timeout(LIMIT, work).await {
         Ok(done) => done,
-        Err(_) => Err(NotDone::Transient(format!("a transaction took longer than {LIMIT:?}"))),
+        Err(_) => Err(RedriveError::Transient(format!("a transaction took longer than {LIMIT:?}"))),
     }
 }
 

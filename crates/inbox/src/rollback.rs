@@ -1,6 +1,6 @@
 //! Why a transaction of the inbox was rolled back, and what the caller does then.
 
-use crate::{Failure, Interrupted, chain::Key, ledger::UNREADABLE};
+use crate::{HandlerError, Interrupted, chain::Key, ledger::UNREADABLE};
 
 /// Why a transaction was rolled back.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ impl Rollback {
 
 impl From<sqlx::Error> for Rollback {
     fn from(error: sqlx::Error) -> Self {
-        Failure::from(error).into()
+        HandlerError::from(error).into()
     }
 }
 
@@ -52,13 +52,13 @@ impl Rollback {
     }
 }
 
-impl From<Failure> for Rollback {
-    fn from(failure: Failure) -> Self {
+impl From<HandlerError> for Rollback {
+    fn from(failure: HandlerError) -> Self {
         match failure {
-            Failure::Transient(reason) => Self::Transient(reason),
-            Failure::Conflict(reason) => Self::Conflict(reason),
-            Failure::Poison(reason) => Self::Failed(reason),
-            Failure::TooLong(reason) => Self::TooLong(reason),
+            HandlerError::Transient(reason) => Self::Transient(reason),
+            HandlerError::Conflict(reason) => Self::Conflict(reason),
+            HandlerError::Poison(reason) => Self::Failed(reason),
+            HandlerError::TooLong(reason) => Self::TooLong(reason),
         }
     }
 }

@@ -5,7 +5,6 @@ use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    Event,
     chain::{Chain, Key},
     ledger::{Ledger, columns},
 };

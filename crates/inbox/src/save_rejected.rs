@@ -36,15 +36,15 @@ impl Ledger<'_> {
         if rejected.is_empty() {
             return Ok(());
         }
-        let mut room = self.room(tx, rejected, most).await?;
-        let uncounted: Vec<StoredMessage<'static>> =
-            rejected.iter().map(|r| StoredMessage::uncounted(r.reason)).collect();
+        let mut quota = self.quota(tx, rejected, most).await?;
+        let overflow: Vec<StoredMessage<'static>> =
+            rejected.iter().map(|r| StoredMessage::overflow(r.reason)).collect();
         let rows: Vec<(&StoredMessage<'_>, &str, &str)> = rejected
             .iter()
-            .zip(&uncounted)
-            .map(|(r, uncounted)| {
-                let detail = if room.take(r) { r.detail.as_str() } else { NOT_KEPT };
-                let stored = if detail == NOT_KEPT { uncounted } else { &*r.stored };
+            .zip(&overflow)
+            .map(|(r, overflow)| {
+                let detail = if quota.take(r) { r.detail.as_str() } else { NOT_KEPT };
+                let stored = if detail == NOT_KEPT { overflow } else { &*r.stored };
                 (stored, r.reason.as_str(), detail)
             })
             .collect();
@@ -70,21 +70,21 @@ impl Ledger<'_> {
         .bind(rows.iter().map(|(stored, ..)| stored.properties.as_str()).collect::<Vec<_>>())
         .bind(rows.iter().map(|(stored, ..)| stored.body).collect::<Vec<_>>())
         .bind(rows.iter().map(|(stored, ..)| stored.bytes).collect::<Vec<_>>())
-        .bind(rows.iter().map(|(kept, ..)| json!(stored.about).to_string()).collect::<Vec<_>>())
+        .bind(rows.iter().map(|(stored, ..)| json!(stored.identifiers).to_string()).collect::<Vec<_>>())
         .execute(&mut **tx)
         .await?;
         Ok(())
     }
 
     /// What may still be kept, when `most` of each reason may be; 0 for any number.
-    async fn room(
+    async fn quota(
         &self,
         tx: &mut Transaction<'_, Postgres>,
         rejected: &[RejectedMessage<'_>],
         most: u32,
-    ) -> sqlx::Result<Room> {
+    ) -> sqlx::Result<Quota> {
         if most == 0 {
-            return Ok(Room { left: None, known: BTreeSet::new() });
+            return Ok(Quota { left: None, known: BTreeSet::new() });
         }
         let reasons: BTreeSet<&str> = rejected.iter().map(|r| r.reason.as_str()).collect();
         let kept: Vec<(String, i64)> = sqlx::query_as(
@@ -104,19 +104,19 @@ impl Ledger<'_> {
                 .fetch_all(&mut **tx)
                 .await?;
         let left = kept.into_iter().map(|(reason, count)| (reason, i64::from(most) - count)).collect();
-        Ok(Room { left: Some(left), known: known.into_iter().collect() })
+        Ok(Quota { left: Some(left), known: known.into_iter().collect() })
     }
 }
 
 /// Which messages may be stored.
-struct Room {
+struct Quota {
     /// How many of each reason; None for any number.
     left: Option<BTreeMap<String, i64>>,
     /// The digests of those that are stored.
     known: BTreeSet<Vec<u8>>,
 }
 
-impl Room {
+impl Quota {
     fn take(&mut self, rejected: &RejectedMessage<'_>) -> bool {
         let Some(left) = self.left.as_mut().and_then(|left| left.get_mut(rejected.reason.as_str())) else {
             return true;

@@ -4,9 +4,9 @@ use outbox::database::Attempts;
 use serde_json::{Value, json};
 
 use crate::{
-    Event, Failure, Handler, Sequencer,
+    Event, Handler, HandlerError, Sequencer,
     held::HeldEvent,
-    redrive::{NotDone, Redriven, within},
+    redrive::{RedriveError, RedrivenAggregate, within},
 };
 
 /// Which event is skipped, and on whose word.
@@ -28,18 +28,18 @@ impl<H: Handler> Sequencer<H> {
     /// Gives up the event that stops its aggregate: its erased form is applied in its place, so that the
     /// version rises and the chain stays whole, and `inbox.skipped` remembers it. Then what waited behind
     /// it is applied.
-    pub async fn skip(&self, skip: &Skip<'_>) -> Result<Redriven, NotDone> {
+    pub async fn skip(&self, skip: &Skip<'_>) -> Result<RedrivenAggregate, RedriveError> {
         let (key, version) = (&skip.event.aggregate, skip.event.version);
         let mut attempts = Attempts::default();
         let mut all = loop {
             let done = within(self.skip_once(skip)).await;
-            if !matches!(done, Err(NotDone::Conflict(_))) || !attempts.again().await {
+            if !matches!(done, Err(RedriveError::Conflict(_))) || !attempts.again().await {
                 break done?;
             }
         };
         if all.unfinished && !skip.dry_run {
             let more = self.bring_on(key, skip.batch, false).await?;
-            all = Redriven { from: all.from, applied: all.applied + more.applied, ..more };
+            all = RedrivenAggregate { from: all.from, applied: all.applied + more.applied, ..more };
         }
         if !skip.dry_run {
             tracing::warn!(
@@ -57,26 +57,26 @@ impl<H: Handler> Sequencer<H> {
     }
 
     /// One transaction: the event is given up, and some of what waited behind it is applied.
-    async fn skip_once(&self, skip: &Skip<'_>) -> Result<Redriven, NotDone> {
+    async fn skip_once(&self, skip: &Skip<'_>) -> Result<RedrivenAggregate, RedriveError> {
         let (key, version) = (&skip.event.aggregate, skip.event.version);
         let (mut tx, mut ledger) = self.lock(key).await?;
         let chain = ledger.chain(key)?;
         let held = chain.held.get(&version).filter(|held| held.id == skip.event.event_id);
-        let Some(held) = held else { return Err(NotDone::Gone) };
+        let Some(held) = held else { return Err(RedriveError::Gone) };
         if version != chain.version.saturating_add(1) || !held.reason.blocks() {
-            return Err(NotDone::NotNext(chain.version));
+            return Err(RedriveError::NotNext(chain.version));
         }
         let event = ledger.events(&mut tx, &[(key, version)]).await?.into_values().next();
-        let Some(event) = event else { return Err(NotDone::Gone) };
+        let Some(event) = event else { return Err(RedriveError::Gone) };
         // Its erased form needs no headers.
         ledger.unreadable.clear();
         match self.handle_alone(&mut tx, &erased(&event)).await {
             Ok(()) => {}
-            Err(Failure::Conflict(reason)) => return Err(NotDone::Conflict(reason)),
-            Err(Failure::Transient(reason) | Failure::TooLong(reason)) => {
-                return Err(NotDone::Transient(reason));
+            Err(HandlerError::Conflict(reason)) => return Err(RedriveError::Conflict(reason)),
+            Err(HandlerError::Transient(reason) | HandlerError::TooLong(reason)) => {
+                return Err(RedriveError::Transient(reason));
             }
-            Err(Failure::Poison(reason)) => return Err(NotDone::Refused(reason)),
+            Err(HandlerError::Poison(reason)) => return Err(RedriveError::Refused(reason)),
         }
         ledger.skip(&mut tx, key, version, skip.by, skip.why).await?;
         ledger.chain(key)?.advance(version, event.id);

@@ -11,7 +11,7 @@ const GONE: Duration = Duration::from_mins(1);
 /// Whether received messages wait without being applied, over all attempts and connections: a locked table interrupts
 /// each attempt by itself, and every answer of the database in between looks like health.
 #[derive(Debug, Default)]
-pub(crate) struct Stall(Mutex<Option<Waiting>>);
+pub(crate) struct StallDetector(Mutex<Option<Waiting>>);
 
 #[derive(Debug)]
 struct Waiting {
@@ -23,7 +23,7 @@ struct Waiting {
     said: Option<String>,
 }
 
-impl Stall {
+impl StallDetector {
     /// An attempt begins.
     pub(crate) fn begin(&self) {
         let mut waiting = self.lock();

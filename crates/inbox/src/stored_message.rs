@@ -3,10 +3,10 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::{Envelope, about, rejection::Rejection};
+use crate::{Envelope, identifiers, rejection::Rejection};
 
 /// How much of a body is kept.
-const BODY: usize = 64 * 1024;
+const MAX_BODY: usize = 64 * 1024;
 
 /// A message as it is stored in `inbox.rejected`.
 #[derive(Clone, Debug)]
@@ -19,15 +19,15 @@ pub(crate) struct StoredMessage<'a> {
     pub(crate) body: &'a [u8],
     /// How long the body is.
     pub(crate) bytes: i64,
-    /// What the stored part names: see [`about`].
-    pub(crate) about: Vec<String>,
+    /// Which identifiers the stored part has: see [`identifiers`].
+    pub(crate) identifiers: Vec<String>,
 }
 
 impl<'a> StoredMessage<'a> {
     pub(crate) fn of(envelope: &'a Envelope, reason: Rejection) -> Self {
         let properties = envelope.properties_json().to_string();
-        let body = &envelope.body[..envelope.body.len().min(BODY)];
-        let (about, complete) = about::names(envelope, &properties, body);
+        let body = &envelope.body[..envelope.body.len().min(MAX_BODY)];
+        let (found, complete) = identifiers::of(envelope, &properties, body);
         Self {
             digest: digest(envelope, reason),
             routing_key: envelope.routing_key.replace('\0', "\u{fffd}"),
@@ -35,21 +35,21 @@ impl<'a> StoredMessage<'a> {
             // Nothing is kept that could not be found when it has to be erased.
             body: &body[..complete],
             bytes: i64::try_from(envelope.body.len()).unwrap_or(i64::MAX),
-            about: about.into_iter().collect(),
+            identifiers: found.into_iter().collect(),
         }
     }
 }
 
 impl StoredMessage<'static> {
     /// What stands for all messages that were rejected for a reason beyond those that are kept.
-    pub(crate) fn uncounted(reason: Rejection) -> Self {
+    pub(crate) fn overflow(reason: Rejection) -> Self {
         Self {
             digest: Sha256::digest(["not kept, ", reason.as_str()].concat()).to_vec(),
             routing_key: String::new(),
             properties: "{}".to_owned(),
             body: &[],
             bytes: 0,
-            about: Vec::new(),
+            identifiers: Vec::new(),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, time::Duration};
 use sqlx::{Postgres, Transaction};
 
 use crate::{
-    Event, Failure, Handler, Outcome, Sequencer,
+    Event, Handler, HandlerError, Outcome, Sequencer,
     attempt::Attempt,
     chain::Key,
     failpoint,
@@ -157,11 +157,11 @@ impl<H: Handler> Sequencer<H> {
             (_, _) => return Err(Rollback::Failed("more than one event to take alone".to_owned())),
         };
         let (handled, attempts) = match work.refuse {
-            Some(reason) => (Err(Failure::poison(reason)), plan.attempts().saturating_add(1)),
+            Some(reason) => (Err(HandlerError::poison(reason)), plan.attempts().saturating_add(1)),
             None => self.try_alone(tx, mode, plan, event, attempt).await?,
         };
         match handled {
-            Err(Failure::Poison(reason)) => {
+            Err(HandlerError::Poison(reason)) => {
                 self.refuse(tx, event, &reason, attempts).await?;
                 plan.refused(attempts)?;
                 plan.outcome.poison += 1;

@@ -31,7 +31,7 @@ pub(crate) struct Page {
 }
 
 /// Some of the entries of a score.
-pub(crate) struct Found {
+pub(crate) struct EntryPage {
     /// The score of all of them.
     pub(crate) score: Score,
     /// In the order of their ids, which is the one in which they came.
@@ -65,7 +65,7 @@ impl FromRow<'_, PgRow> for Entry {
 }
 
 /// A page of the entries of the newest life of `cpf`, if one is known.
-pub(crate) async fn entries(pool: &PgPool, cpf: Cpf, page: Page) -> Result<Option<Found>, ReadError> {
+pub(crate) async fn entries(pool: &PgPool, cpf: Cpf, page: Page) -> Result<Option<EntryPage>, ReadError> {
     in_time(async {
         let first = page.after.unwrap_or_default();
         let rows = sqlx::query(ENTRIES).bind(cpf.0).bind(first).bind(page.limit + 1).fetch_all(pool).await?;
@@ -75,7 +75,7 @@ pub(crate) async fn entries(pool: &PgPool, cpf: Cpf, page: Page) -> Result<Optio
         let rows = if row.try_get::<Option<Uuid>, _>("entry")?.is_some() { &rows[..] } else { &[] };
         let limit = usize::try_from(page.limit).unwrap_or_default();
         let entries = rows.iter().take(limit).map(Entry::from_row).collect::<sqlx::Result<_>>()?;
-        Ok(Some(Found { score, entries, more: rows.len() > limit }))
+        Ok(Some(EntryPage { score, entries, more: rows.len() > limit }))
     })
     .await
 }

@@ -16,7 +16,7 @@ const BATCH: usize = 64;
 
 /// Between two lives of a cpf there is no order on the way here, so the older one may still be there
 /// when the newer one is; the newest answers. One entry of the index and one row for each that is asked.
-pub(super) const NEWEST_LIVES: &str = "SELECT asked.number, person.*
+pub(super) const NEWEST_PERSONS: &str = "SELECT asked.number, person.*
 FROM unnest($1::bigint[]) WITH ORDINALITY AS asked (cpf, number)
 CROSS JOIN LATERAL (SELECT id, version, total, updated_at FROM score.person
                     WHERE cpf = asked.cpf ORDER BY created_at DESC, id DESC LIMIT 1) person";
@@ -28,7 +28,7 @@ pub(crate) struct Scores(mpsc::Sender<Ask>);
 /// A reader who waits for an answer.
 struct Ask {
     cpf: Cpf,
-    answer: oneshot::Sender<Result<Option<Score>, ReadError>>,
+    reply: oneshot::Sender<Result<Option<Score>, ReadError>>,
 }
 
 impl Scores {
@@ -44,11 +44,11 @@ impl Scores {
     }
 
     /// The score of the newest life of `cpf`, if one is known: as of a moment after the call.
-    pub(crate) async fn newest_life(&self, cpf: Cpf) -> Result<Option<Score>, ReadError> {
-        let (answer, answered) = oneshot::channel();
+    pub(crate) async fn newest_person(&self, cpf: Cpf) -> Result<Option<Score>, ReadError> {
+        let (reply, received) = oneshot::channel();
         let read = async {
-            self.0.send(Ask { cpf, answer }).await.ok()?;
-            answered.await.ok()
+            self.0.send(Ask { cpf, reply }).await.ok()?;
+            received.await.ok()
         };
         // Nobody answers when the task is gone, and the process ends.
         timeout(DEADLINE, read).await.ok().flatten().unwrap_or(Err(ReadError::Unavailable))
@@ -61,11 +61,11 @@ async fn read(pool: PgPool, mut asked: mpsc::Receiver<Ask>) {
     let mut asks = Vec::new();
     while asked.recv_many(&mut asks, BATCH).await > 0 {
         // Who went meanwhile needs no answer.
-        asks.retain(|ask| !ask.answer.is_closed());
+        asks.retain(|ask| !ask.reply.is_closed());
         let cpfs: Vec<i64> = asks.iter().map(|ask| ask.cpf.get()).collect();
         let found = in_time(async {
             let mut conn = session.take().await?;
-            let found = newest_lives(&mut conn, cpfs).await?;
+            let found = newest_persons(&mut conn, cpfs).await?;
             session.keep(conn);
             Ok(found)
         })
@@ -73,12 +73,12 @@ async fn read(pool: PgPool, mut asked: mpsc::Receiver<Ask>) {
         match found {
             Ok(found) => {
                 for (ask, score) in asks.drain(..).zip(found) {
-                    let _ = ask.answer.send(Ok(score));
+                    let _ = ask.reply.send(Ok(score));
                 }
             }
             Err(error) => {
                 for ask in asks.drain(..) {
-                    let _ = ask.answer.send(Err(error.clone()));
+                    let _ = ask.reply.send(Err(error.clone()));
                 }
             }
         }
@@ -86,9 +86,9 @@ async fn read(pool: PgPool, mut asked: mpsc::Receiver<Ask>) {
 }
 
 /// The scores of `cpfs`, each at its place.
-async fn newest_lives(conn: &mut PgConnection, cpfs: Vec<i64>) -> sqlx::Result<Vec<Option<Score>>> {
+async fn newest_persons(conn: &mut PgConnection, cpfs: Vec<i64>) -> sqlx::Result<Vec<Option<Score>>> {
     let mut found: Vec<Option<Score>> = cpfs.iter().map(|_| None).collect();
-    for row in sqlx::query(NEWEST_LIVES).bind(cpfs).fetch_all(conn).await? {
+    for row in sqlx::query(NEWEST_PERSONS).bind(cpfs).fetch_all(conn).await? {
         let number = usize::try_from(row.try_get::<i64, _>("number")?).unwrap_or_default();
         if let Some(place) = number.checked_sub(1).and_then(|index| found.get_mut(index)) {
             *place = Some(Score::from_row(&row)?);
@@ -118,7 +118,7 @@ mod tests {
 
     /// However many persons there are, an answer reads one entry of the index and one row.
     #[tokio::test]
-    async fn the_newest_life_is_found_by_the_index_alone() {
+    async fn the_newest_person_is_found_by_the_index_alone() {
         let url = devstack::testing::database("score_api_plan").await;
         let mut conn = connect(&url).await;
         for schema in schemas() {
@@ -129,7 +129,7 @@ mod tests {
                     FROM generate_series(1, 50000) i";
         sqlx::query(fill).execute(&mut conn).await.unwrap();
         sqlx::query("ANALYZE score.person").execute(&mut conn).await.unwrap();
-        let explain = sqlx::AssertSqlSafe(format!("EXPLAIN (COSTS OFF) {NEWEST_LIVES}"));
+        let explain = sqlx::AssertSqlSafe(format!("EXPLAIN (COSTS OFF) {NEWEST_PERSONS}"));
         let plan: Vec<String> =
             sqlx::query_scalar(explain).bind([11111_i64, 1, 11111]).fetch_all(&mut conn).await.unwrap();
         insta::assert_snapshot!(plan.join("\n"), @r"

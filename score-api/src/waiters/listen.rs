@@ -46,7 +46,7 @@ impl Waiters {
         loop {
             match listener.try_recv().await {
                 Ok(Some(_)) => {
-                    *self.0.told.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+                    *self.0.last_notice.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
                 }
                 // The connection was lost, and notices with it.
                 Ok(None) => {}

@@ -22,14 +22,14 @@ pub(super) struct Persons {
 pub(super) struct Seen {
     /// The last look for them that has ended, and how.
     pub(super) look: u64,
-    pub(super) fate: Fate,
+    pub(super) result: LookResult,
     /// What the last one that was answered has found.
     pub(super) version: Option<i64>,
 }
 
 /// How a look ended.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-pub(super) enum Fate {
+pub(super) enum LookResult {
     #[default]
     Answered,
     Unavailable,
@@ -77,12 +77,12 @@ impl Persons {
     /// Says what a look has found. Only those are woken for whom it says something new: a look for
     /// thousands that finds one is no reason for all of them to run.
     pub(super) fn end(&mut self, look: &Look, found: Result<Vec<(Uuid, Option<i64>)>, ReadError>) {
-        let fate = match &found {
-            Ok(_) => Fate::Answered,
-            Err(ReadError::Unavailable) => Fate::Unavailable,
+        let result = match &found {
+            Ok(_) => LookResult::Answered,
+            Err(ReadError::Unavailable) => LookResult::Unavailable,
             Err(ReadError::Defect(error)) => {
                 tracing::error!(%error, "the versions could not be read");
-                Fate::Defect
+                LookResult::Defect
             }
         };
         let found: HashMap<Uuid, Option<i64>> = found.unwrap_or_default().into_iter().collect();
@@ -91,7 +91,7 @@ impl Persons {
             seen.send_if_modified(|seen| {
                 let before = seen.version;
                 let version = found.get(person).copied().unwrap_or(before);
-                *seen = Seen { look: look.number, fate, version };
+                *seen = Seen { look: look.number, result, version };
                 look.fresh.contains(person) || version != before
             });
         }

@@ -1,7 +1,7 @@
 //! The event of a person that causes a change, parsed.
 
 use events::PersonEvent;
-use inbox::{Event, Failure};
+use inbox::{Event, HandlerError};
 use uuid::Uuid;
 
 /// An event of a person, parsed.
@@ -15,16 +15,17 @@ pub(crate) struct Cause {
 
 impl Cause {
     /// Reads a person's event.
-    pub(crate) fn parse(event: &Event) -> Result<Self, Failure> {
+    pub(crate) fn parse(event: &Event) -> Result<Self, HandlerError> {
         let person = Uuid::try_parse(&event.aggregate_id)
-            .map_err(|_| Failure::poison("the aggregate's id is not a person's UUID"))?;
+            .map_err(|_| HandlerError::poison("the aggregate's id is not a person's UUID"))?;
         let body = if event.is_erased() {
             PersonEvent::Erased
         } else {
-            PersonEvent::parse(&event.type_, &event.payload).map_err(|e| Failure::poison(e.to_string()))?
+            PersonEvent::parse(&event.type_, &event.payload)
+                .map_err(|e| HandlerError::poison(e.to_string()))?
         };
         if subject(&body).is_some_and(|subject| subject != person) {
-            return Err(Failure::poison("the body is about another person than the aggregate's id"));
+            return Err(HandlerError::poison("the body is about another person than the aggregate's id"));
         }
         Ok(Self { person, version: event.version, trace: event.traceparent().map(str::to_owned), body })
     }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, value::RawValue};
 use uuid::Uuid;
 
-use super::refused::Refused;
+use super::refusal::Refusal;
 use crate::score;
 
 /// What one item adds to its person's score.
@@ -24,16 +24,16 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    pub(crate) fn of(kind: Kind, item: &Item) -> Result<Self, Refused> {
+    pub(crate) fn of(kind: Kind, item: &Item) -> Result<Self, Refusal> {
         Self::new(kind, item.id, item.value, item.created_at)
     }
 
-    pub(crate) fn of_baseline(kind: Kind, item: &BaselineItem) -> Result<Self, Refused> {
+    pub(crate) fn of_baseline(kind: Kind, item: &BaselineItem) -> Result<Self, Refusal> {
         Self::new(kind, item.id, item.value, item.created_at)
     }
 
-    fn new(kind: Kind, id: Uuid, value: Decimal, created_at: DateTime<Utc>) -> Result<Self, Refused> {
-        let score = score::of(kind, value).ok_or(Refused::Value)?;
+    fn new(kind: Kind, id: Uuid, value: Decimal, created_at: DateTime<Utc>) -> Result<Self, Refusal> {
+        let score = score::of(kind, value).ok_or(Refusal::Value)?;
         Ok(Self { id, kind, value, score, created_at })
     }
 }
@@ -114,14 +114,14 @@ impl ScoreEvent {
         entry: &Entry,
         total: Decimal,
         trace: Option<&str>,
-    ) -> Result<Self, Refused> {
+    ) -> Result<Self, Refusal> {
         let Entry { id, kind, value, score, created_at } = *entry;
         let body = Score { id, person_id: person, cpf, kind, value, score, total, created_at };
         Self::new(person, type_, &body, trace)
     }
 
     /// The whole score is gone.
-    pub(crate) fn deleted(person: Uuid, trace: Option<&str>) -> Result<Self, Refused> {
+    pub(crate) fn deleted(person: Uuid, trace: Option<&str>) -> Result<Self, Refusal> {
         Self::new(person, events::SCORE_DELETED, &Deleted { id: person }, trace)
     }
 
@@ -131,9 +131,9 @@ impl ScoreEvent {
         type_: &'static str,
         body: &impl Serialize,
         trace: Option<&str>,
-    ) -> Result<Self, Refused> {
+    ) -> Result<Self, Refusal> {
         let payload =
-            serde_json::to_string(body).and_then(RawValue::from_string).map_err(|_| Refused::Json)?;
+            serde_json::to_string(body).and_then(RawValue::from_string).map_err(|_| Refusal::Json)?;
         let headers = trace.map(|trace| Map::from_iter([("traceparent".to_owned(), trace.into())]));
         Ok(Self { person, type_, payload, headers })
     }

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{
     cause::Cause,
     entry::{Change, Entry, ScoreEvent, changes},
-    refused::Refused,
+    refusal::Refusal,
 };
 
 /// A person as the read model has them.
@@ -102,12 +102,12 @@ impl Slice {
     }
 
     /// Applies one event. When it is refused the slice is of no use any more.
-    pub(crate) fn apply(&mut self, cause: &Cause) -> Result<(), Refused> {
+    pub(crate) fn apply(&mut self, cause: &Cause) -> Result<(), Refusal> {
         let id = cause.person;
         match &cause.body {
             PersonEvent::New(person) => {
                 if self.persons.contains_key(&id) {
-                    return Err(Refused::PersonKnown);
+                    return Err(Refusal::PersonKnown);
                 }
                 self.insert(person, cause.version);
                 Ok(())
@@ -125,7 +125,7 @@ impl Slice {
             PersonEvent::ItemNew(kind, item) => {
                 self.known(id)?;
                 if self.entry_of(id, item.id)?.is_some() {
-                    return Err(Refused::ItemKnown);
+                    return Err(Refusal::ItemKnown);
                 }
                 self.change(cause, vec![Change::New(Entry::of(*kind, item)?)])
             }
@@ -156,7 +156,7 @@ impl Slice {
     }
 
     /// A person ends with all entries. One of whom no score was published ends in silence.
-    fn delete(&mut self, cause: &Cause) -> Result<(), Refused> {
+    fn delete(&mut self, cause: &Cause) -> Result<(), Refusal> {
         let id = cause.person;
         // A deletion may follow any version, so also the very first thing that is heard of a person.
         if self.persons.remove(&id).is_none() {
@@ -175,7 +175,7 @@ impl Slice {
     }
 
     /// The complete state at its version, which may be the first thing that is heard of the person.
-    fn replace(&mut self, cause: &Cause, baseline: &Baseline) -> Result<(), Refused> {
+    fn replace(&mut self, cause: &Cause, baseline: &Baseline) -> Result<(), Refusal> {
         let id = cause.person;
         if !self.persons.contains_key(&id) {
             self.insert(&baseline.person, cause.version);
@@ -201,7 +201,7 @@ impl Slice {
 
     /// Carries changes of a person's entries out, publishes each with the total after it, and brings the
     /// person to the event's version.
-    fn change(&mut self, cause: &Cause, changes: Vec<Change>) -> Result<(), Refused> {
+    fn change(&mut self, cause: &Cause, changes: Vec<Change>) -> Result<(), Refusal> {
         let id = cause.person;
         let Person { cpf, mut total, .. } = *self.known(id)?;
         for change in changes {
@@ -234,23 +234,23 @@ impl Slice {
     }
 
     /// Versions without holes begin with the person, so they can be unknown only after their end.
-    fn known(&mut self, id: Uuid) -> Result<&mut Person, Refused> {
-        self.persons.get_mut(&id).ok_or(Refused::PersonUnknown)
+    fn known(&mut self, id: Uuid) -> Result<&mut Person, Refusal> {
+        self.persons.get_mut(&id).ok_or(Refusal::PersonUnknown)
     }
 
     /// An entry of this person, if there is one. An item never changes hands.
-    fn entry_of(&self, person: Uuid, id: Uuid) -> Result<Option<&Entry>, Refused> {
+    fn entry_of(&self, person: Uuid, id: Uuid) -> Result<Option<&Entry>, Refusal> {
         match self.entry(id) {
-            Some((owner, _)) if owner != person => Err(Refused::ItemOfAnother),
+            Some((owner, _)) if owner != person => Err(Refusal::ItemOfAnother),
             found => Ok(found.map(|(_, entry)| entry)),
         }
     }
 
-    fn known_entry(&mut self, person: Uuid, kind: Kind, item: &Item) -> Result<Entry, Refused> {
+    fn known_entry(&mut self, person: Uuid, kind: Kind, item: &Item) -> Result<Entry, Refusal> {
         self.known(person)?;
         // One that another person has is as unknown as one that nobody has.
         let entry = self.entry_of(person, item.id).ok().flatten().filter(|entry| entry.kind == kind);
-        entry.cloned().ok_or(Refused::ItemUnknown)
+        entry.cloned().ok_or(Refusal::ItemUnknown)
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 use ::shown::shown as escaped;
 use anyhow::{Context, bail};
 use inbox::{
-    Redrive, Redrives, Sequencer,
+    Redrive, RedriveSummary, Sequencer,
     held::{self, Filter, HeldEvent, Skipped},
 };
 use serde_json::json;
@@ -21,9 +21,9 @@ use uuid::Uuid;
 
 use self::{
     skip::SkipArgs,
-    text::{causes, one, redriven, waits},
+    text::{event_text, groups_text, summary_text, waiting_text},
 };
-use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, Which, aggregate, batch, connect, time};
+use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, WhichModel, aggregate, batch, connect, time};
 use crate::{model::Model, projection::Projection};
 
 /// How often a long redrive says how far it is.
@@ -37,7 +37,7 @@ pub struct HeldArgs {
     pub common: CommandArgs,
     /// Which read model.
     #[command(flatten)]
-    pub which: Which,
+    pub which: WhichModel,
     /// What to do.
     #[command(subcommand)]
     pub action: HeldAction,
@@ -128,7 +128,7 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
         HeldAction::List(list) => {
             let groups = held::groups(&mut conn, &consumer, list.limit).await.context("it cannot be read")?;
             args.common.answer(&json!({"consumer": consumer, "held": groups}), || {
-                causes(&consumer, &groups, args.which)
+                groups_text(&consumer, &groups, args.which)
             })?;
             Ok(if groups.events == 0 { Verdict::Well } else { Verdict::NotWell })
         }
@@ -136,7 +136,7 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
         HeldAction::Redrive(redrive) => {
             drop(conn);
             let answer = sequencer(args, consumer)?.redrive(&request(redrive), progress()).await?;
-            args.common.answer(&answer, || redriven(&answer, redrive.dry_run))?;
+            args.common.answer(&answer, || summary_text(&answer, redrive.dry_run))?;
             Ok(if answer.refused == 0 { Verdict::Well } else { Verdict::NotWell })
         }
         HeldAction::Skip(request) => {
@@ -163,7 +163,7 @@ fn request(args: &RedriveArgs) -> Redrive {
 }
 
 /// How far it is, once a second, for whoever watches.
-fn progress() -> impl FnMut(&Redrives) {
+fn progress() -> impl FnMut(&RedriveSummary) {
     let mut reported = Instant::now();
     move |all| {
         if reported.elapsed() >= REPORT && std::io::stderr().is_terminal() {
@@ -197,7 +197,8 @@ async fn list_events(
         for event in &events {
             let HeldEvent { event_id, aggregate, version, type_, .. } = event;
             let type_ = escaped(type_);
-            let _ = writeln!(text, "{event_id} {aggregate} version {version}, {type_}, {}", waits(event));
+            let _ =
+                writeln!(text, "{event_id} {aggregate} version {version}, {type_}, {}", waiting_text(event));
         }
         if let Some(next) = next {
             let _ = writeln!(text, "and more: --after {next}");
@@ -215,7 +216,7 @@ async fn show(
     with_body: bool,
 ) -> anyhow::Result<Verdict> {
     if let Some(shown) = held::event(conn, consumer, id, with_body).await.context("it cannot be read")? {
-        args.common.answer(&shown, || one(&shown))?;
+        args.common.answer(&shown, || event_text(&shown))?;
         return Ok(Verdict::Well);
     }
     if let Some(skipped) = held::skipped(conn, consumer, id).await.context("it cannot be read")? {

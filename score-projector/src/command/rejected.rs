@@ -8,7 +8,7 @@ use inbox::rejected::{self, Filter, Group, Groups, Rejected};
 use serde_json::json;
 use sqlx::PgConnection;
 
-use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, Which, connect, many, time};
+use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, WhichModel, connect, many, time};
 
 /// Settings of `rejected`.
 #[derive(Debug, clap::Args)]
@@ -18,7 +18,7 @@ pub struct RejectedArgs {
     pub common: CommandArgs,
     /// Which read model.
     #[command(flatten)]
-    pub which: Which,
+    pub which: WhichModel,
     /// What to do.
     #[command(subcommand)]
     pub action: RejectedAction,
@@ -69,8 +69,9 @@ pub async fn rejected(args: &RejectedArgs) -> anyhow::Result<Verdict> {
     match &args.action {
         RejectedAction::List => {
             let groups = rejected::groups(&mut conn, &consumer).await.context("it cannot be read")?;
-            args.common
-                .answer(&json!({"consumer": consumer, "rejected": groups}), || reasons(&consumer, &groups))?;
+            args.common.answer(&json!({"consumer": consumer, "rejected": groups}), || {
+                groups_text(&consumer, &groups)
+            })?;
             Ok(if groups.messages == 0 { Verdict::Well } else { Verdict::NotWell })
         }
         RejectedAction::Show { id, body } => {
@@ -81,7 +82,7 @@ pub async fn rejected(args: &RejectedArgs) -> anyhow::Result<Verdict> {
                     "{consumer} has rejected no message {id}; score-projector rejected list shows what it has"
                 )
             };
-            args.common.answer(&message, || one(&message))?;
+            args.common.answer(&message, || message_text(&message))?;
             Ok(Verdict::Well)
         }
         RejectedAction::Drop { selection, yes } => {
@@ -91,7 +92,7 @@ pub async fn rejected(args: &RejectedArgs) -> anyhow::Result<Verdict> {
     }
 }
 
-fn reasons(consumer: &str, rejected: &Groups) -> String {
+fn groups_text(consumer: &str, rejected: &Groups) -> String {
     if rejected.messages == 0 {
         return format!("{consumer}: nothing was rejected");
     }
@@ -109,7 +110,7 @@ fn reasons(consumer: &str, rejected: &Groups) -> String {
     text
 }
 
-fn one(message: &Rejected) -> String {
+fn message_text(message: &Rejected) -> String {
     let Rejected { id, reason, times, .. } = message;
     let (detail, routing_key) = (escaped(&message.detail), escaped(&message.routing_key));
     let properties = message.properties.to_string();
@@ -124,13 +125,18 @@ fn one(message: &Rejected) -> String {
         (_, Some(at)) => writeln!(text, "  erased at {}: what it told of has ended", time(at)),
         (Some(body), _) => writeln!(text, "{}", body.replace('\n', "\n  ")),
         (None, _) => {
-            writeln!(text, "  its body has {}; --body shows {}", many(message.bytes, "byte"), shown(message))
+            writeln!(
+                text,
+                "  its body has {}; --body shows {}",
+                many(message.bytes, "byte"),
+                stored_part(message)
+            )
         }
     };
     text
 }
 
-fn shown(message: &Rejected) -> String {
+fn stored_part(message: &Rejected) -> String {
     if i64::from(message.kept_bytes) == message.bytes {
         return "it".to_owned();
     }

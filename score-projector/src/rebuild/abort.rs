@@ -5,7 +5,7 @@ use serde_json::json;
 use sqlx::{Connection, PgConnection};
 
 use super::{LOCK_ATTEMPTS, RebuildArgs, is_lock, limit_locks, pause, remove_consumer, remove_queue};
-use crate::model::{self, Stored};
+use crate::model::{self, StoredModel};
 
 /// Removes what a rebuild has made: first the tables, with which its consumers end, then their queue,
 /// then their place in the inbox, and then the last word of it.
@@ -22,7 +22,7 @@ pub(super) async fn abort(
         }
         pause(attempt).await;
     }
-    let Some(Stored { consumer, queue, .. }) = model::stored(conn, "ending").await? else {
+    let Some(StoredModel { consumer, queue, .. }) = model::stored(conn, "ending").await? else {
         args.common.answer(&json!({"aborted": null}), || "no rebuild is under way".to_owned())?;
         return Ok(Verdict::Well);
     };

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 /// Of one kind, with a few persons as examples.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, sqlx::FromRow)]
-pub(super) struct Kind {
+pub(super) struct DifferenceClass {
     what: String,
     count: i64,
     persons: Vec<Uuid>,
@@ -16,7 +16,7 @@ pub(super) struct Kind {
 /// the one and not yet to the other counts too.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Difference {
-    kinds: Vec<Kind>,
+    kinds: Vec<DifferenceClass>,
 }
 
 impl Difference {
@@ -25,7 +25,7 @@ impl Difference {
         if self.kinds.is_empty() {
             return "nothing differs between the two models\n".to_owned();
         }
-        let lines = self.kinds.iter().map(|Kind { what, count, persons }| {
+        let lines = self.kinds.iter().map(|DifferenceClass { what, count, persons }| {
             let named: Vec<String> = persons.iter().map(Uuid::to_string).collect();
             format!("  {what}: {count}, of {}\n", named.join(", "))
         });

@@ -62,13 +62,13 @@ pub(super) async fn progress(conn: &mut PgConnection, live: &str, shadow: &str) 
 
 /// Events that a consumer holds, for a reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, sqlx::FromRow)]
-pub(super) struct Held {
+pub(super) struct HeldCount {
     pub(super) reason: String,
     pub(super) events: i64,
 }
 
 /// What the consumer holds, by reason.
-pub(super) async fn held(conn: &mut PgConnection, consumer: &str) -> sqlx::Result<Vec<Held>> {
+pub(super) async fn held(conn: &mut PgConnection, consumer: &str) -> sqlx::Result<Vec<HeldCount>> {
     sqlx::query_as(
         "SELECT reason, count(*) AS events FROM inbox.held WHERE consumer = $1 GROUP BY reason ORDER BY reason",
     )

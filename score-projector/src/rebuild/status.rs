@@ -8,9 +8,9 @@ use tokio::time::Instant;
 use super::{
     RebuildArgs,
     difference::difference,
-    progress::{Held, Progress, held, progress},
+    progress::{HeldCount, Progress, held, progress},
 };
-use crate::model::{self, Stored};
+use crate::model::{self, StoredModel};
 
 /// Between the two looks that give the rate.
 const BETWEEN: Duration = Duration::from_secs(2);
@@ -48,7 +48,7 @@ async fn building(
     args: &RebuildArgs,
     conn: &mut PgConnection,
     live: &str,
-    shadow: &Stored,
+    shadow: &StoredModel,
 ) -> anyhow::Result<Verdict> {
     let name = &shadow.consumer;
     let mut now = progress(conn, live, name).await?;
@@ -98,7 +98,7 @@ async fn building(
     Ok(if now.behind == 0 { Verdict::Well } else { Verdict::NotWell })
 }
 
-fn counts(now: &Progress, held: &[Held]) -> String {
+fn counts(now: &Progress, held: &[HeldCount]) -> String {
     let mut text = format!(
         "  of {}: {} level, {} ended or of an earlier incarnation, {} behind\n",
         many(now.aggregates, "aggregate"),
@@ -109,7 +109,7 @@ fn counts(now: &Progress, held: &[Held]) -> String {
     for example in &now.examples {
         let _ = writeln!(text, "    behind: {example}");
     }
-    for Held { reason, events } in held {
+    for HeldCount { reason, events } in held {
         let _ = writeln!(text, "  {} held, reason {reason}", many(*events, "event"));
     }
     text

@@ -16,7 +16,7 @@ use super::{
     progress::{Progress, progress},
     remove_queue,
 };
-use crate::model::{self, Stored};
+use crate::model::{self, StoredModel};
 
 /// With so many aggregates behind, the live model is not stopped to let the shadow catch up.
 const NEARLY: i64 = 1_000;
@@ -95,8 +95,8 @@ pub(super) async fn swap(
 /// Everything in one transaction.
 async fn exchange(
     conn: &mut PgConnection,
-    live: &Stored,
-    shadow: &Stored,
+    live: &StoredModel,
+    shadow: &StoredModel,
     dry_run: bool,
 ) -> anyhow::Result<(Difference, u64)> {
     let mut tx = Connection::begin(&mut *conn).await?;
@@ -145,7 +145,7 @@ async fn exchange(
 }
 
 /// Locks a model's row: whoever writes to the model shares it until their commit.
-async fn take(tx: &mut Transaction<'_, Postgres>, role: &str, model: &Stored) -> anyhow::Result<()> {
+async fn take(tx: &mut Transaction<'_, Postgres>, role: &str, model: &StoredModel) -> anyhow::Result<()> {
     sqlx::query("SELECT FROM score.model WHERE role = $1 AND consumer = $2 FOR UPDATE")
         .bind(role)
         .bind(&model.consumer)

@@ -15,7 +15,7 @@
 use std::env;
 
 use inbox::{
-    Config, Consumer, Event, Failure, Handler, InvalidPublisher, Node, Publisher, Redrive, Sequencer,
+    Config, Consumer, Event, Handler, HandlerError, InvalidPublisher, Node, Publisher, Redrive, Sequencer,
     Sources, Status, Topology,
     held::{self, Filter},
 };
@@ -41,14 +41,14 @@ struct Person {
 }
 
 impl Handler for AddressBook {
-    async fn handle(&self, event: &Event, tx: &mut Transaction<'_, Postgres>) -> Result<(), Failure> {
+    async fn handle(&self, event: &Event, tx: &mut Transaction<'_, Postgres>) -> Result<(), HandlerError> {
         match event.type_.as_str() {
             // Its content is gone; that it counts as a version is the inbox's business.
             _ if event.is_erased() => {}
             "person.new" | "person.changed" | "person.baseline" => {
                 // No personal data in the reason: operators read it.
                 let person: Person = serde_json::from_slice(&event.payload)
-                    .map_err(|_| Failure::poison("the body is not a person"))?;
+                    .map_err(|_| HandlerError::poison("the body is not a person"))?;
                 sqlx::query(
                     "INSERT INTO contact (id, name, address) VALUES ($1, $2, $3)
                      ON CONFLICT (id) DO UPDATE SET name = excluded.name, address = excluded.address",

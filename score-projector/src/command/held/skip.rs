@@ -10,7 +10,7 @@ use serde_json::json;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::text::became;
+use super::text::aggregate_text;
 use crate::{
     command::{CommandArgs, Verdict, aggregate, batch, operator},
     projection::Projection,
@@ -79,7 +79,7 @@ pub(super) async fn skip(
         let HeldEvent { event_id, aggregate, version, type_, .. } = event;
         let type_ = escaped(type_);
         let event = format!("event {event_id} of type {type_}, version {version} of {aggregate}");
-        let after = became(&after);
+        let after = aggregate_text(&after);
         if skip.yes {
             format!("{event}, is skipped; by {by}: {}\n  {after}", skip.why)
         } else {

@@ -4,13 +4,13 @@ use std::fmt::Write;
 
 use ::shown::shown as escaped;
 use inbox::{
-    Redriven, Redrives,
-    held::{Group, Groups, HeldEvent, Shown},
+    RedriveSummary, RedrivenAggregate,
+    held::{Group, Groups, HeldDetail, HeldEvent},
 };
 
-use crate::command::{Which, many, time};
+use crate::command::{WhichModel, many, time};
 
-pub(super) fn causes(consumer: &str, held: &Groups, which: Which) -> String {
+pub(super) fn groups_text(consumer: &str, held: &Groups, which: WhichModel) -> String {
     if held.events == 0 {
         return format!("{consumer}: nothing is held");
     }
@@ -45,7 +45,7 @@ pub(super) fn causes(consumer: &str, held: &Groups, which: Which) -> String {
 }
 
 /// Why an event waits, since when, and what came of trying it.
-pub(super) fn waits(event: &HeldEvent) -> String {
+pub(super) fn waiting_text(event: &HeldEvent) -> String {
     let since = format!("{} since {}", event.reason, time(event.first_at));
     match (&event.error, event.attempts) {
         (None, 0) => since,
@@ -57,8 +57,8 @@ pub(super) fn waits(event: &HeldEvent) -> String {
     }
 }
 
-pub(super) fn one(shown: &Shown) -> String {
-    let Shown { event, applied, behind, body, .. } = shown;
+pub(super) fn event_text(shown: &HeldDetail) -> String {
+    let HeldDetail { event, applied, behind, body, .. } = shown;
     let mut text = format!(
         "event {} of type {}\n  of {}, version {}, published by {}; applied is version {applied}\n  {}\n  \
          {} behind it\n",
@@ -67,7 +67,7 @@ pub(super) fn one(shown: &Shown) -> String {
         event.aggregate,
         event.version,
         escaped(&event.aggregate.source),
-        waits(event),
+        waiting_text(event),
         many(*behind, "event"),
     );
     let _ = match body {
@@ -77,7 +77,7 @@ pub(super) fn one(shown: &Shown) -> String {
     text
 }
 
-pub(super) fn redriven(all: &Redrives, dry_run: bool) -> String {
+pub(super) fn summary_text(all: &RedriveSummary, dry_run: bool) -> String {
     if all.aggregates == 0 {
         return "nothing that is held matches".to_owned();
     }
@@ -94,7 +94,7 @@ pub(super) fn redriven(all: &Redrives, dry_run: bool) -> String {
         let _ = writeln!(text, "  {aggregates} stopped again: {}", escaped(error));
     }
     for one in &all.each {
-        let _ = writeln!(text, "  {}", became(one));
+        let _ = writeln!(text, "  {}", aggregate_text(one));
     }
     if u64::try_from(all.each.len()).is_ok_and(|listed| listed < all.aggregates) {
         let _ = writeln!(text, "  and others");
@@ -102,8 +102,8 @@ pub(super) fn redriven(all: &Redrives, dry_run: bool) -> String {
     text
 }
 
-pub(super) fn became(one: &Redriven) -> String {
-    let Redriven { aggregate, from, to, held, .. } = one;
+pub(super) fn aggregate_text(one: &RedrivenAggregate) -> String {
+    let RedrivenAggregate { aggregate, from, to, held, .. } = one;
     let moved = if from == to {
         format!("{aggregate} stays at version {to}")
     } else {

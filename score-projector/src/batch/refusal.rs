@@ -1,8 +1,8 @@
-use inbox::Failure;
+use inbox::HandlerError;
 
 /// Why an event cannot be applied, now or later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Refused {
+pub(crate) enum Refusal {
     #[error("the read model knows this person already")]
     PersonKnown,
     #[error("the read model does not know this person")]
@@ -19,8 +19,8 @@ pub(crate) enum Refused {
     Json,
 }
 
-impl From<Refused> for Failure {
-    fn from(refused: Refused) -> Self {
-        Self::poison(refused.to_string())
+impl From<Refusal> for HandlerError {
+    fn from(refusal: Refusal) -> Self {
+        Self::poison(refusal.to_string())
     }
 }

@@ -76,7 +76,7 @@ pub(crate) fn entries(
     conditional: &Conditional,
     cpf: Cpf,
     page: Page,
-    found: entries::Found,
+    found: entries::EntryPage,
 ) -> Result<Response, Problem> {
     let last = found.entries.last().filter(|_| found.more);
     let next =
