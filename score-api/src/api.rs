@@ -24,19 +24,19 @@ use crate::{
 /// The document of the API.
 pub(crate) const OPENAPI: &str = include_str!("../openapi.yaml");
 
-/// What answering takes.
+/// What the operations share.
 #[derive(Clone)]
 pub(crate) struct Api {
     pub(crate) scores: Scores,
     pub(crate) pool: PgPool,
-    /// For reads that do not wait for a write: those that do are as many as there are places for them.
+    /// The limit of concurrent reads that wait for no write. `waiters` limits the others.
     pub(crate) gate: Gate,
     pub(crate) waiters: Waiters,
-    /// How long a reader may wait.
+    /// The longest wait for a write.
     pub(crate) max_wait: Duration,
 }
 
-/// Each path with what is done there.
+/// Each path with its operations.
 fn paths() -> [(&'static str, BoxEndpoint<'static, Response>); 2] {
     [
         ("/:cpf/score", only("GET, HEAD", get(read_score))),
@@ -79,10 +79,10 @@ async fn read_entries(request: &Request, Data(api): Data<&Api>) -> Result<Respon
 }
 
 impl Api {
-    /// Waits until the read model contains what the reader asks for. Only then, in a snapshot of its own,
-    /// the answer is read: it may contain more by then, and never less.
+    /// Waits until the read model contains the version in `after`. The score is read after that, in its own snapshot, so it
+    /// may contain more, and never less.
     ///
-    /// A read that waits for nothing has a place among those that need the database instead.
+    /// A read without `after` takes a slot of the gate instead.
     async fn begin(&self, after: Option<After>) -> Result<Option<OwnedSemaphorePermit>, Problem> {
         let Some(After { token, wait }) = after else {
             return Ok(Some(self.gate.enter().ok_or(&OVERLOADED)?));

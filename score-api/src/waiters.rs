@@ -1,8 +1,7 @@
 //! Reads that wait until the read model contains a write.
 //!
-//! However many wait, one task looks for all of them ([`look`](Waiters::look)), and one connection
-//! listens for the projector's notices ([`listen`](Waiters::listen)). Dropping the future of a reader
-//! frees its slot.
+//! One task polls for all of them ([`look`](Waiters::look)), and one connection listens for the projector's notices
+//! ([`listen`](Waiters::listen)). Dropping a reader's future frees its slot.
 
 mod listen;
 mod look;
@@ -29,43 +28,42 @@ pub(crate) struct Waiters(Arc<Shared>);
 struct Shared {
     slots: Semaphore,
     persons: Mutex<Persons>,
-    /// Somebody came.
+    /// A reader arrived.
     came: Notify,
     /// Something may have been applied.
     applied: Notify,
-    /// When the projector last said that it has.
+    /// When the projector last notified.
     last_notice: Mutex<Option<Instant>>,
     ending: CancellationToken,
 }
 
-/// Why a reader goes without the write.
+/// Why a wait ended without the write.
 pub(crate) enum Missed {
-    /// The wait is over, and the model does not contain it.
+    /// The wait is over, and the model does not contain the write.
     Behind(Behind),
-    /// The wait is over, and the database does not answer.
+    /// The wait is over, and the database does not respond.
     Unavailable,
-    /// A defect; it is in the log.
+    /// A defect, which was logged.
     Defect,
-    /// There was no slot.
+    /// All slots are taken.
     TooMany,
-    /// The process is to end.
+    /// The process shuts down.
     Ending,
 }
 
-/// Where the model stands.
+/// The model's state after a wait in vain.
 pub(crate) struct Behind {
-    /// The version that was asked for.
+    /// The version in `after`.
     pub(crate) asked: i64,
-    /// The one that the model contains; none when nothing of the person has been applied.
+    /// The version in the model. None before the person's first applied event.
     pub(crate) has: Option<i64>,
     pub(crate) waited_ms: u64,
-    /// How long ago the projector said that it had applied anything, of whomever; none when it has not
-    /// since this program began to listen.
+    /// How long ago the projector last notified of any applied event. None when it has not, since this program listens.
     pub(crate) last_applied_ms_ago: Option<u64>,
 }
 
 impl Missed {
-    /// As the metrics name it.
+    /// The label of the metric.
     fn outcome(&self) -> &'static str {
         match self {
             Self::Behind(_) => "not_there_yet",
@@ -91,8 +89,8 @@ impl Waiters {
         }))
     }
 
-    /// Returns as soon as the read model contains `token`, which is looked for once at least; or after
-    /// `wait`, with where it stands instead.
+    /// Returns as soon as the read model contains `token`. The model is read at least once. After `wait`, returns the
+    /// model's state instead.
     pub(crate) async fn until_contained(&self, token: Token, wait: Duration) -> Result<(), Missed> {
         let mut slot = Slot::take(&self.0.slots)?;
         let contained = tokio::select! {
@@ -110,7 +108,7 @@ impl Waiters {
         if let Ok(Ok(_)) = timeout(wait, seen.wait_for(contains)).await {
             return Ok(());
         }
-        // However short the wait: one look that began after the reader came.
+        // Also for the shortest wait: one look that began after the reader arrived.
         let looked = seen.wait_for(|seen| contains(seen) || seen.look >= first);
         let Ok(Ok(seen)) = timeout_at(came + wait.max(DEADLINE), looked).await else {
             return Err(Missed::Unavailable);
@@ -139,7 +137,7 @@ impl Waiters {
     }
 }
 
-/// A slot among those who wait, and what is measured of it.
+/// A slot of a waiting reader, with its metrics.
 struct Slot<'a> {
     _permit: SemaphorePermit<'a>,
     came: Instant,
@@ -153,7 +151,7 @@ impl<'a> Slot<'a> {
             return Err(Missed::TooMany);
         };
         metrics::gauge!("score_api_waiters").increment(1);
-        // Who goes before there is an outcome has hung up: the server drops what it did for them.
+        // A reader that is dropped before its outcome has disconnected.
         Ok(Self { _permit: permit, came: Instant::now(), outcome: "hung_up" })
     }
 }

@@ -1,4 +1,4 @@
-//! Which read model is in use: the rows of `score.model`.
+//! The read models in use: the rows of `score.model`.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -13,17 +13,17 @@ use sqlx::{FromRow, PgConnection, Postgres, Row, Transaction};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-/// What a read model is there for.
+/// The role of a read model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// It is read, and what changes in it is published.
+    /// It is read, and its changes are published.
     Live,
     /// It is being built.
     Shadow,
 }
 
 impl Role {
-    /// As it stands in `score.model`.
+    /// As stored in `score.model`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Live => "live",
@@ -31,7 +31,7 @@ impl Role {
         }
     }
 
-    /// Connections on which the tables of a model are those of the model in this role.
+    /// Options of a connection whose `search_path` selects the model in this role.
     pub fn options(self, options: Database) -> Database {
         let schema = match self {
             Self::Live => "score",
@@ -46,9 +46,9 @@ impl Role {
 pub struct StoredModel {
     /// Its consumer's name in the inbox.
     pub consumer: String,
-    /// A queue of its own, when it has one.
+    /// Its own queue, when it has one.
     pub queue: Option<String>,
-    /// Since when it is what it is.
+    /// When it got its role.
     pub since: DateTime<Utc>,
 }
 
@@ -60,7 +60,7 @@ pub async fn stored(conn: &mut PgConnection, role: &str) -> sqlx::Result<Option<
         .await
 }
 
-/// The models that are consumed for: the live one and the shadow, as far as they are there.
+/// The models that have a consumer: the live one, and the shadow during a rebuild.
 pub(crate) async fn consumed(conn: &mut PgConnection) -> sqlx::Result<[Option<StoredModel>; 2]> {
     let mut stored: HashMap<String, StoredModel> =
         sqlx::query("SELECT role, consumer, queue, since FROM score.model WHERE role IN ('live', 'shadow')")
@@ -77,7 +77,7 @@ pub async fn live(conn: &mut PgConnection) -> sqlx::Result<StoredModel> {
     stored(conn, Role::Live.as_str()).await?.ok_or(sqlx::Error::RowNotFound)
 }
 
-/// Removes persons from the model that was live before the last exchange, which hears of nothing any more.
+/// Deletes persons from the old model that the last swap has kept, which no consumer updates.
 pub(crate) async fn erase_old(
     tx: &mut Transaction<'_, Postgres>,
     persons: &BTreeSet<Uuid>,
@@ -110,12 +110,12 @@ pub struct Model {
 }
 
 impl Model {
-    /// The model of `consumer` in this role. `waker` tells those who wait for its commits.
+    /// The model of `consumer` in this role. `waker` notifies readers of its commits.
     pub fn new(role: Role, consumer: String, waker: Option<Waker>) -> Self {
         Self { role, consumer, waker, replaced: Arc::default() }
     }
 
-    /// What it is there for.
+    /// Its role.
     pub fn role(&self) -> Role {
         self.role
     }
@@ -125,14 +125,14 @@ impl Model {
         &self.consumer
     }
 
-    /// Told when a write found that the model is not this consumer's any more.
+    /// Notifies `replaced` when a write finds that the model was replaced.
     pub(crate) fn on_replaced(mut self, replaced: Arc<Notify>) -> Self {
         self.replaced = replaced;
         self
     }
 
-    /// Whether the model is still this consumer's, and until the end of the transaction it stays so: an
-    /// exchange waits for it.
+    /// Fails when the model is not this consumer's any more. Otherwise it stays so until the end of the transaction: a swap
+    /// waits for the row lock.
     pub(crate) async fn fence(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), HandlerError> {
         let mine = sqlx::query("SELECT FROM score.model WHERE role = $1 AND consumer = $2 FOR SHARE")
             .bind(self.role.as_str())

@@ -1,4 +1,4 @@
-//! What the events of persons become: the read model, and what the score service publishes of it.
+//! Applies the events of persons to the read model, and publishes the changes of scores.
 //!
 //! The part of the read model that a [`batch`](crate::batch) touches is loaded, the events are applied to it in memory,
 //! and the result is written in bulk ([`store`](crate::store)). So a batch costs a handful of statements, however
@@ -18,23 +18,22 @@ use crate::{
 
 /// Applies a person's events to a read model.
 ///
-/// Every event sets the person's version, so that a reader's token is answered, whether or not the
-/// event touches the score. What changes in the score is published as events of the aggregate
-/// `score/<person id>`, by one rule:
+/// Every event sets the person's version, so that a reader's token is found, whether or not the event changes the score.
+/// Changes of the score are published as events of the aggregate `score/<person id>`:
 ///
-/// - `score.new`: an entry came. Its body is the entry.
-/// - `score.changed`: what an entry adds has changed. An entry whose item is gone is published a last
-///   time, with value and score 0: it adds nothing any more.
-/// - `score.deleted`: the whole aggregate has ended, because its person is gone. Its body is the
-///   person's id alone, as `person.deleted`'s is, and it is published once, for all of the entries.
+/// - `score.new`: a new entry. Its body is the entry.
+/// - `score.changed`: an entry's score has changed. A deleted item's entry is published a last time, with value and
+///   score 0.
+/// - `score.deleted`: the aggregate has ended, because its person was deleted. Its body is the person's id alone, as in
+///   `person.deleted`. It is published once, for all entries.
 ///
-/// The last is not used for single entries because `<aggregate type>.deleted` lets a subscriber jump
-/// over what it misses: only an end may do that.
+/// `score.deleted` is not used for a single entry: `<aggregate type>.deleted` lets a subscriber skip missing versions,
+/// which only the end of the aggregate allows.
 ///
-/// The end of a person erases: what was published of their score, and what is kept of it in the model of
-/// before. (What the inbox holds or has rejected of them, the inbox erases.)
+/// The deletion of a person erases the published events of the score, and the person in the old model that a swap has
+/// kept. The inbox erases its own held events and rejected messages.
 ///
-/// A shadow is built without a word: nothing of it is published, and nobody is woken.
+/// A shadow publishes nothing and notifies no reader.
 #[derive(Debug)]
 pub struct Projection {
     model: Model,

@@ -1,4 +1,4 @@
-//! `verify`: recomputes the read model from itself and holds it against the inbox.
+//! `verify`: recomputes the read model from its entries and compares it with the inbox.
 
 use std::{collections::BTreeSet, fmt::Write, time::Duration};
 
@@ -15,7 +15,7 @@ use crate::{batch::entry::Entry, schema, score};
 /// Settings of `verify`.
 #[derive(Debug, clap::Args)]
 pub struct VerifyArgs {
-    /// The database, and the form of the answer.
+    /// The database and the output format.
     #[command(flatten)]
     pub common: CommandArgs,
 }
@@ -27,7 +27,7 @@ const NAMED: usize = 100;
 /// For one page, and for a person with very many entries.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Something that is not as it must be.
+/// A row that is wrong.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 struct Mismatch {
     person: Uuid,
@@ -36,7 +36,7 @@ struct Mismatch {
     what: String,
 }
 
-/// What was looked at.
+/// What was compared, and what differs.
 #[derive(Debug, Default, Serialize)]
 struct Report {
     persons: u64,
@@ -62,7 +62,7 @@ struct Tally {
     sum: Decimal,
 }
 
-/// Walks through all persons. Beside a moving system: what is held against each other is of one snapshot.
+/// Reads all persons, page by page. It may run beside consumers: what it compares is of one snapshot.
 pub async fn verify(args: &VerifyArgs) -> anyhow::Result<Verdict> {
     let mut conn =
         args.common.connect("score-projector verify", &schema::needed(), STATEMENT_TIMEOUT).await?;
@@ -78,7 +78,7 @@ pub async fn verify(args: &VerifyArgs) -> anyhow::Result<Verdict> {
     Ok(if report.mismatches == 0 { Verdict::Well } else { Verdict::NotWell })
 }
 
-/// One page, and the last person of it. Its rows are taken as they come: a person may have very many.
+/// Reads one page and returns its last person. The rows are streamed, since a person may have very many.
 async fn page(conn: &mut PgConnection, after: Uuid, report: &mut Report) -> anyhow::Result<Option<Uuid>> {
     let mut rows = sqlx::query(
         "SELECT p.id AS person, p.total, p.version, a.version AS inbox, e.*
@@ -119,7 +119,7 @@ async fn page(conn: &mut PgConnection, after: Uuid, report: &mut Report) -> anyh
                 Some(score) if score == entry.score => {}
                 right => {
                     let right = right.map_or("none".to_owned(), |right| right.to_string());
-                    let what = format!("its score is {}, and its value's is {right}", entry.score);
+                    let what = format!("its score is {}, but its value gives {right}", entry.score);
                     report.add(Mismatch { person, entry: Some(entry.id), what });
                 }
             }
@@ -130,12 +130,12 @@ async fn page(conn: &mut PgConnection, after: Uuid, report: &mut Report) -> anyh
     Ok(end)
 }
 
-/// All entries of a person were seen.
+/// Compares the total with the sum, after the last entry of a person.
 fn close(tally: Option<&Tally>, report: &mut Report) {
     if let Some(&Tally { id, total, sum }) = tally
         && total != sum
     {
-        let what = format!("its total is {total}, and its entries add up to {sum}");
+        let what = format!("its total is {total}, but its entries add up to {sum}");
         report.add(Mismatch { person: id, entry: None, what });
     }
 }
@@ -144,9 +144,9 @@ fn text(report: &Report) -> String {
     let entries = if report.entries == 1 { "entry" } else { "entries" };
     let mut text = format!("{} with {} {entries}", many(report.persons, "person"), report.entries);
     if report.mismatches == 0 {
-        return text + ": every score is what its entries add up to, and where the inbox says";
+        return text + ": every total is the sum of its entries, and every version is the inbox's";
     }
-    let _ = writeln!(text, ", of which {} are not as they must be", report.mismatches);
+    let _ = writeln!(text, ", {} mismatches", report.mismatches);
     for Mismatch { person, entry, what } in &report.named {
         let _ = match entry {
             Some(entry) => writeln!(text, "  person {person}, entry {entry}: {what}"),

@@ -7,7 +7,7 @@ use crate::{
 };
 
 impl<H: Handler> Sequencer<H> {
-    /// Logs, counts, and wakes who waits. After the commit: what is rolled back did not happen.
+    /// Logs, counts, and lets the handler notify readers. Only after the commit, since a rollback has no effect.
     pub(crate) fn committed(&self, plan: &Plan<'_>, events: &[Event]) {
         for rejected in &plan.rejected {
             self.log_rejected(rejected);
@@ -45,7 +45,7 @@ impl<H: Handler> Sequencer<H> {
         }
     }
 
-    /// One line for all of a transaction: anybody may send any number of them.
+    /// One line a transaction, since any user may send any number of such messages.
     fn log_refused(&self, outcome: &Outcome) {
         let Outcome { foreign, wrong_user, .. } = *outcome;
         let consumer = &self.consumer;
@@ -57,7 +57,7 @@ impl<H: Handler> Sequencer<H> {
                 consumer,
                 messages = wrong_user,
                 "messages of a followed source from a user that does not publish it: they are kept in \
-                 inbox.rejected and not applied. Somebody forges events, or the publisher's user was renamed"
+                 inbox.rejected and not applied. Another user forges events, or the publisher's user was renamed"
             );
         }
     }

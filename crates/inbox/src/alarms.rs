@@ -1,4 +1,4 @@
-//! What somebody should look at while work goes on: holes that nobody fills, and suspected forks.
+//! What an operator should look at while consuming goes on: missing versions, suspected forks, limits.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -11,11 +11,11 @@ use crate::{
     rejection::{NOT_KEPT, Rejection},
 };
 
-/// How many are named; the rest is counted.
+/// How many findings a text names. The rest is counted.
 const NAMED: usize = 3;
-/// How many holes are logged at most, each once.
+/// How many holes are logged at most, each of them once.
 const LOGGED: i64 = 100;
-/// How far is counted.
+/// The highest number that is counted.
 const COUNTED: i64 = 10_000;
 
 /// Versions that an aggregate waits for.
@@ -39,20 +39,20 @@ pub(crate) struct Findings {
     pub(crate) forged: Option<String>,
     /// Which limit is reached.
     pub(crate) limits: Option<String>,
-    /// As many events wait for missing versions as may.
+    /// The limit of events that wait for missing versions is reached.
     pub(crate) full: bool,
 }
 
-/// How much may be stored; 0 for any number.
+/// How many rows may be stored; 0 for no limit.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StorageCaps {
-    /// Of messages that are rejected for one reason.
+    /// Messages that are rejected for one reason.
     pub(crate) rejected: u32,
-    /// Of events that wait for missing versions.
+    /// Events that wait for missing versions.
     pub(crate) gaps: u32,
 }
 
-/// Looks, and remembers what was logged.
+/// Reads the findings, and remembers which of them were logged.
 pub(crate) struct Alarms<'a> {
     pub(crate) consumer: &'a str,
     pub(crate) pool: &'a PgPool,
@@ -123,13 +123,13 @@ impl<'a> Alarms<'a> {
             .iter()
             .filter_map(|(reason, count)| match reason.as_str() {
                 "gap" if reached(gaps, *count) => Some(format!(
-                    "{gaps} events wait for missing versions, the limit: further ones are rejected. Find who sends \
-                     them, have the missing versions replayed, or raise the limit"
+                    "the limit of events that wait for missing versions ({gaps}) is reached. Further ones are \
+                     rejected. Find their publisher, have the missing versions replayed, or raise the limit"
                 )),
                 "gap" | "behind" | "trying" | "poison" => None,
                 reason if reached(rejected, *count) => Some(format!(
-                    "{rejected} messages are kept that were rejected as {reason}, the limit: further ones are only \
-                     counted. Find who sends them (`rejected list`), then `rejected drop --reason {reason}`"
+                    "the limit of stored messages that were rejected as {reason} ({rejected}) is reached. Further ones \
+                     are only counted. Find their publisher, then delete them from inbox.rejected"
                 )),
                 _ => None,
             })
@@ -158,8 +158,8 @@ impl<'a> Alarms<'a> {
         let Some(first) = holes.first() else { return Ok(None) };
         let named: Vec<String> = holes.iter().take(NAMED).map(Hole::describe).collect();
         Ok(Some(format!(
-            "versions are missing, and later ones wait for them: {}{}. `outbox-relay replay --aggregate {} \
-             --to-queue {}` brings them, or a baseline",
+            "versions are missing, and later ones wait for them: {}{}. Have the source replay the aggregate {} to the \
+             queue {}, or publish a baseline of it",
             named.join("; "),
             more(count),
             quoted(&format!("{}/{}", first.aggregate_type, first.aggregate_id)),
@@ -211,14 +211,14 @@ impl<'a> Alarms<'a> {
         let named: Vec<String> = properties.iter().filter_map(|text| name(text)).collect();
         Ok(Some(format!(
             "events contradict what was applied: {}{}. Was a backup restored, or a failover made, without \
-             `outbox-relay new-incarnation`? They are kept and not applied: `rejected list` shows them",
+             a new incarnation of the source? They are stored in inbox.rejected and not applied",
             named.join("; "),
             more(count),
         )))
     }
 }
 
-/// Whether there are as many as may be.
+/// Whether the limit is reached.
 fn reached(most: u32, count: i64) -> bool {
     most > 0 && count >= i64::from(most)
 }
@@ -239,9 +239,9 @@ impl Alarms<'_> {
         .fetch_all(self.pool)
         .await?;
         Ok(Some(format!(
-            "{} of a followed source did not come from its user: {}. They are kept and not applied. If the \
-             publisher's user was renamed, name it for the source, have what was rejected replayed, and drop it; \
-             if not, somebody forges events: `rejected list` shows them",
+            "{} of a followed source did not come from its user: {}. They are stored in inbox.rejected and not applied. \
+             If the publisher's user was renamed, name the new user for the source, have the rejected events replayed, \
+             and delete them from inbox.rejected. If not, another user forges events",
             if count == 1 { "a message".to_owned() } else { format!("{} messages", counted(count)) },
             Vec::from_iter(BTreeSet::from_iter(last)).join("; "),
         )))

@@ -1,5 +1,5 @@
-//! Events that may end the process: that one is tried is committed before its handler runs, so that
-//! whoever takes it next knows that nobody came back.
+//! Events that may end the process. An attempt is committed before the handler runs, so that the next process that
+//! takes the event knows that the handler did not return.
 
 use std::sync::PoisonError;
 
@@ -14,7 +14,7 @@ use crate::{
     schema::BEGIN,
 };
 
-/// How often an event may be tried without its handler coming back.
+/// How often an event may be tried without a return of its handler.
 const LIMIT: i32 = 3;
 
 /// The error of an event that is held because its handler ended the process each time.
@@ -32,8 +32,8 @@ pub(crate) struct Attempt {
 }
 
 impl<H: Handler> Sequencer<H> {
-    /// Commits that the event is being tried, on another connection than that which has the chain's
-    /// lock: nobody else can count the same attempt. None when it has been tried often enough.
+    /// Commits an attempt at the event, on another connection than the one with the chain's lock. The lock keeps other
+    /// processes from counting the same attempt. None when the limit of attempts is reached.
     pub(crate) async fn begin_attempt(
         &self,
         event: &Event,
@@ -63,8 +63,8 @@ impl<H: Handler> Sequencer<H> {
         Ok(Some(Attempt { key, version, attempts, was_held: held.is_some() }))
     }
 
-    /// An attempt that was interrupted, by the database for example, and not by the event: it does
-    /// not count. When that cannot be written now, this process remembers it.
+    /// Takes back an attempt that was interrupted, for example by the database, and not by the event. When that cannot be
+    /// written now, this process remembers it.
     pub(crate) async fn take_back(&self, attempt: Attempt) {
         if let Err(error) = self.write_back(&attempt).await {
             tracing::debug!(error = describe(&error), "an attempt was interrupted, which could not be noted");
@@ -78,7 +78,7 @@ impl<H: Handler> Sequencer<H> {
     async fn write_back(&self, attempt: &Attempt) -> sqlx::Result<()> {
         let Attempt { key, version, was_held, .. } = attempt;
         let mut tx = self.pool.begin_with(BEGIN).await?;
-        // Not while somebody else tries it.
+        // Not while another process tries it.
         sqlx::query(
             "SELECT FROM inbox.aggregate
              WHERE (consumer, source, aggregate_type, aggregate_id) = ($1, $2, $3, $4) FOR UPDATE",
@@ -133,7 +133,7 @@ impl<H: Handler> Sequencer<H> {
         Ok(())
     }
 
-    /// Keeps an event that has been tried `attempts` times.
+    /// Holds an event that was tried `attempts` times.
     async fn hold(
         &self,
         connection: impl PgExecutor<'_>,

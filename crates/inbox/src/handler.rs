@@ -4,10 +4,9 @@ use sqlx::{Postgres, Transaction};
 
 use crate::Event;
 
-/// What a subscriber does with its events.
+/// A subscriber's own part: what its events do to its tables.
 pub trait Handler: Send + Sync + 'static {
-    /// Called first in every transaction, also in one that only holds or rejects what came: the place to
-    /// refuse, with [`HandlerError::Transient`], when this consumer may not write any more.
+    /// Called first in every transaction, also in one that only holds or rejects messages. Override it to refuse, with [`HandlerError::Transient`], when this consumer may not write any more.
     fn begin(
         &self,
         _tx: &mut Transaction<'_, Postgres>,
@@ -15,24 +14,23 @@ pub trait Handler: Send + Sync + 'static {
         async { Ok(()) }
     }
 
-    /// Applies one event in the transaction that also records its version. Events of an aggregate come
-    /// in order and once; what the transaction changes is rolled back when this fails.
+    /// Applies one event in the transaction that also records its version. Events of an aggregate come in order and
+    /// once. When this fails, the transaction's changes are rolled back.
     ///
-    /// A type that the handler does not know is no failure: it applies as nothing.
-    /// It may be called again for an event whose transaction was rolled back, so effects outside of the
-    /// transaction do not belong here.
+    /// Return `Ok` for an event type that the handler does not know. The sequencer calls this again for an event whose
+    /// transaction was rolled back, so an effect outside of the transaction may happen twice.
     fn handle(
         &self,
         event: &Event,
         tx: &mut Transaction<'_, Postgres>,
     ) -> impl Future<Output = Result<(), HandlerError>> + Send;
 
-    /// Applies events in one transaction, in this order: those of one aggregate follow each other, those
-    /// of several are mixed. It is what the sequencer calls, with one event too. It may be overridden
-    /// to read and write in bulk; as it stands it takes one event after the other.
+    /// Applies events in one transaction, in this order. Events of one aggregate are in the order of their versions;
+    /// aggregates are mixed. The sequencer always calls this function, also for a single event. The default calls
+    /// [`handle`](Self::handle) for each event; override it to read and write in bulk.
     ///
-    /// When it fails nothing of it remains, and it is called again with fewer events, until the one at
-    /// fault is alone.
+    /// When it fails, the transaction is rolled back, and the sequencer calls it again with fewer events, until the
+    /// event at fault is alone.
     fn handle_batch(
         &self,
         events: &[Event],
@@ -46,42 +44,43 @@ pub trait Handler: Send + Sync + 'static {
         }
     }
 
-    /// Called after a commit that applied events: the place to wake somebody up.
+    /// Called after a commit that applied events. Override it to notify readers.
     fn committed(&self) {}
 }
 
-/// Why an event was not applied.
+/// Why a handler did not apply an event.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HandlerError {
-    /// The event itself is the reason, so another try would end the same way: it is held with this
-    /// text, which must not quote personal data, and later events of its aggregate wait behind it.
+    /// The event is at fault, and another try would fail too. The event is held with this text, which must not contain
+    /// personal data. Later events of its aggregate wait behind it.
     #[error("{0}")]
     Poison(String),
-    /// Something else is the reason and passes: nothing is consumed until the database answers, then
-    /// the broker delivers the event again. Not counted as an attempt.
+    /// The cause is not the event, and passes. Consuming stops until the database responds; then the broker delivers
+    /// the event again. This does not count as an attempt.
     #[error("{0}")]
     Transient(String),
     /// The database rolled the transaction back in favour of another one (a deadlock or a serialization failure, class
-    /// 40). It is tried again at once, a few times, and is then like [`HandlerError::Transient`].
+    /// 40). The transaction is retried at once, at most 6 times in all; after that it counts as
+    /// [`HandlerError::Transient`].
     #[error("{0}")]
     Conflict(String),
-    /// The database ended a statement because it took longer than this consumer allows (SQLSTATE 57014). The
-    /// same work would end the same way, so it is tried in smaller parts; an event that takes too long twice,
-    /// although it is alone and the database answers quickly otherwise, is held with this text.
+    /// The database cancelled a statement that exceeded `statement_timeout` (SQLSTATE 57014). The batch is retried in
+    /// smaller parts. An event that takes too long twice by itself, while the database responds quickly otherwise, is
+    /// held with this text.
     #[error("{0}")]
     TooLong(String),
 }
 
 impl HandlerError {
-    /// The event is at fault, for this reason. No personal data in it.
+    /// The event is at fault. `reason` is stored, so it must not contain personal data.
     pub fn poison(reason: impl Into<String>) -> Self {
         Self::Poison(reason.into())
     }
 }
 
-/// By what the database's failure means for the program: see [`outbox::database::Failure`]. Only a defect of the
-/// statement or of a value, or a missing right, is the event's own; whatever keeps the database from working for any
-/// event passes, also where an operator has to do something first.
+/// Chooses by the class of the database's error: see [`outbox::database::Failure`]. A defect of the statement or of a
+/// value, or a missing right, is poison. An error that keeps the database from working for any event is transient, also
+/// when an operator has to act first.
 impl From<sqlx::Error> for HandlerError {
     fn from(error: sqlx::Error) -> Self {
         use outbox::database::Failure as Database;
@@ -103,7 +102,7 @@ impl From<sqlx::Error> for HandlerError {
     }
 }
 
-/// What happened, without the server's message: that may quote the value it stumbled over.
+/// Describes an error without the server's message, which may quote a value.
 pub(crate) fn describe(error: &sqlx::Error) -> String {
     let Some(db) = error.as_database_error() else {
         return match error {

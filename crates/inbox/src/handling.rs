@@ -15,8 +15,8 @@ use crate::{
 };
 
 impl<H: Handler> Sequencer<H> {
-    /// Calls the handler for one event, unless it never came back from that often enough. Also says the
-    /// how-manieth attempt it was.
+    /// Calls the handler for one event, unless the event has reached the limit of attempts without a return. Also returns
+    /// the attempt number.
     pub(crate) async fn try_alone(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -41,7 +41,7 @@ impl<H: Handler> Sequencer<H> {
         }
     }
 
-    /// In a savepoint, so that what the handler has changed can be taken back alone.
+    /// Calls the handler in a savepoint, so that its changes can be rolled back alone.
     pub(crate) async fn handle_alone(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -50,7 +50,7 @@ impl<H: Handler> Sequencer<H> {
         let mut savepoint = tx.begin().await?;
         let mut handled = self.handle(&mut savepoint, slice::from_ref(event)).await;
         if handled.is_ok() {
-            // A deferred constraint would fail at the commit, where nobody could tell whose it is.
+            // A deferred constraint would fail at the commit, where the event at fault is unknown.
             handled = sqlx::query("SET CONSTRAINTS ALL IMMEDIATE")
                 .execute(&mut *savepoint)
                 .await

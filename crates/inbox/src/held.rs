@@ -1,5 +1,5 @@
-//! What is held, for people who look: grouped by cause, listed page by page, and one event whole. Each
-//! statement is bounded by what it returns, and none reads a body that nobody asked for.
+//! Held events for operators: grouped by cause, listed page by page, or one event with its details. Each statement
+//! reads a bounded number of rows, and reads a body only on request.
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -12,38 +12,38 @@ use crate::{
     ledger::{Ledger, UNREADABLE},
 };
 
-/// Held events that wait for the same thing.
+/// Held events with the same cause.
 #[derive(Clone, Debug, Serialize, sqlx::FromRow)]
 pub struct Group {
-    /// `poison` or `trying`, when that is what their aggregates' first event is, else `gap`.
+    /// `poison` or `trying`, the reason of the event that stops their aggregates, or `gap`.
     pub reason: String,
-    /// What its handler said.
+    /// The handler's error.
     pub error: Option<String>,
-    /// How many events, those behind the first ones included.
+    /// How many events, including those behind the first.
     pub events: i64,
     /// Of how many aggregates.
     pub aggregates: i64,
-    /// How often one of them was tried at most.
+    /// The highest number of attempts at one of them.
     pub attempts: i32,
-    /// Since when the first of them waits.
+    /// When the first of them was held.
     pub first_at: DateTime<Utc>,
-    /// When something last happened to one of them.
+    /// When one of them was last tried or held.
     pub last_at: DateTime<Utc>,
-    /// An aggregate that waits for longest.
+    /// The aggregate that has waited longest.
     #[sqlx(flatten)]
     pub oldest: Key,
-    /// The event that it waits for: held, or, in a gap, not there.
+    /// The version that it waits for: of a held event, or missing in a gap.
     pub version: i64,
 }
 
-/// All that is held.
+/// All held events.
 #[derive(Clone, Debug, Serialize)]
 pub struct Groups {
     /// How many events.
     pub events: i64,
-    /// By cause, those with the most events first.
+    /// By cause, the most events first.
     pub groups: Vec<Group>,
-    /// How many causes there are beyond those.
+    /// How many causes are not listed.
     pub more: i64,
 }
 
@@ -52,11 +52,11 @@ pub struct Groups {
 pub struct HeldEvent {
     /// Its id.
     pub event_id: Uuid,
-    /// Whose it is.
+    /// Its aggregate.
     #[sqlx(flatten)]
     #[serde(flatten)]
     pub aggregate: Key,
-    /// Which version of it.
+    /// The aggregate's version.
     pub version: i64,
     /// The event type.
     #[sqlx(rename = "type")]
@@ -64,19 +64,19 @@ pub struct HeldEvent {
     pub type_: String,
     /// `gap`, `poison`, `trying` or `behind`.
     pub reason: String,
-    /// What the handler said.
+    /// The handler's error.
     pub error: Option<String>,
     /// How often it was tried.
     pub attempts: i32,
-    /// Since when it waits.
+    /// When it was held.
     pub first_at: DateTime<Utc>,
-    /// When something last happened to it.
+    /// When it was last tried or held.
     pub last_at: DateTime<Utc>,
-    /// How long its body is.
+    /// The length of its body, in bytes.
     pub bytes: i32,
 }
 
-/// A held event and its surroundings.
+/// A held event with its headers and its aggregate's state.
 #[derive(Clone, Debug, Serialize)]
 pub struct HeldDetail {
     /// The event.
@@ -84,11 +84,11 @@ pub struct HeldDetail {
     pub event: HeldEvent,
     /// Its headers.
     pub headers: Map<String, Value>,
-    /// The version its aggregate stands at.
+    /// The version at which its aggregate is.
     pub applied: i64,
     /// How many events of its aggregate are held behind it.
     pub behind: i64,
-    /// Its body, where it was asked for: text, or else hexadecimal.
+    /// Its body, if requested: as text, otherwise in hexadecimal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body: Option<String>,
 }
@@ -98,30 +98,30 @@ pub struct HeldDetail {
 pub struct Skipped {
     /// Its id.
     pub event_id: Uuid,
-    /// Whose it was.
+    /// Its aggregate.
     #[sqlx(flatten)]
     #[serde(flatten)]
     pub aggregate: Key,
-    /// Which version of it.
+    /// The aggregate's version.
     pub version: i64,
     /// The event type.
     #[sqlx(rename = "type")]
     #[serde(rename = "type")]
     pub type_: String,
-    /// What the handler had said.
+    /// The handler's error.
     pub error: Option<String>,
-    /// Who did it.
+    /// The operator who skipped it.
     pub skipped_by: String,
-    /// And why.
+    /// The reason.
     pub why: String,
-    /// And when.
+    /// When it was skipped.
     pub skipped_at: DateTime<Utc>,
 }
 
-/// Which held events; all conditions hold.
+/// Selects held events. All conditions must match.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
-    /// Of this aggregate: its type and id, whoever published it.
+    /// Of this aggregate: its type and id, of any source.
     pub aggregate: Option<(String, String)>,
     /// With this reason.
     pub reason: Option<String>,
@@ -159,7 +159,7 @@ SELECT event_id, source, aggregate_type, aggregate_id, version, type, reason, er
        octet_length(payload) AS bytes
 FROM inbox.held";
 
-/// Everything that is held, by cause: at most `limit` of them.
+/// Groups all held events by cause, and returns at most `limit` groups.
 pub async fn groups(conn: &mut PgConnection, consumer: &str, limit: i64) -> sqlx::Result<Groups> {
     #[derive(sqlx::FromRow)]
     struct Row {
@@ -175,8 +175,8 @@ pub async fn groups(conn: &mut PgConnection, consumer: &str, limit: i64) -> sqlx
     Ok(Groups { events, groups, more })
 }
 
-/// Held events after the one with the id `after`, at most `limit`, in the order of their ids, which is
-/// that of their making.
+/// Lists at most `limit` held events after the one with the id `after`, in the order of their ids, which is the order of
+/// creation.
 pub async fn events(
     conn: &mut PgConnection,
     consumer: &str,
@@ -202,7 +202,7 @@ pub async fn events(
         .await
 }
 
-/// The held event with this id. Its body is personal data as a rule, so it is only read when asked for.
+/// Reads the held event with this id. `with_body` also reads its body, which usually has personal data.
 pub async fn event(
     conn: &mut PgConnection,
     consumer: &str,
@@ -246,12 +246,12 @@ struct Rest {
     body: Option<Vec<u8>>,
 }
 
-/// Stands for headers that were stored before they had a limit, and are nested too deep to be read.
+/// Replaces headers that an older release stored without a limit and that are nested too deep to be read.
 fn unreadable() -> Map<String, Value> {
     Map::from_iter([("…".to_owned(), UNREADABLE.into())])
 }
 
-/// The held events of this version of an aggregate: one of each source that has it.
+/// Lists the held events of this version of an aggregate, one for each source.
 pub async fn at(
     conn: &mut PgConnection,
     consumer: &str,
@@ -271,7 +271,7 @@ pub async fn at(
         .await
 }
 
-/// The record of the event with this id, if it was skipped.
+/// Reads the record of a skipped event by the event's id.
 pub async fn skipped(conn: &mut PgConnection, consumer: &str, id: Uuid) -> sqlx::Result<Option<Skipped>> {
     sqlx::query_as(
         "SELECT event_id, source, aggregate_type, aggregate_id, version, type, error, skipped_by, why, skipped_at
@@ -283,8 +283,8 @@ pub async fn skipped(conn: &mut PgConnection, consumer: &str, id: Uuid) -> sqlx:
     .await
 }
 
-/// Aggregates after `after`, at most `limit`, that a redrive may bring on: one of their events was tried,
-/// or stands next and was left when the process that applied them died.
+/// At most `limit` aggregates after `after` that a redrive can advance: one of their events was tried, or is next and was
+/// left by a process that died.
 pub(crate) async fn due(
     conn: &mut PgConnection,
     consumer: &str,
@@ -338,7 +338,7 @@ impl Ledger<'_> {
         .await
     }
 
-    /// Remembers that a held event is not applied, on whose word.
+    /// Records that an operator skipped a held event.
     pub(crate) async fn skip(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -367,7 +367,7 @@ impl Ledger<'_> {
     }
 }
 
-/// A body for people: text, or else hexadecimal.
+/// A body as text, otherwise in hexadecimal.
 pub(crate) fn text(body: Vec<u8>) -> String {
     String::from_utf8(body).unwrap_or_else(|error| crate::message::hex(error.as_bytes()))
 }

@@ -1,13 +1,13 @@
 //! The receiving side of a transactional outbox: a consumer that applies each event once and in order.
 //!
-//! An event takes effect in the same transaction that records its version, so a redelivery, a crash
-//! between commit and acknowledgement, or a second consumer cannot apply it twice; an event that comes
-//! too early, or that its handler refuses, waits in `inbox.held` and holds only its own aggregate.
+//! An event takes effect in the transaction that records its version. So a redelivery, a crash between commit and
+//! acknowledgement, or a second consumer cannot apply it twice. An event that comes too early, or that its handler
+//! refuses, waits in `inbox.held`; later events of its aggregate wait behind it, and no other aggregate waits.
 //!
-//! A subscriber writes a [`Handler`] and hands it to a [`Consumer`], which declares the queue, consumes,
-//! reconnects and drains. The [`Sequencer`] between them is usable without a broker. What is held or
-//! rejected is looked at with [`held`] and [`rejected`], and brought on with [`Sequencer::redrive`] and
-//! [`Sequencer::skip`]: a program's own commands are a thin layer over these.
+//! A subscriber writes a [`Handler`] and passes it to a [`Consumer`], which declares the queue, consumes, reconnects
+//! and drains. The [`Sequencer`] between them also works without a broker. [`held`] and [`rejected`] list the events
+//! that wait and the messages that cannot be applied. [`Sequencer::redrive`] applies held events again, and
+//! [`Sequencer::skip`] gives one up. A program's own commands are a thin layer over these.
 
 mod after_commit;
 mod alarms;

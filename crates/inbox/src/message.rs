@@ -20,43 +20,42 @@ pub struct Envelope {
     pub body: Vec<u8>,
 }
 
-/// An event, as the contract describes it: a message that says which aggregate it is about and which
-/// version of it.
+/// An event, as the contract describes it: a message that names its aggregate and the aggregate's version.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
     /// AMQP's `message_id`.
     pub id: Uuid,
-    /// Who published it, with the incarnation (`person`, `person~2`): AMQP's `app_id`.
+    /// The source with its incarnation (`person`, `person~2`): AMQP's `app_id`.
     pub source: String,
-    /// What kind of thing it is about.
+    /// The type of the aggregate.
     pub aggregate_type: String,
-    /// Which one.
+    /// The id of the aggregate.
     pub aggregate_id: String,
     /// The aggregate's version after this event: 1, 2, 3, … without holes.
     pub version: i64,
-    /// The event type, as a rule also the routing key.
+    /// The event type, usually also the routing key.
     pub type_: String,
     /// AMQP's `timestamp`, to the second.
     pub occurred_at: Option<DateTime<Utc>>,
-    /// The headers beyond the aggregate's, without those that the broker adds (`x-…`).
+    /// The other headers, without those that the broker adds (`x-…`).
     pub headers: Map<String, Value>,
     /// The body as it was published.
     pub payload: Vec<u8>,
 }
 
-/// Why a message is no event. Names the rule, never the value.
+/// Why a message is not an event. Names the rule, never the value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
-    /// Every event carries it, this message does not.
+    /// A property or header of every event is missing.
     #[error("{0} is missing")]
     Missing(&'static str),
-    /// It is there, but not what it should be.
+    /// A property or header has a wrong value.
     #[error("{0} is not {1}")]
     Invalid(&'static str, &'static str),
-    /// Its headers are none that an event has.
+    /// The headers break a rule for events.
     #[error("its headers {0}")]
     Headers(&'static str),
-    /// Its body is larger than that of any event.
+    /// The body is larger than an event's may be.
     #[error("its body is larger than 16 MiB")]
     Large,
 }
@@ -67,15 +66,15 @@ const LARGEST_BODY: usize = 16 * 1024 * 1024;
 const DEPTH: usize = 4;
 /// How many headers an event may have, without those that the broker adds.
 const HEADERS: usize = 100;
-/// How much of a rejected message's headers is kept, as JSON.
+/// How many bytes of a rejected message's headers are stored, as JSON.
 const MAX_STORED_HEADERS: usize = 16 * 1024;
-/// Stands for what is nested deeper than it may be.
+/// Replaces a value that is nested too deep.
 const TOO_DEEP: &str = "(nested too deep; not kept)";
 
 /// The headers that become fields of an [`Event`].
 const AGGREGATE_HEADERS: [&str; 3] = ["aggregate_type", "aggregate_id", "aggregate_version"];
 const TEXT: &str = "a text of 1 to 255 bytes without NUL";
-/// The last integer is none, so that every version has a next one.
+/// Without the largest integer, so that every version has a next one.
 const VERSION: &str = "an integer from 1 to 2^63 - 2";
 
 impl From<Delivery> for Envelope {
@@ -89,7 +88,7 @@ impl From<Delivery> for Envelope {
 }
 
 impl Envelope {
-    /// Reads the event in it.
+    /// Parses the event in the message.
     pub fn event(&self) -> Result<Event, Malformed> {
         let properties = &self.properties;
         let id = properties.message_id().as_ref().ok_or(Malformed::Missing("message_id"))?;
@@ -137,7 +136,7 @@ impl Envelope {
         })
     }
 
-    /// Everything but the body, for people who look at a rejected message. Bounded, in bytes and in depth.
+    /// Everything except the body, for an operator who reads a rejected message. Bounded in bytes and depth.
     pub(crate) fn properties_json(&self) -> Value {
         let p = &self.properties;
         let text = |value: &Option<lapin::types::ShortString>| value.as_ref().map(|v| v.as_str().to_owned());
@@ -164,22 +163,22 @@ impl Envelope {
 }
 
 impl Event {
-    /// It carries the aggregate's complete state, so it may follow any lower version.
+    /// Whether it has the aggregate's complete state, so that it may follow any lower version.
     pub fn is_baseline(&self) -> bool {
         self.flag("baseline")
     }
 
-    /// Its content was erased later: it advances the version and does nothing.
+    /// Whether its content was erased: it advances the version and has no other effect.
     pub fn is_erased(&self) -> bool {
         self.flag("erased")
     }
 
-    /// It was published again on somebody's request.
+    /// Whether an operator had it published again.
     pub fn is_replayed(&self) -> bool {
         self.flag("replayed")
     }
 
-    /// The trace it belongs to (W3C Trace Context).
+    /// Its trace (W3C Trace Context).
     pub fn traceparent(&self) -> Option<&str> {
         self.headers.get("traceparent")?.as_str()
     }
@@ -196,7 +195,7 @@ impl Event {
         deleted && !self.is_erased()
     }
 
-    /// When it was made, to the millisecond where its id tells (UUIDv7).
+    /// When it was created: to the millisecond by its id (UUIDv7), otherwise to the second.
     pub(crate) fn made_at(&self) -> Option<DateTime<Utc>> {
         made_at(self.id).or(self.occurred_at)
     }
@@ -206,7 +205,7 @@ impl Event {
     }
 }
 
-/// How often a message was delivered before and came back, as a quorum queue counts it.
+/// How often a message was delivered before and returned, as a quorum queue counts it.
 pub(crate) fn returned(properties: &BasicProperties) -> i64 {
     let headers = properties.headers().as_ref();
     headers.and_then(|h| h.inner().get("x-delivery-count")).and_then(integer).unwrap_or(0)
@@ -291,7 +290,7 @@ fn is_deep(value: &AMQPValue, levels: usize) -> bool {
     }
 }
 
-/// The headers of a rejected message, as far as they are kept.
+/// The headers of a rejected message, as far as they are stored.
 fn stored(headers: &FieldTable) -> Value {
     let mut stored = Map::new();
     let mut left = MAX_STORED_HEADERS;
@@ -333,7 +332,7 @@ fn to_json(value: &AMQPValue, levels: usize) -> Value {
     }
 }
 
-/// Long strings are bytes by the protocol and texts by custom; what is no text is shown in hex.
+/// The protocol's long strings are bytes. Clients use them for texts; other bytes are written in hex.
 fn bytes(bytes: &[u8]) -> Value {
     match std::str::from_utf8(bytes) {
         Ok(text) => json!(text),

@@ -1,23 +1,23 @@
 use std::ops::AddAssign;
 
-/// What became of messages.
+/// How many messages had which result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// Applied, those that had been held included.
+    /// Applied, including events that were held before.
     pub applied: u64,
-    /// Nothing to do: applied or held before.
+    /// Ignored: applied or held before.
     pub duplicates: u64,
     /// Newly held because an earlier version is missing or is poison.
     pub held: u64,
     /// Newly refused by the handler.
     pub poison: u64,
-    /// No events.
+    /// Rejected: not an event.
     pub rejected: u64,
-    /// From sources that are not followed.
+    /// Rejected: from a source that is not followed.
     pub foreign: u64,
-    /// Of a followed source, from a user that does not publish it.
+    /// Rejected: of a followed source, from a broker user that does not publish it.
     pub wrong_user: u64,
-    /// Suspected forks.
+    /// Rejected: suspected forks.
     pub forks: u64,
 }
 
@@ -34,15 +34,15 @@ impl AddAssign for Outcome {
     }
 }
 
-/// Why messages were not settled. Deliver those from `settled` on again.
+/// Why not all messages were settled. Deliver those from number `settled` on again.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
 pub struct Interrupted {
-    /// How many messages from the start are settled all the same.
+    /// How many messages, from the first on, are settled nevertheless.
     pub settled: usize,
     /// What happened, for logs and readiness.
     pub reason: String,
-    /// The database refused the inbox's own statements for the first unsettled message, and another
-    /// try would end the same way. False when it passes.
+    /// Whether another try would fail too: the database refused the inbox's own statements for the first unsettled
+    /// message. False when the failure passes.
     pub refused: bool,
 }

@@ -18,19 +18,18 @@ use crate::{
 };
 
 /// Why an event that came too early is rejected.
-const TOO_MANY: &str =
-    "earlier versions have not arrived, and as many events wait for such as may: have the aggregate replayed";
+const TOO_MANY: &str = "earlier versions have not arrived, and the limit of events that wait for missing versions is reached. Have the aggregate replayed";
 
-/// An event whose turn it is.
+/// An event to apply.
 pub(crate) struct Due<'a> {
     pub(crate) key: Key,
     pub(crate) version: i64,
     id: Uuid,
-    /// None when it is held, and has to be read.
+    /// None when it is held, and has to be read from the database.
     received: Option<&'a Event>,
-    /// What is stored of it: why it is held, and how often it was tried.
+    /// The reason and the attempts, if it is held.
     pub(crate) held: Option<(Reason, i32)>,
-    /// Where its chain stood before, should it be refused.
+    /// Its chain's state before, to restore when it is refused.
     before: (i64, Option<Uuid>),
 }
 
@@ -40,11 +39,11 @@ pub(crate) struct Plan<'a> {
     mode: Mode,
     /// How many held events may still be applied.
     budget: usize,
-    /// No more may wait for a version that has not arrived.
+    /// The limit of events that wait for missing versions is reached.
     full: bool,
     /// What to apply, in this order.
     pub(crate) due: Vec<Due<'a>>,
-    /// Aggregates with held events that may be next, but for which the budget did not last.
+    /// Aggregates with more held events than the budget allows.
     pub(crate) unfinished: Vec<Key>,
     pub(crate) rejected: Vec<RejectedMessage<'a>>,
     pub(crate) outcome: Outcome,
@@ -64,7 +63,7 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Takes a message that was received.
+    /// Decides about a received message.
     pub(crate) fn message(&mut self, message: &'a ParsedMessage<'a>) -> Result<(), Rollback> {
         let event = match &message.event {
             Ok(event) => event,
@@ -170,12 +169,12 @@ impl<'a> Plan<'a> {
             .collect()
     }
 
-    /// How often the event that is due was tried before.
+    /// How often the due event was tried before.
     pub(crate) fn attempts(&self) -> i32 {
         self.due.first().and_then(|due| due.held).map_or(0, |(_, attempts)| attempts)
     }
 
-    /// That the only event is tried has been stored.
+    /// The attempt at the only event was stored.
     pub(crate) fn tried(&mut self, attempts: i32) -> sqlx::Result<()> {
         for due in &self.due {
             let held = Held { id: due.id, reason: Reason::Trying, attempts, received: None };
@@ -184,7 +183,7 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// The only event that was to be applied was refused: its chain stands where it stood.
+    /// The only event was refused: restores its chain.
     pub(crate) fn refused(&mut self, attempts: i32) -> sqlx::Result<()> {
         for due in self.due.drain(..) {
             let chain = self.ledger.chain(&due.key)?;

@@ -1,4 +1,4 @@
-//! What is held, tried again by hand, beside consumers that go on.
+//! Applies held events again, on an operator's request, beside running consumers.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,41 +21,41 @@ use crate::{
     schema::BEGIN,
 };
 
-/// How many aggregates are looked up at once.
+/// How many aggregates one query lists.
 const PAGE: i64 = 500;
-/// How many aggregates, and how many errors, an answer lists.
+/// How many aggregates and how many errors a summary lists.
 const LISTED: usize = 100;
-/// A transaction that takes longer is given up.
+/// The limit of one transaction.
 const LIMIT: Duration = Duration::from_mins(1);
 
-/// What to try again.
+/// Which held events to apply again, and how.
 #[derive(Clone, Debug)]
 pub struct Redrive {
-    /// Aggregates of which a held event matches; in a chain it is the first event that counts.
+    /// The aggregates: those with a held event that matches. Each is applied from its first held event on.
     pub filter: Filter,
     /// How many events one transaction takes at most.
     pub batch: usize,
-    /// Call the handler, and roll back.
+    /// Call the handler and roll back.
     pub dry_run: bool,
 }
 
-/// What became of an aggregate.
+/// The result for one aggregate.
 #[derive(Clone, Debug, Serialize)]
 pub struct RedrivenAggregate {
-    /// Which one.
+    /// The aggregate.
     #[serde(flatten)]
     pub aggregate: Key,
-    /// The version it stood at.
+    /// Its version before.
     pub from: i64,
-    /// The version it stands at.
+    /// Its version now.
     pub to: i64,
     /// How many events were applied.
     pub applied: u64,
-    /// How many are held still.
+    /// How many of its events are still held.
     pub held: i64,
-    /// The event that was refused again; the rest waits behind it.
+    /// The event that was refused again. The other held events wait behind it.
     pub refused: Option<RefusedEvent>,
-    /// There is more to apply.
+    /// More held events can be applied.
     #[serde(skip)]
     pub(crate) unfinished: bool,
 }
@@ -65,51 +65,51 @@ pub struct RedrivenAggregate {
 pub struct RefusedEvent {
     /// Its id.
     pub event_id: Uuid,
-    /// Which version.
+    /// The aggregate's version.
     pub version: i64,
     /// The event type.
     #[serde(rename = "type")]
     pub type_: String,
-    /// What the handler said.
+    /// The handler's error.
     pub error: String,
 }
 
-/// What became of all of them.
+/// The result for all aggregates.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct RedriveSummary {
-    /// How many aggregates were taken.
+    /// How many aggregates were tried.
     pub aggregates: u64,
     /// How many events were applied.
     pub applied: u64,
-    /// How many aggregates are stopped by an event that was refused again.
+    /// How many aggregates an event that was refused again stops.
     pub refused: u64,
-    /// How many events of the aggregates are held still.
+    /// How many events of the aggregates are still held.
     pub held: i64,
-    /// How many aggregates each error stops: the first hundred errors.
+    /// How many aggregates each error stops, for the first hundred errors.
     pub errors: BTreeMap<String, u64>,
-    /// What became of each: the first hundred aggregates, those that are stopped before the others.
+    /// The result for each of the first hundred aggregates. Stopped aggregates replace others in this list.
     pub each: Vec<RedrivenAggregate>,
 }
 
-/// Why something by hand was not done, or not to its end; what was committed before stays.
+/// Why a redrive or a skip failed. Transactions that were committed before are kept.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RedriveError {
-    /// It passes.
+    /// The failure passes.
     #[error("{0}; try again later")]
     Transient(String),
-    /// The server preferred another transaction each time.
+    /// Each attempt met a deadlock or a serialization failure.
     #[error("{0}; it was tried {ATTEMPTS} times; try again later", ATTEMPTS = outbox::database::ATTEMPTS)]
     Conflict(String),
-    /// It does not.
+    /// Another try would fail too.
     #[error("{0}")]
     Failed(String),
-    /// Somebody was faster.
+    /// The event was applied, skipped or erased meanwhile.
     #[error("it is not held any more")]
     Gone,
     /// Only the event that stops its aggregate can be skipped.
     #[error("its aggregate is at version {0}, and does not wait for this event")]
     NotNext(i64),
-    /// The erased form, too.
+    /// The handler refuses the erased form of the event.
     #[error("the handler refuses its erased form, too: {0}")]
     Refused(String),
 }
@@ -141,7 +141,7 @@ impl RedriveSummary {
                 *self.errors.entry(refused.error.clone()).or_default() += 1;
             }
         }
-        // A list that is full gives the place of one that went well to one that did not.
+        // In a full list a stopped aggregate replaces one that is not stopped.
         if self.each.len() < LISTED {
             self.each.push(one);
         } else if one.refused.is_some()
@@ -153,11 +153,11 @@ impl RedriveSummary {
 }
 
 impl<H: Handler> Sequencer<H> {
-    /// Tries again what is held: of each aggregate the event that stops it, and what waits behind it, in
-    /// their order, up to the next one that is refused, which counts as one more attempt at that one.
+    /// Applies held events again: for each aggregate the event that stops it and then those behind it, in order, up to
+    /// the next event that is refused. That refusal counts as one more attempt at the event.
     ///
-    /// Everything happens under the aggregate's lock, so any number of redrives and consumers may run at
-    /// once. `progress` is told after each aggregate.
+    /// Each transaction holds the aggregate's lock, so any number of redrives and consumers may run at once. `progress`
+    /// is called after each aggregate.
     pub async fn redrive(
         &self,
         redrive: &Redrive,
@@ -180,7 +180,7 @@ impl<H: Handler> Sequencer<H> {
         }
     }
 
-    /// One aggregate, in as many transactions as it takes; a dry run sees no further than one goes.
+    /// One aggregate, in as many transactions as needed. A dry run ends after one.
     pub(crate) async fn bring_on(
         &self,
         key: &Key,
@@ -195,7 +195,7 @@ impl<H: Handler> Sequencer<H> {
         Ok(all)
     }
 
-    /// One transaction, and again when the server preferred another one.
+    /// One transaction, retried after a conflict.
     async fn some(&self, key: &Key, batch: usize, dry_run: bool) -> Result<RedrivenAggregate, RedriveError> {
         let mut attempts = Attempts::default();
         loop {
@@ -225,8 +225,8 @@ impl<H: Handler> Sequencer<H> {
         Ok((tx, ledger))
     }
 
-    /// Applies what is held next, at most `batch` events, each in a savepoint of its own: whichever is
-    /// refused, the rest is applied. Writes where the aggregate stands then.
+    /// Applies at most `batch` held events, each in its own savepoint, up to the first that is refused. Stores the
+    /// aggregate's new version.
     pub(crate) async fn next(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -305,7 +305,7 @@ impl<H: Handler> Sequencer<H> {
     }
 }
 
-/// Not for ever.
+/// Limits the time of one transaction.
 pub(crate) async fn within<T>(
     work: impl Future<Output = Result<T, RedriveError>>,
 ) -> Result<T, RedriveError> {

@@ -1,4 +1,4 @@
-/// Why a message is kept in `inbox.rejected`.
+/// Why a message is stored in `inbox.rejected`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rejection {
     Malformed,
@@ -22,6 +22,6 @@ impl Rejection {
     }
 }
 
-/// What stands for all that are rejected beyond those that are kept.
+/// The detail of the row that counts messages above the limit of stored ones.
 pub(crate) const NOT_KEPT: &str =
     "not kept, only counted: as many messages were rejected for this reason as are kept";

@@ -5,26 +5,26 @@ use crate::{HandlerError, Interrupted, chain::Key, ledger::UNREADABLE};
 /// Why a transaction was rolled back.
 #[derive(Debug)]
 pub(crate) enum Rollback {
-    /// It passes.
+    /// The cause passes.
     Transient(String),
-    /// The server preferred another transaction; the same work may succeed at once.
+    /// The server preferred another transaction. The same work may succeed at once.
     Conflict(String),
-    /// It does not.
+    /// The same work would fail again.
     Failed(String),
-    /// What is stored of held events cannot be read.
+    /// Stored headers of held events cannot be read.
     Unreadable(Vec<(Key, i64)>),
-    /// It took longer than it may; smaller parts may not.
+    /// A limit of time was exceeded. Smaller parts of the work may succeed.
     TooLong(String),
 }
 
 impl Rollback {
-    /// As the caller of the sequencer sees it, when so many messages were settled before.
+    /// The error for the sequencer's caller, after so many settled messages.
     pub(crate) fn after(self, settled: usize) -> Interrupted {
         let refused = matches!(self, Self::Failed(_));
         Interrupted { settled, reason: self.reason(), refused }
     }
 
-    /// In words.
+    /// The reason, for logs and readiness.
     pub(crate) fn reason(self) -> String {
         match self {
             Self::Transient(reason)
@@ -43,7 +43,7 @@ impl From<sqlx::Error> for Rollback {
 }
 
 impl Rollback {
-    /// Of what only waits for others: that it took long is not the events' fault.
+    /// For a statement that only waits for locks: a timeout there is not the events' fault, and passes.
     pub(crate) fn of_waiting(self) -> Self {
         match self {
             Self::TooLong(reason) => Self::Transient(reason),

@@ -1,4 +1,4 @@
-//! What a transaction writes to the schema `inbox`: each kind of thing in one statement, however many.
+//! What a transaction writes to the schema `inbox`: one statement for each table and action, for any number of rows.
 
 use serde_json::{Map, Value};
 use sqlx::{Postgres, Transaction};
@@ -10,8 +10,8 @@ use crate::{
 };
 
 impl Ledger<'_> {
-    /// Writes how far the chains have come, drops what they hold at or below that, erases what others hold of those that
-    /// ended, keeps what has to wait, and says of the rest what it waits for now.
+    /// Stores the chains' versions, deletes their held events at or below them, erases the content of aggregates that
+    /// ended, holds the events that wait, and updates the reasons of the others.
     pub(crate) async fn save(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
         self.save_versions(tx).await?;
         self.drop_applied(tx).await?;
@@ -20,7 +20,7 @@ impl Ledger<'_> {
         self.save_reasons(tx).await
     }
 
-    /// Of aggregates that have ended, what anybody here holds or has rejected loses its content.
+    /// Erases the content of held events and rejected messages of ended aggregates, for all consumers.
     async fn erase_ended(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
         let (keys, versions): (Vec<&Key>, Vec<i64>) =
             self.chains.iter().filter_map(|(key, chain)| Some((key, chain.ended?))).unzip();
@@ -139,7 +139,7 @@ impl Ledger<'_> {
         Ok(())
     }
 
-    /// Those that wait for the same chain wait for the same thing, so a look at a few tells of all.
+    /// The held events of a chain share one reason, so a few of them tell the reason of all.
     async fn save_reasons(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
         let differs = |chain: &Chain<'_>| {
             let waits = chain.waits();

@@ -25,8 +25,8 @@ pub(crate) struct RejectedMessage<'a> {
 }
 
 impl Ledger<'_> {
-    /// Keeps messages that cannot be applied. A redelivery is counted, not stored again; where `most` are kept for
-    /// a reason, further ones are only counted, on a row for all of them.
+    /// Stores messages that cannot be applied. A redelivery is counted, not stored again. Above `most` messages for a
+    /// reason, further ones are only counted, in one row.
     pub(crate) async fn reject(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -76,7 +76,7 @@ impl Ledger<'_> {
         Ok(())
     }
 
-    /// What may still be kept, when `most` of each reason may be; 0 for any number.
+    /// How many messages may still be stored, with at most `most` for each reason; 0 for no limit.
     async fn quota(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -108,7 +108,7 @@ impl Ledger<'_> {
     }
 }
 
-/// Which messages may be stored.
+/// How many messages may still be stored.
 struct Quota {
     /// How many of each reason; None for any number.
     left: Option<BTreeMap<String, i64>>,

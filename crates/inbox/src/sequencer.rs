@@ -14,44 +14,44 @@ use crate::{
     work::{Mode, Work},
 };
 
-/// Applies events once and in order, whatever order and however often they arrive.
+/// Applies events once and in order, in whatever order and however often they arrive.
 ///
-/// For an event with version *v* of an aggregate that stands at *n*, in one transaction with the handler:
+/// For an event with version *v* of an aggregate at version *n*, in one transaction with the handler:
 ///
 /// | case | action |
 /// |---|---|
-/// | *v* ≤ *n* | a duplicate; but another id at *v* = *n*, or a later-made event below, is a suspected fork: stored, alarm |
-/// | *v* = *n* + 1 | applied, then what is held next to it |
-/// | *v* > *n* + 1 | held; a baseline or the aggregate's own deletion jumps instead |
-/// | the handler refuses it | held with the error; later ones wait behind it |
-/// | the database or the handler cannot now | nothing is changed; to be delivered again |
-/// | it is no event, or from a source or user that is not followed | stored as it came |
+/// | *v* ≤ *n* | a duplicate: ignored. Another id at *v* = *n*, or an event below *n* that was created later, is a suspected fork: stored, with an alarm |
+/// | *v* = *n* + 1 | applied, and then the held events that continue it |
+/// | *v* > *n* + 1 | held. A baseline or the aggregate's own deletion is applied instead |
+/// | the handler refuses it | held with the error; later events wait behind it |
+/// | the database or the handler fails transiently | nothing changes; the event has to be delivered again |
+/// | not an event, or from a source or user that is not followed | stored as rejected |
 ///
-/// `consumer` is part of every key: consumers with different names do not see each other, and any number
-/// of processes with the same name share the work.
+/// `consumer` is part of every key. Consumers with different names are independent; any number of processes with the
+/// same name share the work.
 #[derive(Debug)]
 pub struct Sequencer<H> {
     pub(crate) consumer: String,
     pub(crate) pool: PgPool,
-    /// Of the pool, for one transaction after the other.
+    /// A connection of the pool, for one transaction after the other.
     pub(crate) session: Session,
     pub(crate) handler: H,
-    /// Attempts that were interrupted, which could not be written: this process lives, so they do not count.
+    /// Interrupted attempts that could not be written. This process lives, so they do not count.
     pub(crate) survived: Mutex<BTreeSet<(Key, i64)>>,
     /// How many events of each source were refused in a row.
     pub(crate) streaks: Mutex<Streaks>,
-    /// Whom it believes.
+    /// The sources that it follows, and their broker users.
     pub(crate) sources: Sources,
-    /// How much it stores.
+    /// The limits of what it stores.
     pub(crate) limits: Limits,
 }
 
-/// A database that takes longer for a tiny commit is slow with everything.
+/// A database that needs longer for a tiny commit is slow with everything.
 const QUICK: Duration = Duration::from_secs(1);
 
 impl<H: Handler> Sequencer<H> {
-    /// A sequencer under the name `consumer`, which must stay the same for as long as the read model
-    /// lives: what was applied is remembered by it.
+    /// A sequencer for the consumer of this name. The name is the key of everything that was applied, so it must stay
+    /// the same for as long as the read model exists.
     pub fn new(consumer: impl Into<String>, pool: PgPool, handler: H) -> Self {
         Self {
             consumer: consumer.into(),
@@ -65,17 +65,17 @@ impl<H: Handler> Sequencer<H> {
         }
     }
 
-    /// Follows these sources alone, as published by their users. What it has stored already it believes.
+    /// Follows only these sources, from their broker users. Events that are already held are not checked again.
     #[must_use]
     pub fn following(mut self, sources: Sources) -> Self {
         self.sources = sources;
         self
     }
 
-    /// Settles `messages`, in their order. They are taken in one transaction; when that fails for one
-    /// of them, each half is taken by itself, and so on down to the one at fault, which is held. So a
-    /// bad event costs nobody else, and about twice the logarithm of the batch. Everything that is reported as
-    /// settled is committed, and may be acknowledged.
+    /// Settles `messages` in their order, in one transaction. When a message makes it fail, each half is tried by itself,
+    /// and so on down to the message at fault, which is held. A bad event costs about twice the logarithm of the batch
+    /// size in transactions, and stops no other event. Settled messages are committed, so the caller may acknowledge
+    /// them.
     pub async fn apply(&self, messages: &[Envelope]) -> Result<Outcome, Interrupted> {
         let messages: Vec<ParsedMessage<'_>> =
             messages.iter().map(|message| ParsedMessage::new(message, &self.sources)).collect();
@@ -107,8 +107,8 @@ impl<H: Handler> Sequencer<H> {
         Ok(outcome)
     }
 
-    /// Settles one message whose handler may end the process. That it is tried is committed before the
-    /// handler runs, and an event whose handler has not come back three times is held as poison.
+    /// Settles one message whose handler may end the process. The attempt is committed before the handler runs. An event
+    /// whose handler did not return three times is held as poison.
     pub async fn attempt(&self, message: &Envelope) -> Result<Outcome, Interrupted> {
         let message = ParsedMessage::new(message, &self.sources);
         let settled = async {
@@ -125,15 +125,15 @@ impl<H: Handler> Sequencer<H> {
         settled.await.map_err(|rollback: Rollback| rollback.after(0))
     }
 
-    /// Tries again the event that stops an aggregate, and applies what waits behind it.
+    /// Retries the event that stops an aggregate, and applies the events behind it.
     pub(crate) async fn retry(&self, key: &Key) -> Result<Outcome, Rollback> {
         let (mut outcome, unfinished) = self.alone(Work::one_held(slice::from_ref(key), Mode::Retry)).await?;
         outcome += self.drain(unfinished).await?;
         Ok(outcome)
     }
 
-    /// One transaction for the messages, then as many as it takes for what they freed. What is left of `several`
-    /// that failed goes into a savepoint at once, which most messages that come alone need not pay for.
+    /// One transaction for the messages, then as many as needed for the held events that they free. A message that is
+    /// left of `several` goes into a savepoint at once. A message that came alone tries without one first.
     async fn settle(&self, messages: &[ParsedMessage<'_>], several: bool) -> Result<Outcome, Rollback> {
         let settled = match messages {
             [message] if several => self.alone(Work::alone(message)).await,
@@ -149,7 +149,7 @@ impl<H: Handler> Sequencer<H> {
         Ok(outcome)
     }
 
-    /// Applies what is held next, as much at a time as succeeds.
+    /// Applies the held events that are next, as many at a time as succeed.
     async fn drain(&self, mut unfinished: Vec<Key>) -> Result<Outcome, Rollback> {
         let mut outcome = Outcome::default();
         let mut budget = NEAR;
@@ -169,9 +169,9 @@ impl<H: Handler> Sequencer<H> {
         Ok(outcome)
     }
 
-    /// A transaction for one event. When it takes longer than it may, it is tried once more, and then the event is held
-    /// with the reason: the limit is our own, and the same attempt would end the same way for ever, while everybody
-    /// waits. Unless the database is slow with anything: then it is nobody's fault, and passes.
+    /// A transaction for one event. When it exceeds a limit, it is retried once, and then the event is held with the
+    /// reason: the limit is the consumer's own, so the same attempt would fail forever while all other events wait. When
+    /// the database is slow with everything, the failure is transient instead.
     async fn alone(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Rollback> {
         let mut done = self.transaction(work).await;
         for again in [true, false] {
@@ -186,7 +186,7 @@ impl<H: Handler> Sequencer<H> {
         done
     }
 
-    /// Whether the database commits something small in no time.
+    /// Whether the database commits a tiny transaction quickly.
     async fn is_quick(&self) -> bool {
         let commit = sqlx::query("SELECT pg_logical_emit_message(true, 'inbox', '')").execute(&self.pool);
         matches!(tokio::time::timeout(QUICK, commit).await, Ok(Ok(_)))

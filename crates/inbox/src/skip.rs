@@ -1,4 +1,4 @@
-//! Giving up a held event, on somebody's word.
+//! Gives up a held event, on an operator's request.
 
 use outbox::database::Attempts;
 use serde_json::{Value, json};
@@ -9,25 +9,24 @@ use crate::{
     redrive::{RedriveError, RedrivenAggregate, within},
 };
 
-/// Which event is skipped, and on whose word.
+/// The event to skip, and the operator and reason to record.
 #[derive(Clone, Debug)]
 pub struct Skip<'a> {
     /// The event.
     pub event: &'a HeldEvent,
-    /// Who says so.
+    /// The operator.
     pub by: &'a str,
-    /// And why. Stored for good, so no personal data.
+    /// The reason. It is stored for good, so it must not contain personal data.
     pub why: &'a str,
     /// How many events one transaction takes at most.
     pub batch: usize,
-    /// Call the handler, and roll back.
+    /// Call the handler and roll back.
     pub dry_run: bool,
 }
 
 impl<H: Handler> Sequencer<H> {
-    /// Gives up the event that stops its aggregate: its erased form is applied in its place, so that the
-    /// version rises and the chain stays whole, and `inbox.skipped` remembers it. Then what waited behind
-    /// it is applied.
+    /// Gives up the event that stops its aggregate. The handler gets the event's erased form instead, so the version rises
+    /// and the chain has no hole; `inbox.skipped` records the event. Then the events behind it are applied.
     pub async fn skip(&self, skip: &Skip<'_>) -> Result<RedrivenAggregate, RedriveError> {
         let (key, version) = (&skip.event.aggregate, skip.event.version);
         let mut attempts = Attempts::default();
@@ -56,7 +55,7 @@ impl<H: Handler> Sequencer<H> {
         Ok(all)
     }
 
-    /// One transaction: the event is given up, and some of what waited behind it is applied.
+    /// One transaction: gives up the event and applies some of those behind it.
     async fn skip_once(&self, skip: &Skip<'_>) -> Result<RedrivenAggregate, RedriveError> {
         let (key, version) = (&skip.event.aggregate, skip.event.version);
         let (mut tx, mut ledger) = self.lock(key).await?;
@@ -86,7 +85,7 @@ impl<H: Handler> Sequencer<H> {
     }
 }
 
-/// The form that the contract gives an event whose content is gone: a version, and nothing else.
+/// The erased form of an event, as the contract has it: a version without content.
 fn erased(event: &Event) -> Event {
     // Of an item it is the item's own id, where the body can be read.
     let body: Option<Value> = serde_json::from_slice(&event.payload).ok();

@@ -17,18 +17,18 @@ use crate::{
     work::{Mode, Work},
 };
 
-/// A transaction that takes longer is given up; whether it was committed shows at redelivery.
+/// The limit of one transaction. Whether a longer one was committed is known at its redelivery.
 const LIMIT: Duration = Duration::from_mins(1);
-/// So long it may take to begin; short enough that the limit of all is never what ends it.
+/// The limit of its BEGIN, shorter than the limit of the whole.
 const BEGIN_LIMIT: Duration = Duration::from_secs(10);
 
 impl<H: Handler> Sequencer<H> {
-    /// Does the work and commits. What it could not finish comes back.
+    /// Does the work and commits. Returns the aggregates that are not finished.
     pub(crate) async fn transaction(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Rollback> {
         let mut attempts = outbox::database::Attempts::default();
         loop {
             match self.once(work).await {
-                // Nothing of it remains. To give the messages back instead would use up their deliveries.
+                // It was rolled back whole. Returning the messages instead would use up their delivery limit.
                 Err(Rollback::Conflict(reason)) => {
                     tracing::debug!(consumer = self.consumer, reason, "another transaction was preferred");
                     if !attempts.again().await {
@@ -39,7 +39,7 @@ impl<H: Handler> Sequencer<H> {
                     for (key, version) in &events {
                         self.set_aside(key, *version).await?;
                     }
-                    // It was to be tried again, and that is what came of it.
+                    // This counts as the retry.
                     if work.mode == Mode::Retry {
                         return Ok((Outcome { poison: 1, ..Outcome::default() }, Vec::new()));
                     }
@@ -61,8 +61,7 @@ impl<H: Handler> Sequencer<H> {
         done
     }
 
-    /// A held event that cannot be read is refused like one that its handler refuses: whoever looks sees it, and
-    /// may skip it.
+    /// Marks a held event that cannot be read as poison, so that an operator sees it and can skip it.
     async fn set_aside(&self, key: &Key, version: i64) -> Result<(), Rollback> {
         let away = |error: sqlx::Error| Rollback::Transient(describe(&error));
         let mut tx = self.pool.begin_with(BEGIN).await.map_err(away)?;
@@ -87,7 +86,7 @@ impl<H: Handler> Sequencer<H> {
         work: Work<'_>,
         attempt: &mut Option<Attempt>,
     ) -> Result<(Outcome, Vec<Key>), Rollback> {
-        // Whatever keeps it from beginning (no connection, no login) is no message's fault.
+        // A transaction that cannot begin (no connection, no login) is no message's fault.
         let away = |error: sqlx::Error| Rollback::Transient(describe(&error));
         let mut conn = self.session.take().await.map_err(away)?;
         let Ok(begun) =
@@ -189,8 +188,8 @@ impl<H: Handler> Sequencer<H> {
         Ok(())
     }
 
-    /// Leaves out the aggregates that nobody knows, and of which no event that came is a first one: no more may
-    /// wait, so nothing is to be stored of them.
+    /// Leaves out aggregates that have no row and no first event among `received`. The limit of waiting events is
+    /// reached, so no row is stored for them.
     async fn leave_out(
         &self,
         tx: &mut Transaction<'_, Postgres>,

@@ -11,18 +11,18 @@ use crate::{
 /// How a transaction treats its events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// Without savepoints: fast, and failed as a whole when one of them fails.
+    /// All without savepoints: fast, but one failure fails them all.
     Together,
-    /// One, in a savepoint, so that its failure is known to be its own.
+    /// One event, in a savepoint, so that a failure is known to be its own.
     Alone,
-    /// Alone; and since its handler may end the process, that it is tried is committed before.
+    /// As `Alone`, but the attempt is committed first, since the handler may end the process.
     Attempt,
-    /// Alone, and poison too: it is to be tried again.
+    /// As `Alone`, also for poison, which is retried.
     Retry,
 }
 
 impl Mode {
-    /// Whether an event that is held for this reason may have its turn.
+    /// Whether an event that is held for this reason may be applied.
     pub(crate) fn takes(self, reason: Reason) -> bool {
         match reason {
             Reason::Gap | Reason::Behind => true,
@@ -32,36 +32,36 @@ impl Mode {
     }
 }
 
-/// What a transaction is about.
+/// The work of one transaction.
 #[derive(Clone, Copy)]
 pub(crate) struct Work<'a> {
     pub(crate) messages: &'a [ParsedMessage<'a>],
-    /// Aggregates of which held events may be next.
+    /// Aggregates whose held events may be next.
     pub(crate) resume: &'a [Key],
     pub(crate) mode: Mode,
-    /// How many held events it may apply; the next transaction goes on.
+    /// How many held events it may apply. The next transaction applies more.
     pub(crate) budget: usize,
     /// Hold the event for this reason, without calling its handler again.
     pub(crate) refuse: Option<&'a str>,
 }
 
 impl<'a> Work<'a> {
-    /// Messages, and what they free.
+    /// Messages, and the held events that they free.
     pub(crate) fn messages(messages: &'a [ParsedMessage<'a>]) -> Self {
         Self { messages, resume: &[], mode: Mode::Together, budget: NEAR, refuse: None }
     }
 
-    /// A message of which one has to know whether it is at fault, and nothing of what it frees.
+    /// One message, to find out whether it is at fault, without the held events that it frees.
     pub(crate) fn alone(message: &'a ParsedMessage<'a>) -> Self {
         Self { messages: slice::from_ref(message), resume: &[], mode: Mode::Alone, budget: 0, refuse: None }
     }
 
-    /// A message whose handler may end the process.
+    /// One message whose handler may end the process.
     pub(crate) fn suspect(message: &'a ParsedMessage<'a>) -> Self {
         Self { messages: slice::from_ref(message), resume: &[], mode: Mode::Attempt, budget: 0, refuse: None }
     }
 
-    /// The next held event of some aggregates, in a mode that takes one alone.
+    /// The next held event of one of the aggregates, in a mode that takes one alone.
     pub(crate) fn one_held(resume: &'a [Key], mode: Mode) -> Self {
         Self { messages: &[], resume, mode, budget: 1, refuse: None }
     }

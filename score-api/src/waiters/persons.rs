@@ -1,4 +1,4 @@
-//! Whom somebody waits for, and what is known of them.
+//! The persons that readers wait for, and their known versions.
 
 use std::collections::{HashMap, HashSet};
 
@@ -7,23 +7,23 @@ use uuid::Uuid;
 
 use crate::read_model::ReadError;
 
-/// The persons that somebody waits for.
+/// The persons that readers wait for.
 #[derive(Default)]
 pub(super) struct Persons {
     seen: HashMap<Uuid, watch::Sender<Seen>>,
-    /// For whom somebody came since the last look began.
+    /// Persons with a new reader since the last look began.
     fresh: HashSet<Uuid>,
     /// How many looks have begun.
     looks: u64,
 }
 
-/// What is known of a person.
+/// The known state of a person.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Seen {
-    /// The last look for them that has ended, and how.
+    /// The last look for the person that has ended, and its result.
     pub(super) look: u64,
     pub(super) result: LookResult,
-    /// What the last one that was answered has found.
+    /// The version that the last answered look has found.
     pub(super) version: Option<i64>,
 }
 
@@ -44,24 +44,23 @@ pub(super) struct Look {
 }
 
 impl Persons {
-    /// Whether nobody waits for anybody.
+    /// Whether no reader waits.
     pub(super) fn is_empty(&self) -> bool {
         self.seen.is_empty()
     }
 
-    /// What is known of a person, as long as the receiver lives, and the next look for them.
+    /// Subscribes to a person's state, and returns the number of the next look.
     pub(super) fn subscribe(&mut self, person: Uuid) -> (watch::Receiver<Seen>, u64) {
         self.fresh.insert(person);
         let seen = self.seen.entry(person).or_default();
         if seen.receiver_count() == 0 {
-            // Of those for whom nobody waited, what is known is out of date.
+            // Without readers, the state is out of date.
             seen.send_replace(Seen::default());
         }
         (seen.subscribe(), self.looks + 1)
     }
 
-    /// Begins a look for `all`, or only for those who have not been looked for yet. Forgets those for
-    /// whom nobody waits any more.
+    /// Begins a look for `all` persons, or only for those with new readers. Forgets persons without readers.
     pub(super) fn begin(&mut self, all: bool) -> Look {
         self.looks += 1;
         let fresh = std::mem::take(&mut self.fresh);
@@ -74,8 +73,8 @@ impl Persons {
         Look { number: self.looks, persons, fresh }
     }
 
-    /// Says what a look has found. Only those are woken for whom it says something new: a look for
-    /// thousands that finds one is no reason for all of them to run.
+    /// Stores what a look has found, and wakes only the readers for whom it is new: a look for thousands of persons that
+    /// finds one must not wake them all.
     pub(super) fn end(&mut self, look: &Look, found: Result<Vec<(Uuid, Option<i64>)>, ReadError>) {
         let result = match &found {
             Ok(_) => LookResult::Answered,

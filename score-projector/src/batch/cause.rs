@@ -31,7 +31,7 @@ impl Cause {
     }
 }
 
-/// Whom a body is about.
+/// The person in a body.
 fn subject(body: &PersonEvent) -> Option<Uuid> {
     match body {
         PersonEvent::New(person) | PersonEvent::Changed(person) => Some(person.id),

@@ -1,4 +1,4 @@
-//! `held`: which events wait, why, and what is to become of them.
+//! `held`: lists events that wait, and applies or skips them.
 
 mod skip;
 mod text;
@@ -26,63 +26,63 @@ use self::{
 use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, WhichModel, aggregate, batch, connect, time};
 use crate::{model::Model, projection::Projection};
 
-/// How often a long redrive says how far it is.
+/// How often a long redrive reports its progress.
 const REPORT: Duration = Duration::from_secs(1);
 
 /// Settings of `held`.
 #[derive(Debug, clap::Args)]
 pub struct HeldArgs {
-    /// The database, and the form of the answer.
+    /// The database and the output format.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// Which read model.
+    /// The read model.
     #[command(flatten)]
     pub which: WhichModel,
-    /// What to do.
+    /// The action.
     #[command(subcommand)]
     pub action: HeldAction,
 }
 
-/// What to do with events that wait.
+/// Actions on events that wait.
 #[derive(Debug, clap::Subcommand)]
 pub enum HeldAction {
-    /// List them by what they wait for; exit code 3 when there are any.
+    /// List the events by cause. Exit code 3 when there are any.
     List(ListArgs),
-    /// Show one, without its body.
+    /// Show one event, without its body.
     Show {
         /// The event's id.
         id: Uuid,
-        /// With its body, and whatever personal data is in it.
+        /// Also show its body, with the personal data in it.
         #[arg(long)]
         body: bool,
     },
-    /// Apply them again, in order, with this program's handler: the event that stops its aggregate first, then
-    /// what waits behind it. Exit code 3 when one is refused again.
+    /// Apply events again, in order, with this program's handler: first the event that stops its aggregate, then the
+    /// events behind it. Exit code 3 when one is refused again.
     Redrive(RedriveArgs),
-    /// Give up the event that stops its aggregate: its version counts and it does nothing, which is recorded.
-    /// Then what waits behind it is applied.
+    /// Give up the event that stops its aggregate. Its version counts, its content has no effect, and the skip is
+    /// recorded. Then the events behind it are applied.
     Skip(SkipArgs),
 }
 
 /// Settings of `held list`.
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
-    /// List event by event, in the order of their making.
+    /// List each event, in the order of creation.
     #[arg(long)]
     pub events: bool,
-    /// Events of this aggregate: TYPE/ID.
+    /// Only events of this aggregate: TYPE/ID.
     #[arg(long, value_parser = aggregate, requires = "events")]
     pub aggregate: Option<(String, String)>,
-    /// Events with this reason.
+    /// Only events with this reason.
     #[arg(long, value_parser = ["gap", "poison", "trying", "behind"], requires = "events")]
     pub reason: Option<String>,
-    /// Events with an error that contains this.
+    /// Only events with an error that contains this text.
     #[arg(long, value_name = "TEXT", requires = "events")]
     pub error: Option<String>,
-    /// Events after the one with this id.
+    /// Only events after the one with this id.
     #[arg(long, value_name = "UUID", requires = "events")]
     pub after: Option<Uuid>,
-    /// How many causes, or events.
+    /// How many causes or events to list.
     #[arg(long, default_value = "50", value_parser = clap::value_parser!(i64).range(1..=10_000))]
     pub limit: i64,
 }
@@ -90,43 +90,44 @@ pub struct ListArgs {
 /// Settings of `held redrive`.
 #[derive(Debug, clap::Args)]
 pub struct RedriveArgs {
-    /// Which ones.
+    /// The selection.
     #[command(flatten)]
     pub selection: Selection,
     /// How many events one transaction applies at most.
     #[arg(long, default_value = "64", value_parser = batch)]
     pub batch: usize,
-    /// Call the handler, roll back, and say what would become of each; of one aggregate no further than one
-    /// transaction goes.
+    /// Call the handler, roll back, and print what would happen: for each aggregate as far as one transaction goes.
     #[arg(long)]
     pub dry_run: bool,
 }
 
-/// Which aggregates; all conditions hold.
+/// The aggregates to redrive; all conditions must match.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = true)]
 pub struct Selection {
-    /// This one: TYPE/ID.
+    /// This aggregate: TYPE/ID.
     #[arg(long, value_parser = aggregate)]
     pub aggregate: Option<(String, String)>,
-    /// Those that are stopped for this reason.
+    /// Aggregates that are stopped for this reason.
     #[arg(long, value_parser = ["poison", "trying"])]
     pub reason: Option<String>,
-    /// Those that are stopped by an error that contains this.
+    /// Aggregates that are stopped by an error that contains this text.
     #[arg(long, value_name = "TEXT")]
     pub error: Option<String>,
-    /// All of them.
+    /// All aggregates.
     #[arg(long, conflicts_with_all = ["aggregate", "reason", "error"])]
     pub all: bool,
 }
 
-/// Looks at what is held, or brings it on.
+/// Lists held events, shows one, applies them again, or skips one.
 pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
     let (mut conn, consumer) = connect(&args.common, "held", args.which, STATEMENT_TIMEOUT).await?;
     match &args.action {
         HeldAction::List(list) if list.events => list_events(args, &mut conn, &consumer, list).await,
         HeldAction::List(list) => {
-            let groups = held::groups(&mut conn, &consumer, list.limit).await.context("it cannot be read")?;
+            let groups = held::groups(&mut conn, &consumer, list.limit)
+                .await
+                .context("the held events cannot be read")?;
             args.common.answer(&json!({"consumer": consumer, "held": groups}), || {
                 groups_text(&consumer, &groups, args.which)
             })?;
@@ -147,7 +148,7 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
     }
 }
 
-/// What applies events in `run` does it here, too. Nobody is woken: the relay and the readers look by themselves.
+/// The sequencer and handler of `run`. They notify neither the relay nor readers, which poll anyway.
 fn sequencer(args: &HeldArgs, consumer: String) -> anyhow::Result<Sequencer<Projection>> {
     let database = args.common.database.options("score-projector held", STATEMENT_TIMEOUT)?;
     let role = args.which.role();
@@ -162,7 +163,7 @@ fn request(args: &RedriveArgs) -> Redrive {
     Redrive { filter, batch: args.batch, dry_run: args.dry_run }
 }
 
-/// How far it is, once a second, for whoever watches.
+/// Reports progress to a terminal, once a second.
 fn progress() -> impl FnMut(&RedriveSummary) {
     let mut reported = Instant::now();
     move |all| {
@@ -184,14 +185,15 @@ async fn list_events(
 ) -> anyhow::Result<Verdict> {
     let ListArgs { aggregate, reason, error, after, limit, .. } = list;
     let filter = Filter { aggregate: aggregate.clone(), reason: reason.clone(), error: error.clone() };
-    let mut events =
-        held::events(conn, consumer, &filter, *after, limit + 1).await.context("it cannot be read")?;
+    let mut events = held::events(conn, consumer, &filter, *after, limit + 1)
+        .await
+        .context("the held events cannot be read")?;
     let more = events.len() > usize::try_from(*limit)?;
     events.truncate(usize::try_from(*limit)?);
     let next = events.last().filter(|_| more).map(|event| event.event_id);
     args.common.answer(&json!({"consumer": consumer, "events": events, "after": next}), || {
         if events.is_empty() {
-            return format!("{consumer}: nothing that is held matches");
+            return format!("{consumer}: no held event matches");
         }
         let mut text = String::new();
         for event in &events {
@@ -215,19 +217,23 @@ async fn show(
     id: Uuid,
     with_body: bool,
 ) -> anyhow::Result<Verdict> {
-    if let Some(shown) = held::event(conn, consumer, id, with_body).await.context("it cannot be read")? {
+    if let Some(shown) =
+        held::event(conn, consumer, id, with_body).await.context("the held events cannot be read")?
+    {
         args.common.answer(&shown, || event_text(&shown))?;
         return Ok(Verdict::Well);
     }
-    if let Some(skipped) = held::skipped(conn, consumer, id).await.context("it cannot be read")? {
+    if let Some(skipped) =
+        held::skipped(conn, consumer, id).await.context("the held events cannot be read")?
+    {
         args.common.answer(&skipped, || {
             let Skipped { event_id, aggregate, version, type_, skipped_by, why, .. } = &skipped;
-            let error = escaped(skipped.error.as_deref().unwrap_or("it did not come back"));
+            let error = escaped(skipped.error.as_deref().unwrap_or("the process died while it ran"));
             let (type_, skipped_by, why) = (escaped(type_), escaped(skipped_by), escaped(why));
             let at = time(skipped.skipped_at);
             format!(
                 "event {event_id} of type {type_}\n  of {aggregate}, version {version}, published by {}\n  \
-                 skipped {at} by {skipped_by}: {why}\n  what the handler had said: {error}",
+                 skipped {at} by {skipped_by}: {why}\n  the handler's error: {error}",
                 escaped(&aggregate.source)
             )
         })?;

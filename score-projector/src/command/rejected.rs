@@ -1,4 +1,4 @@
-//! `rejected`: messages that cannot be applied at all.
+//! `rejected`: lists messages that cannot be applied, and drops them.
 
 use std::fmt::Write;
 
@@ -13,70 +13,73 @@ use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, WhichModel, connect, many, 
 /// Settings of `rejected`.
 #[derive(Debug, clap::Args)]
 pub struct RejectedArgs {
-    /// The database, and the form of the answer.
+    /// The database and the output format.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// Which read model.
+    /// The read model.
     #[command(flatten)]
     pub which: WhichModel,
-    /// What to do.
+    /// The action.
     #[command(subcommand)]
     pub action: RejectedAction,
 }
 
-/// What to do with messages that were rejected.
+/// Actions on rejected messages.
 #[derive(Debug, clap::Subcommand)]
 pub enum RejectedAction {
-    /// List them by reason; exit code 3 when there are any.
+    /// List the messages by reason. Exit code 3 when there are any.
     List,
-    /// Show one, without its body.
+    /// Show one message, without its body.
     Show {
         /// The message's number.
         id: i64,
-        /// With its body, and whatever personal data is in it.
+        /// Also show its body, with the personal data in it.
         #[arg(long)]
         body: bool,
     },
-    /// Let them go.
+    /// Delete messages.
     Drop {
-        /// Which ones.
+        /// The selection.
         #[command(flatten)]
         selection: Selection,
-        /// Do it; without this it is only said what would be dropped, with exit code 3.
+        /// Delete them. Without this flag only their number is printed, with exit code 3.
         #[arg(long)]
         yes: bool,
     },
 }
 
-/// Which messages; all conditions hold.
+/// The messages to delete; all conditions must match.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = true)]
 pub struct Selection {
-    /// The message of this number; may be repeated.
+    /// The message with this number. May be repeated.
     #[arg(long, value_name = "NUMBER")]
     pub id: Vec<i64>,
     /// Messages with this reason.
     #[arg(long, value_parser = rejected::REASONS)]
     pub reason: Option<String>,
-    /// All of them.
+    /// All messages.
     #[arg(long, conflicts_with_all = ["id", "reason"])]
     pub all: bool,
 }
 
-/// Looks at what was rejected, or lets it go.
+/// Lists rejected messages, shows one, or deletes them.
 pub async fn rejected(args: &RejectedArgs) -> anyhow::Result<Verdict> {
     let (mut conn, consumer) = connect(&args.common, "rejected", args.which, STATEMENT_TIMEOUT).await?;
     match &args.action {
         RejectedAction::List => {
-            let groups = rejected::groups(&mut conn, &consumer).await.context("it cannot be read")?;
+            let groups = rejected::groups(&mut conn, &consumer)
+                .await
+                .context("the rejected messages cannot be read")?;
             args.common.answer(&json!({"consumer": consumer, "rejected": groups}), || {
                 groups_text(&consumer, &groups)
             })?;
             Ok(if groups.messages == 0 { Verdict::Well } else { Verdict::NotWell })
         }
         RejectedAction::Show { id, body } => {
-            let message =
-                rejected::message(&mut conn, &consumer, *id, *body).await.context("it cannot be read")?;
+            let message = rejected::message(&mut conn, &consumer, *id, *body)
+                .await
+                .context("the rejected messages cannot be read")?;
             let Some(message) = message else {
                 bail!(
                     "{consumer} has rejected no message {id}; score-projector rejected list shows what it has"
@@ -94,7 +97,7 @@ pub async fn rejected(args: &RejectedArgs) -> anyhow::Result<Verdict> {
 
 fn groups_text(consumer: &str, rejected: &Groups) -> String {
     if rejected.messages == 0 {
-        return format!("{consumer}: nothing was rejected");
+        return format!("{consumer}: no message was rejected");
     }
     let mut text = format!("{consumer}: {} rejected\n", many(rejected.messages, "message"));
     for Group { reason, detail, messages, deliveries, last_at, newest, .. } in &rejected.groups {
@@ -122,7 +125,7 @@ fn message_text(message: &Rejected) -> String {
         time(message.last_at),
     );
     let _ = match (&message.body, message.erased_at) {
-        (_, Some(at)) => writeln!(text, "  erased at {}: what it told of has ended", time(at)),
+        (_, Some(at)) => writeln!(text, "  erased at {}: its aggregate has ended", time(at)),
         (Some(body), _) => writeln!(text, "{}", body.replace('\n', "\n  ")),
         (None, _) => {
             writeln!(
@@ -155,14 +158,14 @@ async fn drop(
         tracing::warn!(consumer, dropped, "rejected messages dropped by hand");
         i64::try_from(dropped)?
     } else {
-        rejected::count(conn, consumer, filter).await.context("it cannot be read")?
+        rejected::count(conn, consumer, filter).await.context("the rejected messages cannot be read")?
     };
     args.common.answer(&json!({"consumer": consumer, "dropped": yes, "messages": count}), || {
         let messages = many(count, "message");
         match (count, yes) {
-            (0, _) => "nothing that was rejected matches".to_owned(),
+            (0, _) => "no rejected message matches".to_owned(),
             (_, true) => format!("{messages} dropped"),
-            (_, false) => format!("{messages} would be dropped; say --yes to do it"),
+            (_, false) => format!("{messages} would be dropped; add --yes to do it"),
         }
     })?;
     Ok(if yes || count == 0 { Verdict::Well } else { Verdict::NotWell })

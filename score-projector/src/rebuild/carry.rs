@@ -1,12 +1,11 @@
-//! What the live consumer leaves to the one that takes its place.
+//! Moves rows of the inbox from the live consumer to its successor.
 
 use sqlx::{AssertSqlSafe, Postgres, Transaction};
 
 use super::progress::COMPARED;
 
-/// Takes over the chains of the aggregates that the shadow need not hear of, and what the live consumer
-/// has acknowledged but not applied: events that it holds, and messages that it rejected. Both models'
-/// consumers must be locked out.
+/// Moves the versions of aggregates that the shadow does not need, the live consumer's held events, and its rejected
+/// messages. Both consumers must be locked out.
 pub(super) async fn over(tx: &mut Transaction<'_, Postgres>, live: &str, shadow: &str) -> sqlx::Result<()> {
     let chains = format!(
         "{COMPARED}

@@ -12,10 +12,10 @@ use super::{
 };
 use crate::model::{self, StoredModel};
 
-/// Between the two looks that give the rate.
+/// The time between the two counts that give the rate.
 const BETWEEN: Duration = Duration::from_secs(2);
 
-/// Says what is under way, and how far it is.
+/// Prints the state of the rebuild, and its progress.
 pub(super) async fn status(args: &RebuildArgs, conn: &mut PgConnection) -> anyhow::Result<Verdict> {
     let live = model::live(conn).await?;
     if let Some(shadow) = model::stored(conn, "shadow").await? {
@@ -54,7 +54,7 @@ async fn building(
     let mut now = progress(conn, live, name).await?;
     let mut rate = None;
     if now.behind > 0 {
-        // Twice, so that the rate is that of now and not of a wait for somebody to begin.
+        // Counted twice, so that the rate is the present one, without the time before the filling began.
         let (before, since) = (now.behind, Instant::now());
         tokio::time::sleep(BETWEEN).await;
         now = progress(conn, live, name).await?;
@@ -115,7 +115,7 @@ fn counts(now: &Progress, held: &[HeldCount]) -> String {
     text
 }
 
-/// Seconds, if it goes on like this.
+/// The remaining seconds at this rate.
 fn left(now: &Progress, rate: Option<f64>) -> Option<f64> {
     #[expect(clippy::cast_precision_loss, reason = "an estimate is no exact number")]
     rate.filter(|rate| *rate > 0.0).map(|rate| now.behind as f64 / rate)

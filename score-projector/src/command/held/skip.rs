@@ -22,27 +22,27 @@ pub struct SkipArgs {
     /// The event's id.
     #[arg(long, value_name = "UUID", required_unless_present = "aggregate")]
     pub event: Option<Uuid>,
-    /// Or its aggregate: TYPE/ID.
+    /// The event's aggregate, instead of its id: TYPE/ID.
     #[arg(long, value_parser = aggregate, requires = "version", conflicts_with = "event")]
     pub aggregate: Option<(String, String)>,
-    /// And its version of that.
+    /// The event's version of that aggregate.
     #[arg(long, requires = "aggregate")]
     pub version: Option<i64>,
-    /// Who says so; USER at this host, unless told.
+    /// The operator who skips it. USER at this host, unless given.
     #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub by: Option<String>,
-    /// And why. Both are recorded for good: no personal data.
+    /// The reason. Both are recorded for good, so they must not contain personal data.
     #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub why: String,
     /// How many events one transaction applies at most.
     #[arg(long, default_value = "64", value_parser = batch)]
     pub batch: usize,
-    /// Do it; without this it is tried and rolled back, and said what would be done, with exit code 3.
+    /// Skip it. Without this flag the skip is tried and rolled back, and the result is printed, with exit code 3.
     #[arg(long)]
     pub yes: bool,
 }
 
-/// The event that is to be skipped.
+/// Finds the event to skip.
 pub(super) async fn chosen(
     conn: &mut PgConnection,
     consumer: &str,
@@ -83,7 +83,7 @@ pub(super) async fn skip(
         if skip.yes {
             format!("{event}, is skipped; by {by}: {}\n  {after}", skip.why)
         } else {
-            format!("{event}, would be skipped: its version counts, and it does nothing\n  {after}\nsay --yes to do it")
+            format!("{event}, would be skipped: its version counts, and it does nothing\n  {after}\nadd --yes to do it")
         }
     })?;
     Ok(if skip.yes && after.refused.is_none() { Verdict::Well } else { Verdict::NotWell })

@@ -79,15 +79,16 @@ pub(super) fn event_text(shown: &HeldDetail) -> String {
 
 pub(super) fn summary_text(all: &RedriveSummary, dry_run: bool) -> String {
     if all.aggregates == 0 {
-        return "nothing that is held matches".to_owned();
+        return "no held event matches".to_owned();
     }
-    let (applied, are) = if dry_run { ("would be applied", "would be") } else { ("applied", "are") };
+    let (applied, still_held) =
+        if dry_run { ("would be applied", "would still be held") } else { ("applied", "are still held") };
     let aggregates = i64::try_from(all.aggregates).unwrap_or(i64::MAX);
     let events = i64::try_from(all.applied).unwrap_or(i64::MAX);
     let mut text = format!("{}: {} {applied}", many(aggregates, "aggregate"), many(events, "event"));
     let _ = match all.held {
-        0 => writeln!(text, ", nothing of them {} held any more", if dry_run { "would be" } else { "is" }),
-        held => writeln!(text, ", {held} of them {are} held still"),
+        0 => writeln!(text, ", none {still_held}"),
+        held => writeln!(text, ", {held} {still_held}"),
     };
     for (error, count) in &all.errors {
         let aggregates = many(i64::try_from(*count).unwrap_or(i64::MAX), "aggregate");
