@@ -239,8 +239,8 @@ impl Alarms<'_> {
         .fetch_all(self.pool)
         .await?;
         Ok(Some(format!(
-            "{} of a followed source did not come from its user: {}. They are stored in inbox.rejected and not applied. \
-             If the publisher's user was renamed, name the new user for the source, have the rejected events replayed, \
+            "{} of a followed source did not come from its user: {}. They are stored in inbox.rejected and not \
+             applied. If the publisher's user was renamed, name the new user for the source, have the rejected events replayed, \
              and delete them from inbox.rejected. If not, another user forges events",
             if count == 1 { "a message".to_owned() } else { format!("{} messages", counted(count)) },
             Vec::from_iter(BTreeSet::from_iter(last)).join("; "),

@@ -32,6 +32,13 @@ impl fmt::Display for Key {
 
 impl Key {
     /// As one shell word, as commands take it: `TYPE/ID`.
+    ///
+    /// ```
+    /// let source = "shop".to_owned();
+    /// let (aggregate_type, aggregate_id) = ("order".to_owned(), "7".to_owned());
+    /// let order = inbox::Aggregate { source, aggregate_type, aggregate_id };
+    /// assert_eq!(order.quoted(), "order/7");
+    /// ```
     pub fn quoted(&self) -> String {
         shown::quoted(&format!("{}/{}", self.aggregate_type, self.aggregate_id)).into_owned()
     }

@@ -107,6 +107,17 @@ pub struct Config {
 impl Config {
     /// The defaults: 100 messages a transaction; limits of 20 refused in a row, 10,000 held, 10,000 stored for each
     /// reason of rejection, and 1,000,000 that wait for missing versions; and one minute.
+    ///
+    /// ```
+    /// use inbox::{Config, Topology};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let topology = Topology::new("event_dispatcher", "event_dispatcher.by_aggregate", "stock", &["order"])?;
+    /// let nodes = vec!["amqp://stock@rabbit-1".parse()?, "amqp://stock@rabbit-2".parse()?];
+    /// let config = Config { batch: 50, ..Config::new(topology, nodes, "stock") };
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn new(topology: Topology, nodes: Vec<Node>, connection_name: impl Into<String>) -> Self {
         Self {
             topology,
@@ -135,6 +146,14 @@ pub struct Consumer<H> {
 
 impl<H: Handler> Consumer<H> {
     /// A consumer that does nothing before [`run`](Self::run).
+    ///
+    /// ```
+    /// use inbox::{Config, Consumer, Handler, Sequencer};
+    ///
+    /// fn consumer<H: Handler>(config: Config, sequencer: Sequencer<H>) -> Consumer<H> {
+    ///     Consumer::new(config, sequencer)
+    /// }
+    /// ```
     pub fn new(config: Config, sequencer: Sequencer<H>) -> Self {
         sequencer.streaks().limit(config.max_refused);
         sequencer.limits.set_rejected(config.max_rejected);
@@ -143,12 +162,35 @@ impl<H: Handler> Consumer<H> {
     }
 
     /// The consumer's status, now and after each change.
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(consumer: inbox::Consumer<H>) {
+    /// let mut status = consumer.status();
+    /// tokio::spawn(async move {
+    ///     while status.changed().await.is_ok() {
+    ///         println!("{:?}", status.borrow_and_update().waiting());
+    ///     }
+    /// });
+    /// # }
+    /// ```
     pub fn status(&self) -> watch::Receiver<Status> {
         self.status.subscribe()
     }
 
     /// Consumes until `stop`. Then it finishes and acknowledges the transaction under way, and returns the other received
     /// messages to the queue.
+    ///
+    /// ```
+    /// use tokio_util::sync::CancellationToken;
+    ///
+    /// # async fn example<H: inbox::Handler>(consumer: inbox::Consumer<H>) {
+    /// let stop = CancellationToken::new();
+    /// let running = tokio::spawn(consumer.run(stop.clone()));
+    /// // On SIGTERM:
+    /// stop.cancel();
+    /// let _ = running.await;
+    /// # }
+    /// ```
     pub async fn run(self, stop: CancellationToken) {
         if self.sequencer.sources.is_all() {
             tracing::warn!(

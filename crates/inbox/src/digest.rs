@@ -20,6 +20,15 @@ pub struct Digest {
 
 /// Computes the digests of what `consumer` has applied, in `buckets` parts for each type. Reads all of its rows in
 /// `inbox.aggregate` once.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// for digest in inbox::digest(conn, "stock", 1).await? {
+///     println!("{}: {} aggregates, hash {:x}", digest.source, digest.aggregates, digest.hash);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn digest(conn: &mut PgConnection, consumer: &str, buckets: i32) -> sqlx::Result<Vec<Digest>> {
     sqlx::query_as(
         "SELECT s.source, d.*

@@ -6,7 +6,8 @@ use crate::Event;
 
 /// A subscriber's own part: what its events do to its tables.
 pub trait Handler: Send + Sync + 'static {
-    /// Called first in every transaction, also in one that only holds or rejects messages. Override it to refuse, with [`HandlerError::Transient`], when this consumer may not write any more.
+    /// Called first in every transaction, also in one that only holds or rejects messages. Override it to refuse, with
+    /// [`HandlerError::Transient`], when this consumer may not write any more.
     fn begin(
         &self,
         _tx: &mut Transaction<'_, Postgres>,
@@ -73,6 +74,13 @@ pub enum HandlerError {
 
 impl HandlerError {
     /// The event is at fault. `reason` is stored, so it must not contain personal data.
+    ///
+    /// ```
+    /// use inbox::HandlerError;
+    ///
+    /// let error = HandlerError::poison("the amount is negative");
+    /// assert_eq!(error, HandlerError::Poison("the amount is negative".to_owned()));
+    /// ```
     pub fn poison(reason: impl Into<String>) -> Self {
         Self::Poison(reason.into())
     }

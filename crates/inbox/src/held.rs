@@ -4,13 +4,10 @@
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::{Map, Value};
-use sqlx::{PgConnection, Postgres, Transaction};
+use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::{
-    chain::Key,
-    ledger::{Ledger, UNREADABLE},
-};
+use crate::{chain::Key, ledger::UNREADABLE};
 
 /// Held events with the same cause.
 #[derive(Clone, Debug, Serialize, sqlx::FromRow)]
@@ -160,6 +157,16 @@ SELECT event_id, source, aggregate_type, aggregate_id, version, type, reason, er
 FROM inbox.held";
 
 /// Groups all held events by cause, and returns at most `limit` groups.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// let groups = inbox::held::groups(conn, "stock", 50).await?;
+/// for group in groups.groups {
+///     println!("{} events, {}: {:?}", group.events, group.reason, group.error);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn groups(conn: &mut PgConnection, consumer: &str, limit: i64) -> sqlx::Result<Groups> {
     #[derive(sqlx::FromRow)]
     struct Row {
@@ -177,6 +184,17 @@ pub async fn groups(conn: &mut PgConnection, consumer: &str, limit: i64) -> sqlx
 
 /// Lists at most `limit` held events after the one with the id `after`, in the order of their ids, which is the order of
 /// creation.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// use inbox::held::{self, Filter};
+///
+/// let poison = Filter { reason: Some("poison".to_owned()), ..Filter::default() };
+/// let page = held::events(conn, "stock", &poison, None, 50).await?;
+/// let next = held::events(conn, "stock", &poison, page.last().map(|event| event.event_id), 50).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub async fn events(
     conn: &mut PgConnection,
     consumer: &str,
@@ -203,6 +221,15 @@ pub async fn events(
 }
 
 /// Reads the held event with this id. `with_body` also reads its body, which usually has personal data.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection, id: uuid::Uuid) -> sqlx::Result<()> {
+/// if let Some(detail) = inbox::held::event(conn, "stock", id, false).await? {
+///     println!("{} is at version {}", detail.event.aggregate, detail.applied);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn event(
     conn: &mut PgConnection,
     consumer: &str,
@@ -252,6 +279,13 @@ fn unreadable() -> Map<String, Value> {
 }
 
 /// Lists the held events of this version of an aggregate, one for each source.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// let events = inbox::held::at(conn, "stock", "order", "7", 3).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub async fn at(
     conn: &mut PgConnection,
     consumer: &str,
@@ -272,6 +306,15 @@ pub async fn at(
 }
 
 /// Reads the record of a skipped event by the event's id.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection, id: uuid::Uuid) -> sqlx::Result<()> {
+/// if let Some(skipped) = inbox::held::skipped(conn, "stock", id).await? {
+///     println!("skipped by {}: {}", skipped.skipped_by, skipped.why);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn skipped(conn: &mut PgConnection, consumer: &str, id: Uuid) -> sqlx::Result<Option<Skipped>> {
     sqlx::query_as(
         "SELECT event_id, source, aggregate_type, aggregate_id, version, type, error, skipped_by, why, skipped_at
@@ -283,91 +326,7 @@ pub async fn skipped(conn: &mut PgConnection, consumer: &str, id: Uuid) -> sqlx:
     .await
 }
 
-/// At most `limit` aggregates after `after` that a redrive can advance: one of their events was tried, or is next and was
-/// left by a process that died.
-pub(crate) async fn due(
-    conn: &mut PgConnection,
-    consumer: &str,
-    filter: &Filter,
-    after: Option<&Key>,
-    limit: i64,
-) -> sqlx::Result<Vec<Key>> {
-    let (aggregate_type, aggregate_id) = filter.aggregate.clone().unzip();
-    let (source, after_type, after_id) = after.map_or(("", "", ""), |after| {
-        (after.source.as_str(), after.aggregate_type.as_str(), after.aggregate_id.as_str())
-    });
-    // A subquery and no join, so that the page is read along the primary key and ends where it is full; a
-    // join is hashed as a whole (a million held: 0.1 s a page instead of 6 s).
-    sqlx::query_as(
-        "SELECT source, aggregate_type, aggregate_id FROM inbox.held h
-         WHERE consumer = $1 AND (source, aggregate_type, aggregate_id) > ($2, $3, $4)
-           AND ($5::text IS NULL OR (aggregate_type, aggregate_id) = ($5, $6))
-           AND ($7::text IS NULL OR reason = $7) AND ($8::text IS NULL OR position($8 IN error) > 0)
-           AND (reason IN ('poison', 'trying') OR version - 1 = (
-                SELECT a.version FROM inbox.aggregate a
-                WHERE (a.consumer, a.source, a.aggregate_type, a.aggregate_id)
-                    = (h.consumer, h.source, h.aggregate_type, h.aggregate_id)))
-         GROUP BY source, aggregate_type, aggregate_id
-         ORDER BY source, aggregate_type, aggregate_id LIMIT $9",
-    )
-    .bind(consumer)
-    .bind(source)
-    .bind(after_type)
-    .bind(after_id)
-    .bind(aggregate_type)
-    .bind(aggregate_id)
-    .bind(&filter.reason)
-    .bind(&filter.error)
-    .bind(limit)
-    .fetch_all(conn)
-    .await
-}
-
-impl Ledger<'_> {
-    /// How many events of an aggregate are held.
-    pub(crate) async fn count(&self, tx: &mut Transaction<'_, Postgres>, key: &Key) -> sqlx::Result<i64> {
-        sqlx::query_scalar(
-            "SELECT count(*) FROM inbox.held
-             WHERE (consumer, source, aggregate_type, aggregate_id) = ($1, $2, $3, $4)",
-        )
-        .bind(self.consumer)
-        .bind(&key.source)
-        .bind(&key.aggregate_type)
-        .bind(&key.aggregate_id)
-        .fetch_one(&mut **tx)
-        .await
-    }
-
-    /// Records that an operator skipped a held event.
-    pub(crate) async fn skip(
-        &self,
-        tx: &mut Transaction<'_, Postgres>,
-        key: &Key,
-        version: i64,
-        by: &str,
-        why: &str,
-    ) -> sqlx::Result<()> {
-        sqlx::query(
-            "INSERT INTO inbox.skipped (consumer, source, aggregate_type, aggregate_id, version, event_id, type, error,
-                                        skipped_by, why)
-             SELECT consumer, source, aggregate_type, aggregate_id, version, event_id, type, error, $6, $7
-             FROM inbox.held
-             WHERE (consumer, source, aggregate_type, aggregate_id, version) = ($1, $2, $3, $4, $5)",
-        )
-        .bind(self.consumer)
-        .bind(&key.source)
-        .bind(&key.aggregate_type)
-        .bind(&key.aggregate_id)
-        .bind(version)
-        .bind(by)
-        .bind(why)
-        .execute(&mut **tx)
-        .await?;
-        Ok(())
-    }
-}
-
 /// A body as text, otherwise in hexadecimal.
 pub(crate) fn text(body: Vec<u8>) -> String {
-    String::from_utf8(body).unwrap_or_else(|error| crate::message::hex(error.as_bytes()))
+    String::from_utf8(body).unwrap_or_else(|error| crate::headers::hex(error.as_bytes()))
 }

@@ -248,6 +248,48 @@ impl<'a> Ledger<'a> {
         Ok(())
     }
 
+    /// How many events of an aggregate are held.
+    pub(crate) async fn count(&self, tx: &mut Transaction<'_, Postgres>, key: &Key) -> sqlx::Result<i64> {
+        sqlx::query_scalar(
+            "SELECT count(*) FROM inbox.held
+             WHERE (consumer, source, aggregate_type, aggregate_id) = ($1, $2, $3, $4)",
+        )
+        .bind(self.consumer)
+        .bind(&key.source)
+        .bind(&key.aggregate_type)
+        .bind(&key.aggregate_id)
+        .fetch_one(&mut **tx)
+        .await
+    }
+
+    /// Records that an operator skipped a held event.
+    pub(crate) async fn skip(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        key: &Key,
+        version: i64,
+        by: &str,
+        why: &str,
+    ) -> sqlx::Result<()> {
+        sqlx::query(
+            "INSERT INTO inbox.skipped (consumer, source, aggregate_type, aggregate_id, version, event_id, type, error,
+                                        skipped_by, why)
+             SELECT consumer, source, aggregate_type, aggregate_id, version, event_id, type, error, $6, $7
+             FROM inbox.held
+             WHERE (consumer, source, aggregate_type, aggregate_id, version) = ($1, $2, $3, $4, $5)",
+        )
+        .bind(self.consumer)
+        .bind(&key.source)
+        .bind(&key.aggregate_type)
+        .bind(&key.aggregate_id)
+        .bind(version)
+        .bind(by)
+        .bind(why)
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
+    }
+
     /// Records an applied event.
     pub(crate) fn applied(&mut self, event: &Event) -> sqlx::Result<()> {
         if event.ends() {

@@ -1,13 +1,9 @@
-use std::fmt::Write;
-
 use chrono::{DateTime, Utc};
-use lapin::{
-    BasicProperties,
-    message::Delivery,
-    types::{AMQPValue, FieldTable},
-};
+use lapin::{BasicProperties, message::Delivery, types::AMQPValue};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
+
+use crate::{headers, malformed::Malformed};
 
 /// A message as the broker delivered it.
 #[derive(Clone, Debug)]
@@ -43,33 +39,8 @@ pub struct Event {
     pub payload: Vec<u8>,
 }
 
-/// Why a message is not an event. Names the rule, never the value.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
-    /// A property or header of every event is missing.
-    #[error("{0} is missing")]
-    Missing(&'static str),
-    /// A property or header has a wrong value.
-    #[error("{0} is not {1}")]
-    Invalid(&'static str, &'static str),
-    /// The headers break a rule for events.
-    #[error("its headers {0}")]
-    Headers(&'static str),
-    /// The body is larger than an event's may be.
-    #[error("its body is larger than 16 MiB")]
-    Large,
-}
-
 /// The largest body of an event, as the outbox has it: RabbitMQ's own default for a message from 4.0 on.
 const LARGEST_BODY: usize = 16 * 1024 * 1024;
-/// How deep a header's value may be nested.
-const DEPTH: usize = 4;
-/// How many headers an event may have, without those that the broker adds.
-const HEADERS: usize = 100;
-/// How many bytes of a rejected message's headers are stored, as JSON.
-const MAX_STORED_HEADERS: usize = 16 * 1024;
-/// Replaces a value that is nested too deep.
-const TOO_DEEP: &str = "(nested too deep; not kept)";
 
 /// The headers that become fields of an [`Event`].
 const AGGREGATE_HEADERS: [&str; 3] = ["aggregate_type", "aggregate_id", "aggregate_version"];
@@ -89,6 +60,15 @@ impl From<Delivery> for Envelope {
 
 impl Envelope {
     /// Parses the event in the message.
+    ///
+    /// ```
+    /// # fn example(message: inbox::Envelope) {
+    /// match message.event() {
+    ///     Ok(event) => println!("version {} of {}/{}", event.version, event.aggregate_type, event.aggregate_id),
+    ///     Err(malformed) => println!("not an event: {malformed}"),
+    /// }
+    /// # }
+    /// ```
     pub fn event(&self) -> Result<Event, Malformed> {
         let properties = &self.properties;
         let id = properties.message_id().as_ref().ok_or(Malformed::Missing("message_id"))?;
@@ -104,7 +84,7 @@ impl Envelope {
             AMQPValue::ByteArray(value) => text(name, value.as_slice()),
             _ => Err(Malformed::Invalid(name, TEXT)),
         };
-        received(headers)?;
+        headers::check(headers)?;
         if self.body.len() > LARGEST_BODY {
             return Err(Malformed::Large);
         }
@@ -130,7 +110,7 @@ impl Envelope {
                 .filter(|(name, _)| {
                     !AGGREGATE_HEADERS.contains(&name.as_str()) && !name.as_str().starts_with("x-")
                 })
-                .map(|(name, value)| (name.as_str().to_owned(), to_json(value, DEPTH)))
+                .map(|(name, value)| (name.as_str().to_owned(), headers::to_json(value)))
                 .collect(),
             payload: self.body.clone(),
         })
@@ -153,7 +133,7 @@ impl Envelope {
             "reply_to": text(p.reply_to()),
             "expiration": text(p.expiration()),
             "user_id": text(p.user_id()),
-            "headers": p.headers().as_ref().map(stored),
+            "headers": p.headers().as_ref().map(headers::stored),
         });
         if let Some(all) = all.as_object_mut() {
             all.retain(|_, value| !value.is_null());
@@ -164,21 +144,90 @@ impl Envelope {
 
 impl Event {
     /// Whether it has the aggregate's complete state, so that it may follow any lower version.
+    ///
+    /// ```
+    /// # let event = inbox::Event {
+    /// #     id: uuid::Uuid::nil(),
+    /// #     source: "shop".to_owned(),
+    /// #     aggregate_type: "order".to_owned(),
+    /// #     aggregate_id: "7".to_owned(),
+    /// #     version: 1,
+    /// #     type_: "order.new".to_owned(),
+    /// #     occurred_at: None,
+    /// #     headers: serde_json::Map::new(),
+    /// #     payload: b"{}".to_vec(),
+    /// # };
+    /// let mut event = event;
+    /// assert!(!event.is_baseline());
+    /// event.headers.insert("baseline".to_owned(), true.into());
+    /// assert!(event.is_baseline());
+    /// ```
     pub fn is_baseline(&self) -> bool {
         self.flag("baseline")
     }
 
     /// Whether its content was erased: it advances the version and has no other effect.
+    ///
+    /// ```
+    /// # let event = inbox::Event {
+    /// #     id: uuid::Uuid::nil(),
+    /// #     source: "shop".to_owned(),
+    /// #     aggregate_type: "order".to_owned(),
+    /// #     aggregate_id: "7".to_owned(),
+    /// #     version: 1,
+    /// #     type_: "order.new".to_owned(),
+    /// #     occurred_at: None,
+    /// #     headers: serde_json::Map::new(),
+    /// #     payload: b"{}".to_vec(),
+    /// # };
+    /// let mut event = event;
+    /// assert!(!event.is_erased());
+    /// event.headers.insert("erased".to_owned(), true.into());
+    /// assert!(event.is_erased());
+    /// ```
     pub fn is_erased(&self) -> bool {
         self.flag("erased")
     }
 
     /// Whether an operator had it published again.
+    ///
+    /// ```
+    /// # let event = inbox::Event {
+    /// #     id: uuid::Uuid::nil(),
+    /// #     source: "shop".to_owned(),
+    /// #     aggregate_type: "order".to_owned(),
+    /// #     aggregate_id: "7".to_owned(),
+    /// #     version: 1,
+    /// #     type_: "order.new".to_owned(),
+    /// #     occurred_at: None,
+    /// #     headers: serde_json::Map::new(),
+    /// #     payload: b"{}".to_vec(),
+    /// # };
+    /// let mut event = event;
+    /// assert!(!event.is_replayed());
+    /// event.headers.insert("replayed".to_owned(), true.into());
+    /// assert!(event.is_replayed());
+    /// ```
     pub fn is_replayed(&self) -> bool {
         self.flag("replayed")
     }
 
     /// Its trace (W3C Trace Context).
+    ///
+    /// ```
+    /// # let event = inbox::Event {
+    /// #     id: uuid::Uuid::nil(),
+    /// #     source: "shop".to_owned(),
+    /// #     aggregate_type: "order".to_owned(),
+    /// #     aggregate_id: "7".to_owned(),
+    /// #     version: 1,
+    /// #     type_: "order.new".to_owned(),
+    /// #     occurred_at: None,
+    /// #     headers: serde_json::Map::new(),
+    /// #     payload: b"{}".to_vec(),
+    /// # };
+    /// assert_eq!(event.traceparent(), None);
+    /// ```
     pub fn traceparent(&self) -> Option<&str> {
         self.headers.get("traceparent")?.as_str()
     }
@@ -208,7 +257,7 @@ impl Event {
 /// How often a message was delivered before and returned, as a quorum queue counts it.
 pub(crate) fn returned(properties: &BasicProperties) -> i64 {
     let headers = properties.headers().as_ref();
-    headers.and_then(|h| h.inner().get("x-delivery-count")).and_then(integer).unwrap_or(0)
+    headers.and_then(|h| h.inner().get("x-delivery-count")).and_then(headers::integer).unwrap_or(0)
 }
 
 /// The time in a UUIDv7.
@@ -236,114 +285,7 @@ fn version(value: &AMQPValue) -> Result<i64, Malformed> {
         _ => None,
     };
     digits
-        .map_or_else(|| integer(value), |d| std::str::from_utf8(d).ok()?.parse().ok())
+        .map_or_else(|| headers::integer(value), |d| std::str::from_utf8(d).ok()?.parse().ok())
         .filter(|version| (1..i64::MAX).contains(version))
         .ok_or(Malformed::Invalid("aggregate_version", VERSION))
-}
-
-fn integer(value: &AMQPValue) -> Option<i64> {
-    match *value {
-        AMQPValue::ShortShortInt(n) => Some(n.into()),
-        AMQPValue::ShortShortUInt(n) => Some(n.into()),
-        AMQPValue::ShortInt(n) => Some(n.into()),
-        AMQPValue::ShortUInt(n) => Some(n.into()),
-        AMQPValue::LongInt(n) => Some(n.into()),
-        AMQPValue::LongUInt(n) => Some(n.into()),
-        AMQPValue::LongLongInt(n) => Some(n),
-        _ => None,
-    }
-}
-
-/// Whether all of the headers arrived, and are such as an event may have.
-fn received(headers: &FieldTable) -> Result<(), Malformed> {
-    match headers.inner().get(amqp::REMOVED) {
-        None => {}
-        // Only the broker's own note of where the message has been.
-        Some(AMQPValue::FieldTable(removed))
-            if removed.inner().keys().all(|name| name.as_str() == "x-death") => {}
-        Some(_) => {
-            return Err(Malformed::Headers("could not be received whole; `x-removed` names what is missing"));
-        }
-    }
-    let mut own =
-        headers.inner().iter().filter(|(name, _)| !name.as_str().starts_with("x-")).map(|(_, value)| value);
-    if own.clone().count() > HEADERS {
-        return Err(Malformed::Headers("are more than 100"));
-    }
-    if own.any(|value| is_deep(value, DEPTH)) {
-        return Err(Malformed::Headers("are nested more than 4 levels deep"));
-    }
-    Ok(())
-}
-
-/// Whether a value is nested in more than so many levels.
-fn is_deep(value: &AMQPValue, levels: usize) -> bool {
-    match (value, levels.checked_sub(1)) {
-        (AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_), None) => true,
-        (AMQPValue::FieldArray(all), Some(levels)) => {
-            all.as_slice().iter().any(|value| is_deep(value, levels))
-        }
-        (AMQPValue::FieldTable(all), Some(levels)) => {
-            all.inner().values().any(|value| is_deep(value, levels))
-        }
-        _ => false,
-    }
-}
-
-/// The headers of a rejected message, as far as they are stored.
-fn stored(headers: &FieldTable) -> Value {
-    let mut stored = Map::new();
-    let mut left = MAX_STORED_HEADERS;
-    for (name, value) in headers.inner() {
-        let value = to_json(value, DEPTH);
-        let bytes = name.as_str().len() + value.to_string().len();
-        let Some(rest) = left.checked_sub(bytes) else { continue };
-        left = rest;
-        stored.insert(name.as_str().to_owned(), value);
-    }
-    let missing = headers.inner().len() - stored.len();
-    if missing > 0 {
-        stored.insert("…".to_owned(), format!("({missing} more, too large to be kept)").into());
-    }
-    stored.into()
-}
-
-/// With at most so many levels of arrays and tables.
-fn to_json(value: &AMQPValue, levels: usize) -> Value {
-    let within = levels.saturating_sub(1);
-    match value {
-        AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_) if levels == 0 => TOO_DEEP.into(),
-        AMQPValue::Boolean(b) => json!(b),
-        AMQPValue::Float(f) => json!(f),
-        AMQPValue::Double(f) => json!(f),
-        AMQPValue::DecimalValue(d) => json!({"scale": d.scale, "value": d.value}),
-        AMQPValue::ShortString(s) => json!(s.as_str()),
-        AMQPValue::LongString(s) => bytes(s.as_bytes()),
-        AMQPValue::ByteArray(b) => bytes(b.as_slice()),
-        AMQPValue::FieldArray(all) => all.as_slice().iter().map(|value| to_json(value, within)).collect(),
-        AMQPValue::Timestamp(seconds) => json!(seconds),
-        AMQPValue::FieldTable(all) => all
-            .inner()
-            .iter()
-            .map(|(name, value)| (name.as_str().to_owned(), to_json(value, within)))
-            .collect(),
-        AMQPValue::Void => Value::Null,
-        number => integer(number).map_or(Value::Null, Value::from),
-    }
-}
-
-/// The protocol's long strings are bytes. Clients use them for texts; other bytes are written in hex.
-fn bytes(bytes: &[u8]) -> Value {
-    match std::str::from_utf8(bytes) {
-        Ok(text) => json!(text),
-        Err(_) => json!({"hex": hex(bytes)}),
-    }
-}
-
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut hex, b| {
-        // Writing to a String cannot fail.
-        let _ = write!(hex, "{b:02x}");
-        hex
-    })
 }

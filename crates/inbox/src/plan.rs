@@ -18,7 +18,8 @@ use crate::{
 };
 
 /// Why an event that came too early is rejected.
-const TOO_MANY: &str = "earlier versions have not arrived, and the limit of events that wait for missing versions is reached. Have the aggregate replayed";
+const TOO_MANY: &str = "earlier versions have not arrived, and the limit of events that wait for missing versions is \
+                        reached. Have the aggregate replayed";
 
 /// An event to apply.
 pub(crate) struct Due<'a> {

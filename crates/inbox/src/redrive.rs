@@ -8,14 +8,14 @@ use std::{
 
 use outbox::database::Attempts;
 use serde::Serialize;
-use sqlx::{Postgres, Transaction};
+use sqlx::{PgConnection, Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
     Handler, HandlerError, Sequencer,
     chain::{Chain, Key, Next, Reason},
     handler::describe,
-    held::{self, Filter},
+    held::Filter,
     ledger::{Ledger, UNREADABLE},
     rollback::Rollback,
     schema::BEGIN,
@@ -158,6 +158,18 @@ impl<H: Handler> Sequencer<H> {
     ///
     /// Each transaction holds the aggregate's lock, so any number of redrives and consumers may run at once. `progress`
     /// is called after each aggregate.
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(sequencer: inbox::Sequencer<H>) -> Result<(), Box<dyn std::error::Error>> {
+    /// use inbox::{Redrive, held::Filter};
+    ///
+    /// let poison = Filter { reason: Some("poison".to_owned()), ..Filter::default() };
+    /// let request = Redrive { filter: poison, batch: 64, dry_run: true };
+    /// let summary = sequencer.redrive(&request, |so_far| println!("{} aggregates", so_far.aggregates)).await?;
+    /// println!("{} events would be applied", summary.applied);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn redrive(
         &self,
         redrive: &Redrive,
@@ -167,7 +179,7 @@ impl<H: Handler> Sequencer<H> {
         let mut after = None;
         loop {
             let mut conn = self.pool.acquire().await?;
-            let page = held::due(&mut conn, &self.consumer, &redrive.filter, after.as_ref(), PAGE).await?;
+            let page = due(&mut conn, &self.consumer, &redrive.filter, after.as_ref(), PAGE).await?;
             drop(conn);
             for key in &page {
                 all.add(self.bring_on(key, redrive.batch, redrive.dry_run).await?);
@@ -322,4 +334,44 @@ fn turn(chain: &Chain<'_>) -> Option<i64> {
         return Some(next);
     }
     chain.held.range(next..).find(|(_, held)| held.reason.blocks()).map(|(version, _)| *version)
+}
+
+/// At most `limit` aggregates after `after` that a redrive can advance: one of their events was tried, or is next and was
+/// left by a process that died.
+async fn due(
+    conn: &mut PgConnection,
+    consumer: &str,
+    filter: &Filter,
+    after: Option<&Key>,
+    limit: i64,
+) -> sqlx::Result<Vec<Key>> {
+    let (aggregate_type, aggregate_id) = filter.aggregate.clone().unzip();
+    let (source, after_type, after_id) = after.map_or(("", "", ""), |after| {
+        (after.source.as_str(), after.aggregate_type.as_str(), after.aggregate_id.as_str())
+    });
+    // A subquery and no join, so that the page is read along the primary key and ends where it is full; a
+    // join is hashed as a whole (a million held: 0.1 s a page instead of 6 s).
+    sqlx::query_as(
+        "SELECT source, aggregate_type, aggregate_id FROM inbox.held h
+         WHERE consumer = $1 AND (source, aggregate_type, aggregate_id) > ($2, $3, $4)
+           AND ($5::text IS NULL OR (aggregate_type, aggregate_id) = ($5, $6))
+           AND ($7::text IS NULL OR reason = $7) AND ($8::text IS NULL OR position($8 IN error) > 0)
+           AND (reason IN ('poison', 'trying') OR version - 1 = (
+                SELECT a.version FROM inbox.aggregate a
+                WHERE (a.consumer, a.source, a.aggregate_type, a.aggregate_id)
+                    = (h.consumer, h.source, h.aggregate_type, h.aggregate_id)))
+         GROUP BY source, aggregate_type, aggregate_id
+         ORDER BY source, aggregate_type, aggregate_id LIMIT $9",
+    )
+    .bind(consumer)
+    .bind(source)
+    .bind(after_type)
+    .bind(after_id)
+    .bind(aggregate_type)
+    .bind(aggregate_id)
+    .bind(&filter.reason)
+    .bind(&filter.error)
+    .bind(limit)
+    .fetch_all(conn)
+    .await
 }

@@ -85,6 +85,15 @@ pub struct Filter {
 }
 
 /// Groups all rejected messages by reason and detail.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// for group in inbox::rejected::groups(conn, "stock").await?.groups {
+///     println!("{} messages, {}: {}", group.messages, group.reason, group.detail);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn groups(conn: &mut PgConnection, consumer: &str) -> sqlx::Result<Groups> {
     let groups: Vec<Group> = sqlx::query_as(
         "SELECT reason, detail, count(*) AS messages, sum(times)::bigint AS deliveries, min(first_at) AS first_at,
@@ -98,6 +107,15 @@ pub async fn groups(conn: &mut PgConnection, consumer: &str) -> sqlx::Result<Gro
 }
 
 /// Reads the rejected message with this number. `with_body` also reads its body.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// if let Some(message) = inbox::rejected::message(conn, "stock", 1, false).await? {
+///     println!("{}: {}", message.reason, message.properties);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn message(
     conn: &mut PgConnection,
     consumer: &str,
@@ -147,6 +165,16 @@ pub async fn message(
 }
 
 /// Counts the messages that match.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// use inbox::rejected::{self, Filter};
+///
+/// let forks = Filter { reason: Some("fork".to_owned()), ..Filter::default() };
+/// let count = rejected::count(conn, "stock", &forks).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub async fn count(conn: &mut PgConnection, consumer: &str, filter: &Filter) -> sqlx::Result<i64> {
     sqlx::query_scalar(
         "SELECT count(*) FROM inbox.rejected
@@ -160,6 +188,16 @@ pub async fn count(conn: &mut PgConnection, consumer: &str, filter: &Filter) -> 
 }
 
 /// Deletes the messages that match and are stored now, in transactions of 10,000. Returns how many they were.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// use inbox::rejected::{self, Filter};
+///
+/// let forks = Filter { reason: Some("fork".to_owned()), ..Filter::default() };
+/// let deleted = rejected::drop(conn, "stock", &forks).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub async fn drop(conn: &mut PgConnection, consumer: &str, filter: &Filter) -> sqlx::Result<u64> {
     let until: Option<i64> = sqlx::query_scalar("SELECT max(id) FROM inbox.rejected WHERE consumer = $1")
         .bind(consumer)

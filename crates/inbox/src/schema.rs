@@ -5,6 +5,13 @@ pub const SCHEMA: &str = "inbox";
 
 /// The inbox's migrations. They are recorded in `inbox.migration`, so the inbox can be added to a database with other
 /// migrations.
+///
+/// ```
+/// # async fn example(pool: sqlx::PgPool) -> Result<(), sqlx::migrate::MigrateError> {
+/// inbox::migrator().run(&pool).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub fn migrator() -> Migrator {
     let mut migrator = sqlx::migrate!("./migrations");
     migrator.dangerous_set_table_name("inbox.migration");

@@ -52,6 +52,15 @@ const QUICK: Duration = Duration::from_secs(1);
 impl<H: Handler> Sequencer<H> {
     /// A sequencer for the consumer of this name. The name is the key of everything that was applied, so it must stay
     /// the same for as long as the read model exists.
+    ///
+    /// ```
+    /// use inbox::{Handler, Sequencer};
+    /// use sqlx::PgPool;
+    ///
+    /// fn sequencer<H: Handler>(pool: PgPool, handler: H) -> Sequencer<H> {
+    ///     Sequencer::new("stock", pool, handler)
+    /// }
+    /// ```
     pub fn new(consumer: impl Into<String>, pool: PgPool, handler: H) -> Self {
         Self {
             consumer: consumer.into(),
@@ -66,6 +75,16 @@ impl<H: Handler> Sequencer<H> {
     }
 
     /// Follows only these sources, from their broker users. Events that are already held are not checked again.
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(sequencer: inbox::Sequencer<H>) -> Result<(), Box<dyn std::error::Error>> {
+    /// use inbox::Publisher;
+    ///
+    /// let shop: Publisher = "shop=outbox_relay_shop".parse()?;
+    /// let sequencer = sequencer.following([shop].into_iter().collect());
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn following(mut self, sources: Sources) -> Self {
         self.sources = sources;
@@ -76,6 +95,17 @@ impl<H: Handler> Sequencer<H> {
     /// and so on down to the message at fault, which is held. A bad event costs about twice the logarithm of the batch
     /// size in transactions, and stops no other event. Settled messages are committed, so the caller may acknowledge
     /// them.
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(sequencer: inbox::Sequencer<H>, messages: Vec<inbox::Envelope>) {
+    /// match sequencer.apply(&messages).await {
+    ///     // Acknowledge all messages.
+    ///     Ok(outcome) => println!("{} events applied", outcome.applied),
+    ///     // Acknowledge the first `settled` messages, and return the others.
+    ///     Err(interrupted) => println!("{} messages settled: {interrupted}", interrupted.settled),
+    /// }
+    /// # }
+    /// ```
     pub async fn apply(&self, messages: &[Envelope]) -> Result<Outcome, Interrupted> {
         let messages: Vec<ParsedMessage<'_>> =
             messages.iter().map(|message| ParsedMessage::new(message, &self.sources)).collect();
@@ -109,6 +139,13 @@ impl<H: Handler> Sequencer<H> {
 
     /// Settles one message whose handler may end the process. The attempt is committed before the handler runs. An event
     /// whose handler did not return three times is held as poison.
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(sequencer: inbox::Sequencer<H>, message: inbox::Envelope) {
+    /// // A message that was delivered several times and never acknowledged:
+    /// let outcome = sequencer.attempt(&message).await;
+    /// # }
+    /// ```
     pub async fn attempt(&self, message: &Envelope) -> Result<Outcome, Interrupted> {
         let message = ParsedMessage::new(message, &self.sources);
         let settled = async {

@@ -27,6 +27,20 @@ pub struct Skip<'a> {
 impl<H: Handler> Sequencer<H> {
     /// Gives up the event that stops its aggregate. The handler gets the event's erased form instead, so the version rises
     /// and the chain has no hole; `inbox.skipped` records the event. Then the events behind it are applied.
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(
+    /// #     sequencer: inbox::Sequencer<H>,
+    /// #     event: inbox::held::HeldEvent,
+    /// # ) -> Result<(), inbox::RedriveError> {
+    /// use inbox::Skip;
+    ///
+    /// let request = Skip { event: &event, by: "ann", why: "the order was a test", batch: 64, dry_run: false };
+    /// let result = sequencer.skip(&request).await?;
+    /// println!("{} is at version {}", result.aggregate, result.to);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn skip(&self, skip: &Skip<'_>) -> Result<RedrivenAggregate, RedriveError> {
         let (key, version) = (&skip.event.aggregate, skip.event.version);
         let mut attempts = Attempts::default();

@@ -63,6 +63,14 @@ impl FromIterator<Publisher> for Sources {
 
 impl Sources {
     /// Whether the list is empty, so that every source is followed and every user believed.
+    ///
+    /// ```
+    /// use inbox::{Publisher, Sources};
+    ///
+    /// assert!(Sources::default().is_all());
+    /// let shop: Publisher = "shop=outbox_relay_shop".parse().unwrap();
+    /// assert!(!Sources::from_iter([shop]).is_all());
+    /// ```
     pub fn is_all(&self) -> bool {
         self.users.is_empty()
     }

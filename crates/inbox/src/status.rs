@@ -25,6 +25,13 @@ pub struct Status {
 
 impl Status {
     /// Each part that the consumer waits for, with the reason. Empty when it works.
+    ///
+    /// ```
+    /// # fn example(status: inbox::Status) {
+    /// let waiting = status.waiting();
+    /// let (code, body) = if waiting.is_empty() { (200, "ready".to_owned()) } else { (503, waiting.join("\n")) };
+    /// # }
+    /// ```
     pub fn waiting(&self) -> Vec<String> {
         let parts = [
             ("database", &self.database),

@@ -50,6 +50,14 @@ pub struct InvalidTopology {
 impl Topology {
     /// `queue` receives every event of `aggregate_types` from the topic exchange `exchange`, through the headers exchange
     /// `by_aggregate`. This includes event types that are invented later.
+    ///
+    /// ```
+    /// use inbox::Topology;
+    ///
+    /// // The queue `stock` receives all events of orders.
+    /// let topology = Topology::new("event_dispatcher", "event_dispatcher.by_aggregate", "stock", &["order"]);
+    /// assert!(topology.is_ok());
+    /// ```
     pub fn new(
         exchange: &str,
         by_aggregate: &str,
