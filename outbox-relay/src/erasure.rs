@@ -26,9 +26,6 @@ const LONG: Duration = Duration::from_secs(1);
 /// An erasure that is not complete after so long deserves a look.
 const LATE: Duration = Duration::from_mins(15);
 
-const QUERY_CANCELED: &str = "57014";
-const LOCK_NOT_AVAILABLE: &str = "55P03";
-
 /// What is still to be erased.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, sqlx::FromRow)]
 pub struct Pending {
@@ -182,7 +179,7 @@ pub(crate) async fn step(conn: &mut PgConnection, size: &mut Size) -> sqlx::Resu
                 size.took(began.elapsed());
                 return Ok(step);
             }
-            Err(error) if is(&error, QUERY_CANCELED) => {
+            Err(error) if Failure::of(&error) == Failure::Cancelled => {
                 tx.rollback().await?;
                 if !size.smaller() {
                     return Err(error);
@@ -218,13 +215,9 @@ pub(crate) async fn pending(conn: &mut PgConnection) -> sqlx::Result<Pending> {
 /// Sees to it that the server keeps no samples of new partitions. A lock that is taken is tried again next time.
 async fn no_samples(conn: &mut PgConnection) -> sqlx::Result<()> {
     match bounded(sqlx::query("SELECT outbox.keep_no_samples()").execute(conn)).await {
-        Err(error) if !is(&error, LOCK_NOT_AVAILABLE) => Err(error),
+        Err(error) if Failure::of(&error) != Failure::Locked => Err(error),
         _ => Ok(()),
     }
-}
-
-fn is(error: &sqlx::Error, code: &str) -> bool {
-    error.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref() == Some(code)
 }
 
 async fn bounded<T>(answer: impl Future<Output = sqlx::Result<T>>) -> sqlx::Result<T> {

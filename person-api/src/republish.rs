@@ -15,7 +15,7 @@ use daemon::{
     shutdown::Shutdown,
 };
 use events::Cpf;
-use outbox::database::describe;
+use outbox::database::{Failure, describe};
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
@@ -97,12 +97,11 @@ fn read_cpf() -> anyhow::Result<Cpf> {
 /// One person, in one transaction.
 async fn one(args: &RepublishArgs, conn: &mut PgConnection, cpf: Option<Cpf>) -> anyhow::Result<Verdict> {
     let mut tx = conn.begin().await.map_err(|e| failed(&e))?;
-    let locked = baseline::lock_one(&mut tx, args.selection.person, cpf).await.map_err(|e| {
-        match code(&e).as_deref() {
-            Some("55P03") => anyhow!("the person is locked by another transaction; nothing was published"),
+    let locked =
+        baseline::lock_one(&mut tx, args.selection.person, cpf).await.map_err(|e| match Failure::of(&e) {
+            Failure::Locked => anyhow!("the person is locked by another transaction; nothing was published"),
             _ => failed(&e),
-        }
-    })?;
+        })?;
     let Some(id) = locked else {
         bail!("there is no such person; nothing was published");
     };
@@ -233,7 +232,7 @@ impl Run<'_> {
             let batch = match self::batch(conn, progress, size).await {
                 Ok(batch) => batch,
                 // Another transaction has locked one of them. The rollback lets the writers of the others go on.
-                Err(error) if matches!(code(&error).as_deref(), Some("55P03" | "40P01" | "40001")) => {
+                Err(error) if matches!(Failure::of(&error), Failure::Locked | Failure::Conflict) => {
                     attempts += 1;
                     if attempts == ATTEMPTS {
                         bail!(
@@ -291,10 +290,6 @@ async fn wake(conn: &mut PgConnection) {
     if let Err(error) = notice {
         tracing::debug!(error = describe(&error), "the relay was not woken; it will poll");
     }
-}
-
-fn code(error: &sqlx::Error) -> Option<String> {
-    Some(error.as_database_error()?.code()?.into_owned())
 }
 
 /// The failure, without stored values, which are personal data.

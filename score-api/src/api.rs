@@ -14,29 +14,29 @@ use web::{
 };
 
 use crate::{
-    answer,
     problems::UNKNOWN_PERSON,
     read_model::{entries, scores::Scores},
     request::{self, After},
+    response,
     waiters::Waiters,
 };
 
 /// The document of the API.
 pub(crate) const OPENAPI: &str = include_str!("../openapi.yaml");
 
-/// What answering takes.
+/// What the operations share.
 #[derive(Clone)]
 pub(crate) struct Api {
     pub(crate) scores: Scores,
     pub(crate) pool: PgPool,
-    /// For reads that do not wait for a write: those that do are as many as there are places for them.
+    /// The limit of concurrent reads that wait for no write. `waiters` limits the others.
     pub(crate) limit: ConcurrencyLimit,
     pub(crate) waiters: Waiters,
-    /// How long a reader may wait.
+    /// The longest wait for a write.
     pub(crate) max_wait: Duration,
 }
 
-/// Each path with what is done there.
+/// Each path with its operations.
 fn paths() -> [(&'static str, BoxEndpoint<'static, Response>); 2] {
     [
         ("/:cpf/score", only("GET, HEAD", get(read_score))),
@@ -56,33 +56,33 @@ pub(crate) fn routes(api: &Api) -> Route {
 #[handler]
 async fn read_score(request: &Request, Data(api): Data<&Api>) -> Result<Response, Problem> {
     let (cpf, after) = request::score(request, api.max_wait)?;
-    let _place = api.begin(after).await?;
-    let score = api.scores.newest_life(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
-    answer::score(&Conditional::of(request), &score)
+    let _slot = api.begin(after).await?;
+    let score = api.scores.newest_person(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
+    response::score(&Conditional::of(request), &score)
 }
 
 /// `GET /{cpf}/score/entries`
 #[handler]
 async fn read_entries(request: &Request, Data(api): Data<&Api>) -> Result<Response, Problem> {
     let (cpf, page, after) = request::entries(request, api.max_wait)?;
-    let _place = api.begin(after).await?;
+    let _slot = api.begin(after).await?;
     let conditional = Conditional::of(request);
     if conditional.may_need_no_body() {
         // One row, whatever the page has: it is read only when the state is a new one.
-        let score = api.scores.newest_life(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
-        if let Some(same) = conditional.without_body(answer::tag(&score)) {
+        let score = api.scores.newest_person(cpf).await?.ok_or(&UNKNOWN_PERSON)?;
+        if let Some(same) = conditional.without_body(response::tag(&score)) {
             return Ok(same);
         }
     }
     let found = entries::entries(&api.pool, cpf, page).await?.ok_or(&UNKNOWN_PERSON)?;
-    answer::entries(&conditional, cpf, page, found)
+    response::entries(&conditional, cpf, page, found)
 }
 
 impl Api {
-    /// Waits until the read model contains what the reader asks for. Only then, in a snapshot of its own,
-    /// the answer is read: it may contain more by then, and never less.
+    /// Waits until the read model contains the version in `after`. The score is read after that, in its own snapshot, so it
+    /// may contain more, and never less.
     ///
-    /// A read that waits for nothing has a place among those that need the database instead.
+    /// A read without `after` takes a slot of the limit instead.
     async fn begin(&self, after: Option<After>) -> Result<Option<OwnedSemaphorePermit>, Problem> {
         let Some(After { token, wait }) = after else {
             return Ok(Some(self.limit.try_acquire().ok_or(&OVERLOADED)?));

@@ -1,11 +1,11 @@
-//! Serves each person's score from the read model that the score projector writes. Reads only, and
-//! from nowhere else: the person service may be away. A reader may wait for a write of its own.
+//! Serves each person's score from the read model that the score projector writes. It only reads, and calls no other
+//! service. A reader may wait for a write of its own.
 
-mod answer;
 mod api;
 mod problems;
 mod read_model;
 mod request;
+mod response;
 mod token;
 mod waiters;
 
@@ -27,58 +27,56 @@ use web::front::{ConcurrencyArgs, Front, FrontArgs};
 
 use crate::{api::Api, read_model::scores::Scores, waiters::Waiters};
 
-/// How long a statement may take before the server ends it. Every read is one row by an index.
+/// The timeout of a statement. Every read is one row by an index.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Connections to the database, beside the one that listens. Reads are short, so a few serve many
-/// requests.
+/// Connections to the database, beside the one for `LISTEN`. Reads are short, so a few serve many requests.
 const CONNECTIONS: u32 = 10;
 
-/// How often readiness asks the database.
+/// How often readiness checks the database.
 const PROBE_EVERY: Duration = Duration::from_secs(2);
 
 /// Serves each person's score over HTTP.
 #[derive(Debug, clap::Parser)]
 #[command(version, about)]
 pub struct Cli {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What the program can do.
+/// The commands.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// Serve `GET /{cpf}/score` until SIGTERM.
     Run(Box<Config>),
-    /// Ask the running program whether it is ready; for a container's health check.
+    /// Ask the running program whether it is ready, as a container's health check does.
     Health {
-        /// Where it listens.
+        /// The address at which it listens.
         #[command(flatten)]
         listen: ListenArgs,
-        /// The database of the process that is asked for; another one at this address is not it.
+        /// The database of the process that is meant. A process with another database counts as not ready.
         #[command(flatten)]
         database: DatabaseArgs,
     },
 }
 
-/// Where the program listens.
+/// The address at which the program listens.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct ListenArgs {
-    /// Where the API, /live, /ready and /metrics listen.
+    /// The address of the API, /live, /ready and /metrics.
     #[arg(long, env = "LISTEN", default_value = "127.0.0.1:8001", value_name = "ADDRESS")]
     pub listen: SocketAddr,
 }
 
-/// How long a read may wait for a write, and how many may.
+/// The limits of reads that wait for a write.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct WaitArgs {
-    /// How long `?after=…&wait=…` may wait; at most 50s, since a connection on which nothing happens is
-    /// closed after a minute.
+    /// The longest `wait` of a read with `?after=…&wait=…`. At most 50s, since an idle connection is closed after a
+    /// minute.
     #[arg(long, env = "MAX_WAIT", default_value = "10s", value_parser = max_wait, value_name = "DURATION")]
     pub max_wait: Duration,
-    /// How many reads may wait at the same time, each with a connection of its client's; what comes
-    /// beyond is refused at once.
+    /// How many reads may wait at the same time, each on a client's connection. Further ones get 503 at once.
     #[arg(long, env = "MAX_WAITERS", default_value = "10000", value_parser = clap::value_parser!(u32).range(1..=1_000_000), value_name = "COUNT")]
     pub max_waiters: u32,
 }
@@ -108,8 +106,8 @@ pub struct Config {
     pub telemetry: TelemetryArgs,
 }
 
-/// Serves until `shutdown` is requested. An error when the settings are wrong, the address is taken,
-/// or the schema is not the one this program was built for.
+/// Serves until `shutdown` is requested. Fails when the settings are wrong, the address is taken, or the schema is not
+/// the one for which this program was built.
 pub async fn run(
     config: Config,
     metrics: Option<PrometheusHandle>,
@@ -137,7 +135,7 @@ pub async fn run(
 
     let scores = Scores::new(pool.clone(), &shutdown);
     let (limit, max_wait) = (config.concurrency.limit(), config.wait.max_wait);
-    // The routes alone have what is in it: the task that reads scores ends when nothing is served any more.
+    // Only the routes own the `Api`, so the task that reads scores ends with the last request.
     let routes = api::routes(&Api { scores, pool, limit, waiters, max_wait });
     let routes = web::health::add_to(routes, &health, metrics.as_ref());
     let drain = config.shutdown.drain_timeout;
@@ -145,8 +143,8 @@ pub async fn run(
     shutdown.finish(drain).await
 }
 
-/// Ready while the database answers and its schemas are current. A schema that is not ends the program,
-/// also when it is found so after a reconnect: waiting would not change it.
+/// Ready while the database responds and its schemas are current. Another schema ends the program, also after a
+/// reconnect: waiting would not change it.
 async fn watch(pool: PgPool, database: Part, stop: CancellationToken) -> anyhow::Result<()> {
     let needs = read_model::needs();
     if !needs.wait(&pool, &stop, |reason| database.waiting(reason)).await? {
@@ -163,7 +161,7 @@ async fn watch(pool: PgPool, database: Part, stop: CancellationToken) -> anyhow:
     Ok(())
 }
 
-/// The schemas that the program reads; the score projector's migrations make them.
+/// The schemas that the program reads. The score projector's migrations create them.
 pub fn schemas() -> [Schema; 2] {
     read_model::schemas()
 }

@@ -1,4 +1,4 @@
-//! What can go wrong, by type.
+//! The problems that the API returns, by type.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::{
     waiters::{Behind, Missed},
 };
 
-/// 404. Deleted, never heard of, or not arrived yet: from here they look the same.
+/// 404: deleted, unknown, or not arrived yet. The read model cannot tell these apart.
 pub(crate) const UNKNOWN_PERSON: ProblemType = ProblemType {
     status: StatusCode::NOT_FOUND,
     code: "unknown-person",
@@ -19,7 +19,7 @@ pub(crate) const UNKNOWN_PERSON: ProblemType = ProblemType {
     retry_after: None,
 };
 
-/// 503, worth another try soon.
+/// 503: another try may succeed soon.
 const fn again(code: &'static str, title: &'static str, detail: &'static str) -> ProblemType {
     let retry_after = Some(Duration::from_secs(1));
     ProblemType { status: StatusCode::SERVICE_UNAVAILABLE, code, title, detail, retry_after }
@@ -33,21 +33,21 @@ const NOT_THERE_YET: ProblemType = again(
      when all is well, and the version may be one that does not exist.",
 );
 
-/// There was no place among those who wait.
+/// All slots for waiting reads are taken.
 const TOO_MANY_WAITERS: ProblemType = again(
     "too-many-waiters",
     "Too many waiters",
-    "As many reads wait for a write as may. Ask again later, or without `after`.",
+    "The limit of reads that wait for a write is reached. Try again later, or read without `after`.",
 );
 
-/// The process is to end.
+/// The process shuts down.
 const SHUTTING_DOWN: ProblemType = again(
     "shutting-down",
     "Shutting down",
-    "This instance is ending and waits for nothing more. Ask again, and another one answers.",
+    "This instance is shutting down. Try again, and another instance responds.",
 );
 
-/// Versions and times, and nothing of the person.
+/// Versions and times, without personal data.
 fn not_there_yet(behind: &Behind) -> Problem {
     let extensions = [
         ("asked", behind.asked.into()),
@@ -58,7 +58,7 @@ fn not_there_yet(behind: &Behind) -> Problem {
     Problem { extensions: extensions.into(), ..NOT_THERE_YET.problem() }
 }
 
-/// Why a reader's write was not waited for to the end.
+/// Why a wait ended without the write.
 impl From<Missed> for Problem {
     fn from(missed: Missed) -> Self {
         let type_ = match missed {

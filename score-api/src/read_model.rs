@@ -1,5 +1,4 @@
-//! All of the SQL: the scores of some cpfs, the entries that a score came about by, and how far the model is
-//! with some persons.
+//! All of the SQL: the scores of some cpfs, the entries of a score, and the versions of some persons.
 
 pub(crate) mod entries;
 pub(crate) mod scores;
@@ -12,12 +11,12 @@ use outbox::database::Session;
 use rust_decimal::Decimal;
 use uuid::Uuid;
 
-/// How long a read may take, waiting for a connection included. The pool alone would wait longer.
+/// The limit of a read, including the wait for a connection. The pool alone would wait longer.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
 
-/// The version of each person that the live read model contains, 0 where nothing has been applied yet
-/// and null where nothing was heard. A source that was restored publishes under a new name and counts
-/// from what it had kept, so its newest name decides: `person~10` before `person~2` before `person`.
+/// The version of each person in the live read model: 0 before the first applied event, and null for an unknown
+/// person. A restored source publishes under a new incarnation and continues its restored versions, so the newest
+/// incarnation decides: `person~10` before `person~2` before `person`.
 /// `OFFSET 0` has only the id looked up by an index, `aggregate_id`: a table without statistics seems so
 /// small that the planner would take the primary key, and read all of the consumer's rows for each id.
 const VERSIONS: &str = "SELECT asked.id, (
@@ -27,18 +26,18 @@ const VERSIONS: &str = "SELECT asked.id, (
     ORDER BY length(a.source) DESC, a.source DESC LIMIT 1)
 FROM unnest($1::uuid[]) AS asked (id)";
 
-/// How the read model is read.
+/// The options of a connection to the read model.
 pub(crate) fn options(database: Database) -> Database {
     database
         .by_index()
-        // The role's rights say it too; this holds when somebody runs it under a greater one.
+        // The role has no right to write either; this also holds under a role with more rights.
         .with("default_transaction_read_only", "on")
         // A page is read from an index in its order, and ends when it is full. While most persons have few
         // items, the planner would rather fetch all that a person has and sort them.
         .with("enable_bitmapscan", "off")
 }
 
-/// What `run` needs of its database. A standby has it as well.
+/// What `run` needs of its database. A standby is enough.
 pub(crate) fn needs() -> Needs {
     const RIGHTS: &[(&str, &str)] = &[
         ("score.model", "SELECT"),
@@ -49,7 +48,7 @@ pub(crate) fn needs() -> Needs {
     Needs { schemas: schemas().into(), writes: false, rights: RIGHTS }
 }
 
-/// The schemas `score` and `inbox`, as the score projector's migrations make them.
+/// The schemas `score` and `inbox`, which the score projector's migrations create.
 pub(crate) fn schemas() -> [Schema; 2] {
     [("score", sqlx::migrate!("../migrations/score")), ("inbox", sqlx::migrate!("../migrations/inbox"))].map(
         |(name, mut migrator)| {
@@ -66,7 +65,7 @@ pub(crate) fn schemas() -> [Schema; 2] {
 pub(crate) struct Cpf(i64);
 
 impl Cpf {
-    /// For what only the caller gets to see.
+    /// The number, only for the client's own response.
     pub(crate) fn get(self) -> i64 {
         self.0
     }
@@ -84,10 +83,10 @@ impl FromStr for Cpf {
     }
 }
 
-/// A person's score, as the read model has it.
+/// A person's score in the read model.
 #[derive(Debug, sqlx::FromRow)]
 pub(crate) struct Score {
-    /// Names the life of the cpf.
+    /// The person: a cpf may belong to another person later.
     #[sqlx(rename = "id")]
     pub(crate) person_id: Uuid,
     /// The person's version that the score contains.
@@ -98,16 +97,16 @@ pub(crate) struct Score {
     pub(crate) updated_at: DateTime<Utc>,
 }
 
-/// Why there is no score, from the caller's point of view.
+/// Why a read failed.
 #[derive(Clone, Debug)]
 pub(crate) enum ReadError {
-    /// The database does not answer in time; another try makes sense.
+    /// The database does not respond in time. Another try may succeed.
     Unavailable,
     /// A defect.
     Defect(Arc<sqlx::Error>),
 }
 
-/// How far the live read model is with each of `persons`. None: nothing of them has been applied.
+/// Reads the version of each of `persons` in the live read model. None before the first applied event.
 pub(crate) async fn versions(
     session: &Session,
     persons: &[Uuid],
@@ -129,7 +128,7 @@ async fn in_time<T>(read: impl Future<Output = sqlx::Result<T>>) -> Result<T, Re
     match tokio::time::timeout(DEADLINE, read).await {
         Ok(Ok(read)) => Ok(read),
         Ok(Err(error)) if is_away(&error) => {
-            // Readiness says it at a level that is read; once a request would be too often.
+            // Readiness reports it; a warning for each request would be too many.
             tracing::debug!(reason = outbox::database::reason(&error), "a read failed");
             Err(ReadError::Unavailable)
         }
@@ -138,7 +137,7 @@ async fn in_time<T>(read: impl Future<Output = sqlx::Result<T>>) -> Result<T, Re
     }
 }
 
-/// Whether the same read may succeed later, or an operator has to do something first: readiness says what.
+/// Whether the same read may succeed later, perhaps after an operator acted: readiness names the reason.
 fn is_away(error: &sqlx::Error) -> bool {
     Failure::of(error) != Failure::Defect
 }

@@ -1,4 +1,4 @@
-//! The request, parsed once: whose score, and what it has to contain. Says all that is wrong at once.
+//! Parses a request once: the person, and the version that the response must contain. Reports all errors together.
 
 use std::time::Duration;
 
@@ -18,16 +18,16 @@ use crate::{
     token::Token,
 };
 
-/// How many entries a page has when nobody asks.
+/// The default number of entries on a page.
 const PAGE: i32 = 100;
 
-/// What the answer has to contain, and how long the reader waits for it.
+/// The version that the response must contain, and how long the reader waits for it.
 pub(crate) struct After {
     pub(crate) token: Token,
     pub(crate) wait: Duration,
 }
 
-/// Whose score, and what it has to contain.
+/// Parses a request for a score.
 pub(crate) fn score(request: &Request, max_wait: Duration) -> Result<(Cpf, Option<After>), Problem> {
     let mut parameters = Parameters::of(request);
     let cpf = cpf(&mut parameters);
@@ -36,7 +36,7 @@ pub(crate) fn score(request: &Request, max_wait: Duration) -> Result<(Cpf, Optio
     parameters.finish(|| Some((cpf?, after)))
 }
 
-/// Whose entries, which of them, and what they have to contain.
+/// Parses a request for a page of entries.
 pub(crate) fn entries(request: &Request, max_wait: Duration) -> Result<(Cpf, Page, Option<After>), Problem> {
     let mut parameters = Parameters::of(request);
     let cpf = cpf(&mut parameters);
@@ -58,7 +58,7 @@ fn cpf(parameters: &mut Parameters<'_>) -> Option<Cpf> {
     parameters.path("cpf", |text| text.parse().map_err(|()| rule.into()))
 }
 
-/// `after`, and `wait`, which means nothing without it.
+/// Parses `after`, and `wait`, which requires it.
 fn after(parameters: &mut Parameters<'_>, max_wait: Duration) -> Option<After> {
     if parameters.has_query("wait") && !parameters.has_query("after") {
         let detail = "is required with `wait`".into();

@@ -1,9 +1,9 @@
-//! The token that a reader sends as `after`: the tag of a state of a person, as person-api gives it with a write.
+//! The token that a reader sends as `after`: the `ETag` that person-api returns for a write.
 
 use uuid::Uuid;
 use web::tag::Tag;
 
-/// Which life of a cpf, and which version of it.
+/// A person and the person's version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Token {
     pub(crate) person: Uuid,

@@ -1,8 +1,7 @@
 //! Reads that wait until the read model contains a write.
 //!
-//! However many wait, one task looks for all of them ([`look`](Waiters::look)), and one connection
-//! listens for the projector's notices ([`listen`](Waiters::listen)). Dropping the future of a reader
-//! frees its place.
+//! One task polls for all of them ([`look`](Waiters::look)), and one connection listens for the projector's notices
+//! ([`listen`](Waiters::listen)). Dropping a reader's future frees its slot.
 
 mod listen;
 mod look;
@@ -19,7 +18,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::persons::{Fate, Persons, Seen};
+use self::persons::{LookResult, Persons, Seen};
 use crate::{read_model::DEADLINE, token::Token};
 
 /// The reads that wait.
@@ -27,45 +26,44 @@ use crate::{read_model::DEADLINE, token::Token};
 pub(crate) struct Waiters(Arc<Shared>);
 
 struct Shared {
-    places: Semaphore,
+    slots: Semaphore,
     persons: Mutex<Persons>,
-    /// Somebody came.
+    /// A reader arrived.
     came: Notify,
     /// Something may have been applied.
     applied: Notify,
-    /// When the projector last said that it has.
-    told: Mutex<Option<Instant>>,
+    /// When the projector last notified.
+    last_notice: Mutex<Option<Instant>>,
     ending: CancellationToken,
 }
 
-/// Why a reader goes without the write.
+/// Why a wait ended without the write.
 pub(crate) enum Missed {
-    /// The wait is over, and the model does not contain it.
+    /// The wait is over, and the model does not contain the write.
     Behind(Behind),
-    /// The wait is over, and the database does not answer.
+    /// The wait is over, and the database does not respond.
     Unavailable,
-    /// A defect; it is in the log.
+    /// A defect, which was logged.
     Defect,
-    /// There was no place.
+    /// All slots are taken.
     TooMany,
-    /// The process is to end.
+    /// The process shuts down.
     Ending,
 }
 
-/// Where the model stands.
+/// The model's state after a wait in vain.
 pub(crate) struct Behind {
-    /// The version that was asked for.
+    /// The version in `after`.
     pub(crate) asked: i64,
-    /// The one that the model contains; none when nothing of the person has been applied.
+    /// The version in the model. None before the person's first applied event.
     pub(crate) has: Option<i64>,
     pub(crate) waited_ms: u64,
-    /// How long ago the projector said that it had applied anything, of whomever; none when it has not
-    /// since this program began to listen.
+    /// How long ago the projector last notified of any applied event. None when it has not, since this program listens.
     pub(crate) last_applied_ms_ago: Option<u64>,
 }
 
 impl Missed {
-    /// As the metrics name it.
+    /// The label of the metric.
     fn outcome(&self) -> &'static str {
         match self {
             Self::Behind(_) => "not_there_yet",
@@ -78,28 +76,28 @@ impl Missed {
 }
 
 impl Waiters {
-    /// At most `places` reads wait at the same time, and none once `ending` is cancelled.
-    pub(crate) fn new(places: usize, ending: CancellationToken) -> Self {
+    /// At most `slots` reads wait at the same time, and none once `ending` is cancelled.
+    pub(crate) fn new(slots: usize, ending: CancellationToken) -> Self {
         metrics::gauge!("score_api_waiters").set(0);
         Self(Arc::new(Shared {
-            places: Semaphore::new(places),
+            slots: Semaphore::new(slots),
             persons: Mutex::default(),
             came: Notify::new(),
             applied: Notify::new(),
-            told: Mutex::default(),
+            last_notice: Mutex::default(),
             ending,
         }))
     }
 
-    /// Returns as soon as the read model contains `token`, which is looked for once at least; or after
-    /// `wait`, with where it stands instead.
+    /// Returns as soon as the read model contains `token`. The model is read at least once. After `wait`, returns the
+    /// model's state instead.
     pub(crate) async fn until_contained(&self, token: Token, wait: Duration) -> Result<(), Missed> {
-        let mut place = Place::take(&self.0.places)?;
+        let mut slot = Slot::take(&self.0.slots)?;
         let contained = tokio::select! {
-            contained = self.wait(token, wait, place.came) => contained,
+            contained = self.wait(token, wait, slot.came) => contained,
             () = self.0.ending.cancelled() => Err(Missed::Ending),
         };
-        place.outcome = contained.as_ref().map_or_else(Missed::outcome, |()| "contained");
+        slot.outcome = contained.as_ref().map_or_else(Missed::outcome, |()| "contained");
         contained
     }
 
@@ -110,23 +108,28 @@ impl Waiters {
         if let Ok(Ok(_)) = timeout(wait, seen.wait_for(contains)).await {
             return Ok(());
         }
-        // However short the wait: one look that began after the reader came.
+        // Also for the shortest wait: one look that began after the reader arrived.
         let looked = seen.wait_for(|seen| contains(seen) || seen.look >= first);
         let Ok(Ok(seen)) = timeout_at(came + wait.max(DEADLINE), looked).await else {
             return Err(Missed::Unavailable);
         };
-        match seen.fate {
+        match seen.result {
             _ if contains(&seen) => Ok(()),
-            Fate::Answered => Err(Missed::Behind(self.behind(token, seen.version, came))),
-            Fate::Unavailable => Err(Missed::Unavailable),
-            Fate::Defect => Err(Missed::Defect),
+            LookResult::Answered => Err(Missed::Behind(self.behind(token, seen.version, came))),
+            LookResult::Unavailable => Err(Missed::Unavailable),
+            LookResult::Defect => Err(Missed::Defect),
         }
     }
 
     fn behind(&self, token: Token, has: Option<i64>, came: Instant) -> Behind {
         let millis = |since: Instant| u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let told = *self.0.told.lock().unwrap_or_else(PoisonError::into_inner);
-        Behind { asked: token.version, has, waited_ms: millis(came), last_applied_ms_ago: told.map(millis) }
+        let last_notice = *self.0.last_notice.lock().unwrap_or_else(PoisonError::into_inner);
+        Behind {
+            asked: token.version,
+            has,
+            waited_ms: millis(came),
+            last_applied_ms_ago: last_notice.map(millis),
+        }
     }
 
     fn persons(&self) -> MutexGuard<'_, Persons> {
@@ -134,26 +137,26 @@ impl Waiters {
     }
 }
 
-/// A place among those who wait, and what is measured of it.
-struct Place<'a> {
+/// A slot of a waiting reader, with its metrics.
+struct Slot<'a> {
     _permit: SemaphorePermit<'a>,
     came: Instant,
     outcome: &'static str,
 }
 
-impl<'a> Place<'a> {
-    fn take(places: &'a Semaphore) -> Result<Self, Missed> {
-        let Ok(permit) = places.try_acquire() else {
+impl<'a> Slot<'a> {
+    fn take(slots: &'a Semaphore) -> Result<Self, Missed> {
+        let Ok(permit) = slots.try_acquire() else {
             metrics::counter!("score_api_waits_total", "outcome" => Missed::TooMany.outcome()).increment(1);
             return Err(Missed::TooMany);
         };
         metrics::gauge!("score_api_waiters").increment(1);
-        // Who goes before there is an outcome has hung up: the server drops what it did for them.
+        // A reader that is dropped before its outcome has disconnected.
         Ok(Self { _permit: permit, came: Instant::now(), outcome: "hung_up" })
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for Slot<'_> {
     fn drop(&mut self) {
         metrics::gauge!("score_api_waiters").decrement(1);
         metrics::counter!("score_api_waits_total", "outcome" => self.outcome).increment(1);

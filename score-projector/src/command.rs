@@ -1,4 +1,4 @@
-//! The commands beside `run`: each asks the score database, or changes something in it, says so, and ends.
+//! The commands beside `run`. Each reads or changes the score database, prints the result, and ends.
 
 pub mod held;
 pub mod rejected;
@@ -16,28 +16,28 @@ use crate::{
     schema,
 };
 
-/// How long the server lets one statement of a command run: a million rows may be looked through.
+/// The timeout of one statement of a command, which may read a million rows.
 pub(crate) const STATEMENT_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Which read model a command is about.
+/// The read model that a command concerns.
 #[derive(Clone, Copy, Debug, clap::Args)]
-pub struct Which {
-    /// Of the read model that is being rebuilt, instead of the one that is read.
+pub struct WhichModel {
+    /// Use the read model that is being rebuilt, instead of the live one.
     #[arg(long, global = true)]
     pub shadow: bool,
 }
 
-impl Which {
+impl WhichModel {
     pub(crate) fn role(self) -> Role {
         if self.shadow { Role::Shadow } else { Role::Live }
     }
 }
 
-/// Connects, and finds the consumer that the read model belongs to.
+/// Connects, and reads the name of the read model's consumer.
 pub(crate) async fn connect(
     args: &CommandArgs,
     command: &str,
-    which: Which,
+    which: WhichModel,
     statement_timeout: Duration,
 ) -> anyhow::Result<(PgConnection, String)> {
     let application = format!("score-projector {command}");
@@ -48,7 +48,7 @@ pub(crate) async fn connect(
     Ok((conn, stored.consumer))
 }
 
-/// TYPE/ID of an aggregate.
+/// Parses TYPE/ID of an aggregate.
 pub(crate) fn aggregate(text: &str) -> Result<(String, String), &'static str> {
     match text.split_once('/') {
         Some((type_, id)) if !type_.is_empty() && !id.is_empty() => Ok((type_.to_owned(), id.to_owned())),
@@ -56,7 +56,12 @@ pub(crate) fn aggregate(text: &str) -> Result<(String, String), &'static str> {
     }
 }
 
-/// A time for people.
+/// Parses how many events one transaction applies at most.
+pub(crate) fn batch(text: &str) -> Result<usize, &'static str> {
+    text.parse().ok().filter(|batch| (1..=10_000).contains(batch)).ok_or("it should be from 1 to 10000")
+}
+
+/// Formats a time for people.
 pub(crate) fn time(at: DateTime<Utc>) -> String {
     at.format("%Y-%m-%d %H:%M:%S UTC").to_string()
 }

@@ -1,5 +1,4 @@
-//! One consumer for each read model that is in use: for the live one always, and for a shadow while
-//! there is one.
+//! One consumer for each read model: always for the live one, and for a shadow during a rebuild.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,7 +7,7 @@ use daemon::{
     config::{SettingError, database::Database},
     health::{Health, Part},
 };
-use inbox::{Consumer, Sequencer, Sources, Topology};
+use inbox::{Consumer, Sequencer, Sources};
 use outbox::Waker;
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{
@@ -18,22 +17,21 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    model::{self, Model, Role, Stored},
+    broker::topology,
+    model::{self, Model, Role, StoredModel},
     projection::Projection,
-    rebuild,
 };
 
-/// How often is asked which models there are. A write to one that was replaced makes it sooner.
+/// How often the list of models is read. A write to a replaced model makes it sooner.
 const LOOK: Duration = Duration::from_secs(2);
-/// Connections of a shadow's consumer: its queue and its dead letters, each with a second one for an
-/// attempt, and the check that the database is there.
+/// Connections of a shadow's consumer: two for its queue, two for its dead letters, one for the check of the database.
 const SHADOW_POOL_SIZE: u32 = 5;
 
-/// What the consumers have in common.
+/// The settings that the consumers share.
 #[derive(Debug)]
 pub(crate) struct Consumers {
     pub(crate) pool: PgPool,
-    /// As the pool's, for a shadow's pool of its own.
+    /// The options of the pool, for the shadow's own pool.
     pub(crate) options: Database,
     pub(crate) queue: String,
     pub(crate) nodes: Vec<inbox::Node>,
@@ -42,19 +40,19 @@ pub(crate) struct Consumers {
     pub(crate) max_held: u32,
     pub(crate) max_rejected: u32,
     pub(crate) max_gaps: u32,
-    /// Whom they believe.
+    /// The sources and their broker users.
     pub(crate) sources: Sources,
-    /// Tells of the live model's commits.
+    /// Notifies readers of the live model's commits.
     pub(crate) waker: Waker,
-    /// What the program says of itself: which consumer is the live model's.
+    /// The program's health: it names the live model's consumer.
     pub(crate) known: Health,
-    /// What the live model's consumer waits for.
+    /// The readiness of the live model's consumer.
     pub(crate) health: [Part; 4],
-    /// What somebody should look at in its inbox.
+    /// What an operator should look at in its inbox.
     pub(crate) attention: [Part; 3],
 }
 
-/// A consumer under way.
+/// A running consumer.
 struct Running {
     name: String,
     stop: CancellationToken,
@@ -62,8 +60,8 @@ struct Running {
 }
 
 impl Consumers {
-    /// Starts and stops consumers as `score.model` says, until `stop`. Then each drains. Fails when one
-    /// of them ends by itself.
+    /// Starts and stops consumers as `score.model` requires, until `stop`. Then each drains. Fails when one ends by
+    /// itself.
     pub(crate) async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
         let changed = Arc::new(Notify::new());
         let mut running: [(Role, Option<Running>); 2] = [(Role::Live, None), (Role::Shadow, None)];
@@ -74,7 +72,7 @@ impl Consumers {
                         self.follow(*role, consumer, wanted, &changed).await?;
                     }
                 }
-                // Whoever consumes says so itself, and goes on with what it had.
+                // The consumers report it themselves, and go on.
                 Err(error) => tracing::debug!(%error, "which read models there are could not be read"),
             }
             let pause = tokio::time::timeout(LOOK, changed.notified());
@@ -88,16 +86,16 @@ impl Consumers {
         Ok(())
     }
 
-    async fn wanted(&self) -> sqlx::Result<[Option<Stored>; 2]> {
+    async fn wanted(&self) -> sqlx::Result<[Option<StoredModel>; 2]> {
         model::consumed(&mut *self.pool.acquire().await?).await
     }
 
-    /// Has the right consumer running. One that has to go drains first.
+    /// Runs the wanted consumer of this role. Another one drains first.
     async fn follow(
         &self,
         role: Role,
         running: &mut Option<Running>,
-        wanted: Option<Stored>,
+        wanted: Option<StoredModel>,
         changed: &Arc<Notify>,
     ) -> anyhow::Result<()> {
         if let Some(consumer) = running.take_if(|consumer| {
@@ -122,10 +120,10 @@ impl Consumers {
         Ok(())
     }
 
-    fn start(&self, role: Role, model: Stored, changed: Arc<Notify>) -> Result<Running, SettingError> {
+    fn start(&self, role: Role, model: StoredModel, changed: Arc<Notify>) -> Result<Running, SettingError> {
         let name = model.consumer;
         let (pool, waker, queue) = match role {
-            // A live model's own queue is what is left of the time when it was a shadow.
+            // A queue of a live model's own is left over from the time when it was a shadow.
             Role::Live => (self.pool.clone(), Some(self.waker.clone()), self.queue.clone()),
             Role::Shadow => (self.shadow_pool(), None, model.queue.unwrap_or_default()),
         };
@@ -152,7 +150,7 @@ impl Consumers {
                     tokio::join!(consumer.run(until), shown);
                 })
             }
-            // A shadow that waits is no reason for the program not to be ready: it does its work.
+            // The program stays ready while a shadow waits, since the live model goes on.
             Role::Shadow => tokio::spawn(async move {
                 consumer.run(until).await;
                 pool.close().await;
@@ -161,8 +159,8 @@ impl Consumers {
         Ok(Running { name, stop, task })
     }
 
-    /// Whoever has a connection of this pool may write to the shadow, and says so by its lock: what
-    /// removes a shadow waits until they are gone.
+    /// Each connection of this pool may write to the shadow and holds the shadow's lock, so the removal of a shadow
+    /// waits until these connections are closed.
     fn shadow_pool(&self) -> PgPool {
         let database = Role::Shadow.options(self.options.clone());
         let options = database.options();
@@ -173,7 +171,7 @@ impl Consumers {
                 let database = database.clone();
                 Box::pin(async move {
                     database.prepare(conn).await?;
-                    rebuild::hold_shadow(conn).await
+                    model::lock_shadow(conn).await
                 })
             })
             .connect_lazy_with(options)
@@ -187,13 +185,7 @@ impl Running {
     }
 }
 
-/// Exchanges and queues of a person's events.
-pub(crate) fn topology(queue: &str) -> Result<Topology, SettingError> {
-    Topology::new(events::EXCHANGE, events::EXCHANGE_BY_AGGREGATE, queue, &[events::AGGREGATE_PERSON])
-        .map_err(|e| SettingError::new("QUEUE", e))
-}
-
-/// Shows in the program's readiness what the consumer waits for, until `stop`.
+/// Copies the consumer's status to the program's readiness, until `stop`.
 async fn mirror(
     mut status: watch::Receiver<inbox::Status>,
     parts: [Part; 4],

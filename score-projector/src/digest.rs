@@ -1,27 +1,27 @@
-//! `digest`: what a read model has received, summed up as the source's `outbox-relay digest` does it.
+//! `digest`: sums up what a read model has received, like `outbox-relay digest` at its source.
 
 use std::{fmt::Write, time::Duration};
 
 use anyhow::Context;
 use serde_json::json;
 
-use crate::command::{CommandArgs, Verdict, Which, connect, many};
+use crate::command::{CommandArgs, Verdict, WhichModel, connect, many};
 
-/// A digest is one pass over everything that a consumer has.
+/// The timeout of a digest, which reads all rows of a consumer.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
 
 /// Settings of `digest`.
 #[derive(Debug, clap::Args)]
 pub struct DigestArgs {
-    /// The database, and the form of the answer.
+    /// The database and the output format.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// Into how many parts the aggregates of a type are divided, by a hash of their ids.
+    /// The number of parts into which the aggregates of a type are divided, by a hash of their ids.
     #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(i32).range(1..=65536))]
     pub buckets: i32,
-    /// Which read model.
+    /// The read model.
     #[command(flatten)]
-    pub which: Which,
+    pub which: WhichModel,
 }
 
 /// Prints the digest of each source that the read model follows.

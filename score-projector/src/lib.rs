@@ -1,10 +1,12 @@
 //! The score service's consuming side: applies the person service's events to the read model and
 //! appends the score service's own events to its outbox, in one transaction per batch.
 //!
-//! An event comes in through [`inbox`], which knows about order and repetition; [`projection`] says what
-//! it means for the read model, [`score`] what an item is worth, [`store`] writes the read model and
-//! [`publish`] what follows from it.
+//! An event comes in through [`inbox`], which knows about order and repetition; [`batch`] says what it
+//! means for the read model, [`score`] what an item is worth, [`store`] writes the read model, [`publish`] the
+//! events that follow from it, and [`projection`] puts them together.
 
+mod batch;
+mod broker;
 pub mod command;
 pub mod config;
 mod consumers;
@@ -22,7 +24,6 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use daemon::{
-    config::{SettingError, broker::BrokerArgs},
     health::{Health, Identity},
     probes,
     shutdown::Shutdown,
@@ -37,27 +38,26 @@ use crate::{
     model::Role,
 };
 
-/// How long the server lets one statement run.
+/// The timeout of one statement.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Creating an index on a large table takes its time.
+/// The timeout of a migration: an index on a large table takes long.
 const MIGRATION_TIMEOUT: Duration = Duration::from_hours(1);
-/// The channel on which score-api listens for "the read model has changed".
+/// The `NOTIFY` channel on which score-api waits for changes of the read model.
 const CHANNEL: &str = "score_model";
-/// Connections: the queue and its dead letters, each with a second one for an attempt that is committed
-/// before its transaction; the check that the database is there; the looks at what needs attention and at which
-/// models there are; and one for notices.
+/// Connections: two for the queue and two for its dead letters (the second commits an attempt before its transaction);
+/// one each for the check of the database, for the alarms, for the list of models, and for notices.
 const POOL_SIZE: u32 = 8;
 /// How many events one transaction takes at most.
 const BATCH: u16 = 100;
 
-/// Consumes until `shutdown` is requested and what is under way has been acknowledged.
+/// Consumes until `shutdown` is requested and the transactions under way are acknowledged.
 pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shutdown) -> anyhow::Result<()> {
     let drain = args.shutdown.drain_timeout;
     let options = args.database.options("score-projector", STATEMENT_TIMEOUT)?.by_index();
     options.warn();
     let pool = Role::Live.options(options.clone()).pool(POOL_SIZE);
-    consumers::topology(&args.queue)?;
-    let nodes = nodes(&args.broker, args.database.require_tls)?;
+    broker::topology(&args.queue)?;
+    let nodes = broker::nodes(&args.broker, args.database.require_tls)?;
     let identity = Identity::of("score-projector").with("queue", &args.queue).at(&options);
     let health = Health::of(identity);
     let [database, broker, consuming, sources, holes, forks, limits] =
@@ -65,7 +65,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
             .map(|name| health.part(name));
     probes::serve(&shutdown, args.listen, &args.probes, &health, metrics)?;
 
-    // Without its schemas the program would only hold or refuse what it consumes.
+    // Without its schemas the program would hold or reject everything.
     let stop = shutdown.requested().clone();
     let needs = schema::needs();
     match needs.wait(&pool, &stop, |reason| database.waiting(reason)).await {
@@ -102,12 +102,6 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     });
     shutdown.spawn("consumers", consumers.run(stop));
     shutdown.finish(drain).await
-}
-
-fn nodes(broker: &BrokerArgs, require_tls: bool) -> Result<Vec<inbox::Node>, SettingError> {
-    let nodes = broker.nodes(require_tls)?;
-    daemon::config::broker::warn(&nodes);
-    Ok(nodes.into_iter().map(|node| inbox::Node::new(node.uri, node.tls)).collect())
 }
 
 /// Creates the schemas or brings them up to date, then grants. Running it again changes nothing.

@@ -1,4 +1,4 @@
-//! Which read model is in use: the rows of `score.model`.
+//! The read models in use: the rows of `score.model`.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -7,23 +7,23 @@ use std::{
 
 use chrono::{DateTime, Utc};
 use daemon::config::database::Database;
-use inbox::Failure;
+use inbox::HandlerError;
 use outbox::Waker;
 use sqlx::{FromRow, PgConnection, Postgres, Row, Transaction};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-/// What a read model is there for.
+/// The role of a read model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// It is read, and what changes in it is published.
+    /// It is read, and its changes are published.
     Live,
     /// It is being built.
     Shadow,
 }
 
 impl Role {
-    /// As it stands in `score.model`.
+    /// As stored in `score.model`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Live => "live",
@@ -31,7 +31,7 @@ impl Role {
         }
     }
 
-    /// Connections on which the tables of a model are those of the model in this role.
+    /// Options of a connection whose `search_path` selects the model in this role.
     pub fn options(self, options: Database) -> Database {
         let schema = match self {
             Self::Live => "score",
@@ -43,41 +43,41 @@ impl Role {
 
 /// A row of `score.model`.
 #[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
-pub struct Stored {
+pub struct StoredModel {
     /// Its consumer's name in the inbox.
     pub consumer: String,
-    /// A queue of its own, when it has one.
+    /// Its own queue, when it has one.
     pub queue: Option<String>,
-    /// Since when it is what it is.
+    /// When it got its role.
     pub since: DateTime<Utc>,
 }
 
 /// The model in this role (`live`, `shadow`, `old` or `ending`), if there is one.
-pub async fn stored(conn: &mut PgConnection, role: &str) -> sqlx::Result<Option<Stored>> {
+pub async fn stored(conn: &mut PgConnection, role: &str) -> sqlx::Result<Option<StoredModel>> {
     sqlx::query_as("SELECT consumer, queue, since FROM score.model WHERE role = $1")
         .bind(role)
         .fetch_optional(conn)
         .await
 }
 
-/// The models that are consumed for: the live one and the shadow, as far as they are there.
-pub(crate) async fn consumed(conn: &mut PgConnection) -> sqlx::Result<[Option<Stored>; 2]> {
-    let mut stored: HashMap<String, Stored> =
+/// The models that have a consumer: the live one, and the shadow during a rebuild.
+pub(crate) async fn consumed(conn: &mut PgConnection) -> sqlx::Result<[Option<StoredModel>; 2]> {
+    let mut stored: HashMap<String, StoredModel> =
         sqlx::query("SELECT role, consumer, queue, since FROM score.model WHERE role IN ('live', 'shadow')")
             .fetch_all(conn)
             .await?
             .iter()
-            .map(|row| Ok((row.try_get("role")?, Stored::from_row(row)?)))
+            .map(|row| Ok((row.try_get("role")?, StoredModel::from_row(row)?)))
             .collect::<sqlx::Result<_>>()?;
     Ok([Role::Live, Role::Shadow].map(|role| stored.remove(role.as_str())))
 }
 
 /// The live model. There is always one.
-pub async fn live(conn: &mut PgConnection) -> sqlx::Result<Stored> {
+pub async fn live(conn: &mut PgConnection) -> sqlx::Result<StoredModel> {
     stored(conn, Role::Live.as_str()).await?.ok_or(sqlx::Error::RowNotFound)
 }
 
-/// Removes persons from the model that was live before the last exchange, which hears of nothing any more.
+/// Deletes persons from the old model that the last swap has kept, which no consumer updates.
 pub(crate) async fn erase_old(
     tx: &mut Transaction<'_, Postgres>,
     persons: &BTreeSet<Uuid>,
@@ -92,6 +92,14 @@ pub(crate) async fn erase_old(
     Ok(())
 }
 
+/// Takes the lock of a connection that writes to the shadow. Such connections share it; the removal of the shadow's
+/// queue takes it alone, since a consumer that still lives would declare the queue again.
+pub(crate) async fn lock_shadow(conn: &mut PgConnection) -> sqlx::Result<()> {
+    sqlx::query("SELECT score.hold_shadow()").execute(&mut *conn).await?;
+    // After the removal there is no shadow.
+    sqlx::query("SELECT FROM score.model WHERE role = 'shadow'").fetch_one(conn).await.map(drop)
+}
+
 /// A read model to write to, under its consumer's name in the inbox.
 #[derive(Clone, Debug)]
 pub struct Model {
@@ -102,12 +110,12 @@ pub struct Model {
 }
 
 impl Model {
-    /// The model of `consumer` in this role. `waker` tells those who wait for its commits.
+    /// The model of `consumer` in this role. `waker` notifies readers of its commits.
     pub fn new(role: Role, consumer: String, waker: Option<Waker>) -> Self {
         Self { role, consumer, waker, replaced: Arc::default() }
     }
 
-    /// What it is there for.
+    /// Its role.
     pub fn role(&self) -> Role {
         self.role
     }
@@ -117,15 +125,15 @@ impl Model {
         &self.consumer
     }
 
-    /// Told when a write found that the model is not this consumer's any more.
+    /// Notifies `replaced` when a write finds that the model was replaced.
     pub(crate) fn on_replaced(mut self, replaced: Arc<Notify>) -> Self {
         self.replaced = replaced;
         self
     }
 
-    /// Whether the model is still this consumer's, and until the end of the transaction it stays so: an
-    /// exchange waits for it.
-    pub(crate) async fn fence(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), Failure> {
+    /// Fails when the model is not this consumer's any more. Otherwise it stays so until the end of the transaction: a swap
+    /// waits for the row lock.
+    pub(crate) async fn fence(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), HandlerError> {
         let mine = sqlx::query("SELECT FROM score.model WHERE role = $1 AND consumer = $2 FOR SHARE")
             .bind(self.role.as_str())
             .bind(&self.consumer)
@@ -135,7 +143,7 @@ impl Model {
             return Ok(());
         }
         self.replaced.notify_one();
-        Err(Failure::Transient(format!("the read model of the consumer {} was replaced", self.consumer)))
+        Err(HandlerError::Transient(format!("the read model of the consumer {} was replaced", self.consumer)))
     }
 
     pub(crate) fn committed(&self) {

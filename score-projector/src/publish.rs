@@ -1,5 +1,5 @@
-//! What the score service publishes: its events take their versions and go into the outbox. With the end of
-//! a score, the content of its events goes.
+//! Publishes the score service's events: they take their versions and go into the outbox. The end of a score erases the
+//! content of its earlier events.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,11 +7,11 @@ use outbox::{AppendError, Ended, NewEvent};
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
-use crate::projection::entry::ScoreEvent;
+use crate::batch::entry::ScoreEvent;
 
 type Tx<'a, 'tx> = &'a mut Transaction<'tx, Postgres>;
 
-/// Of which of `persons` anything was ever published.
+/// Reads of which of `persons` an event was ever published.
 pub(crate) async fn published(tx: Tx<'_, '_>, persons: &BTreeSet<Uuid>) -> sqlx::Result<BTreeSet<Uuid>> {
     if persons.is_empty() {
         return Ok(BTreeSet::new());
@@ -24,9 +24,9 @@ pub(crate) async fn published(tx: Tx<'_, '_>, persons: &BTreeSet<Uuid>) -> sqlx:
     Ok(published.into_iter().collect())
 }
 
-/// Appends events in their order. Raising a chain locks its row, so the versions that it hands out are
-/// this transaction's alone, and positions come after them. Where a score ends, what was published of it
-/// before is erased, under the same lock and in a statement after it.
+/// Appends events in their order. Raising a chain's version locks its row, so no other transaction gets the same versions,
+/// and positions come after them. When a score ends, its earlier events are erased under the same lock, in a later
+/// statement.
 pub(crate) async fn append(tx: Tx<'_, '_>, events: Vec<ScoreEvent>) -> Result<(), AppendError> {
     if events.is_empty() {
         return Ok(());

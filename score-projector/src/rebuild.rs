@@ -1,8 +1,7 @@
-//! `rebuild`: a second read model is built beside the live one, from history or baselines and from live
-//! events together, and takes its place in one transaction.
+//! `rebuild`: builds a second read model (the shadow) beside the live one, from history or baselines and from live
+//! events, and replaces the live one in one transaction.
 //!
-//! What is under way stands in `score.model`, so each command can be given again after it was killed,
-//! and finishes what it finds.
+//! The state of a rebuild is stored in `score.model`. A command that was killed can be run again, and finishes.
 
 mod abort;
 mod carry;
@@ -26,15 +25,15 @@ use outbox::database::{Failure, again};
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 use tokio::time::Instant;
 
-use crate::{consumers, nodes, schema};
+use crate::{broker, schema};
 
 /// Settings of `rebuild`.
 #[derive(Debug, clap::Args)]
 pub struct RebuildArgs {
-    /// The database, as the owner of its schemas, and the form of the answer.
+    /// The database, as the owner of its schemas, and the output format.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// What to do.
+    /// The step.
     #[command(subcommand)]
     pub action: RebuildAction,
 }
@@ -42,44 +41,43 @@ pub struct RebuildArgs {
 /// The steps of a rebuild.
 #[derive(Debug, clap::Subcommand)]
 pub enum RebuildAction {
-    /// Begin: an empty shadow of the read model, which every running score-projector then fills from a
-    /// queue of its own. Says what to run at the source.
+    /// Create an empty shadow of the read model and a queue for it. Every running score-projector then applies live
+    /// events to the shadow. Prints the command that fills it from the source.
     Start {
-        /// The live queue; the shadow's is named after it.
+        /// The live queue. The shadow's queue is named after it.
         #[arg(long, env = "QUEUE", default_value = "score", value_name = "NAME")]
         queue: String,
         /// The broker.
         #[command(flatten)]
         broker: BrokerArgs,
     },
-    /// How far the shadow is, what it still misses, and what would differ; exit code 3 until it may be
-    /// swapped.
+    /// Print how far the shadow is, what it misses, and what differs. Exit code 3 until `swap` is possible.
     Status,
-    /// Let the shadow take the live model's place, publish what differs, and keep the old one.
+    /// Make the shadow the live model, publish the differences, and keep the old model.
     Swap {
         /// The broker.
         #[command(flatten)]
         broker: BrokerArgs,
-        /// Do everything but the last step, and say what would be published.
+        /// Do everything except the last step, and print how many events would be published.
         #[arg(long)]
         dry_run: bool,
     },
-    /// Remove the shadow, its queue and its place in the inbox.
+    /// Remove the shadow, its queue and its rows in the inbox.
     Abort {
         /// The broker.
         #[command(flatten)]
         broker: BrokerArgs,
     },
-    /// Remove the old model that a swap has left, and its place in the inbox.
+    /// Remove the old model that a swap has kept, and its rows in the inbox.
     Drop,
 }
 
-/// Comparing two models reads both as a whole.
+/// The timeout of a statement: comparing two models reads both of them whole.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
-/// How often a lock is tried that is not given in time, with pauses that grow.
+/// How often a lock is tried, with growing pauses.
 const LOCK_ATTEMPTS: u32 = 60;
 const LOCK_PAUSE: Duration = Duration::from_millis(500);
-/// How long the consumers of a shadow may take to end, once there is no shadow.
+/// The time in which the consumers of a removed shadow must end.
 const CONSUMERS_END: Duration = Duration::from_secs(30);
 /// Rows of the inbox that one transaction removes.
 const BATCH: i64 = 10_000;
@@ -105,26 +103,15 @@ pub async fn rebuild(args: &RebuildArgs) -> anyhow::Result<Verdict> {
     Ok(verdict)
 }
 
-/// The lock of those who write to a shadow: shared by their connections, and taken alone by whoever
-/// removes its queue, since a consumer that still lives would declare it again.
-const SHADOW_LOCK: &str = "SELECT score.hold_shadow()";
-
-/// For a connection that is to write to the shadow.
-pub(crate) async fn hold_shadow(conn: &mut PgConnection) -> sqlx::Result<()> {
-    sqlx::query(SHADOW_LOCK).execute(&mut *conn).await?;
-    // Whoever comes too late finds no shadow.
-    sqlx::query("SELECT FROM score.model WHERE role = 'shadow'").fetch_one(conn).await.map(::std::mem::drop)
-}
-
-/// Waits until nobody writes to the shadow that is no more, and then deletes its queue.
+/// Waits until no connection writes to the removed shadow, then deletes its queue.
 async fn remove_queue(conn: &mut PgConnection, broker: &BrokerArgs, queue: &str) -> anyhow::Result<()> {
     const TRY: &str = "SELECT pg_try_advisory_lock('score.model'::regclass::oid::int, 1)";
     let deadline = Instant::now() + CONSUMERS_END;
     while !sqlx::query_scalar::<_, bool>(TRY).fetch_one(&mut *conn).await? {
         if Instant::now() > deadline {
             bail!(
-                "a score-projector still consumes from {queue}, which cannot be deleted before it ends; \
-                 is one stopped or cut off? Then give this command again"
+                "a score-projector still consumes from the queue {queue}, so the queue was not deleted. End that \
+                 process, or wait until the server ends its session. Then run this command again"
             );
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -132,15 +119,15 @@ async fn remove_queue(conn: &mut PgConnection, broker: &BrokerArgs, queue: &str)
     // The lock goes with the connection.
     match inbox::remove(&config(broker, queue)?).await {
         Ok(()) => Ok(()),
-        Err(reason) => bail!("the queue {queue} was not deleted, so give this command again: {reason}"),
+        Err(reason) => bail!("the queue {queue} was not deleted: {reason}. Run this command again"),
     }
 }
 
-fn config(broker: &BrokerArgs, queue: &str) -> anyhow::Result<Config> {
-    Ok(Config::new(consumers::topology(queue)?, nodes(broker, false)?, "score-projector rebuild"))
+fn config(args: &BrokerArgs, queue: &str) -> anyhow::Result<Config> {
+    Ok(Config::new(broker::topology(queue)?, broker::nodes(args, false)?, "score-projector rebuild"))
 }
 
-/// Removes a consumer's place in the inbox, in batches.
+/// Removes a consumer's rows in the inbox, in batches.
 async fn remove_consumer(conn: &mut PgConnection, consumer: &str) -> anyhow::Result<u64> {
     let mut removed = 0;
     for sql in [
@@ -153,7 +140,7 @@ async fn remove_consumer(conn: &mut PgConnection, consumer: &str) -> anyhow::Res
         loop {
             let rows = again(async || sqlx::query(sql).bind(consumer).bind(BATCH).execute(&mut *conn).await)
                 .await
-                .with_context(|| format!("the place of {consumer} in the inbox was not removed"))?
+                .with_context(|| format!("the rows of {consumer} in the inbox were not removed"))?
                 .rows_affected();
             removed += rows;
             if rows == 0 {
@@ -164,17 +151,17 @@ async fn remove_consumer(conn: &mut PgConnection, consumer: &str) -> anyhow::Res
     Ok(removed)
 }
 
-/// Whether a lock was not given in time, or another transaction was preferred: another try may succeed.
+/// Whether another try may succeed: a lock was not free in time, or the server preferred another transaction.
 fn is_lock(error: &sqlx::Error) -> bool {
     matches!(Failure::of(error), Failure::Locked | Failure::Conflict)
 }
 
-/// For the rest of the transaction: what waits for a lock holds others up, so it waits shortly.
+/// Limits waits for locks in the rest of the transaction, since other sessions queue behind such a wait.
 async fn limit_locks(tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
     sqlx::query("SET LOCAL lock_timeout = '300ms'").execute(&mut **tx).await.map(::std::mem::drop)
 }
 
-/// The pause before another attempt to get a lock.
+/// Pauses before the next attempt to get a lock.
 async fn pause(attempt: u32) {
     tokio::time::sleep((Duration::from_millis(20) * attempt).min(LOCK_PAUSE)).await;
 }

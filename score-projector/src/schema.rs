@@ -6,8 +6,7 @@ use sqlx::migrate::Migrator;
 /// The schema that holds the read model.
 pub const SCHEMA: &str = "score";
 
-/// The read model's migrations. Their record is kept in `score.migration`, so that the schema can share
-/// a database with others.
+/// The read model's migrations. They are recorded in `score.migration`, so the schema can share a database with others.
 pub fn migrator() -> Migrator {
     let mut migrator = sqlx::migrate!("../migrations/score");
     migrator.dangerous_set_table_name("score.migration");
@@ -42,7 +41,7 @@ pub fn needs() -> Needs {
     Needs { schemas: needed().into(), writes: true, rights: RIGHTS }
 }
 
-/// What has to be current before the program consumes: the read model, the inbox and the outbox.
+/// The schemas that must be current before the program consumes: the read model, the inbox and the outbox.
 pub fn needed() -> [Schema; 3] {
     const COMMAND: &str = "score-projector migrate";
     [

@@ -1,9 +1,9 @@
-//! What an item is worth.
+//! The score of an item.
 
 use events::ItemKind;
 use rust_decimal::{Decimal, prelude::ToPrimitive};
 
-/// A value is not negative and below this: `numeric(19,4)`, as the contract says.
+/// A value is below this and not negative: `numeric(19,4)`, as in the contract.
 const LIMIT: Decimal = Decimal::from_parts(0xa4c6_8000, 0x0003_8d7e, 0, false, 0);
 
 /// The score of an item: an asset a twentieth of its value, an income a fiftieth, a debt a twentieth

@@ -1,19 +1,19 @@
-//! All SQL that reads and writes the tables of a read model, in bulk. They are named without a schema:
-//! the connection's `search_path` says which model it is.
+//! All SQL that reads and writes the tables of a read model, in bulk. The tables have no schema here: the connection's
+//! `search_path` selects the model.
 
 use std::collections::BTreeSet;
 
 use chrono::{DateTime, Utc};
 use events::{Cpf, ItemKind};
-use inbox::Failure;
+use inbox::HandlerError;
 use rust_decimal::Decimal;
 use sqlx::{FromRow, Postgres, Row, Transaction, postgres::PgRow};
 use uuid::Uuid;
 
-use crate::projection::{
-    Refused,
+use crate::batch::{
     entry::Entry,
     needs::Needs,
+    refusal::Refusal,
     slice::{Person, Slice},
 };
 
@@ -65,8 +65,7 @@ pub(crate) async fn load_persons(tx: Tx<'_, '_>, needs: &Needs, slice: &mut Slic
     Ok(())
 }
 
-/// Entries, under their persons' locks: hence in a statement of its own, which sees what was committed
-/// until then.
+/// Reads entries under their persons' locks: in its own statement, whose snapshot is later than the locks.
 pub(crate) async fn load_entries(tx: Tx<'_, '_>, needs: &Needs, slice: &mut Slice) -> sqlx::Result<()> {
     if needs.entries.is_empty() && needs.whole.is_empty() {
         return Ok(());
@@ -86,8 +85,8 @@ pub(crate) async fn load_entries(tx: Tx<'_, '_>, needs: &Needs, slice: &mut Slic
     Ok(())
 }
 
-/// Writes what the slice has become. What is gone goes first, so that its ids are free.
-pub(crate) async fn save(tx: Tx<'_, '_>, slice: &Slice) -> Result<(), Failure> {
+/// Writes the changes of the slice. Deletions come first, so that their ids are free.
+pub(crate) async fn save(tx: Tx<'_, '_>, slice: &Slice) -> Result<(), HandlerError> {
     delete(tx, "DELETE FROM person WHERE id = ANY ($1)", slice.persons_gone()).await?;
     delete(tx, "DELETE FROM entry WHERE id = ANY ($1)", slice.entries_gone()).await?;
     write(tx, &slice.persons_written(), &slice.entries_written()).await
@@ -100,10 +99,10 @@ async fn delete(tx: Tx<'_, '_>, sql: &'static str, ids: Vec<Uuid>) -> sqlx::Resu
     Ok(())
 }
 
-/// New or changed persons and entries, each found by its id: a joined UPDATE would be planned by what the server
-/// believes to be in the table, and while that fills it would be to read all of it. An entry keeps its person: an
-/// id that another one has just taken is left as it is, and only then fewer rows are written.
-async fn write(tx: Tx<'_, '_>, persons: &[&Person], entries: &[(Uuid, &Entry)]) -> Result<(), Failure> {
+/// Writes new or changed persons and entries, each found by its id. For a joined UPDATE, the planner reads the whole table
+/// while it grows and has no statistics yet. An entry keeps its person: when another person has just taken the id, the
+/// row is left as it is, and only then fewer rows are written.
+async fn write(tx: Tx<'_, '_>, persons: &[&Person], entries: &[(Uuid, &Entry)]) -> Result<(), HandlerError> {
     if persons.is_empty() && entries.is_empty() {
         return Ok(());
     }
@@ -136,7 +135,7 @@ async fn write(tx: Tx<'_, '_>, persons: &[&Person], entries: &[(Uuid, &Entry)]) 
     .execute(&mut **tx)
     .await?
     .rows_affected();
-    if written == entries.len() as u64 { Ok(()) } else { Err(Refused::ItemOfAnother.into()) }
+    if written == entries.len() as u64 { Ok(()) } else { Err(Refusal::ItemOfAnother.into()) }
 }
 
 fn ids(set: &BTreeSet<Uuid>) -> Vec<Uuid> {

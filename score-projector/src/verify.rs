@@ -1,4 +1,4 @@
-//! `verify`: recomputes the read model from itself and holds it against the inbox.
+//! `verify`: recomputes the read model from its entries and compares it with the inbox.
 
 use std::{collections::BTreeSet, fmt::Write, time::Duration};
 
@@ -10,12 +10,12 @@ use serde::Serialize;
 use sqlx::{Connection, FromRow, PgConnection, Row};
 use uuid::Uuid;
 
-use crate::{projection::entry::Entry, schema, score};
+use crate::{batch::entry::Entry, schema, score};
 
 /// Settings of `verify`.
 #[derive(Debug, clap::Args)]
 pub struct VerifyArgs {
-    /// The database, and the form of the answer.
+    /// The database and the output format.
     #[command(flatten)]
     pub common: CommandArgs,
 }
@@ -27,7 +27,7 @@ const NAMED: usize = 100;
 /// For one page, and for a person with very many entries.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Something that is not as it must be.
+/// A row that is wrong.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 struct Mismatch {
     person: Uuid,
@@ -36,9 +36,9 @@ struct Mismatch {
     what: String,
 }
 
-/// What was looked at.
+/// What was compared, and what differs.
 #[derive(Debug, Default, Serialize)]
-struct Found {
+struct Report {
     persons: u64,
     entries: u64,
     mismatches: u64,
@@ -46,7 +46,7 @@ struct Found {
     named: BTreeSet<Mismatch>,
 }
 
-impl Found {
+impl Report {
     fn add(&mut self, mismatch: Mismatch) {
         self.mismatches += 1;
         if self.named.len() < NAMED {
@@ -62,24 +62,24 @@ struct Tally {
     sum: Decimal,
 }
 
-/// Walks through all persons. Beside a moving system: what is held against each other is of one snapshot.
+/// Reads all persons, page by page. It may run beside consumers: what it compares is of one snapshot.
 pub async fn verify(args: &VerifyArgs) -> anyhow::Result<Verdict> {
     let mut conn =
         args.common.connect("score-projector verify", &schema::needed(), STATEMENT_TIMEOUT).await?;
-    let mut found = Found::default();
+    let mut report = Report::default();
     let mut last = Uuid::nil();
     while let Some(end) =
-        page(&mut conn, last, &mut found).await.context("the read model could not be read")?
+        page(&mut conn, last, &mut report).await.context("the read model could not be read")?
     {
         last = end;
     }
     conn.close().await?;
-    args.common.answer(&found, || text(&found))?;
-    Ok(if found.mismatches == 0 { Verdict::Ok } else { Verdict::Attention })
+    args.common.answer(&report, || text(&report))?;
+    Ok(if report.mismatches == 0 { Verdict::Ok } else { Verdict::Attention })
 }
 
-/// One page, and the last person of it. Its rows are taken as they come: a person may have very many.
-async fn page(conn: &mut PgConnection, after: Uuid, found: &mut Found) -> anyhow::Result<Option<Uuid>> {
+/// Reads one page and returns its last person. The rows are streamed, since a person may have very many.
+async fn page(conn: &mut PgConnection, after: Uuid, report: &mut Report) -> anyhow::Result<Option<Uuid>> {
     let mut rows = sqlx::query(
         "SELECT p.id AS person, p.total, p.version, a.version AS inbox, e.*
          FROM (SELECT id, total, version FROM score.person WHERE id > $1 ORDER BY id LIMIT $2) AS p
@@ -99,13 +99,13 @@ async fn page(conn: &mut PgConnection, after: Uuid, found: &mut Found) -> anyhow
     while let Some(row) = rows.try_next().await? {
         let person: Uuid = row.try_get("person")?;
         if tally.as_ref().is_none_or(|tally| tally.id != person) {
-            close(tally.as_ref(), found);
-            found.persons += 1;
+            close(tally.as_ref(), report);
+            report.persons += 1;
             let (version, inbox): (i64, Option<i64>) = (row.try_get("version")?, row.try_get("inbox")?);
             if inbox != Some(version) {
                 let applied = inbox.map_or("nothing".to_owned(), |inbox| format!("version {inbox}"));
                 let what = format!("it is at version {version}, but the inbox has applied {applied}");
-                found.add(Mismatch { person, entry: None, what });
+                report.add(Mismatch { person, entry: None, what });
             }
             tally = Some(Tally { id: person, total: row.try_get("total")?, sum: Decimal::ZERO });
         }
@@ -113,41 +113,41 @@ async fn page(conn: &mut PgConnection, after: Uuid, found: &mut Found) -> anyhow
             && let Some(tally) = &mut tally
         {
             let entry = Entry::from_row(&row)?;
-            found.entries += 1;
+            report.entries += 1;
             tally.sum += Decimal::from(entry.score);
             match score::of(entry.kind, entry.value) {
                 Some(score) if score == entry.score => {}
                 right => {
                     let right = right.map_or("none".to_owned(), |right| right.to_string());
-                    let what = format!("its score is {}, and its value's is {right}", entry.score);
-                    found.add(Mismatch { person, entry: Some(entry.id), what });
+                    let what = format!("its score is {}, but its value gives {right}", entry.score);
+                    report.add(Mismatch { person, entry: Some(entry.id), what });
                 }
             }
         }
     }
     let end = tally.as_ref().map(|tally| tally.id);
-    close(tally.as_ref(), found);
+    close(tally.as_ref(), report);
     Ok(end)
 }
 
-/// All entries of a person were seen.
-fn close(tally: Option<&Tally>, found: &mut Found) {
+/// Compares the total with the sum, after the last entry of a person.
+fn close(tally: Option<&Tally>, report: &mut Report) {
     if let Some(&Tally { id, total, sum }) = tally
         && total != sum
     {
-        let what = format!("its total is {total}, and its entries add up to {sum}");
-        found.add(Mismatch { person: id, entry: None, what });
+        let what = format!("its total is {total}, but its entries add up to {sum}");
+        report.add(Mismatch { person: id, entry: None, what });
     }
 }
 
-fn text(found: &Found) -> String {
-    let entries = if found.entries == 1 { "entry" } else { "entries" };
-    let mut text = format!("{} with {} {entries}", many(found.persons, "person"), found.entries);
-    if found.mismatches == 0 {
-        return text + ": every score is what its entries add up to, and where the inbox says";
+fn text(report: &Report) -> String {
+    let entries = if report.entries == 1 { "entry" } else { "entries" };
+    let mut text = format!("{} with {} {entries}", many(report.persons, "person"), report.entries);
+    if report.mismatches == 0 {
+        return text + ": every total is the sum of its entries, and every version is the inbox's";
     }
-    let _ = writeln!(text, ", of which {} are not as they must be", found.mismatches);
-    for Mismatch { person, entry, what } in &found.named {
+    let _ = writeln!(text, ", {} mismatches", report.mismatches);
+    for Mismatch { person, entry, what } in &report.named {
         let _ = match entry {
             Some(entry) => writeln!(text, "  person {person}, entry {entry}: {what}"),
             None => writeln!(text, "  person {person}: {what}"),

@@ -1,4 +1,4 @@
-//! What somebody should look at while work goes on: holes that nobody fills, and suspected forks.
+//! What an operator should look at while consuming goes on: missing versions, suspected forks, limits.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -7,14 +7,14 @@ use sqlx::PgPool;
 
 use crate::{
     rejected::REASONS,
-    save::{NOT_KEPT, Rejection},
+    rejection::{NOT_KEPT, Rejection},
 };
 
-/// How many are named; the rest is counted.
+/// How many findings a text names. The rest is counted.
 const NAMED: usize = 3;
-/// How many holes are logged at most, each once.
+/// How many holes are logged at most, each of them once.
 const LOGGED: i64 = 100;
-/// How far is counted.
+/// The highest number that is counted.
 const COUNTED: i64 = 10_000;
 
 /// Versions that an aggregate waits for.
@@ -30,28 +30,28 @@ struct Hole {
     holes: i64,
 }
 
-/// What was found.
+/// What an operator should look at.
 #[derive(Debug, Default)]
-pub(crate) struct Found {
+pub(crate) struct Findings {
     pub(crate) holes: Option<String>,
     pub(crate) forks: Option<String>,
     pub(crate) forged: Option<String>,
     /// Which limit is reached.
     pub(crate) limits: Option<String>,
-    /// As many events wait for missing versions as may.
+    /// The limit of events that wait for missing versions is reached.
     pub(crate) full: bool,
 }
 
-/// How much may be stored; 0 for any number.
+/// How many rows may be stored; 0 for no limit.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Most {
-    /// Of messages that are rejected for one reason.
+pub(crate) struct StorageCaps {
+    /// Messages that are rejected for one reason.
     pub(crate) rejected: u32,
-    /// Of events that wait for missing versions.
+    /// Events that wait for missing versions.
     pub(crate) gaps: u32,
 }
 
-/// Looks, and remembers what was logged.
+/// Reads the findings, and remembers which of them were logged.
 pub(crate) struct Alarms<'a> {
     pub(crate) consumer: &'a str,
     pub(crate) pool: &'a PgPool,
@@ -59,7 +59,7 @@ pub(crate) struct Alarms<'a> {
     pub(crate) queue: &'a str,
     /// How long a hole may be open.
     pub(crate) after: Duration,
-    most: Most,
+    caps: StorageCaps,
     logged: BTreeSet<Hole>,
 }
 
@@ -69,21 +69,21 @@ impl<'a> Alarms<'a> {
         pool: &'a PgPool,
         queue: &'a str,
         after: Duration,
-        most: Most,
+        caps: StorageCaps,
     ) -> Self {
-        Self { consumer, pool, queue, after, most, logged: BTreeSet::new() }
+        Self { consumer, pool, queue, after, caps, logged: BTreeSet::new() }
     }
 
-    pub(crate) async fn look(&mut self) -> sqlx::Result<Found> {
+    pub(crate) async fn look(&mut self) -> sqlx::Result<Findings> {
         let counts = self.count().await?;
         // The reasons of the two tables have no name in common.
         let count = |of: &str| counts.iter().find(|(reason, _)| reason == of).map_or(0, |(_, count)| *count);
-        Ok(Found {
+        Ok(Findings {
             holes: self.holes(count("gap")).await?,
             forks: self.forks(count(Rejection::Fork.as_str())).await?,
             forged: self.forged(count(Rejection::WrongUser.as_str())).await?,
             limits: self.limits(&counts),
-            full: reached(self.most.gaps, count("gap")),
+            full: reached(self.caps.gaps, count("gap")),
         })
     }
 
@@ -101,7 +101,7 @@ impl<'a> Alarms<'a> {
              FROM unnest($4::text[]) AS r (reason)",
         )
         .bind(self.consumer)
-        .bind(COUNTED.max(self.most.gaps.max(self.most.rejected).into()) + 1)
+        .bind(COUNTED.max(self.caps.gaps.max(self.caps.rejected).into()) + 1)
         .bind(held.map(|(_, reason)| reason))
         .bind(rejected.map(|(_, reason)| reason))
         .fetch_all(self.pool)
@@ -117,18 +117,18 @@ impl<'a> Alarms<'a> {
 
     /// Which limits are reached, and what can be done.
     fn limits(&self, counts: &[(String, i64)]) -> Option<String> {
-        let Most { rejected, gaps } = self.most;
+        let StorageCaps { rejected, gaps } = self.caps;
         let texts: Vec<String> = counts
             .iter()
             .filter_map(|(reason, count)| match reason.as_str() {
                 "gap" if reached(gaps, *count) => Some(format!(
-                    "{gaps} events wait for missing versions, the limit: further ones are rejected. Find who sends \
-                     them, have the missing versions replayed, or raise the limit"
+                    "the limit of events that wait for missing versions ({gaps}) is reached. Further ones are \
+                     rejected. Find their publisher, have the missing versions replayed, or raise the limit"
                 )),
                 "gap" | "behind" | "trying" | "poison" => None,
                 reason if reached(rejected, *count) => Some(format!(
-                    "{rejected} messages are kept that were rejected as {reason}, the limit: further ones are only \
-                     counted. Find who sends them (`rejected list`), then `rejected drop --reason {reason}`"
+                    "the limit of stored messages that were rejected as {reason} ({rejected}) is reached. Further ones \
+                     are only counted. Find their publisher, then delete them from inbox.rejected"
                 )),
                 _ => None,
             })
@@ -157,8 +157,8 @@ impl<'a> Alarms<'a> {
         let Some(first) = holes.first() else { return Ok(None) };
         let named: Vec<String> = holes.iter().take(NAMED).map(Hole::describe).collect();
         Ok(Some(format!(
-            "versions are missing, and later ones wait for them: {}{}. `outbox-relay replay --aggregate {} \
-             --to-queue {}` brings them, or a baseline",
+            "versions are missing, and later ones wait for them: {}{}. Have the source replay the aggregate {} to the \
+             queue {}, or publish a baseline of it",
             named.join("; "),
             more(count),
             escape::shell_word(&format!("{}/{}", first.aggregate_type, first.aggregate_id)),
@@ -210,14 +210,14 @@ impl<'a> Alarms<'a> {
         let named: Vec<String> = properties.iter().filter_map(|text| name(text)).collect();
         Ok(Some(format!(
             "events contradict what was applied: {}{}. Was a backup restored, or a failover made, without \
-             `outbox-relay new-incarnation`? They are kept and not applied: `rejected list` shows them",
+             a new incarnation of the source? They are stored in inbox.rejected and not applied",
             named.join("; "),
             more(count),
         )))
     }
 }
 
-/// Whether there are as many as may be.
+/// Whether the limit is reached.
 fn reached(most: u32, count: i64) -> bool {
     most > 0 && count >= i64::from(most)
 }
@@ -238,9 +238,9 @@ impl Alarms<'_> {
         .fetch_all(self.pool)
         .await?;
         Ok(Some(format!(
-            "{} of a followed source did not come from its user: {}. They are kept and not applied. If the \
-             publisher's user was renamed, name it for the source, have what was rejected replayed, and drop it; \
-             if not, somebody forges events: `rejected list` shows them",
+            "{} of a followed source did not come from its user: {}. They are stored in inbox.rejected and not \
+             applied. If the publisher's user was renamed, name the new user for the source, have the rejected events replayed, \
+             and delete them from inbox.rejected. If not, another user forges events",
             if count == 1 { "a message".to_owned() } else { format!("{} messages", counted(count)) },
             Vec::from_iter(BTreeSet::from_iter(last)).join("; "),
         )))

@@ -1,5 +1,5 @@
-//! Events that may end the process: that one is tried is committed before its handler runs, so that
-//! whoever takes it next knows that nobody came back.
+//! Events that may end the process. An attempt is committed before the handler runs, so that the next process that
+//! takes the event knows that the handler did not return.
 
 use std::sync::PoisonError;
 
@@ -9,12 +9,12 @@ use crate::{
     Event, Handler, Sequencer,
     chain::{Key, Reason},
     handler::describe,
+    rollback::Rollback,
     save::json_text,
     schema::BEGIN,
-    transaction::Stop,
 };
 
-/// How often an event may be tried without its handler coming back.
+/// How often an event may be tried without a return of its handler.
 const LIMIT: i32 = 3;
 
 /// The error of an event that is held because its handler ended the process each time.
@@ -25,20 +25,20 @@ pub(crate) const NEVER_CAME_BACK: &str = "its handler never came back: the proce
 pub(crate) struct Attempt {
     key: Key,
     version: i64,
-    /// The how-manieth of the event.
+    /// The attempt number.
     pub(crate) attempts: i32,
-    /// Whether the event had been held before.
-    held: bool,
+    /// Whether the event was held before.
+    was_held: bool,
 }
 
 impl<H: Handler> Sequencer<H> {
-    /// Commits that the event is being tried, on another connection than that which has the chain's
-    /// lock: nobody else can count the same attempt. None when it has been tried often enough.
+    /// Commits an attempt at the event, on another connection than the one with the chain's lock. The lock keeps other
+    /// processes from counting the same attempt. None when the limit of attempts is reached.
     pub(crate) async fn begin_attempt(
         &self,
         event: &Event,
         held: Option<(Reason, i32)>,
-    ) -> Result<Option<Attempt>, Stop> {
+    ) -> Result<Option<Attempt>, Rollback> {
         let (key, version) = (Key::from(event), event.version);
         // This process has tried it, and lives.
         let survived =
@@ -52,19 +52,19 @@ impl<H: Handler> Sequencer<H> {
         let commit = async {
             // Explicit, since a connection whose user went away in BEGIN may be in a transaction already.
             let mut tx = self.pool.begin_with(BEGIN).await?;
-            self.keep(&mut *tx, event, Reason::Trying, None, attempts).await?;
+            self.hold(&mut *tx, event, Reason::Trying, None, attempts).await?;
             tx.commit().await
         };
-        commit.await.map_err(|error| match Stop::from(error) {
-            Stop::Conflict(reason) => Stop::Conflict(reason),
+        commit.await.map_err(|error| match Rollback::from(error) {
+            Rollback::Conflict(reason) => Rollback::Conflict(reason),
             // Whatever it is, it is not the handler's.
-            other => Stop::Transient(other.reason()),
+            other => Rollback::Transient(other.reason()),
         })?;
-        Ok(Some(Attempt { key, version, attempts, held: held.is_some() }))
+        Ok(Some(Attempt { key, version, attempts, was_held: held.is_some() }))
     }
 
-    /// An attempt that was interrupted, by the database for example, and not by the event: it does
-    /// not count. When that cannot be written now, this process remembers it.
+    /// Takes back an attempt that was interrupted, for example by the database, and not by the event. When that cannot be
+    /// written now, this process remembers it.
     pub(crate) async fn take_back(&self, attempt: Attempt) {
         if let Err(error) = self.write_back(&attempt).await {
             tracing::debug!(error = describe(&error), "an attempt was interrupted, which could not be noted");
@@ -76,9 +76,9 @@ impl<H: Handler> Sequencer<H> {
     }
 
     async fn write_back(&self, attempt: &Attempt) -> sqlx::Result<()> {
-        let Attempt { key, version, held, .. } = attempt;
+        let Attempt { key, version, was_held, .. } = attempt;
         let mut tx = self.pool.begin_with(BEGIN).await?;
-        // Not while somebody else tries it.
+        // Not while another process tries it.
         sqlx::query(
             "SELECT FROM inbox.aggregate
              WHERE (consumer, source, aggregate_type, aggregate_id) = ($1, $2, $3, $4) FOR UPDATE",
@@ -89,7 +89,7 @@ impl<H: Handler> Sequencer<H> {
         .bind(&key.aggregate_id)
         .execute(&mut *tx)
         .await?;
-        let sql = if *held {
+        let sql = if *was_held {
             "UPDATE inbox.held
              SET attempts = attempts - 1, reason = CASE attempts WHEN 1 THEN 'gap' ELSE reason END
              WHERE (consumer, source, aggregate_type, aggregate_id, version) = ($1, $2, $3, $4, $5)
@@ -117,8 +117,8 @@ impl<H: Handler> Sequencer<H> {
         event: &Event,
         reason: &str,
         attempts: i32,
-    ) -> Result<(), Stop> {
-        self.keep(&mut **tx, event, Reason::Poison, Some(reason), attempts).await?;
+    ) -> Result<(), Rollback> {
+        self.hold(&mut **tx, event, Reason::Poison, Some(reason), attempts).await?;
         tracing::warn!(
             consumer = self.consumer,
             source = event.source,
@@ -133,8 +133,8 @@ impl<H: Handler> Sequencer<H> {
         Ok(())
     }
 
-    /// Keeps an event that has been tried `attempts` times.
-    async fn keep(
+    /// Holds an event that was tried `attempts` times.
+    async fn hold(
         &self,
         connection: impl PgExecutor<'_>,
         event: &Event,

@@ -1,9 +1,9 @@
-//! When nothing succeeds any more, or too much is held, it is the handler that is broken and not the
-//! events: then nothing more is consumed, until one of those that it refused succeeds.
+//! The breaker: when every event is refused, or too many are held, the handler is broken and not the events. Consuming
+//! stops then, until one of the refused events succeeds.
 //!
-//! One queue carries all sources of a consumer, so consuming cannot stop for one of them alone. It stops only
-//! when no source succeeds any more: what the handler refuses of one source never keeps another one's events
-//! back, short of the limit of what may be held.
+//! One queue carries all sources of a consumer, so consuming cannot stop for one of them alone. It stops when the
+//! events of every source are refused. The refused events of one source do not stop another one's, up to the limit of
+//! held events.
 
 use std::{
     collections::BTreeMap,
@@ -11,17 +11,13 @@ use std::{
 };
 
 use crate::{
-    Handler, Sequencer,
-    attempt::NEVER_CAME_BACK,
-    chain::Key,
-    sources::name,
-    transaction::{Mode, Stop},
+    Handler, Sequencer, attempt::NEVER_CAME_BACK, chain::Key, rollback::Rollback, sources::name, work::Mode,
 };
 
-/// Sources that are remembered at most, where every source is followed.
+/// How many sources are remembered at most, where every source is followed.
 const SOURCES: usize = 1_000;
 
-/// What became of each source's last events.
+/// How many of the last events of each source were refused in a row.
 #[derive(Debug, Default)]
 pub(crate) struct Streaks {
     /// How many in a row are too many; 0 for never.
@@ -81,7 +77,7 @@ impl Streaks {
         (self.limit > 0 && *count >= self.limit && all_refused).then(|| {
             let of = if streaks.len() > 1 { format!(" of {source:?}, and the last of every other source") } else { String::new() };
             format!(
-                "the handler refused {count} events in a row{of}, the last with: {error}; `held list` shows them"
+                "the handler refused {count} events in a row{of}, the last with: {error}; they are in inbox.held"
             )
         })
     }
@@ -92,7 +88,7 @@ impl<H: Handler> Sequencer<H> {
         self.streaks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Why it is to be believed that the handler is broken.
+    /// Why the handler counts as broken, if it does.
     pub(crate) fn broken(&self) -> Option<String> {
         self.streaks().broken(self.sources.names().as_deref())
     }
@@ -129,18 +125,18 @@ impl<H: Handler> Sequencer<H> {
         .await?;
         let error = error.map(|error| format!(", the last with: {error}")).unwrap_or_default();
         Ok(Some(format!(
-            "more than {limit} events were refused or wait behind one that was{error}; `held list` shows them"
+            "more than {limit} events were refused or wait behind one that was{error}; they are in inbox.held"
         )))
     }
 
     /// Tries again what was refused, as long as that succeeds. None when it may go on, else why not.
-    pub(crate) async fn mend(&self, limit: u32) -> Result<Option<String>, Stop> {
+    pub(crate) async fn mend(&self, limit: u32) -> Result<Option<String>, Rollback> {
         loop {
             let overfull = self.overfull(limit).await?;
             let Some(reason) = overfull.clone().or_else(|| self.broken()) else { return Ok(None) };
             let Some(key) = self.refused(overfull.is_some()).await? else {
                 if overfull.is_none() {
-                    // Somebody has seen to all of them.
+                    // An operator has redriven or skipped all of them.
                     self.streaks().ended();
                     return Ok(None);
                 }

@@ -1,4 +1,4 @@
-//! Where an aggregate stands and what of it is held, in memory, and what that means for an event.
+//! An aggregate's version and held events in memory, and the decision about an event.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -12,18 +12,18 @@ use crate::{Event, message::made_at};
 /// hides below this shows itself when its chain comes to the version applied last.
 const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(10);
 
-/// Which aggregate of which source: what a chain of versions belongs to.
+/// An aggregate of a source: the key of a chain of versions.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, sqlx::FromRow)]
 pub struct Key {
-    /// Who publishes it, with the incarnation.
+    /// The source with its incarnation.
     pub source: String,
-    /// What kind of thing it is.
+    /// The type of the aggregate.
     pub aggregate_type: String,
-    /// Which one.
+    /// The id of the aggregate.
     pub aggregate_id: String,
 }
 
-/// For people, whoever publishes it: what a message could forge a line or move a terminal with is escaped.
+/// For people, without the source. Control characters, with which a message could forge a line, are escaped.
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", escape::line(&self.aggregate_type), escape::line(&self.aggregate_id))
@@ -31,7 +31,14 @@ impl fmt::Display for Key {
 }
 
 impl Key {
-    /// As one word of a shell's command, as commands take it: `TYPE/ID`.
+    /// As one shell word, as commands take it: `TYPE/ID`.
+    ///
+    /// ```
+    /// let source = "shop".to_owned();
+    /// let (aggregate_type, aggregate_id) = ("order".to_owned(), "7".to_owned());
+    /// let order = inbox::Aggregate { source, aggregate_type, aggregate_id };
+    /// assert_eq!(order.quoted(), "order/7");
+    /// ```
     pub fn quoted(&self) -> String {
         escape::shell_word(&format!("{}/{}", self.aggregate_type, self.aggregate_id)).into_owned()
     }
@@ -54,7 +61,7 @@ pub(crate) enum Reason {
     Gap,
     /// An earlier version is poison, or being tried.
     Behind,
-    /// It is tried alone, and its handler has not come back yet; or never will.
+    /// It is being tried alone, or its handler ended the process.
     Trying,
     /// Its handler refused it.
     Poison,
@@ -85,7 +92,7 @@ impl Reason {
     }
 }
 
-/// An event that waits.
+/// A held event.
 #[derive(Clone, Debug)]
 pub(crate) struct Held<'a> {
     pub(crate) id: Uuid,
@@ -95,7 +102,7 @@ pub(crate) struct Held<'a> {
     pub(crate) received: Option<&'a Event>,
 }
 
-/// How far an aggregate is, as of this transaction.
+/// An aggregate's state, as of this transaction.
 #[derive(Debug)]
 pub(crate) struct Chain<'a> {
     /// The last version applied; 0 when there is none.
@@ -104,7 +111,7 @@ pub(crate) struct Chain<'a> {
     pub(crate) last_event_id: Option<Uuid>,
     /// The version that is stored.
     pub(crate) stored: i64,
-    /// What is held, by version: all of it up to `horizon`, and above that what was asked for.
+    /// The held events by version: all up to `horizon`, and above it those of the received versions.
     pub(crate) held: BTreeMap<i64, Held<'a>>,
     pub(crate) horizon: i64,
     /// The version with which the aggregate ends in this transaction.
@@ -118,12 +125,12 @@ pub(crate) enum Decision {
     /// A suspected fork, and why.
     Fork(&'static str),
     Apply,
-    /// It is its turn, and it has been tried without coming back.
+    /// It is next, and an attempt did not return.
     Tried,
     Hold,
 }
 
-/// What is held next to where a chain stands.
+/// The held event for a chain's next version.
 pub(crate) enum Next<'c, 'a> {
     Nothing,
     /// More is held than was read.

@@ -12,11 +12,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Handler, Part, Sequencer, Status, Topology,
-    alarms::{Alarms, Found, Most},
+    alarms::{Alarms, Findings, StorageCaps},
     backoff::Backoff,
     erasure,
     handler::describe,
-    stall::Stall,
+    stall::StallDetector,
     subscription::{Subscription, Trouble, answer},
 };
 
@@ -29,9 +29,9 @@ const READ_ONLY: &str = "the database takes no writes: it is a standby, or defau
                          the role or the database; connect to the primary";
 /// How often an idle consumer asks whether the database is still there.
 const DATABASE_CHECK: Duration = Duration::from_secs(5);
-/// How often it is looked for what needs somebody's attention.
+/// How often the alarms are read.
 const ALARMS: Duration = Duration::from_secs(5);
-/// How often it is looked whether messages wait without being applied.
+/// How often the stall detectors are read.
 const STALLS: Duration = Duration::from_secs(1);
 /// A session that lived this long was a success, even if nothing came.
 const HEALTHY: Duration = Duration::from_secs(30);
@@ -44,7 +44,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// Where it is, and with `amqps` whom to trust.
+    /// The node's address, and for `amqps` the certificates to trust.
     pub fn new(mut uri: AMQPUri, tls: OwnedTLSConfig) -> Self {
         uri.query.heartbeat.get_or_insert(HEARTBEAT);
         uri.query.connection_timeout.get_or_insert(u64::try_from(CONNECT.as_millis()).unwrap_or(u64::MAX));
@@ -56,12 +56,12 @@ impl Node {
     }
 }
 
-/// A text that is no node's URL. It may hold a password, so it is not quoted.
+/// A text that is not a node's URL. The message does not quote it, since it may contain a password.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("it should look like amqp://user:password@host:5672/vhost, or amqps:// with TLS")]
 pub struct InvalidNode;
 
-/// From its URL. With `amqps`, the node must show a certificate from an authority that the machine trusts.
+/// Parses a URL. With `amqps`, the node's certificate must come from an authority that the machine trusts.
 impl FromStr for Node {
     type Err = InvalidNode;
 
@@ -70,43 +70,54 @@ impl FromStr for Node {
     }
 }
 
-/// Where it is, without the password.
+/// The address, without the password.
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}/{}", self.uri.authority.host, self.uri.authority.port, self.uri.vhost)
     }
 }
 
-/// How to consume.
+/// The settings of a consumer.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Exchanges and queues.
     pub topology: Topology,
     /// The broker's nodes, tried in turn.
     pub nodes: Vec<Node>,
-    /// What the broker's operators see the connection as.
+    /// The connection's name in the broker's management.
     pub connection_name: String,
-    /// How many messages one transaction takes at most. Twice as many are in memory, so their size
-    /// bounds it; RabbitMQ cannot limit what it sends ahead by bytes.
+    /// How many messages one transaction takes at most. Up to twice as many are in memory: RabbitMQ cannot limit its
+    /// prefetch by bytes.
     pub batch: u16,
-    /// After so many events refused in a row, with none applied in between, it is the handler that is
-    /// broken: nothing more is consumed until one of them succeeds. 0 for never.
+    /// After this many refused events in a row, the handler counts as broken: consuming stops until one of them succeeds.
+    /// 0 for no limit.
     pub max_refused: u32,
-    /// When more events than this were refused or wait behind one that was, nothing more is consumed
-    /// until they are fewer. 0 for never.
+    /// How many events may be refused or wait behind a refused one. Above it, consuming stops until they are fewer. 0
+    /// for no limit.
     pub max_held: u32,
-    /// How many messages that cannot be applied are kept, for each reason; further ones are only counted.
-    /// 0 for any number.
+    /// How many messages that cannot be applied are stored for each reason. Further ones are only counted. 0 for no
+    /// limit.
     pub max_rejected: u32,
-    /// How many events may wait for a version that has not arrived; further ones are rejected. 0 for any number.
+    /// How many events may wait for versions that have not arrived. Further ones are rejected. 0 for no limit.
     pub max_gaps: u32,
-    /// For how long versions may be missing before somebody should look.
+    /// How long versions may be missing before the status reports them.
     pub hole_after: Duration,
 }
 
 impl Config {
-    /// The defaults: 100 messages a transaction, 20 refused in a row, 10,000 held, 10,000 rejected for a reason,
-    /// 1,000,000 that wait for missing versions, and a minute.
+    /// The defaults: 100 messages a transaction; limits of 20 refused in a row, 10,000 held, 10,000 stored for each
+    /// reason of rejection, and 1,000,000 that wait for missing versions; and one minute.
+    ///
+    /// ```
+    /// use inbox::{Config, Topology};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let topology = Topology::new("event_dispatcher", "event_dispatcher.by_aggregate", "stock", &["order"])?;
+    /// let nodes = vec!["amqp://stock@rabbit-1".parse()?, "amqp://stock@rabbit-2".parse()?];
+    /// let config = Config { batch: 50, ..Config::new(topology, nodes, "stock") };
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn new(topology: Topology, nodes: Vec<Node>, connection_name: impl Into<String>) -> Self {
         Self {
             topology,
@@ -122,19 +133,27 @@ impl Config {
     }
 }
 
-/// Consumes for as long as the process lives: connects, declares, subscribes, applies, and begins again
-/// whenever one of these ends.
+/// Consumes for as long as the process lives: connects, declares, subscribes and applies, and starts again when one of
+/// these fails.
 #[derive(Debug)]
 pub struct Consumer<H> {
     config: Config,
     sequencer: Sequencer<H>,
     status: watch::Sender<Status>,
     /// Of the queue and of its dead letters.
-    stalls: [Stall; 2],
+    stalls: [StallDetector; 2],
 }
 
 impl<H: Handler> Consumer<H> {
-    /// Nothing happens before [`run`](Self::run).
+    /// A consumer that does nothing before [`run`](Self::run).
+    ///
+    /// ```
+    /// use inbox::{Config, Consumer, Handler, Sequencer};
+    ///
+    /// fn consumer<H: Handler>(config: Config, sequencer: Sequencer<H>) -> Consumer<H> {
+    ///     Consumer::new(config, sequencer)
+    /// }
+    /// ```
     pub fn new(config: Config, sequencer: Sequencer<H>) -> Self {
         sequencer.streaks().limit(config.max_refused);
         sequencer.limits.set_rejected(config.max_rejected);
@@ -142,18 +161,41 @@ impl<H: Handler> Consumer<H> {
         Self { config, sequencer, status, stalls: Default::default() }
     }
 
-    /// What it waits for, now and later.
+    /// The consumer's status, now and after each change.
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(consumer: inbox::Consumer<H>) {
+    /// let mut status = consumer.status();
+    /// tokio::spawn(async move {
+    ///     while status.changed().await.is_ok() {
+    ///         println!("{:?}", status.borrow_and_update().waiting());
+    ///     }
+    /// });
+    /// # }
+    /// ```
     pub fn status(&self) -> watch::Receiver<Status> {
         self.status.subscribe()
     }
 
-    /// Consumes until `stop`. Then the transaction under way is finished and acknowledged, and what
-    /// else was received is given back.
+    /// Consumes until `stop`. Then it finishes and acknowledges the transaction under way, and returns the other received
+    /// messages to the queue.
+    ///
+    /// ```
+    /// use tokio_util::sync::CancellationToken;
+    ///
+    /// # async fn example<H: inbox::Handler>(consumer: inbox::Consumer<H>) {
+    /// let stop = CancellationToken::new();
+    /// let running = tokio::spawn(consumer.run(stop.clone()));
+    /// // On SIGTERM:
+    /// stop.cancel();
+    /// let _ = running.await;
+    /// # }
+    /// ```
     pub async fn run(self, stop: CancellationToken) {
         if self.sequencer.sources.is_all() {
             tracing::warn!(
                 consumer = self.sequencer.consumer,
-                "every source is followed and every user of the broker believed: whoever may write to the exchange \
+                "every source is followed and every broker user believed: any user that may write to the exchange \
                  can forge events. Name the sources and the users that publish them"
             );
         }
@@ -323,15 +365,15 @@ impl<H: Handler> Consumer<H> {
         }
     }
 
-    /// Looks at what needs somebody's attention, whatever else goes on.
+    /// Reads the alarms, also while nothing is consumed.
     async fn watch(&self, stop: &CancellationToken) {
         let queue = self.config.topology.queue().as_str();
         let Sequencer { consumer, pool, .. } = &self.sequencer;
-        let most = Most { rejected: self.config.max_rejected, gaps: self.config.max_gaps };
-        let mut alarms = Alarms::new(consumer, pool, queue, self.config.hole_after, most);
+        let caps = StorageCaps { rejected: self.config.max_rejected, gaps: self.config.max_gaps };
+        let mut alarms = Alarms::new(consumer, pool, queue, self.config.hole_after, caps);
         while stop.run_until_cancelled(tokio::time::sleep(ALARMS)).await.is_some() {
             match alarms.look().await {
-                Ok(Found { holes, forks, forged, limits, full }) => {
+                Ok(Findings { holes, forks, forged, limits, full }) => {
                     self.sequencer.limits.set_full(full);
                     self.set(|status| &mut status.sources, forged.map_or(Ok(()), Err));
                     self.status.send_if_modified(|status| {
@@ -350,7 +392,7 @@ impl<H: Handler> Consumer<H> {
     /// Says when messages wait without being applied.
     async fn watch_stalls(&self, stop: &CancellationToken) {
         while stop.run_until_cancelled(tokio::time::sleep(STALLS)).await.is_some() {
-            let stalled = self.stalls.iter().find_map(Stall::reason);
+            let stalled = self.stalls.iter().find_map(StallDetector::reason);
             self.set(|status| &mut status.applying, stalled.map_or(Ok(()), Err));
         }
     }

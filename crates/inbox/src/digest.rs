@@ -1,24 +1,34 @@
 use sqlx::PgConnection;
 
-/// What a consumer has applied of a source, for one type of aggregates and one bucket of them. As
-/// `outbox.digest` says of the source: what is equal is the same.
+/// A digest of what a consumer has applied of one source, one aggregate type and one bucket. Equal to the row of
+/// `outbox.digest` at the source exactly when all versions are equal.
 #[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
 pub struct Digest {
-    /// Who publishes.
+    /// The source with its incarnation.
     pub source: String,
-    /// The aggregates' type.
+    /// The type of the aggregates.
     pub aggregate_type: String,
-    /// Which part of them, by a hash of their ids: from 0 up to the number of buckets.
+    /// The bucket, by a hash of the aggregates' ids: 0 to `buckets - 1`.
     pub bucket: i32,
-    /// How many there are.
+    /// How many aggregates.
     pub aggregates: i64,
     /// The sum of their last versions, modulo 2^63.
     pub versions: i64,
-    /// A hash of ids and last versions, in any order.
+    /// A hash of all ids and last versions, independent of their order.
     pub hash: i64,
 }
 
-/// Sums up what `consumer` has applied, divided into `buckets`. One pass over its rows in `inbox.aggregate`.
+/// Computes the digests of what `consumer` has applied, in `buckets` parts for each type. Reads all of its rows in
+/// `inbox.aggregate` once.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// for digest in inbox::digest(conn, "stock", 1).await? {
+///     println!("{}: {} aggregates, hash {:x}", digest.source, digest.aggregates, digest.hash);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn digest(conn: &mut PgConnection, consumer: &str, buckets: i32) -> sqlx::Result<Vec<Digest>> {
     sqlx::query_as(
         "SELECT s.source, d.*

@@ -1,5 +1,5 @@
-//! Erasing what is left of aggregates that ended, of which very much was held or rejected: step by step, beside
-//! consuming. Whoever of the consumers in this database comes first does it.
+//! Erases ended aggregates with very many held or rejected messages, step by step, beside consuming. The first consumer
+//! in this database that finds the work does it.
 
 use std::time::Duration;
 
@@ -8,21 +8,21 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{backoff::Backoff, handler::describe};
 
-/// A step erases so many rows at most; less after one that failed.
+/// How many rows a step erases at most. Fewer after a step that failed.
 const STEP: i32 = 1_000;
-/// How often is looked whether there is something to erase.
+/// How often the list of erasures is read.
 const ROUND: Duration = Duration::from_secs(10);
-/// Between two steps others get the disk.
+/// The pause between two steps, in which other sessions get the disk.
 const REST: Duration = Duration::from_millis(20);
 
-/// Works off what is noted, until `stop`.
+/// Works through the list of erasures, until `stop`.
 pub(crate) async fn keep(pool: &PgPool, consumer: &str, stop: &CancellationToken) {
     let (mut rows, mut pause, mut backoff) = (STEP, ROUND, Backoff::new());
     while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
-        // A database that does not answer must not keep the process from ending; it rolls back what it was at.
+        // A database that does not respond must not delay the end of the process. It rolls the step back.
         let Some(erased) = stop.run_until_cancelled(step(pool, rows)).await else { return };
         match erased {
-            // Rows that somebody has locked are all that is left.
+            // Only rows that other sessions have locked are left.
             Ok(None | Some(0)) => (rows, pause, backoff) = (STEP, ROUND, Backoff::new()),
             Ok(Some(erased)) => {
                 let count = metrics::counter!("inbox_erased_rows_total", "consumer" => consumer.to_owned());
@@ -43,7 +43,7 @@ pub(crate) async fn keep(pool: &PgPool, consumer: &str, stop: &CancellationToken
     }
 }
 
-/// One step; how many rows it erased. None when nothing is noted.
+/// Takes one step and returns how many rows it erased. None when the list is empty.
 async fn step(pool: &PgPool, rows: i32) -> sqlx::Result<Option<i64>> {
     sqlx::query_scalar("SELECT inbox.erase_step($1)").bind(rows).fetch_one(pool).await
 }

@@ -1,49 +1,46 @@
-//! What is held, for people who look: grouped by cause, listed page by page, and one event whole. Each
-//! statement is bounded by what it returns, and none reads a body that nobody asked for.
+//! Held events for operators: grouped by cause, listed page by page, or one event with its details. Each statement
+//! reads a bounded number of rows, and reads a body only on request.
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::{Map, Value};
-use sqlx::{PgConnection, Postgres, Transaction};
+use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::{
-    chain::Key,
-    ledger::{Ledger, UNREADABLE},
-};
+use crate::{chain::Key, ledger::UNREADABLE};
 
-/// Held events that wait for the same thing.
+/// Held events with the same cause.
 #[derive(Clone, Debug, Serialize, sqlx::FromRow)]
 pub struct Group {
-    /// `poison` or `trying`, when that is what their aggregates' first event is, else `gap`.
+    /// `poison` or `trying`, the reason of the event that stops their aggregates, or `gap`.
     pub reason: String,
-    /// What its handler said.
+    /// The handler's error.
     pub error: Option<String>,
-    /// How many events, those behind the first ones included.
+    /// How many events, including those behind the first.
     pub events: i64,
     /// Of how many aggregates.
     pub aggregates: i64,
-    /// How often one of them was tried at most.
+    /// The highest number of attempts at one of them.
     pub attempts: i32,
-    /// Since when the first of them waits.
+    /// When the first of them was held.
     pub first_at: DateTime<Utc>,
-    /// When something last happened to one of them.
+    /// When one of them was last tried or held.
     pub last_at: DateTime<Utc>,
-    /// An aggregate that waits for longest.
+    /// The aggregate that has waited longest.
     #[sqlx(flatten)]
     pub oldest: Key,
-    /// The event that it waits for: held, or, in a gap, not there.
+    /// The version that it waits for: of a held event, or missing in a gap.
     pub version: i64,
 }
 
-/// All that is held.
+/// All held events.
 #[derive(Clone, Debug, Serialize)]
 pub struct Groups {
     /// How many events.
     pub events: i64,
-    /// By cause, those with the most events first.
+    /// By cause, the most events first.
     pub groups: Vec<Group>,
-    /// How many causes there are beyond those.
+    /// How many causes are not listed.
     pub more: i64,
 }
 
@@ -52,11 +49,11 @@ pub struct Groups {
 pub struct HeldEvent {
     /// Its id.
     pub event_id: Uuid,
-    /// Whose it is.
+    /// Its aggregate.
     #[sqlx(flatten)]
     #[serde(flatten)]
     pub aggregate: Key,
-    /// Which version of it.
+    /// The aggregate's version.
     pub version: i64,
     /// The event type.
     #[sqlx(rename = "type")]
@@ -64,31 +61,31 @@ pub struct HeldEvent {
     pub type_: String,
     /// `gap`, `poison`, `trying` or `behind`.
     pub reason: String,
-    /// What the handler said.
+    /// The handler's error.
     pub error: Option<String>,
     /// How often it was tried.
     pub attempts: i32,
-    /// Since when it waits.
+    /// When it was held.
     pub first_at: DateTime<Utc>,
-    /// When something last happened to it.
+    /// When it was last tried or held.
     pub last_at: DateTime<Utc>,
-    /// How long its body is.
+    /// The length of its body, in bytes.
     pub bytes: i32,
 }
 
-/// A held event and its surroundings.
+/// A held event with its headers and its aggregate's state.
 #[derive(Clone, Debug, Serialize)]
-pub struct Shown {
+pub struct HeldDetail {
     /// The event.
     #[serde(flatten)]
     pub event: HeldEvent,
     /// Its headers.
     pub headers: Map<String, Value>,
-    /// The version its aggregate stands at.
+    /// The version at which its aggregate is.
     pub applied: i64,
     /// How many events of its aggregate are held behind it.
     pub behind: i64,
-    /// Its body, where it was asked for: text, or else hexadecimal.
+    /// Its body, if requested: as text, otherwise in hexadecimal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body: Option<String>,
 }
@@ -98,30 +95,30 @@ pub struct Shown {
 pub struct Skipped {
     /// Its id.
     pub event_id: Uuid,
-    /// Whose it was.
+    /// Its aggregate.
     #[sqlx(flatten)]
     #[serde(flatten)]
     pub aggregate: Key,
-    /// Which version of it.
+    /// The aggregate's version.
     pub version: i64,
     /// The event type.
     #[sqlx(rename = "type")]
     #[serde(rename = "type")]
     pub type_: String,
-    /// What the handler had said.
+    /// The handler's error.
     pub error: Option<String>,
-    /// Who did it.
+    /// The operator who skipped it.
     pub skipped_by: String,
-    /// And why.
+    /// The reason.
     pub why: String,
-    /// And when.
+    /// When it was skipped.
     pub skipped_at: DateTime<Utc>,
 }
 
-/// Which held events; all conditions hold.
+/// Selects held events. All conditions must match.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
-    /// Of this aggregate: its type and id, whoever published it.
+    /// Of this aggregate: its type and id, of any source.
     pub aggregate: Option<(String, String)>,
     /// With this reason.
     pub reason: Option<String>,
@@ -159,7 +156,17 @@ SELECT event_id, source, aggregate_type, aggregate_id, version, type, reason, er
        octet_length(payload) AS bytes
 FROM inbox.held";
 
-/// Everything that is held, by cause: at most `limit` of them.
+/// Groups all held events by cause, and returns at most `limit` groups.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// let groups = inbox::held::groups(conn, "stock", 50).await?;
+/// for group in groups.groups {
+///     println!("{} events, {}: {:?}", group.events, group.reason, group.error);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn groups(conn: &mut PgConnection, consumer: &str, limit: i64) -> sqlx::Result<Groups> {
     #[derive(sqlx::FromRow)]
     struct Row {
@@ -175,8 +182,19 @@ pub async fn groups(conn: &mut PgConnection, consumer: &str, limit: i64) -> sqlx
     Ok(Groups { events, groups, more })
 }
 
-/// Held events after the one with the id `after`, at most `limit`, in the order of their ids, which is
-/// that of their making.
+/// Lists at most `limit` held events after the one with the id `after`, in the order of their ids, which is the order of
+/// creation.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// use inbox::held::{self, Filter};
+///
+/// let poison = Filter { reason: Some("poison".to_owned()), ..Filter::default() };
+/// let page = held::events(conn, "stock", &poison, None, 50).await?;
+/// let next = held::events(conn, "stock", &poison, page.last().map(|event| event.event_id), 50).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub async fn events(
     conn: &mut PgConnection,
     consumer: &str,
@@ -202,13 +220,22 @@ pub async fn events(
         .await
 }
 
-/// The held event with this id. Its body is personal data as a rule, so it is only read when asked for.
+/// Reads the held event with this id. `with_body` also reads its body, which usually has personal data.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection, id: uuid::Uuid) -> sqlx::Result<()> {
+/// if let Some(detail) = inbox::held::event(conn, "stock", id, false).await? {
+///     println!("{} is at version {}", detail.event.aggregate, detail.applied);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn event(
     conn: &mut PgConnection,
     consumer: &str,
     id: Uuid,
     with_body: bool,
-) -> sqlx::Result<Option<Shown>> {
+) -> sqlx::Result<Option<HeldDetail>> {
     let sql = format!("{EVENT} WHERE consumer = $1 AND event_id = $2 ORDER BY version LIMIT 1");
     let found: Option<HeldEvent> =
         sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(consumer).bind(id).fetch_optional(&mut *conn).await?;
@@ -229,7 +256,7 @@ pub async fn event(
         .bind(with_body)
         .fetch_optional(conn)
         .await?;
-    Ok(rest.map(|rest| Shown {
+    Ok(rest.map(|rest| HeldDetail {
         event,
         headers: serde_json::from_str(&rest.headers).unwrap_or_else(|_| unreadable()),
         applied: rest.applied,
@@ -246,12 +273,19 @@ struct Rest {
     body: Option<Vec<u8>>,
 }
 
-/// Stands for headers that were stored before they had a limit, and are nested too deep to be read.
+/// Replaces headers that an older release stored without a limit and that are nested too deep to be read.
 fn unreadable() -> Map<String, Value> {
     Map::from_iter([("…".to_owned(), UNREADABLE.into())])
 }
 
-/// The held events of this version of an aggregate: one of each source that has it.
+/// Lists the held events of this version of an aggregate, one for each source.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// let events = inbox::held::at(conn, "stock", "order", "7", 3).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub async fn at(
     conn: &mut PgConnection,
     consumer: &str,
@@ -271,7 +305,16 @@ pub async fn at(
         .await
 }
 
-/// The record of the event with this id, if it was skipped.
+/// Reads the record of a skipped event by the event's id.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection, id: uuid::Uuid) -> sqlx::Result<()> {
+/// if let Some(skipped) = inbox::held::skipped(conn, "stock", id).await? {
+///     println!("skipped by {}: {}", skipped.skipped_by, skipped.why);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn skipped(conn: &mut PgConnection, consumer: &str, id: Uuid) -> sqlx::Result<Option<Skipped>> {
     sqlx::query_as(
         "SELECT event_id, source, aggregate_type, aggregate_id, version, type, error, skipped_by, why, skipped_at
@@ -283,91 +326,7 @@ pub async fn skipped(conn: &mut PgConnection, consumer: &str, id: Uuid) -> sqlx:
     .await
 }
 
-/// Aggregates after `after`, at most `limit`, that a redrive may bring on: one of their events was tried,
-/// or stands next and was left when the process that applied them died.
-pub(crate) async fn due(
-    conn: &mut PgConnection,
-    consumer: &str,
-    filter: &Filter,
-    after: Option<&Key>,
-    limit: i64,
-) -> sqlx::Result<Vec<Key>> {
-    let (aggregate_type, aggregate_id) = filter.aggregate.clone().unzip();
-    let (source, after_type, after_id) = after.map_or(("", "", ""), |after| {
-        (after.source.as_str(), after.aggregate_type.as_str(), after.aggregate_id.as_str())
-    });
-    // A subquery and no join, so that the page is read along the primary key and ends where it is full; a
-    // join is hashed as a whole (a million held: 0.1 s a page instead of 6 s).
-    sqlx::query_as(
-        "SELECT source, aggregate_type, aggregate_id FROM inbox.held h
-         WHERE consumer = $1 AND (source, aggregate_type, aggregate_id) > ($2, $3, $4)
-           AND ($5::text IS NULL OR (aggregate_type, aggregate_id) = ($5, $6))
-           AND ($7::text IS NULL OR reason = $7) AND ($8::text IS NULL OR position($8 IN error) > 0)
-           AND (reason IN ('poison', 'trying') OR version - 1 = (
-                SELECT a.version FROM inbox.aggregate a
-                WHERE (a.consumer, a.source, a.aggregate_type, a.aggregate_id)
-                    = (h.consumer, h.source, h.aggregate_type, h.aggregate_id)))
-         GROUP BY source, aggregate_type, aggregate_id
-         ORDER BY source, aggregate_type, aggregate_id LIMIT $9",
-    )
-    .bind(consumer)
-    .bind(source)
-    .bind(after_type)
-    .bind(after_id)
-    .bind(aggregate_type)
-    .bind(aggregate_id)
-    .bind(&filter.reason)
-    .bind(&filter.error)
-    .bind(limit)
-    .fetch_all(conn)
-    .await
-}
-
-impl Ledger<'_> {
-    /// How many events of an aggregate are held.
-    pub(crate) async fn count(&self, tx: &mut Transaction<'_, Postgres>, key: &Key) -> sqlx::Result<i64> {
-        sqlx::query_scalar(
-            "SELECT count(*) FROM inbox.held
-             WHERE (consumer, source, aggregate_type, aggregate_id) = ($1, $2, $3, $4)",
-        )
-        .bind(self.consumer)
-        .bind(&key.source)
-        .bind(&key.aggregate_type)
-        .bind(&key.aggregate_id)
-        .fetch_one(&mut **tx)
-        .await
-    }
-
-    /// Remembers that a held event is not applied, on whose word.
-    pub(crate) async fn skip(
-        &self,
-        tx: &mut Transaction<'_, Postgres>,
-        key: &Key,
-        version: i64,
-        by: &str,
-        why: &str,
-    ) -> sqlx::Result<()> {
-        sqlx::query(
-            "INSERT INTO inbox.skipped (consumer, source, aggregate_type, aggregate_id, version, event_id, type, error,
-                                        skipped_by, why)
-             SELECT consumer, source, aggregate_type, aggregate_id, version, event_id, type, error, $6, $7
-             FROM inbox.held
-             WHERE (consumer, source, aggregate_type, aggregate_id, version) = ($1, $2, $3, $4, $5)",
-        )
-        .bind(self.consumer)
-        .bind(&key.source)
-        .bind(&key.aggregate_type)
-        .bind(&key.aggregate_id)
-        .bind(version)
-        .bind(by)
-        .bind(why)
-        .execute(&mut **tx)
-        .await?;
-        Ok(())
-    }
-}
-
-/// A body for people: text, or else hexadecimal.
+/// A body as text, otherwise in hexadecimal.
 pub(crate) fn text(body: Vec<u8>) -> String {
-    String::from_utf8(body).unwrap_or_else(|error| crate::message::hex(error.as_bytes()))
+    String::from_utf8(body).unwrap_or_else(|error| crate::headers::hex(error.as_bytes()))
 }

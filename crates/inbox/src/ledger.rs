@@ -1,4 +1,4 @@
-//! What a transaction reads of the schema `inbox`: the chains it has locked, and the events held.
+//! What a transaction reads from the schema `inbox`: the chains that it locks, and their held events.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +11,7 @@ use crate::{
     chain::{Chain, Held, Key, Reason},
 };
 
-/// How many held events of an aggregate are looked at in one transaction.
+/// How many held events of an aggregate one transaction reads.
 pub(crate) const NEAR: usize = 64;
 
 /// The error of a held event whose stored headers cannot be read.
@@ -43,8 +43,8 @@ impl<'a> Ledger<'a> {
     /// alone would miss a row that another transaction has just committed, and to lock first and make what is
     /// missing then would be out of order.
     ///
-    /// Each is found by the primary key. A join could be made by reading all that the consumer has, and is, for as
-    /// long as the server knows nothing of a table that is filling.
+    /// Each row is found by the primary key. For a join, the planner reads all of the consumer's rows while a growing
+    /// table has no statistics yet.
     pub(crate) async fn lock(
         tx: &mut Transaction<'_, Postgres>,
         consumer: &'a str,
@@ -93,7 +93,7 @@ impl<'a> Ledger<'a> {
         Ok(Self { consumer, chains, unreadable: Vec::new() })
     }
 
-    /// Which of `keys` there are already.
+    /// Which of `keys` have a row.
     pub(crate) async fn known(
         tx: &mut Transaction<'_, Postgres>,
         consumer: &str,
@@ -217,11 +217,11 @@ impl<'a> Ledger<'a> {
         let mut events = BTreeMap::new();
         for row in rows {
             let (event, readable) = row.event();
-            let place = (Key::from(&event), event.version);
+            let version = (Key::from(&event), event.version);
             if !readable {
-                self.unreadable.push(place.clone());
+                self.unreadable.push(version.clone());
             }
-            events.insert(place, event);
+            events.insert(version, event);
         }
         Ok(events)
     }
@@ -248,7 +248,49 @@ impl<'a> Ledger<'a> {
         Ok(())
     }
 
-    /// Takes note of an event that was applied.
+    /// How many events of an aggregate are held.
+    pub(crate) async fn count(&self, tx: &mut Transaction<'_, Postgres>, key: &Key) -> sqlx::Result<i64> {
+        sqlx::query_scalar(
+            "SELECT count(*) FROM inbox.held
+             WHERE (consumer, source, aggregate_type, aggregate_id) = ($1, $2, $3, $4)",
+        )
+        .bind(self.consumer)
+        .bind(&key.source)
+        .bind(&key.aggregate_type)
+        .bind(&key.aggregate_id)
+        .fetch_one(&mut **tx)
+        .await
+    }
+
+    /// Records that an operator skipped a held event.
+    pub(crate) async fn skip(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+        key: &Key,
+        version: i64,
+        by: &str,
+        why: &str,
+    ) -> sqlx::Result<()> {
+        sqlx::query(
+            "INSERT INTO inbox.skipped (consumer, source, aggregate_type, aggregate_id, version, event_id, type, error,
+                                        skipped_by, why)
+             SELECT consumer, source, aggregate_type, aggregate_id, version, event_id, type, error, $6, $7
+             FROM inbox.held
+             WHERE (consumer, source, aggregate_type, aggregate_id, version) = ($1, $2, $3, $4, $5)",
+        )
+        .bind(self.consumer)
+        .bind(&key.source)
+        .bind(&key.aggregate_type)
+        .bind(&key.aggregate_id)
+        .bind(version)
+        .bind(by)
+        .bind(why)
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
+    }
+
+    /// Records an applied event.
     pub(crate) fn applied(&mut self, event: &Event) -> sqlx::Result<()> {
         if event.ends() {
             self.chain(&Key::from(event))?.ended = Some(event.version);
@@ -257,7 +299,7 @@ impl<'a> Ledger<'a> {
     }
 
     /// The chain of one of the keys that were locked. Every key was inserted before it was locked, so a
-    /// missing row was deleted in between by somebody's hand; that is an error of its own.
+    /// missing row was deleted by hand in between, which is an error.
     pub(crate) fn chain(&mut self, key: &Key) -> sqlx::Result<&mut Chain<'a>> {
         self.chains.get_mut(key).ok_or(sqlx::Error::RowNotFound)
     }

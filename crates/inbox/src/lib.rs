@@ -1,15 +1,15 @@
 //! The receiving side of a transactional outbox: a consumer that applies each event once and in order.
 //!
-//! An event takes effect in the same transaction that records its version, so a redelivery, a crash
-//! between commit and acknowledgement, or a second consumer cannot apply it twice; an event that comes
-//! too early, or that its handler refuses, waits in `inbox.held` and holds only its own aggregate.
+//! An event takes effect in the transaction that records its version. So a redelivery, a crash between commit and
+//! acknowledgement, or a second consumer cannot apply it twice. An event that comes too early, or that its handler
+//! refuses, waits in `inbox.held`; later events of its aggregate wait behind it, and no other aggregate waits.
 //!
-//! A subscriber writes a [`Handler`] and hands it to a [`Consumer`], which declares the queue, consumes,
-//! reconnects and drains. The [`Sequencer`] between them is usable without a broker. What is held or
-//! rejected is looked at with [`held`] and [`rejected`], and brought on with [`Sequencer::redrive`] and
-//! [`Sequencer::skip`]: a program's own commands are a thin layer over these.
+//! A subscriber writes a [`Handler`] and passes it to a [`Consumer`], which declares the queue, consumes, reconnects
+//! and drains. The [`Sequencer`] between them also works without a broker. [`held`] and [`rejected`] list the events
+//! that wait and the messages that cannot be applied. [`Sequencer::redrive`] applies held events again, and
+//! [`Sequencer::skip`] gives one up. A program's own commands are a thin layer over these.
 
-mod about;
+mod after_commit;
 mod alarms;
 mod attempt;
 mod backoff;
@@ -20,35 +20,47 @@ mod digest;
 mod erasure;
 mod failpoint;
 mod handler;
+mod handling;
+mod headers;
 pub mod held;
-mod kept;
+mod identifiers;
 mod ledger;
 mod limits;
+mod malformed;
 mod message;
+mod outcome;
+mod parsed;
 mod plan;
 mod queues;
 mod redrive;
 pub mod rejected;
+mod rejection;
+mod rollback;
 mod save;
+mod save_rejected;
 mod schema;
 mod sequencer;
 mod skip;
 mod sources;
 mod stall;
 mod status;
+mod stored_message;
 mod subscription;
 mod topology;
 mod transaction;
+mod work;
 
 pub use chain::Key as Aggregate;
 pub use consumer::{Config, Consumer, InvalidNode, Node};
 pub use digest::{Digest, digest};
-pub use handler::{Failure, Handler};
-pub use message::{Envelope, Event, Malformed};
+pub use handler::{Handler, HandlerError};
+pub use malformed::Malformed;
+pub use message::{Envelope, Event};
+pub use outcome::{Interrupted, Outcome};
 pub use queues::{declare, remove};
-pub use redrive::{NotDone, Redrive, Redriven, Redrives, Refused};
+pub use redrive::{Redrive, RedriveError, RedriveSummary, RedrivenAggregate, RefusedEvent};
 pub use schema::{SCHEMA, migrator};
-pub use sequencer::{Interrupted, Outcome, Sequencer};
+pub use sequencer::Sequencer;
 pub use skip::Skip;
 pub use sources::{InvalidPublisher, Publisher, Sources};
 pub use status::{Part, Status};

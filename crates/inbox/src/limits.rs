@@ -1,13 +1,13 @@
-//! How much may be stored of what comes from outside.
+//! The limits of what is stored of received messages.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-/// Limits of what a consumer stores, as far as it is told any.
+/// The limits of a consumer, as far as they are set.
 #[derive(Debug, Default)]
 pub(crate) struct Limits {
-    /// How many messages are kept of those that are rejected for one reason; 0 for any number.
+    /// How many messages are stored for each reason of rejection; 0 for no limit.
     rejected: AtomicU32,
-    /// As many events wait for missing versions as may.
+    /// The limit of events that wait for missing versions is reached.
     full: AtomicBool,
 }
 

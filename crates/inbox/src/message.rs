@@ -1,13 +1,9 @@
-use std::fmt::Write;
-
 use chrono::{DateTime, Utc};
-use lapin::{
-    BasicProperties,
-    message::Delivery,
-    types::{AMQPValue, FieldTable},
-};
+use lapin::{BasicProperties, message::Delivery, types::AMQPValue};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
+
+use crate::{headers, malformed::Malformed};
 
 /// A message as the broker delivered it.
 #[derive(Clone, Debug)]
@@ -20,62 +16,36 @@ pub struct Envelope {
     pub body: Vec<u8>,
 }
 
-/// An event, as the contract describes it: a message that says which aggregate it is about and which
-/// version of it.
+/// An event, as the contract describes it: a message that names its aggregate and the aggregate's version.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
     /// AMQP's `message_id`.
     pub id: Uuid,
-    /// Who published it, with the incarnation (`person`, `person~2`): AMQP's `app_id`.
+    /// The source with its incarnation (`person`, `person~2`): AMQP's `app_id`.
     pub source: String,
-    /// What kind of thing it is about.
+    /// The type of the aggregate.
     pub aggregate_type: String,
-    /// Which one.
+    /// The id of the aggregate.
     pub aggregate_id: String,
     /// The aggregate's version after this event: 1, 2, 3, … without holes.
     pub version: i64,
-    /// The event type, as a rule also the routing key.
+    /// The event type, usually also the routing key.
     pub type_: String,
     /// AMQP's `timestamp`, to the second.
     pub occurred_at: Option<DateTime<Utc>>,
-    /// The headers beyond the aggregate's, without those that the broker adds (`x-…`).
+    /// The other headers, without those that the broker adds (`x-…`).
     pub headers: Map<String, Value>,
     /// The body as it was published.
     pub payload: Vec<u8>,
 }
 
-/// Why a message is no event. Names the rule, never the value.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
-    /// Every event carries it, this message does not.
-    #[error("{0} is missing")]
-    Missing(&'static str),
-    /// It is there, but not what it should be.
-    #[error("{0} is not {1}")]
-    Invalid(&'static str, &'static str),
-    /// Its headers are none that an event has.
-    #[error("its headers {0}")]
-    Headers(&'static str),
-    /// Its body is larger than that of any event.
-    #[error("its body is larger than 16 MiB")]
-    Large,
-}
-
 /// The largest body of an event, as the outbox has it: RabbitMQ's own default for a message from 4.0 on.
 const LARGEST_BODY: usize = 16 * 1024 * 1024;
-/// How deep a header's value may be nested.
-const DEPTH: usize = 4;
-/// How many headers an event may have, without those that the broker adds.
-const HEADERS: usize = 100;
-/// How much of a rejected message's headers is kept, as JSON.
-const KEPT_HEADERS: usize = 16 * 1024;
-/// Stands for what is nested deeper than it may be.
-const TOO_DEEP: &str = "(nested too deep; not kept)";
 
 /// The headers that become fields of an [`Event`].
 const AGGREGATE_HEADERS: [&str; 3] = ["aggregate_type", "aggregate_id", "aggregate_version"];
 const TEXT: &str = "a text of 1 to 255 bytes without NUL";
-/// The last integer is none, so that every version has a next one.
+/// Without the largest integer, so that every version has a next one.
 const VERSION: &str = "an integer from 1 to 2^63 - 2";
 
 impl From<Delivery> for Envelope {
@@ -89,7 +59,16 @@ impl From<Delivery> for Envelope {
 }
 
 impl Envelope {
-    /// Reads the event in it.
+    /// Parses the event in the message.
+    ///
+    /// ```
+    /// # fn example(message: inbox::Envelope) {
+    /// match message.event() {
+    ///     Ok(event) => println!("version {} of {}/{}", event.version, event.aggregate_type, event.aggregate_id),
+    ///     Err(malformed) => println!("not an event: {malformed}"),
+    /// }
+    /// # }
+    /// ```
     pub fn event(&self) -> Result<Event, Malformed> {
         let properties = &self.properties;
         let id = properties.message_id().as_ref().ok_or(Malformed::Missing("message_id"))?;
@@ -105,7 +84,7 @@ impl Envelope {
             AMQPValue::ByteArray(value) => text(name, value.as_slice()),
             _ => Err(Malformed::Invalid(name, TEXT)),
         };
-        received(headers)?;
+        headers::check(headers)?;
         if self.body.len() > LARGEST_BODY {
             return Err(Malformed::Large);
         }
@@ -131,13 +110,13 @@ impl Envelope {
                 .filter(|(name, _)| {
                     !AGGREGATE_HEADERS.contains(&name.as_str()) && !name.as_str().starts_with("x-")
                 })
-                .map(|(name, value)| (name.as_str().to_owned(), to_json(value, DEPTH)))
+                .map(|(name, value)| (name.as_str().to_owned(), headers::to_json(value)))
                 .collect(),
             payload: self.body.clone(),
         })
     }
 
-    /// Everything but the body, for people who look at a rejected message. Bounded, in bytes and in depth.
+    /// Everything except the body, for an operator who reads a rejected message. Bounded in bytes and depth.
     pub(crate) fn properties_json(&self) -> Value {
         let p = &self.properties;
         let text = |value: &Option<lapin::types::ShortString>| value.as_ref().map(|v| v.as_str().to_owned());
@@ -154,7 +133,7 @@ impl Envelope {
             "reply_to": text(p.reply_to()),
             "expiration": text(p.expiration()),
             "user_id": text(p.user_id()),
-            "headers": p.headers().as_ref().map(kept),
+            "headers": p.headers().as_ref().map(headers::stored),
         });
         if let Some(all) = all.as_object_mut() {
             all.retain(|_, value| !value.is_null());
@@ -164,22 +143,91 @@ impl Envelope {
 }
 
 impl Event {
-    /// It carries the aggregate's complete state, so it may follow any lower version.
+    /// Whether it has the aggregate's complete state, so that it may follow any lower version.
+    ///
+    /// ```
+    /// # let event = inbox::Event {
+    /// #     id: uuid::Uuid::nil(),
+    /// #     source: "shop".to_owned(),
+    /// #     aggregate_type: "order".to_owned(),
+    /// #     aggregate_id: "7".to_owned(),
+    /// #     version: 1,
+    /// #     type_: "order.new".to_owned(),
+    /// #     occurred_at: None,
+    /// #     headers: serde_json::Map::new(),
+    /// #     payload: b"{}".to_vec(),
+    /// # };
+    /// let mut event = event;
+    /// assert!(!event.is_baseline());
+    /// event.headers.insert("baseline".to_owned(), true.into());
+    /// assert!(event.is_baseline());
+    /// ```
     pub fn is_baseline(&self) -> bool {
         self.flag("baseline")
     }
 
-    /// Its content was erased later: it advances the version and does nothing.
+    /// Whether its content was erased: it advances the version and has no other effect.
+    ///
+    /// ```
+    /// # let event = inbox::Event {
+    /// #     id: uuid::Uuid::nil(),
+    /// #     source: "shop".to_owned(),
+    /// #     aggregate_type: "order".to_owned(),
+    /// #     aggregate_id: "7".to_owned(),
+    /// #     version: 1,
+    /// #     type_: "order.new".to_owned(),
+    /// #     occurred_at: None,
+    /// #     headers: serde_json::Map::new(),
+    /// #     payload: b"{}".to_vec(),
+    /// # };
+    /// let mut event = event;
+    /// assert!(!event.is_erased());
+    /// event.headers.insert("erased".to_owned(), true.into());
+    /// assert!(event.is_erased());
+    /// ```
     pub fn is_erased(&self) -> bool {
         self.flag("erased")
     }
 
-    /// It was published again on somebody's request.
+    /// Whether an operator had it published again.
+    ///
+    /// ```
+    /// # let event = inbox::Event {
+    /// #     id: uuid::Uuid::nil(),
+    /// #     source: "shop".to_owned(),
+    /// #     aggregate_type: "order".to_owned(),
+    /// #     aggregate_id: "7".to_owned(),
+    /// #     version: 1,
+    /// #     type_: "order.new".to_owned(),
+    /// #     occurred_at: None,
+    /// #     headers: serde_json::Map::new(),
+    /// #     payload: b"{}".to_vec(),
+    /// # };
+    /// let mut event = event;
+    /// assert!(!event.is_replayed());
+    /// event.headers.insert("replayed".to_owned(), true.into());
+    /// assert!(event.is_replayed());
+    /// ```
     pub fn is_replayed(&self) -> bool {
         self.flag("replayed")
     }
 
-    /// The trace it belongs to (W3C Trace Context).
+    /// Its trace (W3C Trace Context).
+    ///
+    /// ```
+    /// # let event = inbox::Event {
+    /// #     id: uuid::Uuid::nil(),
+    /// #     source: "shop".to_owned(),
+    /// #     aggregate_type: "order".to_owned(),
+    /// #     aggregate_id: "7".to_owned(),
+    /// #     version: 1,
+    /// #     type_: "order.new".to_owned(),
+    /// #     occurred_at: None,
+    /// #     headers: serde_json::Map::new(),
+    /// #     payload: b"{}".to_vec(),
+    /// # };
+    /// assert_eq!(event.traceparent(), None);
+    /// ```
     pub fn traceparent(&self) -> Option<&str> {
         self.headers.get("traceparent")?.as_str()
     }
@@ -196,7 +244,7 @@ impl Event {
         deleted && !self.is_erased()
     }
 
-    /// When it was made, to the millisecond where its id tells (UUIDv7).
+    /// When it was created: to the millisecond by its id (UUIDv7), otherwise to the second.
     pub(crate) fn made_at(&self) -> Option<DateTime<Utc>> {
         made_at(self.id).or(self.occurred_at)
     }
@@ -206,10 +254,10 @@ impl Event {
     }
 }
 
-/// How often a message was delivered before and came back, as a quorum queue counts it.
+/// How often a message was delivered before and returned, as a quorum queue counts it.
 pub(crate) fn returned(properties: &BasicProperties) -> i64 {
     let headers = properties.headers().as_ref();
-    headers.and_then(|h| h.inner().get("x-delivery-count")).and_then(integer).unwrap_or(0)
+    headers.and_then(|h| h.inner().get("x-delivery-count")).and_then(headers::integer).unwrap_or(0)
 }
 
 /// The time in a UUIDv7.
@@ -237,114 +285,7 @@ fn version(value: &AMQPValue) -> Result<i64, Malformed> {
         _ => None,
     };
     digits
-        .map_or_else(|| integer(value), |d| std::str::from_utf8(d).ok()?.parse().ok())
+        .map_or_else(|| headers::integer(value), |d| std::str::from_utf8(d).ok()?.parse().ok())
         .filter(|version| (1..i64::MAX).contains(version))
         .ok_or(Malformed::Invalid("aggregate_version", VERSION))
-}
-
-fn integer(value: &AMQPValue) -> Option<i64> {
-    match *value {
-        AMQPValue::ShortShortInt(n) => Some(n.into()),
-        AMQPValue::ShortShortUInt(n) => Some(n.into()),
-        AMQPValue::ShortInt(n) => Some(n.into()),
-        AMQPValue::ShortUInt(n) => Some(n.into()),
-        AMQPValue::LongInt(n) => Some(n.into()),
-        AMQPValue::LongUInt(n) => Some(n.into()),
-        AMQPValue::LongLongInt(n) => Some(n),
-        _ => None,
-    }
-}
-
-/// Whether all of the headers arrived, and are such as an event may have.
-fn received(headers: &FieldTable) -> Result<(), Malformed> {
-    match headers.inner().get(amqp::REMOVED) {
-        None => {}
-        // Only the broker's own note of where the message has been.
-        Some(AMQPValue::FieldTable(removed))
-            if removed.inner().keys().all(|name| name.as_str() == "x-death") => {}
-        Some(_) => {
-            return Err(Malformed::Headers("could not be received whole; `x-removed` names what is missing"));
-        }
-    }
-    let mut own =
-        headers.inner().iter().filter(|(name, _)| !name.as_str().starts_with("x-")).map(|(_, value)| value);
-    if own.clone().count() > HEADERS {
-        return Err(Malformed::Headers("are more than 100"));
-    }
-    if own.any(|value| is_deep(value, DEPTH)) {
-        return Err(Malformed::Headers("are nested more than 4 levels deep"));
-    }
-    Ok(())
-}
-
-/// Whether a value is nested in more than so many levels.
-fn is_deep(value: &AMQPValue, levels: usize) -> bool {
-    match (value, levels.checked_sub(1)) {
-        (AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_), None) => true,
-        (AMQPValue::FieldArray(all), Some(levels)) => {
-            all.as_slice().iter().any(|value| is_deep(value, levels))
-        }
-        (AMQPValue::FieldTable(all), Some(levels)) => {
-            all.inner().values().any(|value| is_deep(value, levels))
-        }
-        _ => false,
-    }
-}
-
-/// The headers of a rejected message, as far as they are kept.
-fn kept(headers: &FieldTable) -> Value {
-    let mut kept = Map::new();
-    let mut room = KEPT_HEADERS;
-    for (name, value) in headers.inner() {
-        let value = to_json(value, DEPTH);
-        let bytes = name.as_str().len() + value.to_string().len();
-        let Some(rest) = room.checked_sub(bytes) else { continue };
-        room = rest;
-        kept.insert(name.as_str().to_owned(), value);
-    }
-    let missing = headers.inner().len() - kept.len();
-    if missing > 0 {
-        kept.insert("…".to_owned(), format!("({missing} more, too large to be kept)").into());
-    }
-    kept.into()
-}
-
-/// With at most so many levels of arrays and tables.
-fn to_json(value: &AMQPValue, levels: usize) -> Value {
-    let within = levels.saturating_sub(1);
-    match value {
-        AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_) if levels == 0 => TOO_DEEP.into(),
-        AMQPValue::Boolean(b) => json!(b),
-        AMQPValue::Float(f) => json!(f),
-        AMQPValue::Double(f) => json!(f),
-        AMQPValue::DecimalValue(d) => json!({"scale": d.scale, "value": d.value}),
-        AMQPValue::ShortString(s) => json!(s.as_str()),
-        AMQPValue::LongString(s) => bytes(s.as_bytes()),
-        AMQPValue::ByteArray(b) => bytes(b.as_slice()),
-        AMQPValue::FieldArray(all) => all.as_slice().iter().map(|value| to_json(value, within)).collect(),
-        AMQPValue::Timestamp(seconds) => json!(seconds),
-        AMQPValue::FieldTable(all) => all
-            .inner()
-            .iter()
-            .map(|(name, value)| (name.as_str().to_owned(), to_json(value, within)))
-            .collect(),
-        AMQPValue::Void => Value::Null,
-        number => integer(number).map_or(Value::Null, Value::from),
-    }
-}
-
-/// Long strings are bytes by the protocol and texts by custom; what is no text is shown in hex.
-fn bytes(bytes: &[u8]) -> Value {
-    match std::str::from_utf8(bytes) {
-        Ok(text) => json!(text),
-        Err(_) => json!({"hex": hex(bytes)}),
-    }
-}
-
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut hex, b| {
-        // Writing to a String cannot fail.
-        let _ = write!(hex, "{b:02x}");
-        hex
-    })
 }

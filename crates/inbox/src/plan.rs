@@ -6,49 +6,31 @@ use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    Envelope, Event, Outcome, Sources,
+    Event, Outcome,
     chain::{Decision, Held, Key, Next, Reason},
-    kept::Kept,
     ledger::Ledger,
-    save::{Rejected, Rejection},
-    transaction::{Mode, Stop},
+    parsed::ParsedMessage,
+    rejection::Rejection,
+    rollback::Rollback,
+    save_rejected::RejectedMessage,
+    stored_message::StoredMessage,
+    work::Mode,
 };
 
 /// Why an event that came too early is rejected.
-const TOO_MANY: &str =
-    "earlier versions have not arrived, and as many events wait for such as may: have the aggregate replayed";
+const TOO_MANY: &str = "earlier versions have not arrived, and the limit of events that wait for missing versions is \
+                        reached. Have the aggregate replayed";
 
-/// A message, parsed once for all tries.
-pub(crate) struct Message<'a> {
-    pub(crate) envelope: &'a Envelope,
-    /// The event in it, or why it is rejected.
-    pub(crate) event: Result<Event, (Rejection, String)>,
-    /// What is kept of it when it is none.
-    kept: Option<Kept<'a>>,
-}
-
-impl<'a> Message<'a> {
-    /// Who sent it comes first: what is foreign is not looked into.
-    pub(crate) fn new(envelope: &'a Envelope, sources: &Sources) -> Self {
-        let event = match sources.refuse(envelope) {
-            Some(refused) => Err(refused),
-            None => envelope.event().map_err(|malformed| (Rejection::Malformed, malformed.to_string())),
-        };
-        let kept = event.as_ref().err().map(|(reason, _)| Kept::of(envelope, *reason));
-        Self { envelope, event, kept }
-    }
-}
-
-/// An event whose turn it is.
+/// An event to apply.
 pub(crate) struct Due<'a> {
     pub(crate) key: Key,
     pub(crate) version: i64,
     id: Uuid,
-    /// None when it is held, and has to be read.
+    /// None when it is held, and has to be read from the database.
     received: Option<&'a Event>,
-    /// What is stored of it: why it is held, and how often it was tried.
+    /// The reason and the attempts, if it is held.
     pub(crate) held: Option<(Reason, i32)>,
-    /// Where its chain stood before, should it be refused.
+    /// Its chain's state before, to restore when it is refused.
     before: (i64, Option<Uuid>),
 }
 
@@ -58,13 +40,13 @@ pub(crate) struct Plan<'a> {
     mode: Mode,
     /// How many held events may still be applied.
     budget: usize,
-    /// No more may wait for a version that has not arrived.
+    /// The limit of events that wait for missing versions is reached.
     full: bool,
     /// What to apply, in this order.
     pub(crate) due: Vec<Due<'a>>,
-    /// Aggregates with held events that may be next, but for which the budget did not last.
+    /// Aggregates with more held events than the budget allows.
     pub(crate) unfinished: Vec<Key>,
-    pub(crate) rejected: Vec<Rejected<'a>>,
+    pub(crate) rejected: Vec<RejectedMessage<'a>>,
     pub(crate) outcome: Outcome,
 }
 
@@ -82,8 +64,8 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Takes a message that was received.
-    pub(crate) fn message(&mut self, message: &'a Message<'a>) -> Result<(), Stop> {
+    /// Decides about a received message.
+    pub(crate) fn message(&mut self, message: &'a ParsedMessage<'a>) -> Result<(), Rollback> {
         let event = match &message.event {
             Ok(event) => event,
             Err((reason, detail)) => {
@@ -105,7 +87,7 @@ impl<'a> Plan<'a> {
         match self.ledger.chain(&key)?.decide(event) {
             Decision::Duplicate => self.outcome.duplicates += 1,
             Decision::Tried if self.mode == Mode::Together => {
-                return Err(Stop::Failed("an event that may end the process is taken alone".to_owned()));
+                return Err(Rollback::Failed("an event that may end the process is taken alone".to_owned()));
             }
             Decision::Fork(detail) => {
                 self.outcome.forks += 1;
@@ -162,16 +144,16 @@ impl<'a> Plan<'a> {
 
     fn reject(
         &mut self,
-        message: &'a Message<'a>,
+        message: &'a ParsedMessage<'a>,
         event: Option<&'a Event>,
         reason: Rejection,
         detail: String,
     ) {
-        let kept = match &message.kept {
-            Some(kept) => Cow::Borrowed(kept),
-            None => Cow::Owned(Kept::of(message.envelope, reason)),
+        let stored = match &message.stored {
+            Some(stored) => Cow::Borrowed(stored),
+            None => Cow::Owned(StoredMessage::of(message.envelope, reason)),
         };
-        self.rejected.push(Rejected { kept, event, reason, detail });
+        self.rejected.push(RejectedMessage { stored, event, reason, detail });
     }
 
     /// The events to apply, whole.
@@ -188,12 +170,12 @@ impl<'a> Plan<'a> {
             .collect()
     }
 
-    /// How often the event that is due was tried before.
+    /// How often the due event was tried before.
     pub(crate) fn attempts(&self) -> i32 {
         self.due.first().and_then(|due| due.held).map_or(0, |(_, attempts)| attempts)
     }
 
-    /// That the only event is tried has been stored.
+    /// The attempt at the only event was stored.
     pub(crate) fn tried(&mut self, attempts: i32) -> sqlx::Result<()> {
         for due in &self.due {
             let held = Held { id: due.id, reason: Reason::Trying, attempts, received: None };
@@ -202,7 +184,7 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// The only event that was to be applied was refused: its chain stands where it stood.
+    /// The only event was refused: restores its chain.
     pub(crate) fn refused(&mut self, attempts: i32) -> sqlx::Result<()> {
         for due in self.due.drain(..) {
             let chain = self.ledger.chain(&due.key)?;

@@ -1,4 +1,4 @@
-//! A subscriber's queues without its consumer: declared before it lives, deleted after its end.
+//! A subscriber's queues without its consumer: declares them before it starts, deletes them after its end.
 
 use lapin::{Channel, ConnectionProperties};
 
@@ -7,13 +7,29 @@ use crate::{
     subscription::{Trouble, answer},
 };
 
-/// Declares what a consumer with this configuration would: from then on its queue receives.
+/// Declares the exchanges and queues of a consumer with this configuration. From then on its queue receives events.
+///
+/// ```
+/// # async fn example(config: inbox::Config) -> Result<(), String> {
+/// // Before the source publishes what the queue must receive:
+/// inbox::declare(&config).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub async fn declare(config: &Config) -> Result<(), String> {
     at_some_node(config, async |channel| answer(config.topology.declare(channel)).await).await
 }
 
-/// Deletes a subscriber's queue, the queue of its dead letters and their exchange, with all that is in
-/// them. What is not there is no error. Its consumer must have ended: it would declare them again.
+/// Deletes a subscriber's queue, its dead letters' queue and exchange, with all messages in them. A missing queue is no
+/// error. End the consumer first: it would declare them again.
+///
+/// ```
+/// # async fn example(config: inbox::Config) -> Result<(), String> {
+/// // After the end of the consumer:
+/// inbox::remove(&config).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub async fn remove(config: &Config) -> Result<(), String> {
     at_some_node(config, async |channel| answer(config.topology.delete(channel)).await).await
 }

@@ -1,19 +1,19 @@
-//! Messages that cannot be applied at all, for people who look, and who let them go.
+//! Messages that cannot be applied, for operators: grouped by reason, one with its details, and deleted.
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::Value;
 use sqlx::PgConnection;
 
-use crate::{held::text, save::Rejection};
+use crate::{held::text, rejection::Rejection};
 
-/// Why a message is rejected.
+/// The reasons for which a message is rejected.
 pub const REASONS: [&str; 4] = {
     let [malformed, fork, foreign, wrong_user] = Rejection::ALL;
     [malformed.as_str(), fork.as_str(), foreign.as_str(), wrong_user.as_str()]
 };
 
-/// How many are dropped in one statement.
+/// How many messages one statement deletes.
 const BATCH: i64 = 10_000;
 
 /// Messages that were rejected for the same reason.
@@ -21,26 +21,26 @@ const BATCH: i64 = 10_000;
 pub struct Group {
     /// One of [`REASONS`].
     pub reason: String,
-    /// In words.
+    /// The reason in detail.
     pub detail: String,
     /// How many messages.
     pub messages: i64,
-    /// How often they came.
+    /// How often they were delivered.
     pub deliveries: i64,
-    /// When the first came.
+    /// When the first was delivered.
     pub first_at: DateTime<Utc>,
-    /// When one last came.
+    /// When the last was delivered.
     pub last_at: DateTime<Utc>,
-    /// One of them, the newest.
+    /// The number of the newest one.
     pub newest: i64,
 }
 
-/// All that was rejected.
+/// All rejected messages.
 #[derive(Clone, Debug, Serialize)]
 pub struct Groups {
     /// How many messages.
     pub messages: i64,
-    /// By reason and detail; there are few texts, and none quotes a message.
+    /// By reason and detail. There are few such texts, since none quotes a message.
     pub groups: Vec<Group>,
 }
 
@@ -51,40 +51,49 @@ pub struct Rejected {
     pub id: i64,
     /// One of [`REASONS`].
     pub reason: String,
-    /// In words.
+    /// The reason in detail.
     pub detail: String,
-    /// The routing key it came with.
+    /// Its routing key.
     pub routing_key: String,
     /// Its properties, headers included.
     pub properties: Value,
-    /// How often it came.
+    /// How often it was delivered.
     pub times: i64,
-    /// When it came first.
+    /// When it was first delivered.
     pub first_at: DateTime<Utc>,
-    /// And last.
+    /// When it was last delivered.
     pub last_at: DateTime<Utc>,
-    /// When its properties and its body were erased, because what it tells of has ended.
+    /// When its properties and its body were erased, because its aggregate has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub erased_at: Option<DateTime<Utc>>,
-    /// How long its body was.
+    /// The length of its body, in bytes.
     pub bytes: i64,
-    /// How much of it is kept.
+    /// How many bytes of the body are stored.
     pub kept_bytes: i32,
-    /// The part of its body that is kept, where it was asked for: text, or else hexadecimal.
+    /// The stored part of its body, if requested: as text, otherwise in hexadecimal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body: Option<String>,
 }
 
-/// Which rejected messages; all conditions hold.
+/// Selects rejected messages. All conditions must match.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
-    /// One of these numbers; any, when empty.
+    /// With one of these numbers. Any, when empty.
     pub ids: Vec<i64>,
     /// With this reason.
     pub reason: Option<String>,
 }
 
-/// Everything that was rejected, by reason and detail.
+/// Groups all rejected messages by reason and detail.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// for group in inbox::rejected::groups(conn, "stock").await?.groups {
+///     println!("{} messages, {}: {}", group.messages, group.reason, group.detail);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn groups(conn: &mut PgConnection, consumer: &str) -> sqlx::Result<Groups> {
     let groups: Vec<Group> = sqlx::query_as(
         "SELECT reason, detail, count(*) AS messages, sum(times)::bigint AS deliveries, min(first_at) AS first_at,
@@ -97,7 +106,16 @@ pub async fn groups(conn: &mut PgConnection, consumer: &str) -> sqlx::Result<Gro
     Ok(Groups { messages: groups.iter().map(|group| group.messages).sum(), groups })
 }
 
-/// The rejected message with this number. Its body is only read when asked for.
+/// Reads the rejected message with this number. `with_body` also reads its body.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// if let Some(message) = inbox::rejected::message(conn, "stock", 1, false).await? {
+///     println!("{}: {}", message.reason, message.properties);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub async fn message(
     conn: &mut PgConnection,
     consumer: &str,
@@ -146,7 +164,17 @@ pub async fn message(
     }))
 }
 
-/// How many match.
+/// Counts the messages that match.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// use inbox::rejected::{self, Filter};
+///
+/// let forks = Filter { reason: Some("fork".to_owned()), ..Filter::default() };
+/// let count = rejected::count(conn, "stock", &forks).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub async fn count(conn: &mut PgConnection, consumer: &str, filter: &Filter) -> sqlx::Result<i64> {
     sqlx::query_scalar(
         "SELECT count(*) FROM inbox.rejected
@@ -159,7 +187,17 @@ pub async fn count(conn: &mut PgConnection, consumer: &str, filter: &Filter) -> 
     .await
 }
 
-/// Lets those go that match and are there now; many in one transaction each. Says how many they were.
+/// Deletes the messages that match and are stored now, in transactions of 10,000. Returns how many they were.
+///
+/// ```
+/// # async fn example(conn: &mut sqlx::PgConnection) -> sqlx::Result<()> {
+/// use inbox::rejected::{self, Filter};
+///
+/// let forks = Filter { reason: Some("fork".to_owned()), ..Filter::default() };
+/// let deleted = rejected::drop(conn, "stock", &forks).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub async fn drop(conn: &mut PgConnection, consumer: &str, filter: &Filter) -> sqlx::Result<u64> {
     let until: Option<i64> = sqlx::query_scalar("SELECT max(id) FROM inbox.rejected WHERE consumer = $1")
         .bind(consumer)

@@ -1,61 +1,17 @@
-//! What a transaction writes to the schema `inbox`: each kind of thing in one statement, however many.
+//! What a transaction writes to the schema `inbox`: one statement for each table and action, for any number of rows.
 
-use std::{
-    borrow::Cow,
-    collections::{BTreeMap, BTreeSet},
-};
-
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    Event,
     chain::{Chain, Key},
-    kept::Kept,
     ledger::{Ledger, columns},
 };
 
-/// Why a message is kept in `inbox.rejected`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Rejection {
-    Malformed,
-    Fork,
-    /// Its source is not followed.
-    Foreign,
-    /// Its source is followed, and published by another user.
-    WrongUser,
-}
-
-impl Rejection {
-    pub(crate) const ALL: [Self; 4] = [Self::Malformed, Self::Fork, Self::Foreign, Self::WrongUser];
-
-    pub(crate) const fn as_str(self) -> &'static str {
-        match self {
-            Self::Malformed => "malformed",
-            Self::Fork => "fork",
-            Self::Foreign => "foreign",
-            Self::WrongUser => "wrong-user",
-        }
-    }
-}
-
-/// What stands for all that are rejected beyond those that are kept.
-pub(crate) const NOT_KEPT: &str =
-    "not kept, only counted: as many messages were rejected for this reason as are kept";
-
-/// A message that cannot be applied.
-pub(crate) struct Rejected<'a> {
-    pub(crate) kept: Cow<'a, Kept<'a>>,
-    /// The event in it, when it is one.
-    pub(crate) event: Option<&'a Event>,
-    pub(crate) reason: Rejection,
-    pub(crate) detail: String,
-}
-
 impl Ledger<'_> {
-    /// Writes how far the chains have come, drops what they hold at or below that, erases what others hold of those that
-    /// ended, keeps what has to wait, and says of the rest what it waits for now.
+    /// Stores the chains' versions, deletes their held events at or below them, erases the content of aggregates that
+    /// ended, holds the events that wait, and updates the reasons of the others.
     pub(crate) async fn save(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
         self.save_versions(tx).await?;
         self.drop_applied(tx).await?;
@@ -64,7 +20,7 @@ impl Ledger<'_> {
         self.save_reasons(tx).await
     }
 
-    /// Of aggregates that have ended, what anybody here holds or has rejected loses its content.
+    /// Erases the content of held events and rejected messages of ended aggregates, for all consumers.
     async fn erase_ended(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
         let (keys, versions): (Vec<&Key>, Vec<i64>) =
             self.chains.iter().filter_map(|(key, chain)| Some((key, chain.ended?))).unzip();
@@ -183,7 +139,7 @@ impl Ledger<'_> {
         Ok(())
     }
 
-    /// Those that wait for the same chain wait for the same thing, so a look at a few tells of all.
+    /// The held events of a chain share one reason, so a few of them tell the reason of all.
     async fn save_reasons(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
         let differs = |chain: &Chain<'_>| {
             let waits = chain.waits();
@@ -216,112 +172,6 @@ impl Ledger<'_> {
         .execute(&mut **tx)
         .await?;
         Ok(())
-    }
-
-    /// Keeps messages that cannot be applied. A redelivery is counted, not stored again; where `most` are kept for
-    /// a reason, further ones are only counted, on a row for all of them.
-    pub(crate) async fn reject(
-        &self,
-        tx: &mut Transaction<'_, Postgres>,
-        rejected: &[Rejected<'_>],
-        most: u32,
-    ) -> sqlx::Result<()> {
-        if rejected.is_empty() {
-            return Ok(());
-        }
-        let mut room = self.room(tx, rejected, most).await?;
-        let uncounted: Vec<Kept<'static>> = rejected.iter().map(|r| Kept::uncounted(r.reason)).collect();
-        let rows: Vec<(&Kept<'_>, &str, &str)> = rejected
-            .iter()
-            .zip(&uncounted)
-            .map(|(r, uncounted)| {
-                let detail = if room.take(r) { r.detail.as_str() } else { NOT_KEPT };
-                let kept = if detail == NOT_KEPT { uncounted } else { &*r.kept };
-                (kept, r.reason.as_str(), detail)
-            })
-            .collect();
-        // In the order of the digest, like every lock; grouped, because one statement may not meet a
-        // row of its own.
-        sqlx::query(
-            "INSERT INTO inbox.rejected AS r
-                    (consumer, digest, reason, detail, routing_key, properties, body, bytes, about, times)
-             SELECT DISTINCT ON (digest) $1, digest, k.reason, k.detail, k.routing_key, k.properties::json,
-                    k.body, k.bytes, ARRAY(SELECT json_array_elements_text(k.about::json)),
-                    count(*) OVER (PARTITION BY digest)
-             FROM unnest($2::bytea[], $3::text[], $4::text[], $5::text[], $6::text[], $7::bytea[], $8::bigint[],
-                         $9::text[])
-                  WITH ORDINALITY AS k (digest, reason, detail, routing_key, properties, body, bytes, about, n)
-             ORDER BY digest, k.n
-             ON CONFLICT (consumer, digest) DO UPDATE SET times = r.times + excluded.times, last_at = now()",
-        )
-        .bind(self.consumer)
-        .bind(rows.iter().map(|(kept, ..)| kept.digest.as_slice()).collect::<Vec<_>>())
-        .bind(rows.iter().map(|(_, reason, _)| *reason).collect::<Vec<_>>())
-        .bind(rows.iter().map(|(.., detail)| *detail).collect::<Vec<_>>())
-        .bind(rows.iter().map(|(kept, ..)| kept.routing_key.as_str()).collect::<Vec<_>>())
-        .bind(rows.iter().map(|(kept, ..)| kept.properties.as_str()).collect::<Vec<_>>())
-        .bind(rows.iter().map(|(kept, ..)| kept.body).collect::<Vec<_>>())
-        .bind(rows.iter().map(|(kept, ..)| kept.bytes).collect::<Vec<_>>())
-        .bind(rows.iter().map(|(kept, ..)| json!(kept.about).to_string()).collect::<Vec<_>>())
-        .execute(&mut **tx)
-        .await?;
-        Ok(())
-    }
-
-    /// What may still be kept, when `most` of each reason may be; 0 for any number.
-    async fn room(
-        &self,
-        tx: &mut Transaction<'_, Postgres>,
-        rejected: &[Rejected<'_>],
-        most: u32,
-    ) -> sqlx::Result<Room> {
-        if most == 0 {
-            return Ok(Room { left: None, known: BTreeSet::new() });
-        }
-        let reasons: BTreeSet<&str> = rejected.iter().map(|r| r.reason.as_str()).collect();
-        let kept: Vec<(String, i64)> = sqlx::query_as(
-            "SELECT reason, (SELECT count(*) FROM (SELECT FROM inbox.rejected
-                                                   WHERE consumer = $1 AND reason = r.reason LIMIT $3) AS counted)
-             FROM unnest($2::text[]) AS r (reason)",
-        )
-        .bind(self.consumer)
-        .bind(reasons.into_iter().collect::<Vec<_>>())
-        .bind(i64::from(most))
-        .fetch_all(&mut **tx)
-        .await?;
-        let known: Vec<Vec<u8>> =
-            sqlx::query_scalar("SELECT digest FROM inbox.rejected WHERE consumer = $1 AND digest = ANY ($2)")
-                .bind(self.consumer)
-                .bind(rejected.iter().map(|r| r.kept.digest.as_slice()).collect::<Vec<_>>())
-                .fetch_all(&mut **tx)
-                .await?;
-        let left = kept.into_iter().map(|(reason, count)| (reason, i64::from(most) - count)).collect();
-        Ok(Room { left: Some(left), known: known.into_iter().collect() })
-    }
-}
-
-/// Which messages may be stored.
-struct Room {
-    /// How many of each reason; None for any number.
-    left: Option<BTreeMap<String, i64>>,
-    /// The digests of those that are stored.
-    known: BTreeSet<Vec<u8>>,
-}
-
-impl Room {
-    fn take(&mut self, rejected: &Rejected<'_>) -> bool {
-        let Some(left) = self.left.as_mut().and_then(|left| left.get_mut(rejected.reason.as_str())) else {
-            return true;
-        };
-        if self.known.contains(&rejected.kept.digest) {
-            return true;
-        }
-        let taken = *left > 0;
-        if taken {
-            *left -= 1;
-            self.known.insert(rejected.kept.digest.clone());
-        }
-        taken
     }
 }
 

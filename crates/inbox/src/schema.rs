@@ -1,10 +1,17 @@
 use sqlx::migrate::Migrator;
 
-/// The schema that holds everything of the inbox.
+/// The schema of all the inbox's tables and functions.
 pub const SCHEMA: &str = "inbox";
 
-/// The inbox's migrations. Their record is kept in `inbox.migration`, so that the inbox can be added to
-/// any database, whatever migrates the rest of it.
+/// The inbox's migrations. They are recorded in `inbox.migration`, so the inbox can be added to a database with other
+/// migrations.
+///
+/// ```
+/// # async fn example(pool: sqlx::PgPool) -> Result<(), sqlx::migrate::MigrateError> {
+/// inbox::migrator().run(&pool).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub fn migrator() -> Migrator {
     let mut migrator = sqlx::migrate!("./migrations");
     migrator.dangerous_set_table_name("inbox.migration");

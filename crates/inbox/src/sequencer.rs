@@ -1,103 +1,66 @@
-use std::{collections::BTreeSet, ops::AddAssign, slice, sync::Mutex, time::Duration};
+use std::{collections::BTreeSet, slice, sync::Mutex, time::Duration};
 
 use outbox::database::Session;
 use sqlx::PgPool;
 
 use crate::{
-    Envelope, Handler, Sources,
+    Envelope, Handler, Interrupted, Outcome, Sources,
     breaker::Streaks,
     chain::Key,
     ledger::NEAR,
     limits::Limits,
-    plan::Message,
-    transaction::{Mode, Stop, Work},
+    parsed::ParsedMessage,
+    rollback::Rollback,
+    work::{Mode, Work},
 };
 
-/// Applies events once and in order, whatever order and however often they arrive.
+/// Applies events once and in order, in whatever order and however often they arrive.
 ///
-/// For an event with version *v* of an aggregate that stands at *n*, in one transaction with the handler:
+/// For an event with version *v* of an aggregate at version *n*, in one transaction with the handler:
 ///
 /// | case | action |
 /// |---|---|
-/// | *v* ≤ *n* | a duplicate; but another id at *v* = *n*, or a later-made event below, is a suspected fork: stored, alarm |
-/// | *v* = *n* + 1 | applied, then what is held next to it |
-/// | *v* > *n* + 1 | held; a baseline or the aggregate's own deletion jumps instead |
-/// | the handler refuses it | held with the error; later ones wait behind it |
-/// | the database or the handler cannot now | nothing is changed; to be delivered again |
-/// | it is no event, or from a source or user that is not followed | stored as it came |
+/// | *v* ≤ *n* | a duplicate: ignored. Another id at *v* = *n*, or an event below *n* that was created later, is a suspected fork: stored, with an alarm |
+/// | *v* = *n* + 1 | applied, and then the held events that continue it |
+/// | *v* > *n* + 1 | held. A baseline or the aggregate's own deletion is applied instead |
+/// | the handler refuses it | held with the error; later events wait behind it |
+/// | the database or the handler fails transiently | nothing changes; the event has to be delivered again |
+/// | not an event, or from a source or user that is not followed | stored as rejected |
 ///
-/// `consumer` is part of every key: consumers with different names do not see each other, and any number
-/// of processes with the same name share the work.
+/// `consumer` is part of every key. Consumers with different names are independent; any number of processes with the
+/// same name share the work.
 #[derive(Debug)]
 pub struct Sequencer<H> {
     pub(crate) consumer: String,
     pub(crate) pool: PgPool,
-    /// Of the pool, for one transaction after the other.
+    /// A connection of the pool, for one transaction after the other.
     pub(crate) session: Session,
     pub(crate) handler: H,
-    /// Attempts that were interrupted, which could not be written: this process lives, so they do not count.
+    /// Interrupted attempts that could not be written. This process lives, so they do not count.
     pub(crate) survived: Mutex<BTreeSet<(Key, i64)>>,
     /// How many events of each source were refused in a row.
     pub(crate) streaks: Mutex<Streaks>,
-    /// Whom it believes.
+    /// The sources that it follows, and their broker users.
     pub(crate) sources: Sources,
-    /// How much it stores.
+    /// The limits of what it stores.
     pub(crate) limits: Limits,
 }
 
-/// What became of messages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
-    /// Applied, those that had been held included.
-    pub applied: u64,
-    /// Nothing to do: applied or held before.
-    pub duplicates: u64,
-    /// Newly held because an earlier version is missing or is poison.
-    pub held: u64,
-    /// Newly refused by the handler.
-    pub poison: u64,
-    /// No events.
-    pub rejected: u64,
-    /// From sources that are not followed.
-    pub foreign: u64,
-    /// Of a followed source, from a user that does not publish it.
-    pub wrong_user: u64,
-    /// Suspected forks.
-    pub forks: u64,
-}
-
-impl AddAssign for Outcome {
-    fn add_assign(&mut self, other: Self) {
-        self.applied += other.applied;
-        self.duplicates += other.duplicates;
-        self.held += other.held;
-        self.poison += other.poison;
-        self.rejected += other.rejected;
-        self.foreign += other.foreign;
-        self.wrong_user += other.wrong_user;
-        self.forks += other.forks;
-    }
-}
-
-/// A database that takes longer for a tiny commit is slow with everything.
+/// A database that needs longer for a tiny commit is slow with everything.
 const QUICK: Duration = Duration::from_secs(1);
 
-/// Why messages were not settled. Deliver those from `settled` on again.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{reason}")]
-pub struct Interrupted {
-    /// How many messages from the start are settled all the same.
-    pub settled: usize,
-    /// What happened, for logs and readiness.
-    pub reason: String,
-    /// The database refused the inbox's own statements for the first unsettled message, and another
-    /// try would end the same way. False when it passes.
-    pub refused: bool,
-}
-
 impl<H: Handler> Sequencer<H> {
-    /// A sequencer under the name `consumer`, which must stay the same for as long as the read model
-    /// lives: what was applied is remembered by it.
+    /// A sequencer for the consumer of this name. The name is the key of everything that was applied, so it must stay
+    /// the same for as long as the read model exists.
+    ///
+    /// ```
+    /// use inbox::{Handler, Sequencer};
+    /// use sqlx::PgPool;
+    ///
+    /// fn sequencer<H: Handler>(pool: PgPool, handler: H) -> Sequencer<H> {
+    ///     Sequencer::new("stock", pool, handler)
+    /// }
+    /// ```
     pub fn new(consumer: impl Into<String>, pool: PgPool, handler: H) -> Self {
         Self {
             consumer: consumer.into(),
@@ -111,20 +74,41 @@ impl<H: Handler> Sequencer<H> {
         }
     }
 
-    /// Follows these sources alone, as published by their users. What it has stored already it believes.
+    /// Follows only these sources, from their broker users. Events that are already held are not checked again.
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(sequencer: inbox::Sequencer<H>) -> Result<(), Box<dyn std::error::Error>> {
+    /// use inbox::Publisher;
+    ///
+    /// let shop: Publisher = "shop=outbox_relay_shop".parse()?;
+    /// let sequencer = sequencer.following([shop].into_iter().collect());
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn following(mut self, sources: Sources) -> Self {
         self.sources = sources;
         self
     }
 
-    /// Settles `messages`, in their order. They are taken in one transaction; when that fails for one
-    /// of them, each half is taken by itself, and so on down to the one at fault, which is held. So a
-    /// bad event costs nobody else, and about twice the logarithm of the batch. Everything that is reported as
-    /// settled is committed, and may be acknowledged.
+    /// Settles `messages` in their order, in one transaction. When a message makes it fail, each half is tried by itself,
+    /// and so on down to the message at fault, which is held. A bad event costs about twice the logarithm of the batch
+    /// size in transactions, and stops no other event. Settled messages are committed, so the caller may acknowledge
+    /// them.
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(sequencer: inbox::Sequencer<H>, messages: Vec<inbox::Envelope>) {
+    /// match sequencer.apply(&messages).await {
+    ///     // Acknowledge all messages.
+    ///     Ok(outcome) => println!("{} events applied", outcome.applied),
+    ///     // Acknowledge the first `settled` messages, and return the others.
+    ///     Err(interrupted) => println!("{} messages settled: {interrupted}", interrupted.settled),
+    /// }
+    /// # }
+    /// ```
     pub async fn apply(&self, messages: &[Envelope]) -> Result<Outcome, Interrupted> {
-        let messages: Vec<Message<'_>> =
-            messages.iter().map(|message| Message::new(message, &self.sources)).collect();
+        let messages: Vec<ParsedMessage<'_>> =
+            messages.iter().map(|message| ParsedMessage::new(message, &self.sources)).collect();
         let mut outcome = Outcome::default();
         let mut settled = 0;
         let mut parts = vec![messages.as_slice()];
@@ -138,7 +122,7 @@ impl<H: Handler> Sequencer<H> {
                         return Err(Interrupted { settled, reason, refused: false });
                     }
                 }
-                Err(Stop::Failed(reason) | Stop::TooLong(reason)) if part.len() > 1 => {
+                Err(Rollback::Failed(reason) | Rollback::TooLong(reason)) if part.len() > 1 => {
                     tracing::debug!(
                         reason,
                         messages = part.len(),
@@ -147,16 +131,23 @@ impl<H: Handler> Sequencer<H> {
                     let (first, second) = part.split_at(part.len() / 2);
                     parts.extend([second, first]);
                 }
-                Err(stop) => return Err(stop.after(settled)),
+                Err(rollback) => return Err(rollback.after(settled)),
             }
         }
         Ok(outcome)
     }
 
-    /// Settles one message whose handler may end the process. That it is tried is committed before the
-    /// handler runs, and an event whose handler has not come back three times is held as poison.
+    /// Settles one message whose handler may end the process. The attempt is committed before the handler runs. An event
+    /// whose handler did not return three times is held as poison.
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(sequencer: inbox::Sequencer<H>, message: inbox::Envelope) {
+    /// // A message that was delivered several times and never acknowledged:
+    /// let outcome = sequencer.attempt(&message).await;
+    /// # }
+    /// ```
     pub async fn attempt(&self, message: &Envelope) -> Result<Outcome, Interrupted> {
-        let message = Message::new(message, &self.sources);
+        let message = ParsedMessage::new(message, &self.sources);
         let settled = async {
             let (outcome, mut unfinished) = self.alone(Work::suspect(&message)).await?;
             let mut outcome = outcome;
@@ -168,23 +159,23 @@ impl<H: Handler> Sequencer<H> {
             }
             Ok(outcome)
         };
-        settled.await.map_err(|stop: Stop| stop.after(0))
+        settled.await.map_err(|rollback: Rollback| rollback.after(0))
     }
 
-    /// Tries again the event that stops an aggregate, and applies what waits behind it.
-    pub(crate) async fn retry(&self, key: &Key) -> Result<Outcome, Stop> {
+    /// Retries the event that stops an aggregate, and applies the events behind it.
+    pub(crate) async fn retry(&self, key: &Key) -> Result<Outcome, Rollback> {
         let (mut outcome, unfinished) = self.alone(Work::one_held(slice::from_ref(key), Mode::Retry)).await?;
         outcome += self.drain(unfinished).await?;
         Ok(outcome)
     }
 
-    /// One transaction for the messages, then as many as it takes for what they freed. What is left of `several`
-    /// that failed goes into a savepoint at once, which most messages that come alone need not pay for.
-    async fn settle(&self, messages: &[Message<'_>], several: bool) -> Result<Outcome, Stop> {
+    /// One transaction for the messages, then as many as needed for the held events that they free. A message that is
+    /// left of `several` goes into a savepoint at once. A message that came alone tries without one first.
+    async fn settle(&self, messages: &[ParsedMessage<'_>], several: bool) -> Result<Outcome, Rollback> {
         let settled = match messages {
             [message] if several => self.alone(Work::alone(message)).await,
             _ => match (self.transaction(Work::messages(messages)).await, messages) {
-                (Err(Stop::Failed(_) | Stop::TooLong(_)), [message]) => {
+                (Err(Rollback::Failed(_) | Rollback::TooLong(_)), [message]) => {
                     self.alone(Work::alone(message)).await
                 }
                 (settled, _) => settled,
@@ -195,8 +186,8 @@ impl<H: Handler> Sequencer<H> {
         Ok(outcome)
     }
 
-    /// Applies what is held next, as much at a time as succeeds.
-    async fn drain(&self, mut unfinished: Vec<Key>) -> Result<Outcome, Stop> {
+    /// Applies the held events that are next, as many at a time as succeed.
+    async fn drain(&self, mut unfinished: Vec<Key>) -> Result<Outcome, Rollback> {
         let mut outcome = Outcome::default();
         let mut budget = NEAR;
         while !unfinished.is_empty() {
@@ -208,22 +199,22 @@ impl<H: Handler> Sequencer<H> {
                     unfinished = rest;
                     budget = NEAR.min(budget * 2);
                 }
-                Err(Stop::Failed(_) | Stop::TooLong(_)) if budget > 1 => budget /= 2,
-                Err(stop) => return Err(stop),
+                Err(Rollback::Failed(_) | Rollback::TooLong(_)) if budget > 1 => budget /= 2,
+                Err(rollback) => return Err(rollback),
             }
         }
         Ok(outcome)
     }
 
-    /// A transaction for one event. When it takes longer than it may, it is tried once more, and then the event is held
-    /// with the reason: the limit is our own, and the same attempt would end the same way for ever, while everybody
-    /// waits. Unless the database is slow with anything: then it is nobody's fault, and passes.
-    async fn alone(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Stop> {
+    /// A transaction for one event. When it exceeds a limit, it is retried once, and then the event is held with the
+    /// reason: the limit is the consumer's own, so the same attempt would fail forever while all other events wait. When
+    /// the database is slow with everything, the failure is transient instead.
+    async fn alone(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Rollback> {
         let mut done = self.transaction(work).await;
         for again in [true, false] {
-            let Err(Stop::TooLong(reason)) = done else { return done };
+            let Err(Rollback::TooLong(reason)) = done else { return done };
             if !self.is_quick().await {
-                return Err(Stop::Transient(reason));
+                return Err(Rollback::Transient(reason));
             }
             tracing::warn!(consumer = self.consumer, reason, again, "one event alone took too long");
             let work = if again { work } else { Work { refuse: Some(&reason), ..work } };
@@ -232,7 +223,7 @@ impl<H: Handler> Sequencer<H> {
         done
     }
 
-    /// Whether the database commits something small in no time.
+    /// Whether the database commits a tiny transaction quickly.
     async fn is_quick(&self) -> bool {
         let commit = sqlx::query("SELECT pg_logical_emit_message(true, 'inbox', '')").execute(&self.pool);
         matches!(tokio::time::timeout(QUICK, commit).await, Ok(Ok(_)))

@@ -1,45 +1,58 @@
-//! Giving up a held event, on somebody's word.
+//! Gives up a held event, on an operator's request.
 
 use outbox::database::Attempts;
 use serde_json::{Value, json};
 
 use crate::{
-    Event, Failure, Handler, Sequencer,
+    Event, Handler, HandlerError, Sequencer,
     held::HeldEvent,
-    redrive::{NotDone, Redriven, within},
+    redrive::{RedriveError, RedrivenAggregate, within},
 };
 
-/// Which event is skipped, and on whose word.
+/// The event to skip, and the operator and reason to record.
 #[derive(Clone, Debug)]
 pub struct Skip<'a> {
     /// The event.
     pub event: &'a HeldEvent,
-    /// Who says so.
+    /// The operator.
     pub by: &'a str,
-    /// And why. Stored for good, so no personal data.
+    /// The reason. It is stored for good, so it must not contain personal data.
     pub why: &'a str,
     /// How many events one transaction takes at most.
     pub batch: usize,
-    /// Call the handler, and roll back.
+    /// Call the handler and roll back.
     pub dry_run: bool,
 }
 
 impl<H: Handler> Sequencer<H> {
-    /// Gives up the event that stops its aggregate: its erased form is applied in its place, so that the
-    /// version rises and the chain stays whole, and `inbox.skipped` remembers it. Then what waited behind
-    /// it is applied.
-    pub async fn skip(&self, skip: &Skip<'_>) -> Result<Redriven, NotDone> {
+    /// Gives up the event that stops its aggregate. The handler gets the event's erased form instead, so the version rises
+    /// and the chain has no hole; `inbox.skipped` records the event. Then the events behind it are applied.
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(
+    /// #     sequencer: inbox::Sequencer<H>,
+    /// #     event: inbox::held::HeldEvent,
+    /// # ) -> Result<(), inbox::RedriveError> {
+    /// use inbox::Skip;
+    ///
+    /// let request = Skip { event: &event, by: "ann", why: "the order was a test", batch: 64, dry_run: false };
+    /// let result = sequencer.skip(&request).await?;
+    /// println!("{} is at version {}", result.aggregate, result.to);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn skip(&self, skip: &Skip<'_>) -> Result<RedrivenAggregate, RedriveError> {
         let (key, version) = (&skip.event.aggregate, skip.event.version);
         let mut attempts = Attempts::default();
         let mut all = loop {
             let done = within(self.skip_once(skip)).await;
-            if !matches!(done, Err(NotDone::Conflict(_))) || !attempts.again().await {
+            if !matches!(done, Err(RedriveError::Conflict(_))) || !attempts.again().await {
                 break done?;
             }
         };
         if all.unfinished && !skip.dry_run {
             let more = self.bring_on(key, skip.batch, false).await?;
-            all = Redriven { from: all.from, applied: all.applied + more.applied, ..more };
+            all = RedrivenAggregate { from: all.from, applied: all.applied + more.applied, ..more };
         }
         if !skip.dry_run {
             tracing::warn!(
@@ -56,27 +69,27 @@ impl<H: Handler> Sequencer<H> {
         Ok(all)
     }
 
-    /// One transaction: the event is given up, and some of what waited behind it is applied.
-    async fn skip_once(&self, skip: &Skip<'_>) -> Result<Redriven, NotDone> {
+    /// One transaction: gives up the event and applies some of those behind it.
+    async fn skip_once(&self, skip: &Skip<'_>) -> Result<RedrivenAggregate, RedriveError> {
         let (key, version) = (&skip.event.aggregate, skip.event.version);
         let (mut tx, mut ledger) = self.lock(key).await?;
         let chain = ledger.chain(key)?;
         let held = chain.held.get(&version).filter(|held| held.id == skip.event.event_id);
-        let Some(held) = held else { return Err(NotDone::Gone) };
+        let Some(held) = held else { return Err(RedriveError::Gone) };
         if version != chain.version.saturating_add(1) || !held.reason.blocks() {
-            return Err(NotDone::NotNext(chain.version));
+            return Err(RedriveError::NotNext(chain.version));
         }
         let event = ledger.events(&mut tx, &[(key, version)]).await?.into_values().next();
-        let Some(event) = event else { return Err(NotDone::Gone) };
+        let Some(event) = event else { return Err(RedriveError::Gone) };
         // Its erased form needs no headers.
         ledger.unreadable.clear();
         match self.handle_alone(&mut tx, &erased(&event)).await {
             Ok(()) => {}
-            Err(Failure::Conflict(reason)) => return Err(NotDone::Conflict(reason)),
-            Err(Failure::Transient(reason) | Failure::TooLong(reason)) => {
-                return Err(NotDone::Transient(reason));
+            Err(HandlerError::Conflict(reason)) => return Err(RedriveError::Conflict(reason)),
+            Err(HandlerError::Transient(reason) | HandlerError::TooLong(reason)) => {
+                return Err(RedriveError::Transient(reason));
             }
-            Err(Failure::Poison(reason)) => return Err(NotDone::Refused(reason)),
+            Err(HandlerError::Poison(reason)) => return Err(RedriveError::Refused(reason)),
         }
         ledger.skip(&mut tx, key, version, skip.by, skip.why).await?;
         ledger.chain(key)?.advance(version, event.id);
@@ -86,7 +99,7 @@ impl<H: Handler> Sequencer<H> {
     }
 }
 
-/// The form that the contract gives an event whose content is gone: a version, and nothing else.
+/// The erased form of an event, as the contract has it: a version without content.
 fn erased(event: &Event) -> Event {
     // Of an item it is the item's own id, where the body can be read.
     let body: Option<Value> = serde_json::from_slice(&event.payload).ok();

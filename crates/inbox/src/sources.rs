@@ -1,5 +1,5 @@
-//! Who may publish what: a broker lets every user with a right to write put any source into a message, but
-//! verifies the user's own name, `user_id`.
+//! Which broker user may publish which source. A user with a right to write can put any source into a message, but
+//! RabbitMQ verifies the user's own name, `user_id`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,34 +8,34 @@ use std::{
 
 use lapin::types::ShortString;
 
-use crate::{Envelope, save::Rejection};
+use crate::{Envelope, rejection::Rejection};
 
-/// The sources that a consumer follows, and the users of the broker that publish each.
+/// The sources that a consumer follows, and the broker users that publish each of them.
 ///
-/// A message of any other source is foreign: it is kept in `inbox.rejected`, and has no other effect. A message
-/// of a followed source from another user, or from none, is forged, or the publisher's user was renamed: it is
-/// kept there too, under a reason of its own, and the consumer is not ready until somebody has seen to it.
+/// A message of any other source is foreign: it is stored in `inbox.rejected` and has no other effect. A message of a
+/// followed source from another user, or without a user, is forged, or the publisher's user was renamed. It is stored
+/// there with the reason `wrong-user`, and the consumer is not ready until an operator has deleted it.
 ///
-/// Without any, every source is followed and every user believed: whoever may write to the exchange may then
-/// forge events.
+/// An empty list follows every source and believes every user. Any user that may write to the exchange can then forge
+/// events.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sources {
     users: BTreeMap<String, BTreeSet<String>>,
 }
 
-/// A source and a user that publishes it: `person=outbox_relay_person`. The source is named without its
-/// incarnation, since all of them are its own.
+/// A source and a broker user that publishes it: `person=outbox_relay_person`. The source has no incarnation here: the
+/// user publishes all incarnations.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Publisher {
     /// AMQP's `app_id`, without `~` and what follows it.
     pub source: String,
-    /// AMQP's `user_id`: the user as which the publisher logs in to the broker.
+    /// AMQP's `user_id`: the publisher's broker user.
     pub user: String,
 }
 
 /// A text that names no source and user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("it should look like SOURCE=USER, with the source as `outbox-relay migrate --source` has it")]
+#[error("it should look like SOURCE=USER, with the source's name as its outbox has stored it")]
 pub struct InvalidPublisher;
 
 impl FromStr for Publisher {
@@ -62,17 +62,25 @@ impl FromIterator<Publisher> for Sources {
 }
 
 impl Sources {
-    /// Whether every source is followed and every user believed.
+    /// Whether the list is empty, so that every source is followed and every user believed.
+    ///
+    /// ```
+    /// use inbox::{Publisher, Sources};
+    ///
+    /// assert!(Sources::default().is_all());
+    /// let shop: Publisher = "shop=outbox_relay_shop".parse().unwrap();
+    /// assert!(!Sources::from_iter([shop]).is_all());
+    /// ```
     pub fn is_all(&self) -> bool {
         self.users.is_empty()
     }
 
-    /// The names of those followed; none when all are.
+    /// The names of the followed sources. None when every source is followed.
     pub(crate) fn names(&self) -> Option<Vec<&str>> {
         (!self.is_all()).then(|| self.users.keys().map(String::as_str).collect())
     }
 
-    /// Why a message is not from a source that is followed; None when it is, or says of no source.
+    /// Why a message is rejected for its source or user. None when it is not, also when it names no source.
     pub(crate) fn refuse(&self, envelope: &Envelope) -> Option<(Rejection, String)> {
         if self.is_all() {
             return None;

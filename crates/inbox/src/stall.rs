@@ -3,15 +3,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A batch that is not applied for so long keeps the consumer from being at work.
+/// A consumer whose messages wait for longer counts as stalled.
 const LONG: Duration = Duration::from_secs(10);
-/// What was given back and has not come again for so long has gone to another consumer.
+/// After this time, returned messages that were not delivered again have gone to another consumer.
 const GONE: Duration = Duration::from_mins(1);
 
-/// Whether received messages wait without being applied, over all attempts and connections: a locked table interrupts
-/// each attempt by itself, and every answer of the database in between looks like health.
+/// Detects that received messages wait without being applied, over all attempts and connections. A locked table
+/// interrupts each attempt by itself, and the database's responses in between look healthy.
 #[derive(Debug, Default)]
-pub(crate) struct Stall(Mutex<Option<Waiting>>);
+pub(crate) struct StallDetector(Mutex<Option<Waiting>>);
 
 #[derive(Debug)]
 struct Waiting {
@@ -23,7 +23,7 @@ struct Waiting {
     said: Option<String>,
 }
 
-impl Stall {
+impl StallDetector {
     /// An attempt begins.
     pub(crate) fn begin(&self) {
         let mut waiting = self.lock();
@@ -47,7 +47,7 @@ impl Stall {
         }
     }
 
-    /// Why the consumer is not at work, if it is not.
+    /// Why the consumer counts as stalled, if it does.
     pub(crate) fn reason(&self) -> Option<String> {
         let mut state = self.lock();
         let waiting = state.as_ref()?;

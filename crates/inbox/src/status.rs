@@ -1,30 +1,37 @@
-/// One thing that a consumer needs: there, or why it waits.
+/// One thing that a consumer needs: `Ok`, or why the consumer waits for it.
 pub type Part = Result<(), String>;
 
-/// What a consumer waits for, and what somebody should look at. A program maps it to its readiness; no
-/// part carries secrets or data.
+/// What a consumer waits for, and what an operator should look at. A program maps it to its readiness. No text contains
+/// secrets or personal data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
-    /// The database answers.
+    /// The database responds and takes writes.
     pub database: Part,
-    /// The broker is connected, and its exchanges and queues are as they should be.
+    /// The broker is connected, and its exchanges and queues have the right properties.
     pub broker: Part,
-    /// The queue and its dead letters are subscribed to.
+    /// The consumer subscribes to the queue and to its dead letters.
     pub consuming: Part,
-    /// What came of the followed sources came from their users.
+    /// The messages of the followed sources came from their broker users.
     pub sources: Part,
-    /// What is received is applied, or nothing waits.
+    /// Received messages are applied, or none waits.
     pub applying: Part,
-    /// Versions that are missing for long, if any. It is no reason not to go on.
+    /// Versions that have been missing for too long, if any. Consuming goes on.
     pub holes: Option<String>,
-    /// Events that contradict what was applied, if any. It is no reason not to go on.
+    /// Events that contradict the applied ones (suspected forks), if any. Consuming goes on.
     pub forks: Option<String>,
-    /// A limit of what is stored of others' messages that is reached, if any. It is no reason not to go on.
+    /// The limits of stored messages and held events that are reached, if any. Consuming goes on.
     pub limits: Option<String>,
 }
 
 impl Status {
-    /// Each part that is waited for, and why; nothing when it is at work.
+    /// Each part that the consumer waits for, with the reason. Empty when it works.
+    ///
+    /// ```
+    /// # fn example(status: inbox::Status) {
+    /// let waiting = status.waiting();
+    /// let (code, body) = if waiting.is_empty() { (200, "ready".to_owned()) } else { (503, waiting.join("\n")) };
+    /// # }
+    /// ```
     pub fn waiting(&self) -> Vec<String> {
         let parts = [
             ("database", &self.database),

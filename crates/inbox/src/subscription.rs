@@ -12,7 +12,7 @@ use lapin::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{Envelope, Handler, Interrupted, Sequencer, stall::Stall};
+use crate::{Envelope, Handler, Interrupted, Sequencer, stall::StallDetector};
 
 /// How long the broker may take for one answer.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -89,7 +89,7 @@ impl Subscription {
         mut self,
         sequencer: &Sequencer<H>,
         stop: &CancellationToken,
-        stall: &Stall,
+        stall: &StallDetector,
         progress: impl Fn(),
     ) -> Result<(), Trouble> {
         let ended = loop {
@@ -156,7 +156,7 @@ impl Subscription {
     async fn settle<H: Handler>(
         &self,
         sequencer: &Sequencer<H>,
-        stall: &Stall,
+        stall: &StallDetector,
         batch: Vec<Delivery>,
     ) -> Result<(), Trouble> {
         let tags: Vec<u64> = batch.iter().map(|delivery| delivery.delivery_tag).collect();

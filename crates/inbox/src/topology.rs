@@ -14,22 +14,22 @@ const DELIVERY_LIMIT: i64 = 20;
 /// drops after 20, and before it there is no spelling for "none".
 const NO_DELIVERY_LIMIT: i64 = 1_000_000_000;
 
-/// Where a subscriber's events come from: an exchange, what of it to follow, and its own queue.
+/// A subscriber's exchange, the aggregate types that it follows, and its own queue.
 ///
-/// Declaring is idempotent and checks too: when something exists with other properties the broker says
-/// what differs, and the consumer waits with that reason. The queue's arguments can never be changed
-/// afterwards, so they are complete from the start:
+/// A declaration can be repeated, and it checks: when a queue exists with other properties, the broker names the
+/// difference, and the consumer waits with that reason. A queue's arguments can never be changed, so they are complete
+/// from the start:
 ///
 /// - `quorum`, durable: replicated where there is a cluster, and deliveries are counted.
 /// - `x-delivery-limit`: explicit, because the default changed with RabbitMQ 4.0. A policy can lower it.
 /// - dead letters to the fanout exchange `<queue>.dead`, `at-least-once`, with the routing key that they
-///   had, into the queue `<queue>.dead`, which is drained through the same sequencer.
-/// - `x-overflow: reject-publish`: at-least-once dead-lettering needs it, and should a policy ever
-///   limit the queue's length, then the publisher waits and nothing is dropped.
-/// - `x-single-active-consumer`: other replicas stand by. Order does not depend on it, but replicas
-///   that share the work would hold much and wait for each other's locks.
+///   had, into the queue `<queue>.dead`. The same sequencer consumes that queue.
+/// - `x-overflow: reject-publish`: at-least-once dead-lettering needs it. When a policy limits the queue's length, the
+///   publisher waits, and no message is dropped.
+/// - `x-single-active-consumer`: other replicas stand by. The order does not depend on it, but replicas that share a
+///   queue would hold many events and wait for each other's locks.
 ///
-/// What may change later (length, expiry) is left to policies.
+/// Settings that may change later (length, expiry) are left to policies.
 #[derive(Clone, Debug)]
 pub struct Topology {
     exchange: ShortString,
@@ -48,8 +48,16 @@ pub struct InvalidTopology {
 }
 
 impl Topology {
-    /// `queue` receives from the topic exchange `exchange` every event of `aggregate_types`, types of
-    /// events that are invented later included: by way of the headers exchange `by_aggregate`.
+    /// `queue` receives every event of `aggregate_types` from the topic exchange `exchange`, through the headers exchange
+    /// `by_aggregate`. This includes event types that are invented later.
+    ///
+    /// ```
+    /// use inbox::Topology;
+    ///
+    /// // The queue `stock` receives all events of orders.
+    /// let topology = Topology::new("event_dispatcher", "event_dispatcher.by_aggregate", "stock", &["order"]);
+    /// assert!(topology.is_ok());
+    /// ```
     pub fn new(
         exchange: &str,
         by_aggregate: &str,

@@ -1,7 +1,7 @@
 //! `new-incarnation`: after a restore or a failover that lost commits, every chain of versions begins anew.
 
 use anyhow::{Context, anyhow};
-use outbox::database::again;
+use outbox::database::{Failure, again};
 use serde_json::json;
 use sqlx::Connection;
 
@@ -39,8 +39,8 @@ pub async fn new_incarnation(args: &NewIncarnationArgs) -> anyhow::Result<Verdic
             }
             tx.commit().await
         });
-        raised.await.map_err(|error| match error.as_database_error() {
-            Some(db) if db.code().as_deref() == Some("42501") => anyhow!(
+        raised.await.map_err(|error| match Failure::of(&error) {
+            Failure::Forbidden => anyhow!(
                 "this role may not change the source; nothing was changed; connect as the owner of the schema outbox"
             ),
             _ => not_done(error, "nothing was changed"),

@@ -1,4 +1,4 @@
-//! How a score came about: a page of its entries, and the score of the same snapshot.
+//! The entries of a score, page by page, with the score of the same snapshot.
 
 use chrono::{DateTime, Utc};
 use rust_decimal::Decimal;
@@ -10,7 +10,7 @@ use super::{Cpf, ReadError, Score, in_time};
 /// How many entries a page has at most.
 pub(crate) const MAX: i32 = 1000;
 
-/// One statement, so one snapshot: the newest life by `person_cpf`, and its entries by `entry_person`, which
+/// One statement, so one snapshot: the newest person by `person_cpf`, and its entries by `entry_person`, which
 /// has them in their order, from where the page begins. One row of the person, and one more entry than the
 /// page has, to know whether there are more.
 const ENTRIES: &str =
@@ -21,28 +21,28 @@ LEFT JOIN LATERAL (SELECT id, type, value, score, created_at FROM score.entry
                    WHERE person_id = person.id AND id > $2 ORDER BY id LIMIT $3) entry ON true
 ORDER BY entry.id";
 
-/// Which entries.
+/// The page to read.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Page {
     /// 1 to [`MAX`].
     pub(crate) limit: i32,
-    /// Those after the entry with this id; from the beginning when there is none.
+    /// The id of the entry before the page. None for the first page.
     pub(crate) after: Option<Uuid>,
 }
 
-/// Some of the entries of a score.
-pub(crate) struct Found {
+/// A page of the entries of a score.
+pub(crate) struct EntryPage {
     /// The score of all of them.
     pub(crate) score: Score,
-    /// In the order of their ids, which is the one in which they came.
+    /// In the order of their ids, which is the order of creation.
     pub(crate) entries: Vec<Entry>,
-    /// Whether there are more behind these.
+    /// Whether there are more entries after these.
     pub(crate) more: bool,
 }
 
 /// What one item adds to a score.
 pub(crate) struct Entry {
-    /// The item's own.
+    /// The item's id.
     pub(crate) id: Uuid,
     /// `income`, `asset` or `debt`.
     pub(crate) type_: String,
@@ -64,18 +64,18 @@ impl FromRow<'_, PgRow> for Entry {
     }
 }
 
-/// A page of the entries of the newest life of `cpf`, if one is known.
-pub(crate) async fn entries(pool: &PgPool, cpf: Cpf, page: Page) -> Result<Option<Found>, ReadError> {
+/// Reads a page of the entries of the newest person with this cpf, if one is known.
+pub(crate) async fn entries(pool: &PgPool, cpf: Cpf, page: Page) -> Result<Option<EntryPage>, ReadError> {
     in_time(async {
         let first = page.after.unwrap_or_default();
         let rows = sqlx::query(ENTRIES).bind(cpf.0).bind(first).bind(page.limit + 1).fetch_all(pool).await?;
         let Some(row) = rows.first() else { return Ok(None) };
         let score = Score::from_row(row)?;
-        // A person without any has one row without one.
+        // A person without entries has one row with nulls.
         let rows = if row.try_get::<Option<Uuid>, _>("entry")?.is_some() { &rows[..] } else { &[] };
         let limit = usize::try_from(page.limit).unwrap_or_default();
         let entries = rows.iter().take(limit).map(Entry::from_row).collect::<sqlx::Result<_>>()?;
-        Ok(Some(Found { score, entries, more: rows.len() > limit }))
+        Ok(Some(EntryPage { score, entries, more: rows.len() > limit }))
     })
     .await
 }

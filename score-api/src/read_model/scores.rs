@@ -1,5 +1,5 @@
-//! The scores of readers who come together: while a query is under way those who come gather, and the next
-//! one is for all of them. So the busier it gets, the less a reader costs.
+//! Reads the scores of concurrent requests together: requests that arrive during a query share the next one. So a busier
+//! server spends less on each request.
 
 use daemon::shutdown::Shutdown;
 use outbox::database::Session;
@@ -11,12 +11,12 @@ use tokio::{
 
 use super::{Cpf, DEADLINE, ReadError, Score, in_time};
 
-/// How many readers a query is for at most.
+/// How many requests one query serves at most.
 const BATCH: usize = 64;
 
-/// Between two lives of a cpf there is no order on the way here, so the older one may still be there
-/// when the newer one is; the newest answers. One entry of the index and one row for each that is asked.
-pub(super) const NEWEST_LIVES: &str = "SELECT asked.number, person.*
+/// The events of two persons with the same cpf have no common order, so the older person may still be present beside the
+/// newer one. The newest is returned. It costs one index entry and one row for each cpf.
+pub(super) const NEWEST_PERSONS: &str = "SELECT asked.number, person.*
 FROM unnest($1::bigint[]) WITH ORDINALITY AS asked (cpf, number)
 CROSS JOIN LATERAL (SELECT id, version, total, updated_at FROM score.person
                     WHERE cpf = asked.cpf ORDER BY created_at DESC, id DESC LIMIT 1) person";
@@ -25,15 +25,14 @@ CROSS JOIN LATERAL (SELECT id, version, total, updated_at FROM score.person
 #[derive(Clone)]
 pub(crate) struct Scores(mpsc::Sender<Ask>);
 
-/// A reader who waits for an answer.
+/// A request that waits for its score.
 struct Ask {
     cpf: Cpf,
-    answer: oneshot::Sender<Result<Option<Score>, ReadError>>,
+    reply: oneshot::Sender<Result<Option<Score>, ReadError>>,
 }
 
 impl Scores {
-    /// Reads until nobody is left who could ask. All depend on the one task, so the process ends with it
-    /// should it ever end before.
+    /// Starts the task that reads, which ends with the last `Scores`. The process ends if the task ends before.
     pub(crate) fn new(pool: PgPool, shutdown: &Shutdown) -> Self {
         let (asks, asked) = mpsc::channel(BATCH);
         shutdown.spawn("scores", async move {
@@ -43,29 +42,29 @@ impl Scores {
         Self(asks)
     }
 
-    /// The score of the newest life of `cpf`, if one is known: as of a moment after the call.
-    pub(crate) async fn newest_life(&self, cpf: Cpf) -> Result<Option<Score>, ReadError> {
-        let (answer, answered) = oneshot::channel();
+    /// Reads the score of the newest person with this cpf, if one is known. The snapshot is taken after the call.
+    pub(crate) async fn newest_person(&self, cpf: Cpf) -> Result<Option<Score>, ReadError> {
+        let (reply, received) = oneshot::channel();
         let read = async {
-            self.0.send(Ask { cpf, answer }).await.ok()?;
-            answered.await.ok()
+            self.0.send(Ask { cpf, reply }).await.ok()?;
+            received.await.ok()
         };
-        // Nobody answers when the task is gone, and the process ends.
+        // No reply comes when the task has ended, and the process ends.
         timeout(DEADLINE, read).await.ok().flatten().unwrap_or(Err(ReadError::Unavailable))
     }
 }
 
-/// One query after the other, each for whoever has come until it begins.
+/// Runs one query after the other, each for all requests that have arrived.
 async fn read(pool: PgPool, mut asked: mpsc::Receiver<Ask>) {
     let session = Session::of(pool);
     let mut asks = Vec::new();
     while asked.recv_many(&mut asks, BATCH).await > 0 {
-        // Who went meanwhile needs no answer.
-        asks.retain(|ask| !ask.answer.is_closed());
+        // A request that was cancelled meanwhile needs no reply.
+        asks.retain(|ask| !ask.reply.is_closed());
         let cpfs: Vec<i64> = asks.iter().map(|ask| ask.cpf.get()).collect();
         let found = in_time(async {
             let mut conn = session.take().await?;
-            let found = newest_lives(&mut conn, cpfs).await?;
+            let found = newest_persons(&mut conn, cpfs).await?;
             session.keep(conn);
             Ok(found)
         })
@@ -73,22 +72,22 @@ async fn read(pool: PgPool, mut asked: mpsc::Receiver<Ask>) {
         match found {
             Ok(found) => {
                 for (ask, score) in asks.drain(..).zip(found) {
-                    let _ = ask.answer.send(Ok(score));
+                    let _ = ask.reply.send(Ok(score));
                 }
             }
             Err(error) => {
                 for ask in asks.drain(..) {
-                    let _ = ask.answer.send(Err(error.clone()));
+                    let _ = ask.reply.send(Err(error.clone()));
                 }
             }
         }
     }
 }
 
-/// The scores of `cpfs`, each at its place.
-async fn newest_lives(conn: &mut PgConnection, cpfs: Vec<i64>) -> sqlx::Result<Vec<Option<Score>>> {
+/// Reads the scores of `cpfs`, in their order.
+async fn newest_persons(conn: &mut PgConnection, cpfs: Vec<i64>) -> sqlx::Result<Vec<Option<Score>>> {
     let mut found: Vec<Option<Score>> = cpfs.iter().map(|_| None).collect();
-    for row in sqlx::query(NEWEST_LIVES).bind(cpfs).fetch_all(conn).await? {
+    for row in sqlx::query(NEWEST_PERSONS).bind(cpfs).fetch_all(conn).await? {
         let number = usize::try_from(row.try_get::<i64, _>("number")?).unwrap_or_default();
         if let Some(place) = number.checked_sub(1).and_then(|index| found.get_mut(index)) {
             *place = Some(Score::from_row(&row)?);
@@ -118,7 +117,7 @@ mod tests {
 
     /// However many persons there are, an answer reads one entry of the index and one row.
     #[tokio::test]
-    async fn the_newest_life_is_found_by_the_index_alone() {
+    async fn the_newest_person_is_found_by_the_index_alone() {
         let url = devstack::testing::database("score_api_plan").await;
         let mut conn = connect(&url).await;
         for schema in schemas() {
@@ -129,7 +128,7 @@ mod tests {
                     FROM generate_series(1, 50000) i";
         sqlx::query(fill).execute(&mut conn).await.unwrap();
         sqlx::query("ANALYZE score.person").execute(&mut conn).await.unwrap();
-        let explain = sqlx::AssertSqlSafe(format!("EXPLAIN (COSTS OFF) {NEWEST_LIVES}"));
+        let explain = sqlx::AssertSqlSafe(format!("EXPLAIN (COSTS OFF) {NEWEST_PERSONS}"));
         let plan: Vec<String> =
             sqlx::query_scalar(explain).bind([11111_i64, 1, 11111]).fetch_all(&mut conn).await.unwrap();
         insta::assert_snapshot!(plan.join("\n"), @r"

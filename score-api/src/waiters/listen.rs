@@ -1,4 +1,4 @@
-//! Being woken by `LISTEN`. Only a shortcut: polling finds everything without it.
+//! Wake-ups by `LISTEN`. They are only faster: polling finds everything without them.
 
 use std::{sync::PoisonError, time::Duration};
 
@@ -8,16 +8,16 @@ use tokio::time::{Instant, sleep};
 
 use super::Waiters;
 
-/// On which the projector says, after its commits, that it has applied something.
+/// The channel on which the projector notifies after its commits.
 const CHANNEL: &str = "score_model";
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Between attempts to listen, doubled each time.
+/// The first and the longest pause between attempts to listen, doubled each time.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 impl Waiters {
-    /// Listens until the process is to end, over a connection of its own.
+    /// Listens until the process shuts down, over its own connection.
     pub(crate) async fn listen(self, database: Database) {
         let listen = async {
             let pool = database.pool_of(PgPoolOptions::new().max_connections(1).acquire_timeout(TIMEOUT));
@@ -39,14 +39,14 @@ impl Waiters {
         self.0.ending.run_until_cancelled(listen).await;
     }
 
-    /// Passes notices on until the connection fails for good.
+    /// Forwards notices until the connection fails.
     async fn pass_on(&self, mut listener: PgListener) -> sqlx::Error {
         // What came before the LISTEN was not heard.
         self.0.applied.notify_one();
         loop {
             match listener.try_recv().await {
                 Ok(Some(_)) => {
-                    *self.0.told.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+                    *self.0.last_notice.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
                 }
                 // The connection was lost, and notices with it.
                 Ok(None) => {}

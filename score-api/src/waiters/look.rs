@@ -1,4 +1,4 @@
-//! The looking: one query for all who wait, and one at a time.
+//! Polling: one query for all waiting readers, one at a time.
 
 use std::time::Duration;
 
@@ -9,17 +9,16 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::Waiters;
 use crate::read_model;
 
-/// Without a notice, what somebody waits for is found after so long: at first, and at most.
+/// The first and the longest pause between two polls without a notice.
 const POLL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// Between two looks, when the last one took so long: as long as it took, within these. So looking that takes a
-/// while takes half of one connection at most. Who comes during a look is looked for by the next in any case,
-/// together with all the others.
+/// The bounds of the pause after a look, which is as long as the look took. So slow looks use half of one connection at
+/// most. The next look serves all readers that arrive during a look.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
 
 impl Waiters {
-    /// Looks until the process is to end: for whom somebody has just come, at once; for everybody, when
-    /// something may have been applied, and now and then in any case. Sleeps while nobody waits.
+    /// Polls until the process shuts down: at once for the person of a new reader; for all persons after a notice, and
+    /// from time to time in any case. Sleeps while no reader waits.
     pub(crate) async fn look(self, pool: PgPool) {
         let session = Session::of(pool);
         let mut pace = POLL.0;

@@ -1,4 +1,4 @@
-//! Whom somebody waits for, and what is known of them.
+//! The persons that readers wait for, and their known versions.
 
 use std::collections::{HashMap, HashSet};
 
@@ -7,29 +7,29 @@ use uuid::Uuid;
 
 use crate::read_model::ReadError;
 
-/// The persons that somebody waits for.
+/// The persons that readers wait for.
 #[derive(Default)]
 pub(super) struct Persons {
     seen: HashMap<Uuid, watch::Sender<Seen>>,
-    /// For whom somebody came since the last look began.
+    /// Persons with a new reader since the last look began.
     fresh: HashSet<Uuid>,
     /// How many looks have begun.
     looks: u64,
 }
 
-/// What is known of a person.
+/// The known state of a person.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Seen {
-    /// The last look for them that has ended, and how.
+    /// The last look for the person that has ended, and its result.
     pub(super) look: u64,
-    pub(super) fate: Fate,
-    /// What the last one that was answered has found.
+    pub(super) result: LookResult,
+    /// The version that the last answered look has found.
     pub(super) version: Option<i64>,
 }
 
 /// How a look ended.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-pub(super) enum Fate {
+pub(super) enum LookResult {
     #[default]
     Answered,
     Unavailable,
@@ -44,24 +44,23 @@ pub(super) struct Look {
 }
 
 impl Persons {
-    /// Whether nobody waits for anybody.
+    /// Whether no reader waits.
     pub(super) fn is_empty(&self) -> bool {
         self.seen.is_empty()
     }
 
-    /// What is known of a person, as long as the receiver lives, and the next look for them.
+    /// Subscribes to a person's state, and returns the number of the next look.
     pub(super) fn subscribe(&mut self, person: Uuid) -> (watch::Receiver<Seen>, u64) {
         self.fresh.insert(person);
         let seen = self.seen.entry(person).or_default();
         if seen.receiver_count() == 0 {
-            // Of those for whom nobody waited, what is known is out of date.
+            // Without readers, the state is out of date.
             seen.send_replace(Seen::default());
         }
         (seen.subscribe(), self.looks + 1)
     }
 
-    /// Begins a look for `all`, or only for those who have not been looked for yet. Forgets those for
-    /// whom nobody waits any more.
+    /// Begins a look for `all` persons, or only for those with new readers. Forgets persons without readers.
     pub(super) fn begin(&mut self, all: bool) -> Look {
         self.looks += 1;
         let fresh = std::mem::take(&mut self.fresh);
@@ -74,15 +73,15 @@ impl Persons {
         Look { number: self.looks, persons, fresh }
     }
 
-    /// Says what a look has found. Only those are woken for whom it says something new: a look for
-    /// thousands that finds one is no reason for all of them to run.
+    /// Stores what a look has found, and wakes only the readers for whom it is new: a look for thousands of persons that
+    /// finds one must not wake them all.
     pub(super) fn end(&mut self, look: &Look, found: Result<Vec<(Uuid, Option<i64>)>, ReadError>) {
-        let fate = match &found {
-            Ok(_) => Fate::Answered,
-            Err(ReadError::Unavailable) => Fate::Unavailable,
+        let result = match &found {
+            Ok(_) => LookResult::Answered,
+            Err(ReadError::Unavailable) => LookResult::Unavailable,
             Err(ReadError::Defect(error)) => {
                 tracing::error!(%error, "the versions could not be read");
-                Fate::Defect
+                LookResult::Defect
             }
         };
         let found: HashMap<Uuid, Option<i64>> = found.unwrap_or_default().into_iter().collect();
@@ -91,7 +90,7 @@ impl Persons {
             seen.send_if_modified(|seen| {
                 let before = seen.version;
                 let version = found.get(person).copied().unwrap_or(before);
-                *seen = Seen { look: look.number, fate, version };
+                *seen = Seen { look: look.number, result, version };
                 look.fresh.contains(person) || version != before
             });
         }

@@ -207,7 +207,7 @@ async fn places_are_bounded_and_a_client_that_hangs_up_frees_its_own() {
     content-type: application/problem+json
     retry-after: 1
 
-    {"type":"/problems/too-many-waiters","title":"Too many waiters","status":503,"detail":"As many reads wait for a write as may. Ask again later, or without `after`."}
+    {"type":"/problems/too-many-waiters","title":"Too many waiters","status":503,"detail":"The limit of reads that wait for a write is reached. Try again later, or read without `after`."}
     "#);
     // What does not wait has a place of its own.
     assert_eq!(program.get("/3/score").await.status, 404);
@@ -263,7 +263,7 @@ async fn sigterm_answers_those_who_wait() {
     content-type: application/problem+json
     retry-after: 1
 
-    {"type":"/problems/shutting-down","title":"Shutting down","status":503,"detail":"This instance is ending and waits for nothing more. Ask again, and another one answers."}
+    {"type":"/problems/shutting-down","title":"Shutting down","status":503,"detail":"This instance is shutting down. Try again, and another instance responds."}
     "#);
     assert_eq!(program.ended().await.code(), Some(0));
 }

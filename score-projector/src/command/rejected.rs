@@ -1,4 +1,4 @@
-//! `rejected`: messages that cannot be applied at all.
+//! `rejected`: lists messages that cannot be applied, and drops them.
 
 use std::fmt::Write;
 
@@ -7,80 +7,84 @@ use inbox::rejected::{self, Filter, Group, Groups, Rejected};
 use serde_json::json;
 use sqlx::PgConnection;
 
-use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, Which, connect, many, time};
+use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, WhichModel, connect, many, time};
 
 /// Settings of `rejected`.
 #[derive(Debug, clap::Args)]
 pub struct RejectedArgs {
-    /// The database, and the form of the answer.
+    /// The database and the output format.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// Which read model.
+    /// The read model.
     #[command(flatten)]
-    pub which: Which,
-    /// What to do.
+    pub which: WhichModel,
+    /// The action.
     #[command(subcommand)]
     pub action: RejectedAction,
 }
 
-/// What to do with messages that were rejected.
+/// Actions on rejected messages.
 #[derive(Debug, clap::Subcommand)]
 pub enum RejectedAction {
-    /// List them by reason; exit code 3 when there are any.
+    /// List the messages by reason. Exit code 3 when there are any.
     List,
-    /// Show one, without its body.
+    /// Show one message, without its body.
     Show {
         /// The message's number.
         id: i64,
-        /// With its body, and whatever personal data is in it.
+        /// Also show its body, with the personal data in it.
         #[arg(long)]
         body: bool,
     },
-    /// Let them go.
+    /// Delete messages.
     Drop {
-        /// Which ones.
+        /// The selection.
         #[command(flatten)]
         selection: Selection,
-        /// Do it; without this it is only said what would be dropped, with exit code 3.
+        /// Delete them. Without this flag only their number is printed, with exit code 3.
         #[arg(long)]
         yes: bool,
     },
 }
 
-/// Which messages; all conditions hold.
+/// The messages to delete; all conditions must match.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = true)]
 pub struct Selection {
-    /// The message of this number; may be repeated.
+    /// The message with this number. May be repeated.
     #[arg(long, value_name = "NUMBER")]
     pub id: Vec<i64>,
     /// Messages with this reason.
     #[arg(long, value_parser = rejected::REASONS)]
     pub reason: Option<String>,
-    /// All of them.
+    /// All messages.
     #[arg(long, conflicts_with_all = ["id", "reason"])]
     pub all: bool,
 }
 
-/// Looks at what was rejected, or lets it go.
+/// Lists rejected messages, shows one, or deletes them.
 pub async fn rejected(args: &RejectedArgs) -> anyhow::Result<Verdict> {
     let (mut conn, consumer) = connect(&args.common, "rejected", args.which, STATEMENT_TIMEOUT).await?;
     match &args.action {
         RejectedAction::List => {
-            let groups = rejected::groups(&mut conn, &consumer).await.context("it cannot be read")?;
-            args.common
-                .answer(&json!({"consumer": consumer, "rejected": groups}), || reasons(&consumer, &groups))?;
+            let groups = rejected::groups(&mut conn, &consumer)
+                .await
+                .context("the rejected messages cannot be read")?;
+            args.common.answer(&json!({"consumer": consumer, "rejected": groups}), || {
+                groups_text(&consumer, &groups)
+            })?;
             Ok(if groups.messages == 0 { Verdict::Ok } else { Verdict::Attention })
         }
         RejectedAction::Show { id, body } => {
-            let message =
-                rejected::message(&mut conn, &consumer, *id, *body).await.context("it cannot be read")?;
+            let message = rejected::message(&mut conn, &consumer, *id, *body)
+                .await
+                .context("the rejected messages cannot be read")?;
             let Some(message) = message else {
                 bail!(
                     "{consumer} has rejected no message {id}; score-projector rejected list shows what it has"
                 )
             };
-            args.common.answer(&message, || one(&message))?;
+            args.common.answer(&message, || message_text(&message))?;
             Ok(Verdict::Ok)
         }
         RejectedAction::Drop { selection, yes } => {
@@ -90,9 +94,9 @@ pub async fn rejected(args: &RejectedArgs) -> anyhow::Result<Verdict> {
     }
 }
 
-fn reasons(consumer: &str, rejected: &Groups) -> String {
+fn groups_text(consumer: &str, rejected: &Groups) -> String {
     if rejected.messages == 0 {
-        return format!("{consumer}: nothing was rejected");
+        return format!("{consumer}: no message was rejected");
     }
     let mut text = format!("{consumer}: {} rejected\n", many(rejected.messages, "message"));
     for Group { reason, detail, messages, deliveries, last_at, newest, .. } in &rejected.groups {
@@ -108,7 +112,7 @@ fn reasons(consumer: &str, rejected: &Groups) -> String {
     text
 }
 
-fn one(message: &Rejected) -> String {
+fn message_text(message: &Rejected) -> String {
     let Rejected { id, reason, times, .. } = message;
     let (detail, routing_key) = (escape::line(&message.detail), escape::line(&message.routing_key));
     let properties = message.properties.to_string();
@@ -120,16 +124,21 @@ fn one(message: &Rejected) -> String {
         time(message.last_at),
     );
     let _ = match (&message.body, message.erased_at) {
-        (_, Some(at)) => writeln!(text, "  erased at {}: what it told of has ended", time(at)),
+        (_, Some(at)) => writeln!(text, "  erased at {}: its aggregate has ended", time(at)),
         (Some(body), _) => writeln!(text, "{}", body.replace('\n', "\n  ")),
         (None, _) => {
-            writeln!(text, "  its body has {}; --body shows {}", many(message.bytes, "byte"), shown(message))
+            writeln!(
+                text,
+                "  its body has {}; --body shows {}",
+                many(message.bytes, "byte"),
+                stored_part(message)
+            )
         }
     };
     text
 }
 
-fn shown(message: &Rejected) -> String {
+fn stored_part(message: &Rejected) -> String {
     if i64::from(message.kept_bytes) == message.bytes {
         return "it".to_owned();
     }
@@ -148,14 +157,14 @@ async fn drop(
         tracing::warn!(consumer, dropped, "rejected messages dropped by hand");
         i64::try_from(dropped)?
     } else {
-        rejected::count(conn, consumer, filter).await.context("it cannot be read")?
+        rejected::count(conn, consumer, filter).await.context("the rejected messages cannot be read")?
     };
     args.common.answer(&json!({"consumer": consumer, "dropped": yes, "messages": count}), || {
         let messages = many(count, "message");
         match (count, yes) {
-            (0, _) => "nothing that was rejected matches".to_owned(),
+            (0, _) => "no rejected message matches".to_owned(),
             (_, true) => format!("{messages} dropped"),
-            (_, false) => format!("{messages} would be dropped; say --yes to do it"),
+            (_, false) => format!("{messages} would be dropped; add --yes to do it"),
         }
     })?;
     Ok(if yes || count == 0 { Verdict::Ok } else { Verdict::Attention })

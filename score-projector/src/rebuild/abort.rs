@@ -5,10 +5,10 @@ use serde_json::json;
 use sqlx::{Connection, PgConnection};
 
 use super::{LOCK_ATTEMPTS, RebuildArgs, is_lock, limit_locks, pause, remove_consumer, remove_queue};
-use crate::model::{self, Stored};
+use crate::model::{self, StoredModel};
 
-/// Removes what a rebuild has made: first the tables, with which its consumers end, then their queue,
-/// then their place in the inbox, and then the last word of it.
+/// Removes a rebuild, in this order: the tables, so that its consumers end; their queue; their rows in the inbox; and the
+/// row in `score.model`.
 pub(super) async fn abort(
     args: &RebuildArgs,
     conn: &mut PgConnection,
@@ -22,7 +22,7 @@ pub(super) async fn abort(
         }
         pause(attempt).await;
     }
-    let Some(Stored { consumer, queue, .. }) = model::stored(conn, "ending").await? else {
+    let Some(StoredModel { consumer, queue, .. }) = model::stored(conn, "ending").await? else {
         args.common.answer(&json!({"aborted": null}), || "no rebuild is under way".to_owned())?;
         return Ok(Verdict::Ok);
     };
@@ -32,12 +32,12 @@ pub(super) async fn abort(
     again(async || sqlx::query("DELETE FROM score.model WHERE role = 'ending'").execute(&mut *conn).await)
         .await?;
     args.common.answer(&json!({"aborted": consumer}), || {
-        format!("{consumer} is gone, with its queue and its place in the inbox")
+        format!("{consumer} is removed, with its queue and its rows in the inbox")
     })?;
     Ok(Verdict::Ok)
 }
 
-/// The shadow is none any more: its consumers find that with their next transaction, and end.
+/// Ends the shadow. Its consumers notice with their next transaction, and end.
 async fn end(conn: &mut PgConnection) -> sqlx::Result<()> {
     let mut tx = conn.begin().await?;
     limit_locks(&mut tx).await?;

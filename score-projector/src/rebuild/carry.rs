@@ -1,14 +1,13 @@
-//! What the live consumer leaves to the one that takes its place.
+//! Moves rows of the inbox from the live consumer to its successor.
 
 use sqlx::{AssertSqlSafe, Postgres, Transaction};
 
 use super::progress::COMPARED;
 
-/// Takes over the places of the aggregates that the shadow need not hear of, and what the live consumer
-/// has acknowledged but not applied: events that it holds, and messages that it rejected. Both models'
-/// consumers must be locked out.
+/// Moves the versions of aggregates that the shadow does not need, the live consumer's held events, and its rejected
+/// messages. Both consumers must be locked out.
 pub(super) async fn over(tx: &mut Transaction<'_, Postgres>, live: &str, shadow: &str) -> sqlx::Result<()> {
-    let places = format!(
+    let chains = format!(
         "{COMPARED}
          INSERT INTO inbox.aggregate AS a (consumer, source, aggregate_type, aggregate_id, version, last_event_id)
          SELECT $2, source, aggregate_type, aggregate_id, version, last_event_id
@@ -17,7 +16,7 @@ pub(super) async fn over(tx: &mut Transaction<'_, Postgres>, live: &str, shadow:
          SET version = excluded.version, last_event_id = excluded.last_event_id, updated_at = now()
          WHERE a.version < excluded.version"
     );
-    sqlx::query(AssertSqlSafe(places)).bind(live).bind(shadow).execute(&mut **tx).await?;
+    sqlx::query(AssertSqlSafe(chains)).bind(live).bind(shadow).execute(&mut **tx).await?;
     for sql in [
         "UPDATE inbox.held h SET consumer = $2
          WHERE consumer = $1

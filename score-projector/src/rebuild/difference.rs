@@ -4,32 +4,32 @@ use serde::Serialize;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-/// Of one kind, with a few persons as examples.
+/// The rows that differ in one way, with a few persons as examples.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, sqlx::FromRow)]
-pub(super) struct Kind {
+pub(super) struct DifferenceClass {
     what: String,
     count: i64,
     persons: Vec<Uuid>,
 }
 
-/// Everything that differs, by kind. A snapshot: beside a moving system what has just been written to
-/// the one and not yet to the other counts too.
+/// All differences, by kind, in one snapshot. While consumers run, events that one model has applied and the other has not
+/// count too.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Difference {
-    kinds: Vec<Kind>,
+    kinds: Vec<DifferenceClass>,
 }
 
 impl Difference {
     /// A line for each kind.
     pub(super) fn text(&self) -> String {
         if self.kinds.is_empty() {
-            return "nothing differs between the two models\n".to_owned();
+            return "the two models are equal\n".to_owned();
         }
-        let lines = self.kinds.iter().map(|Kind { what, count, persons }| {
+        let lines = self.kinds.iter().map(|DifferenceClass { what, count, persons }| {
             let named: Vec<String> = persons.iter().map(Uuid::to_string).collect();
             format!("  {what}: {count}, of {}\n", named.join(", "))
         });
-        "what differs, with up to five persons each:\n".to_owned() + &lines.collect::<String>()
+        "differences, with up to five persons each:\n".to_owned() + &lines.collect::<String>()
     }
 }
 

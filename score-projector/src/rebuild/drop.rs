@@ -13,7 +13,7 @@ pub(super) async fn drop(args: &RebuildArgs, conn: &mut PgConnection) -> anyhow:
         args.common.answer(&json!({"dropped": null}), || "no old model is kept".to_owned())?;
         return Ok(Verdict::Ok);
     };
-    // A projector that erases an aggregate of both models may be in its way.
+    // A projector that erases an aggregate in both models may hold a lock.
     again(async || sqlx::query("DROP SCHEMA IF EXISTS score_old CASCADE").execute(&mut *conn).await)
         .await
         .context("the old model's tables were not dropped")?;

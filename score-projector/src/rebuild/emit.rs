@@ -1,4 +1,4 @@
-//! Publishes what an exchange changes, so that subscribers to `score.*` follow it.
+//! Publishes the differences of a swap, so that subscribers to `score.*` follow it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,7 @@ use sqlx::{AssertSqlSafe, FromRow, Postgres, Row, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    projection::{
+    batch::{
         entry::{Change, Entry, ScoreEvent, changes},
         slice::Person,
     },
@@ -25,7 +25,7 @@ const PAGE: i64 = 500;
 /// Appends the events that lead from the live model to the shadow, under locks that keep both as they
 /// are. Returns how many there are.
 pub(super) async fn differences(tx: Tx<'_, '_>) -> anyhow::Result<u64> {
-    // Who differs, once; what about them, page by page.
+    // The persons that differ, once; their differences, page by page.
     sqlx::query(
         "CREATE TEMPORARY TABLE differing ON COMMIT DROP AS
          SELECT coalesce(l.id, s.id) AS id

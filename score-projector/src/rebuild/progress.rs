@@ -1,14 +1,14 @@
-//! How far the shadow is: the inbox's own account of both models, compared.
+//! The progress of the shadow: compares the inbox's versions of both models.
 
 use serde::Serialize;
 use sqlx::PgConnection;
 
-/// Every aggregate that the live model has something of, and where the shadow stands with it. `excused`
-/// are those that the shadow need not hear of, and whose place it takes over as it is:
+/// Every aggregate of the live model, with the shadow's version. `excused` are those that the shadow does not need, and
+/// whose row it takes over as it is:
 ///
 /// - the chain of an earlier incarnation of the source, when live has gone on to a later one;
-/// - an aggregate that has ended in the live model and that the shadow has nothing of. Neither model
-///   holds anything of it; a replay of pruned history and a baseline of everybody leave it out.
+/// - an aggregate that has ended in the live model and that the shadow has not received. Neither model has rows of it; a
+///   replay of pruned history and baselines of all persons leave it out.
 pub(super) const COMPARED: &str = r"
 WITH source AS (
     SELECT a.*, regexp_replace(source, '~[0-9]{1,9}$', '') AS name,
@@ -31,19 +31,19 @@ WITH source AS (
 /// Counts of aggregates.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, sqlx::FromRow)]
 pub(super) struct Progress {
-    /// That the live model has something of.
+    /// Aggregates of the live model.
     pub(super) aggregates: i64,
-    /// Of which the shadow has at least as much.
+    /// Those at the same or a higher version in the shadow.
     pub(super) level: i64,
-    /// That the shadow need not hear of.
+    /// Those that the shadow does not need.
     pub(super) excused: i64,
-    /// Of which the shadow has less.
+    /// Those at a lower version in the shadow.
     pub(super) behind: i64,
-    /// A few of those.
+    /// A few of the aggregates behind.
     pub(super) examples: Vec<String>,
 }
 
-/// Compares both consumers' places in the inbox, in one snapshot.
+/// Compares the versions of both consumers in the inbox, in one snapshot.
 pub(super) async fn progress(conn: &mut PgConnection, live: &str, shadow: &str) -> sqlx::Result<Progress> {
     let sql = format!(
         "{COMPARED}
@@ -60,15 +60,15 @@ pub(super) async fn progress(conn: &mut PgConnection, live: &str, shadow: &str) 
     sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(live).bind(shadow).fetch_one(conn).await
 }
 
-/// Events that a consumer holds, for a reason.
+/// The number of held events with a reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, sqlx::FromRow)]
-pub(super) struct Held {
+pub(super) struct HeldCount {
     pub(super) reason: String,
     pub(super) events: i64,
 }
 
-/// What the consumer holds, by reason.
-pub(super) async fn held(conn: &mut PgConnection, consumer: &str) -> sqlx::Result<Vec<Held>> {
+/// Counts the consumer's held events by reason.
+pub(super) async fn held(conn: &mut PgConnection, consumer: &str) -> sqlx::Result<Vec<HeldCount>> {
     sqlx::query_as(
         "SELECT reason, count(*) AS events FROM inbox.held WHERE consumer = $1 GROUP BY reason ORDER BY reason",
     )

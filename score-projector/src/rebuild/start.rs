@@ -6,7 +6,7 @@ use sqlx::{Connection, PgConnection};
 use super::{RebuildArgs, config};
 use crate::model;
 
-/// Makes the shadow, and the queue from which running programs then consume for it.
+/// Creates the shadow, and the queue from which running programs then consume for it.
 pub(super) async fn start(
     args: &RebuildArgs,
     conn: &mut PgConnection,
@@ -45,7 +45,7 @@ pub(super) async fn start(
     if let Err(reason) = inbox::declare(&config).await {
         bail!(
             "{consumer} is being built, but its queue {queue} is not there yet: {reason}\n\
-             A running score-projector will declare it as soon as the broker answers; fill it only then, \
+             A running score-projector will declare it as soon as the broker responds. Fill it only then, \
              as with outbox-relay replay --all --to-queue {queue}"
         );
     }

@@ -8,14 +8,14 @@ use tokio::time::Instant;
 use super::{
     RebuildArgs,
     difference::difference,
-    progress::{Held, Progress, held, progress},
+    progress::{HeldCount, Progress, held, progress},
 };
-use crate::model::{self, Stored};
+use crate::model::{self, StoredModel};
 
-/// Between the two looks that give the rate.
+/// The time between the two counts that give the rate.
 const BETWEEN: Duration = Duration::from_secs(2);
 
-/// Says what is under way, and how far it is.
+/// Prints the state of the rebuild, and its progress.
 pub(super) async fn status(args: &RebuildArgs, conn: &mut PgConnection) -> anyhow::Result<Verdict> {
     let live = model::live(conn).await?;
     if let Some(shadow) = model::stored(conn, "shadow").await? {
@@ -48,13 +48,13 @@ async fn building(
     args: &RebuildArgs,
     conn: &mut PgConnection,
     live: &str,
-    shadow: &Stored,
+    shadow: &StoredModel,
 ) -> anyhow::Result<Verdict> {
     let name = &shadow.consumer;
     let mut now = progress(conn, live, name).await?;
     let mut rate = None;
     if now.behind > 0 {
-        // Twice, so that the rate is that of now and not of a wait for somebody to begin.
+        // Counted twice, so that the rate is the present one, without the time before the filling began.
         let (before, since) = (now.behind, Instant::now());
         tokio::time::sleep(BETWEEN).await;
         now = progress(conn, live, name).await?;
@@ -98,7 +98,7 @@ async fn building(
     Ok(if now.behind == 0 { Verdict::Ok } else { Verdict::Attention })
 }
 
-fn counts(now: &Progress, held: &[Held]) -> String {
+fn counts(now: &Progress, held: &[HeldCount]) -> String {
     let mut text = format!(
         "  of {}: {} level, {} ended or of an earlier incarnation, {} behind\n",
         many(now.aggregates, "aggregate"),
@@ -109,13 +109,13 @@ fn counts(now: &Progress, held: &[Held]) -> String {
     for example in &now.examples {
         let _ = writeln!(text, "    behind: {example}");
     }
-    for Held { reason, events } in held {
+    for HeldCount { reason, events } in held {
         let _ = writeln!(text, "  {} held, reason {reason}", many(*events, "event"));
     }
     text
 }
 
-/// Seconds, if it goes on like this.
+/// The remaining seconds at this rate.
 fn left(now: &Progress, rate: Option<f64>) -> Option<f64> {
     #[expect(clippy::cast_precision_loss, reason = "an estimate is no exact number")]
     rate.filter(|rate| *rate > 0.0).map(|rate| now.behind as f64 / rate)

@@ -16,15 +16,14 @@ use super::{
     progress::{Progress, progress},
     remove_queue,
 };
-use crate::model::{self, Stored};
+use crate::model::{self, StoredModel};
 
-/// With so many aggregates behind, the live model is not stopped to let the shadow catch up.
+/// With more aggregates behind than this, the live model is not stopped to let the shadow catch up.
 const NEARLY: i64 = 1_000;
-/// How long the live model may be stopped for that. Whoever wants to write to it gives up after 10 s.
+/// How long the live model may be stopped for that. Its writers time out after 10 s.
 const CATCH_UP: Duration = Duration::from_secs(8);
 
-/// The exchange. Reads go on through all of it: they wait for the moment in which the tables change
-/// their names, if at all.
+/// The swap. Reads continue; at most they wait for the moment in which the tables are renamed.
 pub(super) async fn swap(
     args: &RebuildArgs,
     conn: &mut PgConnection,
@@ -60,7 +59,7 @@ pub(super) async fn swap(
             Ok(done) => break done,
             Err(error) if attempt < LOCK_ATTEMPTS && error.downcast_ref().is_some_and(is_lock) => {
                 if attempt % 10 == 0 {
-                    eprintln!("somebody holds a lock on the read model: {attempt} attempts so far");
+                    eprintln!("another session holds a lock on the read model; {attempt} attempts so far");
                 }
                 pause(attempt).await;
             }
@@ -95,8 +94,8 @@ pub(super) async fn swap(
 /// Everything in one transaction.
 async fn exchange(
     conn: &mut PgConnection,
-    live: &Stored,
-    shadow: &Stored,
+    live: &StoredModel,
+    shadow: &StoredModel,
     dry_run: bool,
 ) -> anyhow::Result<(Difference, u64)> {
     let mut tx = Connection::begin(&mut *conn).await?;
@@ -134,7 +133,7 @@ async fn exchange(
             .execute(&mut *tx)
             .await?;
     }
-    // Whoever asks for the consumer by its name goes on to get the live one.
+    // A query for the consumer of the live model finds the new one.
     sqlx::query("INSERT INTO inbox.successor (consumer, replaced_by) VALUES ($1, $2)")
         .bind(&live.consumer)
         .bind(&shadow.consumer)
@@ -144,8 +143,8 @@ async fn exchange(
     Ok((difference, published))
 }
 
-/// Locks a model's row: whoever writes to the model shares it until their commit.
-async fn take(tx: &mut Transaction<'_, Postgres>, role: &str, model: &Stored) -> anyhow::Result<()> {
+/// Locks a model's row, which each writer to the model shares until its commit.
+async fn take(tx: &mut Transaction<'_, Postgres>, role: &str, model: &StoredModel) -> anyhow::Result<()> {
     sqlx::query("SELECT FROM score.model WHERE role = $1 AND consumer = $2 FOR UPDATE")
         .bind(role)
         .bind(&model.consumer)

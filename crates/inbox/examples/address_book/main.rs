@@ -15,7 +15,7 @@
 use std::env;
 
 use inbox::{
-    Config, Consumer, Event, Failure, Handler, InvalidPublisher, Node, Publisher, Redrive, Sequencer,
+    Config, Consumer, Event, Handler, HandlerError, InvalidPublisher, Node, Publisher, Redrive, Sequencer,
     Sources, Status, Topology,
     held::{self, Filter},
 };
@@ -41,14 +41,14 @@ struct Person {
 }
 
 impl Handler for AddressBook {
-    async fn handle(&self, event: &Event, tx: &mut Transaction<'_, Postgres>) -> Result<(), Failure> {
+    async fn handle(&self, event: &Event, tx: &mut Transaction<'_, Postgres>) -> Result<(), HandlerError> {
         match event.type_.as_str() {
             // Its content is gone; that it counts as a version is the inbox's business.
             _ if event.is_erased() => {}
             "person.new" | "person.changed" | "person.baseline" => {
                 // No personal data in the reason: operators read it.
                 let person: Person = serde_json::from_slice(&event.payload)
-                    .map_err(|_| Failure::poison("the body is not a person"))?;
+                    .map_err(|_| HandlerError::poison("the body is not a person"))?;
                 sqlx::query(
                     "INSERT INTO contact (id, name, address) VALUES ($1, $2, $3)
                      ON CONFLICT (id) DO UPDATE SET name = excluded.name, address = excluded.address",
@@ -92,8 +92,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Who publishes what it follows, as `SOURCE=USER` with commas between; without any, whoever may write to the exchange
-/// is believed.
+/// The sources and their broker users, as `SOURCE=USER` separated by commas. Without any, every user that may write to
+/// the exchange is believed.
 fn sources() -> Result<Sources, InvalidPublisher> {
     let named = env::var("SOURCE").unwrap_or_default();
     named.split(',').filter(|publisher| !publisher.is_empty()).map(str::parse::<Publisher>).collect()
@@ -101,7 +101,7 @@ fn sources() -> Result<Sources, InvalidPublisher> {
 
 /// Consumes until SIGTERM or Ctrl-C; then what is under way is committed and acknowledged.
 async fn run(sequencer: Sequencer<AddressBook>) -> Result<(), Box<dyn std::error::Error>> {
-    // All events of persons, by aggregate: whoever follows versions needs types that do not exist yet, too.
+    // All events of persons, by aggregate: a subscriber that follows versions also needs types that do not exist yet.
     let topology = Topology::new("event_dispatcher", "event_dispatcher.by_aggregate", NAME, &["person"])?;
     let node: Node = env::var("AMQP_URL")?.parse()?;
     let consumer = Consumer::new(Config::new(topology, vec![node], NAME), sequencer);
@@ -122,8 +122,8 @@ async fn run(sequencer: Sequencer<AddressBook>) -> Result<(), Box<dyn std::error
     Ok(())
 }
 
-/// Answers every request with 200, or with 503 and what it waits for. A service with a web framework asks
-/// the status from there.
+/// Responds to every request with 200, or with 503 and the reasons. A service with a web framework uses a route
+/// instead.
 async fn health(listener: TcpListener, status: watch::Receiver<Status>) {
     while let Ok((mut client, _)) = listener.accept().await {
         let waiting = status.borrow().waiting();

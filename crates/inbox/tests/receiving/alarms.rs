@@ -34,8 +34,8 @@ async fn holes_and_forks_are_named_with_what_to_do() {
     })
     .await;
     assert_eq!(status.consuming, Ok(()), "work goes on");
-    insta::assert_snapshot!(status.holes.unwrap(), @"versions are missing, and later ones wait for them: thing/a of things lacks version 2; thing/b of things lacks versions 1 to 4; thing/c of things lacks version 1; and 2 others. `outbox-relay replay --aggregate thing/a --to-queue things` brings them, or a baseline");
-    insta::assert_snapshot!(status.forks.unwrap(), @"events contradict what was applied: thing/a of things at version 1. Was a backup restored, or a failover made, without `outbox-relay new-incarnation`? They are kept and not applied: `rejected list` shows them");
+    insta::assert_snapshot!(status.holes.unwrap(), @"versions are missing, and later ones wait for them: thing/a of things lacks version 2; thing/b of things lacks versions 1 to 4; thing/c of things lacks version 1; and 2 others. Have the source replay the aggregate thing/a to the queue things, or publish a baseline of it");
+    insta::assert_snapshot!(status.forks.unwrap(), @"events contradict what was applied: thing/a of things at version 1. Was a backup restored, or a failover made, without a new incarnation of the source? They are stored in inbox.rejected and not applied");
 
     for (aggregate, version) in [("a", 2), ("c", 1), ("d", 1), ("e", 1)] {
         world.publish(event(aggregate, version, "")).await;

@@ -13,7 +13,7 @@ use crate::{
 async fn stopped(running: &mut Running) -> String {
     let waited = running
         .status
-        .wait_for(|status| matches!(&status.consuming, Err(reason) if reason.contains("`held list`")));
+        .wait_for(|status| matches!(&status.consuming, Err(reason) if reason.contains("inbox.held")));
     let status = tokio::time::timeout(std::time::Duration::from_secs(30), waited).await.unwrap().unwrap();
     status.consuming.clone().unwrap_err()
 }
@@ -43,7 +43,7 @@ async fn refused_in_a_row() {
         world.publish(event(&format!("thing {n}"), 1, "broken")).await;
     }
     let mut running = start();
-    insta::assert_snapshot!(stopped(&mut running).await, @"the handler refused 5 events in a row, the last with: the handler is broken; `held list` shows them");
+    insta::assert_snapshot!(stopped(&mut running).await, @"the handler refused 5 events in a row, the last with: the handler is broken; they are in inbox.held");
     assert_eq!(held(&world.pool).await, 4 + 5, "no more than it takes to know");
     until("the rest stays in the queue", async || world.messages("things").await == 7).await;
 
@@ -82,7 +82,7 @@ async fn too_many_held() {
     running.until_consuming().await;
 
     world.publish(event("a", 6, "")).await;
-    insta::assert_snapshot!(stopped(&mut running).await, @"more than 5 events were refused or wait behind one that was, the last with: the handler is broken; `held list` shows them");
+    insta::assert_snapshot!(stopped(&mut running).await, @"more than 5 events were refused or wait behind one that was, the last with: the handler is broken; they are in inbox.held");
     running.stop().await;
     // Nor is anything consumed after a restart.
     world.publish(event("b", 1, "")).await;

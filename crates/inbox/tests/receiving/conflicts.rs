@@ -3,7 +3,7 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
-use inbox::{NotDone, Outcome, Redrive, Sequencer, Skip, held, rejected};
+use inbox::{Outcome, Redrive, RedriveError, Sequencer, Skip, held, rejected};
 use sqlx::{AssertSqlSafe, Executor, PgPool};
 
 use crate::support::{Recorder, database, event, until};
@@ -109,7 +109,7 @@ async fn what_never_succeeds_ends() {
     prefer_others(&pool, "inbox.aggregate", 1_000).await;
     let not_done = sequencer.redrive(&ALL, |_| ()).await.unwrap_err();
     assert!(
-        matches!(&not_done, NotDone::Conflict(_)) && not_done.to_string().contains("6 times"),
+        matches!(&not_done, RedriveError::Conflict(_)) && not_done.to_string().contains("6 times"),
         "{not_done}"
     );
     assert_eq!(met(&pool).await, 6);

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use inbox::{
-    Envelope, NotDone, Outcome, Redrive, Redrives, Sequencer, Skip,
+    Envelope, Outcome, Redrive, RedriveError, RedriveSummary, Sequencer, Skip,
     held::{self, Filter, HeldEvent},
 };
 use sqlx::PgPool;
@@ -37,7 +37,7 @@ impl Case {
         self.sequencer.apply(messages).await.unwrap()
     }
 
-    async fn redrive(&self, redrive: &Redrive) -> Redrives {
+    async fn redrive(&self, redrive: &Redrive) -> RedriveSummary {
         self.sequencer.redrive(redrive, |_| ()).await.unwrap()
     }
 
@@ -50,7 +50,7 @@ impl Case {
         held::at(&mut conn, self.consumer, "thing", aggregate, version).await.unwrap().pop().unwrap()
     }
 
-    async fn skip(&self, event: &HeldEvent, dry_run: bool) -> Result<(u64, i64), NotDone> {
+    async fn skip(&self, event: &HeldEvent, dry_run: bool) -> Result<(u64, i64), RedriveError> {
         let skip = Skip { event, by: "ann@desk", why: "a test of ours", batch: 2, dry_run };
         self.sequencer.skip(&skip).await.map(|done| (done.applied, done.to))
     }
@@ -230,13 +230,13 @@ async fn a_skipped_event_counts_as_a_version_and_is_remembered() {
     let before = case.tables().await;
     let poison = case.held("a", 2).await;
     assert_eq!(case.skip(&poison, true).await, Ok((2, 4)));
-    assert_eq!(case.skip(&case.held("a", 3).await, false).await, Err(NotDone::NotNext(1)));
-    assert_eq!(case.skip(&case.held("b", 2).await, false).await, Err(NotDone::NotNext(0)));
-    assert_eq!(case.skip(&case.held("c", 4).await, false).await, Err(NotDone::NotNext(1)));
+    assert_eq!(case.skip(&case.held("a", 3).await, false).await, Err(RedriveError::NotNext(1)));
+    assert_eq!(case.skip(&case.held("b", 2).await, false).await, Err(RedriveError::NotNext(0)));
+    assert_eq!(case.skip(&case.held("c", 4).await, false).await, Err(RedriveError::NotNext(1)));
     assert_eq!(case.tables().await, before, "nothing is changed by what is only tried or not done");
 
     assert_eq!(case.skip(&poison, false).await, Ok((3, 5)));
-    assert_eq!(case.skip(&poison, false).await, Err(NotDone::Gone));
+    assert_eq!(case.skip(&poison, false).await, Err(RedriveError::Gone));
     // Its redelivery is a duplicate like any other.
     assert_eq!(case.apply(&[event("a", 2, "poison")]).await.duplicates, 1);
     let skipped: Vec<String> = sqlx::query_scalar(

@@ -126,7 +126,7 @@ async fn one_source_does_not_stop_another() {
         world.publish(from(event(&format!("worse {n}"), 1, "broken"), "two", &user)).await;
     }
     let stopped = says(&mut running, |status| status.consuming.is_err()).await.consuming.unwrap_err();
-    insta::assert_snapshot!(stopped, @r#"the handler refused 11 events in a row of "one", and the last of every other source, the last with: the handler is broken; `held list` shows them"#);
+    insta::assert_snapshot!(stopped, @r#"the handler refused 11 events in a row of "one", and the last of every other source, the last with: the handler is broken; they are in inbox.held"#);
     handler.passed.store(true, Ordering::Relaxed);
     says(&mut running, |status| status.consuming.is_ok()).await;
     running.stop().await;
@@ -149,7 +149,7 @@ async fn a_wrong_user_is_an_alarm_of_its_own() {
     world.until_version("b", 1).await;
     let status = says(&mut running, |status| status.sources.is_err()).await;
     assert_eq!(status.consuming, Ok(()), "work goes on");
-    insta::assert_snapshot!(status.waiting().join("\n"), @r#"sources: 3 messages of a followed source did not come from its user: its user is "devstack", and "things" is published by relay. They are kept and not applied. If the publisher's user was renamed, name it for the source, have what was rejected replayed, and drop it; if not, somebody forges events: `rejected list` shows them"#);
+    insta::assert_snapshot!(status.waiting().join("\n"), @r#"sources: 3 messages of a followed source did not come from its user: its user is "devstack", and "things" is published by relay. They are stored in inbox.rejected and not applied. If the publisher's user was renamed, name the new user for the source, have the rejected events replayed, and delete them from inbox.rejected. If not, another user forges events"#);
     running.stop().await;
 
     // A restart forgets nothing. The new user is named, and what was rejected is published again.

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use inbox::{Envelope, Event, Failure, Handler, Publisher, Sources};
+use inbox::{Envelope, Event, Handler, HandlerError, Publisher, Sources};
 use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable},
@@ -61,7 +61,7 @@ impl Recorder {
 }
 
 impl Handler for Recorder {
-    async fn handle(&self, event: &Event, tx: &mut Transaction<'_, Postgres>) -> Result<(), Failure> {
+    async fn handle(&self, event: &Event, tx: &mut Transaction<'_, Postgres>) -> Result<(), HandlerError> {
         sqlx::query("INSERT INTO applied (consumer, aggregate, version, type) VALUES ($1, $2, $3, $4)")
             .bind(&self.consumer)
             .bind(&event.aggregate_id)
@@ -70,13 +70,13 @@ impl Handler for Recorder {
             .execute(&mut **tx)
             .await?;
         match std::str::from_utf8(&event.payload).unwrap() {
-            "poison" => return Err(Failure::poison("it does not taste\0 good")),
+            "poison" => return Err(HandlerError::poison("it does not taste\0 good")),
             "panic" => panic!("as the event asked for"),
             "transient" if !self.passed.load(Ordering::Relaxed) => {
-                return Err(Failure::Transient("another service is away".to_owned()));
+                return Err(HandlerError::Transient("another service is away".to_owned()));
             }
             "broken" if !self.passed.load(Ordering::Relaxed) => {
-                return Err(Failure::poison("the handler is broken"));
+                return Err(HandlerError::poison("the handler is broken"));
             }
             "delete" => {
                 sqlx::query("DELETE FROM state WHERE consumer = $1 AND aggregate = $2")
@@ -120,7 +120,7 @@ impl Handler for Recorder {
         &self,
         events: &[Event],
         tx: &mut Transaction<'_, Postgres>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), HandlerError> {
         self.calls.fetch_add(1, Ordering::Relaxed);
         for event in events {
             self.handle(event, tx).await?;

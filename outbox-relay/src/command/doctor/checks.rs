@@ -4,6 +4,7 @@
 use anyhow::Context;
 use chrono::{DateTime, Utc};
 use daemon::config::database::SchemaError;
+use outbox::database::Failure;
 use sqlx::PgConnection;
 
 use super::{Check, settings, versions};
@@ -140,9 +141,8 @@ fn failed(name: &str, error: sqlx::Error) -> anyhow::Result<Check> {
     let Some(said) = error.as_database_error() else {
         return Err(error).context("the database went away during the examination");
     };
-    Ok(match said.code().as_deref() {
-        // insufficient_privilege
-        Some("42501") => Check::skipped(name, format!("this role may not ask: {}", said.message())),
+    Ok(match Failure::of(&error) {
+        Failure::Forbidden => Check::skipped(name, format!("this role may not ask: {}", said.message())),
         _ => Check::warning(
             name,
             format!("it could not be found out: {}", said.message()),

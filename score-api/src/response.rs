@@ -1,4 +1,4 @@
-//! What a reader gets when all is well.
+//! The 200 and 304 responses.
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use poem::Response;
@@ -23,7 +23,7 @@ struct ScoreJson {
     updated_at: DateTime<Utc>,
 }
 
-/// The same with a page of its entries.
+/// The same body with a page of its entries.
 #[derive(Serialize)]
 struct EntriesJson {
     #[serde(flatten)]
@@ -66,17 +66,17 @@ fn rfc3339<S: Serializer>(time: &DateTime<Utc>, s: S) -> Result<S::Ok, S::Error>
     s.serialize_str(&time.to_rfc3339_opts(SecondsFormat::AutoSi, true))
 }
 
-/// 200: the score; or 304 where the caller has it.
+/// 200 with the score, or 304 when the client has it.
 pub(crate) fn score(conditional: &Conditional, score: &read_model::Score) -> Result<Response, Problem> {
     respond(conditional, score, &ScoreJson::of(score))
 }
 
-/// 200: a page of the entries, and where the next one is; or 304 where the caller has it.
+/// 200 with a page of the entries and the link to the next one, or 304 when the client has it.
 pub(crate) fn entries(
     conditional: &Conditional,
     cpf: Cpf,
     page: Page,
-    found: entries::Found,
+    found: entries::EntryPage,
 ) -> Result<Response, Problem> {
     let last = found.entries.last().filter(|_| found.more);
     let next =
@@ -86,7 +86,7 @@ pub(crate) fn entries(
     respond(conditional, &found.score, &body)
 }
 
-/// Which life of the cpf, and how far its events are contained.
+/// The person, and the version that the read model contains.
 pub(crate) fn tag(score: &read_model::Score) -> Tag {
     Tag { id: score.person_id, version: score.version }
 }
@@ -98,7 +98,7 @@ fn respond(
 ) -> Result<Response, Problem> {
     conditional.respond(tag(score), || {
         serde_json::to_string(body).map_err(|error| {
-            tracing::error!(%error, "an answer could not be written");
+            tracing::error!(%error, "a response could not be serialized");
             Problem::internal()
         })
     })

@@ -17,7 +17,7 @@ fn item(n: u128, of: u128, value: u64) -> Value {
            "created_at": "2026-01-01T00:00:01Z", "person": person(of, 1)})
 }
 
-fn apply(slice: &mut Slice, type_: &str, of: u128, version: i64, body: &Value) -> Result<(), Refused> {
+fn apply(slice: &mut Slice, type_: &str, of: u128, version: i64, body: &Value) -> Result<(), Refusal> {
     let body = PersonEvent::parse(type_, body.to_string().as_bytes()).unwrap();
     slice.apply(&Cause { person: id(of), version, trace: None, body })
 }
@@ -51,12 +51,12 @@ fn nobody_is_revived_and_an_item_keeps_its_person() {
     }
     apply(&mut slice, "asset.new", 1, 2, &item(10, 1, 100)).unwrap();
     let taken = apply(&mut slice, "asset.new", 2, 2, &item(10, 2, 100));
-    assert_eq!(taken, Err(Refused::ItemOfAnother));
+    assert_eq!(taken, Err(Refusal::ItemOfAnother));
     let changed = apply(&mut slice, "asset.changed", 2, 2, &item(10, 2, 100));
-    assert_eq!(changed, Err(Refused::ItemUnknown));
+    assert_eq!(changed, Err(Refusal::ItemUnknown));
     apply(&mut slice, "person.deleted", 1, 3, &json!({"id": id(1)})).unwrap();
     let late = apply(&mut slice, "asset.new", 1, 4, &item(11, 1, 100));
-    assert_eq!(late, Err(Refused::PersonUnknown));
+    assert_eq!(late, Err(Refusal::PersonUnknown));
     // Their items are gone with them, and were never written.
     apply(&mut slice, "asset.new", 2, 2, &item(10, 2, 100)).unwrap();
     assert_eq!(slice.persons_gone(), [id(1)]);

@@ -1,19 +1,19 @@
-//! What of the read model a batch of events has to see.
+//! The rows of the read model that a batch of events needs.
 
 use std::collections::BTreeSet;
 
 use events::PersonEvent;
 use uuid::Uuid;
 
-use super::{Cause, slice::Slice};
+use super::{cause::Cause, slice::Slice};
 
 /// Persons and entries to load, each in the order in which their rows are locked.
 #[derive(Debug, Default)]
 pub(crate) struct Needs {
     pub(crate) persons: BTreeSet<Uuid>,
-    /// Of whom it matters whether anything was ever published.
+    /// Deleted persons: whether an event of their score was ever published matters.
     pub(crate) ended: BTreeSet<Uuid>,
-    /// Entries by their own id, whosever they are.
+    /// Entries by their own id, of any person.
     pub(crate) entries: BTreeSet<Uuid>,
     /// Persons of whom all entries are needed.
     pub(crate) whole: BTreeSet<Uuid>,

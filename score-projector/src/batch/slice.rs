@@ -1,4 +1,4 @@
-//! What each event of a person means for the score.
+//! Applies each event of a person to the score, in memory.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -8,8 +8,9 @@ use rust_decimal::Decimal;
 use uuid::Uuid;
 
 use super::{
-    Cause, Refused,
+    cause::Cause,
     entry::{Change, Entry, ScoreEvent, changes},
+    refusal::Refusal,
 };
 
 /// A person as the read model has them.
@@ -31,20 +32,19 @@ pub(crate) struct Person {
 pub(crate) struct Slice {
     persons: BTreeMap<Uuid, Person>,
     entries: HashMap<Uuid, BTreeMap<Uuid, Entry>>,
-    /// Whose each entry is, also when the person themselves is not in the slice.
+    /// The person of each entry, also when the person is not in the slice.
     owners: HashMap<Uuid, Uuid>,
-    /// Persons of whom something was published, ever.
+    /// Persons of whose score an event was ever published.
     published: BTreeSet<Uuid>,
-    /// What is to be published, in order.
+    /// The events to publish, in order.
     events: Vec<ScoreEvent>,
     written: Written,
 }
 
-/// What differs from the database. What is gone is removed before anything else is written, so that an id
-/// may come back in the same batch.
+/// The differences to the database. Deletions are written first, so that an id may be used again in the same batch.
 #[derive(Debug, Default)]
 struct Written {
-    /// Gone, and their entries go with them. The database may never have heard of who came in the same batch.
+    /// Deleted with their entries. A person that the same batch created is not in the database.
     persons_gone: BTreeSet<Uuid>,
     /// New or changed.
     persons: BTreeSet<Uuid>,
@@ -71,13 +71,13 @@ impl Slice {
         self.persons.get(&id)
     }
 
-    /// An entry and whose it is.
+    /// An entry and its person.
     fn entry(&self, id: Uuid) -> Option<(Uuid, &Entry)> {
         let owner = *self.owners.get(&id)?;
         Some((owner, self.entries.get(&owner)?.get(&id)?))
     }
 
-    /// What is to be published, in order.
+    /// The events to publish, in order.
     pub(crate) fn take_events(&mut self) -> Vec<ScoreEvent> {
         std::mem::take(&mut self.events)
     }
@@ -95,18 +95,18 @@ impl Slice {
         self.written.entries_gone.iter().copied().collect()
     }
 
-    /// New and changed entries, and whose they are.
+    /// New and changed entries with their persons.
     pub(crate) fn entries_written(&self) -> Vec<(Uuid, &Entry)> {
         self.written.entries.iter().filter_map(|id| self.entry(*id)).collect()
     }
 
-    /// Applies one event. When it is refused the slice is of no use any more.
-    pub(crate) fn apply(&mut self, cause: &Cause) -> Result<(), Refused> {
+    /// Applies one event. After a refusal the slice must not be used.
+    pub(crate) fn apply(&mut self, cause: &Cause) -> Result<(), Refusal> {
         let id = cause.person;
         match &cause.body {
             PersonEvent::New(person) => {
                 if self.persons.contains_key(&id) {
-                    return Err(Refused::PersonKnown);
+                    return Err(Refusal::PersonKnown);
                 }
                 self.insert(person, cause.version);
                 Ok(())
@@ -124,7 +124,7 @@ impl Slice {
             PersonEvent::ItemNew(kind, item) => {
                 self.known(id)?;
                 if self.entry_of(id, item.id)?.is_some() {
-                    return Err(Refused::ItemKnown);
+                    return Err(Refusal::ItemKnown);
                 }
                 self.change(cause, vec![Change::New(Entry::of(*kind, item)?)])
             }
@@ -140,7 +140,7 @@ impl Slice {
                 let before = self.known_entry(id, *kind, item)?;
                 self.change(cause, vec![Change::Gone(before)])
             }
-            // Of a person who may be unknown.
+            // The person may be unknown.
             PersonEvent::Erased | PersonEvent::Unknown => {
                 self.raise(id, cause.version);
                 Ok(())
@@ -154,10 +154,10 @@ impl Slice {
         self.written.persons.insert(id);
     }
 
-    /// A person ends with all entries. One of whom no score was published ends in silence.
-    fn delete(&mut self, cause: &Cause) -> Result<(), Refused> {
+    /// Deletes a person with all entries. `score.deleted` is published only when an event of the score was.
+    fn delete(&mut self, cause: &Cause) -> Result<(), Refusal> {
         let id = cause.person;
-        // A deletion may follow any version, so also the very first thing that is heard of a person.
+        // A deletion may follow any version, so it may be the first event of a person.
         if self.persons.remove(&id).is_none() {
             return Ok(());
         }
@@ -173,8 +173,8 @@ impl Slice {
         Ok(())
     }
 
-    /// The complete state at its version, which may be the first thing that is heard of the person.
-    fn replace(&mut self, cause: &Cause, baseline: &Baseline) -> Result<(), Refused> {
+    /// Replaces the complete state, perhaps as the person's first event.
+    fn replace(&mut self, cause: &Cause, baseline: &Baseline) -> Result<(), Refusal> {
         let id = cause.person;
         if !self.persons.contains_key(&id) {
             self.insert(&baseline.person, cause.version);
@@ -198,9 +198,9 @@ impl Slice {
         self.change(cause, changes(&before, &after, cpf_changed))
     }
 
-    /// Carries changes of a person's entries out, publishes each with the total after it, and brings the
-    /// person to the event's version.
-    fn change(&mut self, cause: &Cause, changes: Vec<Change>) -> Result<(), Refused> {
+    /// Applies changes of a person's entries, publishes each with the total after it, and sets the person to the event's
+    /// version.
+    fn change(&mut self, cause: &Cause, changes: Vec<Change>) -> Result<(), Refusal> {
         let id = cause.person;
         let Person { cpf, mut total, .. } = *self.known(id)?;
         for change in changes {
@@ -232,24 +232,24 @@ impl Slice {
         self.written.persons.insert(id);
     }
 
-    /// Versions without holes begin with the person, so they can be unknown only after their end.
-    fn known(&mut self, id: Uuid) -> Result<&mut Person, Refused> {
-        self.persons.get_mut(&id).ok_or(Refused::PersonUnknown)
+    /// A chain without holes begins with the person, so a person is unknown only after the deletion.
+    fn known(&mut self, id: Uuid) -> Result<&mut Person, Refusal> {
+        self.persons.get_mut(&id).ok_or(Refusal::PersonUnknown)
     }
 
-    /// An entry of this person, if there is one. An item never changes hands.
-    fn entry_of(&self, person: Uuid, id: Uuid) -> Result<Option<&Entry>, Refused> {
+    /// An entry of this person, if there is one. An item never moves to another person.
+    fn entry_of(&self, person: Uuid, id: Uuid) -> Result<Option<&Entry>, Refusal> {
         match self.entry(id) {
-            Some((owner, _)) if owner != person => Err(Refused::ItemOfAnother),
+            Some((owner, _)) if owner != person => Err(Refusal::ItemOfAnother),
             found => Ok(found.map(|(_, entry)| entry)),
         }
     }
 
-    fn known_entry(&mut self, person: Uuid, kind: ItemKind, item: &Item) -> Result<Entry, Refused> {
+    fn known_entry(&mut self, person: Uuid, kind: ItemKind, item: &Item) -> Result<Entry, Refusal> {
         self.known(person)?;
-        // One that another person has is as unknown as one that nobody has.
+        // An entry of another person counts as unknown.
         let entry = self.entry_of(person, item.id).ok().flatten().filter(|entry| entry.kind == kind);
-        entry.cloned().ok_or(Refused::ItemUnknown)
+        entry.cloned().ok_or(Refusal::ItemUnknown)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Entries of a score, what changes about them, and the events that say so.
+//! Entries of a score, their changes, and the events that publish them.
 
 use std::collections::BTreeMap;
 
@@ -9,13 +9,13 @@ use serde::Serialize;
 use serde_json::{Map, Value, value::RawValue};
 use uuid::Uuid;
 
-use super::Refused;
+use super::refusal::Refusal;
 use crate::score;
 
 /// What one item adds to its person's score.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Entry {
-    /// The item's own.
+    /// The item's id.
     pub(crate) id: Uuid,
     pub(crate) kind: ItemKind,
     pub(crate) value: Decimal,
@@ -24,25 +24,25 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    pub(crate) fn of(kind: ItemKind, item: &Item) -> Result<Self, Refused> {
+    pub(crate) fn of(kind: ItemKind, item: &Item) -> Result<Self, Refusal> {
         Self::new(kind, item.id, item.value, item.created_at)
     }
 
-    pub(crate) fn of_baseline(kind: ItemKind, item: &BaselineItem) -> Result<Self, Refused> {
+    pub(crate) fn of_baseline(kind: ItemKind, item: &BaselineItem) -> Result<Self, Refusal> {
         Self::new(kind, item.id, item.value, item.created_at)
     }
 
-    fn new(kind: ItemKind, id: Uuid, value: Decimal, created_at: DateTime<Utc>) -> Result<Self, Refused> {
-        let score = score::of(kind, value).ok_or(Refused::Value)?;
+    fn new(kind: ItemKind, id: Uuid, value: Decimal, created_at: DateTime<Utc>) -> Result<Self, Refusal> {
+        let score = score::of(kind, value).ok_or(Refusal::Value)?;
         Ok(Self { id, kind, value, score, created_at })
     }
 }
 
-/// What happens to one entry.
+/// The change of one entry.
 #[derive(Clone, Debug)]
 pub(crate) enum Change {
     New(Entry),
-    /// It has another content now, or its person another cpf.
+    /// Its content has changed, or its person's cpf.
     Changed {
         before: Entry,
         after: Entry,
@@ -57,7 +57,7 @@ impl Change {
         }
     }
 
-    /// What it adds to the total.
+    /// The difference that it makes to the total.
     pub(crate) fn difference(&self) -> Decimal {
         match self {
             Self::New(after) => after.score.into(),
@@ -66,7 +66,7 @@ impl Change {
         }
     }
 
-    /// Its event's type and entry. One that is gone is published a last time, and adds nothing any more.
+    /// Its event's type and entry. A deleted entry is published a last time, with value and score 0.
     pub(crate) fn published(self) -> (&'static str, Entry) {
         match self {
             Self::New(entry) => (events::SCORE_NEW, entry),
@@ -76,8 +76,8 @@ impl Change {
     }
 }
 
-/// What turns the entries `before` into those `after`, in the order of their ids, which is the order of
-/// the items. With `all`, also those that stay as they are: each entry's body carries the cpf.
+/// The changes from the entries `before` to those `after`, in the order of their ids, which is the order of the items.
+/// With `all`, unchanged entries too: each entry's body contains the cpf.
 pub(crate) fn changes(
     before: &BTreeMap<Uuid, Entry>,
     after: &BTreeMap<Uuid, Entry>,
@@ -96,7 +96,7 @@ pub(crate) fn changes(
     changes
 }
 
-/// An event of the aggregate `score/<person>` that is to be published. Its version comes later.
+/// An event of the aggregate `score/<person>` to publish, without its version.
 #[derive(Clone, Debug)]
 pub(crate) struct ScoreEvent {
     pub(crate) person: Uuid,
@@ -106,7 +106,7 @@ pub(crate) struct ScoreEvent {
 }
 
 impl ScoreEvent {
-    /// What `entry` adds now, and the person's `total` with it.
+    /// The entry's present score, and the person's `total` with it.
     pub(crate) fn entry(
         type_: &'static str,
         person: Uuid,
@@ -114,26 +114,26 @@ impl ScoreEvent {
         entry: &Entry,
         total: Decimal,
         trace: Option<&str>,
-    ) -> Result<Self, Refused> {
+    ) -> Result<Self, Refusal> {
         let Entry { id, kind, value, score, created_at } = *entry;
         let body = Score { id, person_id: person, cpf, kind, value, score, total, created_at };
         Self::new(person, type_, &body, trace)
     }
 
-    /// The whole score is gone.
-    pub(crate) fn deleted(person: Uuid, trace: Option<&str>) -> Result<Self, Refused> {
+    /// The person was deleted, and the score with it.
+    pub(crate) fn deleted(person: Uuid, trace: Option<&str>) -> Result<Self, Refusal> {
         Self::new(person, events::SCORE_DELETED, &Deleted { id: person }, trace)
     }
 
-    /// In the trace of what caused it.
+    /// In the trace of the event that caused it.
     fn new(
         person: Uuid,
         type_: &'static str,
         body: &impl Serialize,
         trace: Option<&str>,
-    ) -> Result<Self, Refused> {
+    ) -> Result<Self, Refusal> {
         let payload =
-            serde_json::to_string(body).and_then(RawValue::from_string).map_err(|_| Refused::Json)?;
+            serde_json::to_string(body).and_then(RawValue::from_string).map_err(|_| Refusal::Json)?;
         let headers = trace.map(|trace| Map::from_iter([("traceparent".to_owned(), trace.into())]));
         Ok(Self { person, type_, payload, headers })
     }

@@ -1,61 +1,61 @@
-//! What is kept of a message that is rejected. It is bounded, whatever was sent, and made before a transaction
-//! begins, so that nobody waits for it.
+//! What is stored of a rejected message. It is bounded for any message, and is computed before the transaction begins,
+//! so that no lock is held meanwhile.
 
 use sha2::{Digest, Sha256};
 
-use crate::{Envelope, about, save::Rejection};
+use crate::{Envelope, identifiers, rejection::Rejection};
 
-/// How much of a body is kept.
-const BODY: usize = 64 * 1024;
+/// How many bytes of a body are stored.
+const MAX_BODY: usize = 64 * 1024;
 
 /// A message as it is stored in `inbox.rejected`.
 #[derive(Clone, Debug)]
-pub(crate) struct Kept<'a> {
-    /// Of reason, message id, routing key and the whole body: by it, a redelivery is known.
+pub(crate) struct StoredMessage<'a> {
+    /// The hash of reason, message id, routing key and whole body, by which a redelivery is recognized.
     pub(crate) digest: Vec<u8>,
     pub(crate) routing_key: String,
     pub(crate) properties: String,
     /// The beginning of the body.
     pub(crate) body: &'a [u8],
-    /// How long the body is.
+    /// The length of the whole body.
     pub(crate) bytes: i64,
-    /// What the stored part names: see [`about`].
-    pub(crate) about: Vec<String>,
+    /// Which identifiers the stored part has: see [`identifiers`].
+    pub(crate) identifiers: Vec<String>,
 }
 
-impl<'a> Kept<'a> {
+impl<'a> StoredMessage<'a> {
     pub(crate) fn of(envelope: &'a Envelope, reason: Rejection) -> Self {
         let properties = envelope.properties_json().to_string();
-        let body = &envelope.body[..envelope.body.len().min(BODY)];
-        let (about, complete) = about::names(envelope, &properties, body);
+        let body = &envelope.body[..envelope.body.len().min(MAX_BODY)];
+        let (found, complete) = identifiers::of(envelope, &properties, body);
         Self {
             digest: digest(envelope, reason),
             routing_key: envelope.routing_key.replace('\0', "\u{fffd}"),
             properties,
-            // Nothing is kept that could not be found when it has to be erased.
+            // Only as much as erasure can find by its identifiers.
             body: &body[..complete],
             bytes: i64::try_from(envelope.body.len()).unwrap_or(i64::MAX),
-            about: about.into_iter().collect(),
+            identifiers: found.into_iter().collect(),
         }
     }
 }
 
-impl Kept<'static> {
-    /// What stands for all messages that were rejected for a reason beyond those that are kept.
-    pub(crate) fn uncounted(reason: Rejection) -> Self {
+impl StoredMessage<'static> {
+    /// The row that counts all further messages for a reason, above the limit of stored ones.
+    pub(crate) fn overflow(reason: Rejection) -> Self {
         Self {
             digest: Sha256::digest(["not kept, ", reason.as_str()].concat()).to_vec(),
             routing_key: String::new(),
             properties: "{}".to_owned(),
             body: &[],
             bytes: 0,
-            about: Vec::new(),
+            identifiers: Vec::new(),
         }
     }
 }
 
-/// What makes two messages the same: each part but the last with its length before it, so that no two run
-/// together to the same bytes.
+/// The identity of a message. Each part except the last is preceded by its length, so that different parts never join
+/// to the same bytes.
 fn digest(envelope: &Envelope, reason: Rejection) -> Vec<u8> {
     let message_id = envelope.properties.message_id().as_ref().map_or("", |id| id.as_str());
     let mut digest = Sha256::new();

@@ -1,4 +1,4 @@
-//! What a message that is no event names, so that it is found when that is to be erased.
+//! The identifiers in a rejected message: by them its content is found when an aggregate is erased.
 
 use std::collections::BTreeSet;
 
@@ -8,12 +8,12 @@ use crate::Envelope;
 
 /// How long a UUID is, with its hyphens.
 const LENGTH: usize = 36;
-/// How many names are kept of a message. Its properties alone cannot have as many.
-const NAMES: usize = 1_000;
+/// How many identifiers of a message are stored. Its properties alone cannot have as many.
+const MOST: usize = 1_000;
 
 /// The aggregate in the headers, as far as there is one, and every UUID in properties and body, in small
 /// letters. Also up to where in the body these are all of them.
-pub(crate) fn names(envelope: &Envelope, properties: &str, body: &[u8]) -> (BTreeSet<String>, usize) {
+pub(crate) fn of(envelope: &Envelope, properties: &str, body: &[u8]) -> (BTreeSet<String>, usize) {
     let headers = envelope.properties.headers().as_ref();
     let aggregate = match headers.and_then(|headers| headers.inner().get("aggregate_id")) {
         Some(AMQPValue::LongString(id)) => std::str::from_utf8(id.as_bytes()).ok(),
@@ -22,17 +22,17 @@ pub(crate) fn names(envelope: &Envelope, properties: &str, body: &[u8]) -> (BTre
     };
     // NUL cannot be stored, and no aggregate's id has one, or is longer.
     let aggregate = aggregate.filter(|id| !id.contains('\0') && id.len() <= 255).map(str::to_owned);
-    let mut names: BTreeSet<String> = properties.as_bytes().windows(LENGTH).filter_map(uuid).collect();
-    names.extend(aggregate);
+    let mut found: BTreeSet<String> = properties.as_bytes().windows(LENGTH).filter_map(uuid).collect();
+    found.extend(aggregate);
     for (start, window) in body.windows(LENGTH).enumerate() {
-        let Some(name) = uuid(window) else { continue };
-        if names.len() >= NAMES && !names.contains(&name) {
+        let Some(id) = uuid(window) else { continue };
+        if found.len() >= MOST && !found.contains(&id) {
             // Without the last byte it is none.
-            return (names, start + LENGTH - 1);
+            return (found, start + LENGTH - 1);
         }
-        names.insert(name);
+        found.insert(id);
     }
-    (names, body.len())
+    (found, body.len())
 }
 
 fn uuid(bytes: &[u8]) -> Option<String> {

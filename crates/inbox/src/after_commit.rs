@@ -1,0 +1,85 @@
+//! What follows a commit: log lines, metrics, and the handler's wake-up.
+
+use chrono::Utc;
+
+use crate::{
+    Event, Handler, Outcome, Sequencer, plan::Plan, rejection::Rejection, save_rejected::RejectedMessage,
+};
+
+impl<H: Handler> Sequencer<H> {
+    /// Logs, counts, and lets the handler notify readers. Only after the commit, since a rollback has no effect.
+    pub(crate) fn committed(&self, plan: &Plan<'_>, events: &[Event]) {
+        for rejected in &plan.rejected {
+            self.log_rejected(rejected);
+        }
+        let outcome = plan.outcome;
+        self.log_refused(&outcome);
+        let count = |name: &'static str, n: u64| {
+            metrics::counter!(name, "consumer" => self.consumer.clone()).increment(n);
+        };
+        count("inbox_applied_total", outcome.applied);
+        count("inbox_duplicates_total", outcome.duplicates);
+        count("inbox_held_total", outcome.held);
+        count("inbox_poison_total", outcome.poison);
+        count("inbox_rejected_total", outcome.rejected);
+        count("inbox_foreign_total", outcome.foreign);
+        count("inbox_wrong_user_total", outcome.wrong_user);
+        count("inbox_forks_total", outcome.forks);
+        if outcome.applied > 0 {
+            let mut streaks = self.streaks();
+            for event in events {
+                streaks.applied(&event.source);
+            }
+            drop(streaks);
+            let lag = metrics::histogram!("inbox_lag_seconds", "consumer" => self.consumer.clone());
+            let now = Utc::now();
+            for made in events.iter().filter_map(Event::made_at) {
+                #[expect(
+                    clippy::cast_precision_loss,
+                    reason = "a lag of 285 million years is precise enough"
+                )]
+                let seconds = (now - made).num_milliseconds() as f64 / 1_000.0;
+                lag.record(seconds.max(0.0));
+            }
+            self.handler.committed();
+        }
+    }
+
+    /// One line a transaction, since any user may send any number of such messages.
+    fn log_refused(&self, outcome: &Outcome) {
+        let Outcome { foreign, wrong_user, .. } = *outcome;
+        let consumer = &self.consumer;
+        if foreign > 0 {
+            tracing::warn!(consumer, messages = foreign, "messages of sources that are not followed");
+        }
+        if wrong_user > 0 {
+            tracing::error!(
+                consumer,
+                messages = wrong_user,
+                "messages of a followed source from a user that does not publish it: they are kept in \
+                 inbox.rejected and not applied. Another user forges events, or the publisher's user was renamed"
+            );
+        }
+    }
+
+    fn log_rejected(&self, rejected: &RejectedMessage<'_>) {
+        if matches!(rejected.reason, Rejection::Foreign | Rejection::WrongUser) {
+            return;
+        }
+        let (consumer, detail) = (&self.consumer, &rejected.detail);
+        let Some(event) = rejected.event.filter(|_| rejected.reason == Rejection::Fork) else {
+            tracing::warn!(consumer, detail, "a message cannot be applied");
+            return;
+        };
+        tracing::warn!(
+            consumer,
+            source = event.source,
+            aggregate = format_args!("{}/{}", escape::line(&event.aggregate_type), escape::line(&event.aggregate_id)),
+            version = event.version,
+            event = %event.id,
+            detail,
+            "suspected fork: the source's history was rewritten without a new incarnation; the event is kept \
+             in inbox.rejected and not applied"
+        );
+    }
+}
