@@ -8,7 +8,7 @@ use daemon::{
     config::{SettingError, database::Database},
     health::{Health, Part},
 };
-use inbox::{Consumer, Sequencer, Sources, Topology};
+use inbox::{Consumer, Nodes, Sequencer, Sources, Topology};
 use outbox::Waker;
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{
@@ -36,7 +36,7 @@ pub(crate) struct Consumers {
     /// As the pool's, for a shadow's pool of its own.
     pub(crate) options: Database,
     pub(crate) queue: String,
-    pub(crate) nodes: Vec<inbox::Node>,
+    pub(crate) nodes: Nodes,
     pub(crate) batch: u16,
     pub(crate) max_refused: u32,
     pub(crate) max_held: u32,

@@ -27,6 +27,7 @@ use daemon::{
     probes,
     shutdown::Shutdown,
 };
+use inbox::Nodes;
 use metrics_exporter_prometheus::PrometheusHandle;
 use outbox::Waker;
 use sqlx::{Connection, PgConnection, migrate::Migrator};
@@ -104,10 +105,10 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     shutdown.finish(drain).await
 }
 
-fn nodes(broker: &BrokerArgs, require_tls: bool) -> Result<Vec<inbox::Node>, SettingError> {
+fn nodes(broker: &BrokerArgs, require_tls: bool) -> Result<Nodes, SettingError> {
     let nodes = broker.nodes(require_tls)?;
     daemon::config::broker::warn(&nodes);
-    Ok(nodes.into_iter().map(|node| inbox::Node::new(node.uri, node.tls)).collect())
+    Ok(nodes)
 }
 
 /// Creates the schemas or brings them up to date, then grants. Running it again changes nothing.

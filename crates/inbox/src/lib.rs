@@ -12,7 +12,6 @@
 mod about;
 mod alarms;
 mod attempt;
-mod backoff;
 mod breaker;
 mod chain;
 mod consumer;
@@ -40,8 +39,9 @@ mod subscription;
 mod topology;
 mod transaction;
 
+pub use amqp::{InvalidNodes, Nodes};
 pub use chain::Key as Aggregate;
-pub use consumer::{Config, Consumer, InvalidNode, Node};
+pub use consumer::{Config, Consumer};
 pub use digest::{Digest, digest};
 pub use handler::{Failure, Handler};
 pub use message::{Envelope, Event, Malformed};
