@@ -2,11 +2,10 @@
 
 use std::time::Duration;
 
-use amqp::Wire;
-use daemon::config::broker::Node;
+use amqp::{Nodes, Reconnect};
 use futures_util::StreamExt;
 use lapin::{
-    Channel, Connection, ConnectionProperties, ErrorKind, Event as ConnectionEvent, ExchangeKind,
+    Channel, Connection, ErrorKind, Event as ConnectionEvent, ExchangeKind,
     options::{ConfirmSelectOptions, ExchangeDeclareOptions},
     protocol::{AMQPErrorKind, AMQPSoftError},
     types::{FieldTable, ShortString},
@@ -15,14 +14,10 @@ use tokio::sync::watch;
 
 use crate::identity;
 
-/// Connecting and declaring take no longer, or the node counts as away.
+/// Declaring and opening a channel take no longer, or the node counts as away.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// The broker's reason comes right after the failures that it causes.
 const REASON_TIMEOUT: Duration = Duration::from_millis(100);
-/// Closing is a courtesy.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-/// The broker and the relay tell each other that they are there, so that a half-open connection ends.
-const HEARTBEAT_SECONDS: u16 = 10;
 
 /// Why nothing can be published right now.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -94,11 +89,11 @@ pub enum BrokerError {
     NoLease,
 }
 
-/// The nodes of a cluster, and what to find there.
+/// Where to publish, and what to find there.
 #[derive(Clone, Debug)]
-pub struct Nodes {
-    /// Where to connect; the first that answers is used.
-    pub nodes: Vec<Node>,
+pub struct Broker {
+    /// Where to connect.
+    pub nodes: Nodes,
     /// The exchange to publish to.
     pub exchange: ShortString,
     /// Declare the exchange if it does not exist.
@@ -114,49 +109,35 @@ pub type Condition = Result<Option<String>, BrokerError>;
 /// An open connection with its publishing channel.
 #[derive(Debug)]
 pub struct Link {
-    connection: Connection,
     /// In confirm mode.
     pub channel: Channel,
     /// As whom it publishes: RabbitMQ verifies a message's `user_id`.
     pub user: ShortString,
     condition: watch::Receiver<Condition>,
-    /// Ends the connection with the link.
-    _wire: Wire,
+    connection: amqp::Connection,
 }
 
-impl Nodes {
-    /// Connects to the first node that answers, beginning with a different one at each `attempt`.
-    pub async fn connect(&self, attempt: usize) -> Result<Link, BrokerError> {
-        let mut last = BrokerError::Away("no node is configured".to_owned());
-        for n in 0..self.nodes.len() {
-            let node = self.nodes[(attempt + n) % self.nodes.len()].clone();
-            let address = format!("{}:{}", node.uri.authority.host, node.uri.authority.port);
-            match tokio::time::timeout(TIMEOUT, self.open(node)).await {
-                Ok(Ok(link)) => {
-                    if !self.declare {
-                        self.check_kind(&link.connection).await?;
-                    }
-                    return Ok(link);
-                }
-                Ok(Err(BrokerError::Away(reason))) => {
-                    last = BrokerError::Away(format!("{address}: {reason}"));
-                }
-                // The node is there; another one of the same cluster would say the same.
-                Ok(Err(other)) => return Err(other),
-                Err(_) => last = BrokerError::Away(format!("{address} did not answer within {TIMEOUT:?}")),
-            }
+impl Broker {
+    /// Connects to the first node that has everything, beginning with the one that `reconnect` remembers.
+    pub async fn connect(&self, reconnect: &mut Reconnect) -> Result<Link, BrokerError> {
+        let prepare = async |connection| match tokio::time::timeout(TIMEOUT, self.prepare(connection)).await {
+            Ok(Err(BrokerError::Away(reason))) => Err(reason),
+            // When it is there, another node of the same cluster would say the same.
+            Ok(prepared) => Ok(prepared),
+            Err(_) => Err(format!("it did not answer within {TIMEOUT:?}")),
+        };
+        let connected = self.nodes.connect_with(&self.name, reconnect, prepare).await;
+        let link = connected.map_err(|unreachable| BrokerError::Away(unreachable.to_string()))??;
+        if !self.declare {
+            self.check_kind(&link.connection).await?;
         }
-        Err(last)
+        Ok(link)
     }
 
-    async fn open(&self, node: Node) -> Result<Link, BrokerError> {
-        let Node { mut uri, tls } = node;
+    async fn prepare(&self, connection: amqp::Connection) -> Result<Link, BrokerError> {
         let away = |e: lapin::Error| BrokerError::Away(amqp::describe(&e));
-        uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
-        let user = ShortString::try_new(uri.authority.userinfo.username.as_str())
+        let user = ShortString::try_new(connection.user())
             .map_err(|_| BrokerError::Away("the user's name is longer than 255 bytes".to_owned()))?;
-        let properties = ConnectionProperties::default().with_connection_name(self.name.as_str().into());
-        let (connection, wire) = amqp::connect(uri, tls, properties).await.map_err(away)?;
         let said = Said::of(&connection);
         let condition = said.condition.clone();
 
@@ -194,7 +175,7 @@ impl Nodes {
         }
         identity::prove(&connection, &self.exchange, &user, said).await?;
         confirming(&channel).await.map_err(away)?;
-        Ok(Link { connection, channel, user, condition, _wire: wire })
+        Ok(Link { channel, user, condition, connection })
     }
 }
 
@@ -203,7 +184,7 @@ async fn confirming(channel: &Channel) -> lapin::Result<()> {
     channel.confirm_select(ConfirmSelectOptions::default()).await
 }
 
-impl Nodes {
+impl Broker {
     /// A passive declaration says nothing of the exchange's kind; only what contradicts an active one does. An
     /// exchange that is there is not changed by it.
     async fn check_kind(&self, connection: &Connection) -> Result<(), BrokerError> {
@@ -285,7 +266,7 @@ impl Link {
 
     /// Closes in good order, so that no confirm is left dangling on a live connection.
     pub async fn close(self) {
-        let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.connection.close(200, ShortString::default())).await;
+        self.connection.close().await;
     }
 }
 

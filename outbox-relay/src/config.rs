@@ -184,15 +184,15 @@ impl RunArgs {
     /// What `settings` come to, for people; an error where `run` would not start.
     pub fn check(&self, settings: &[Setting]) -> Result<String, SettingError> {
         let database = self.database.options("outbox-relay", STATEMENT_TIMEOUT)?.address();
-        let nodes = self.broker.nodes(self.database.require_tls)?.into_iter().map(|node| format!("{node:?}"));
+        let nodes = self.broker.nodes(self.database.require_tls)?;
         let mut text = String::new();
         for Setting { name, value, source } in settings {
             let value = value.as_deref().unwrap_or("-");
             let _never = writeln!(text, "{:<22} {value:<28} {source}", format!("--{name}"));
         }
         let _never = writeln!(text, "database: {database}");
-        for node in nodes {
-            let _never = writeln!(text, "broker: {node}");
+        for node in nodes.as_ref() {
+            let _never = writeln!(text, "broker: {node:?}");
         }
         text.push_str("Every setting can be used.");
         Ok(text)

@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use amqp::Backoff;
 use daemon::{
     config::database::{Database, Failure},
     health::Part,
@@ -11,7 +12,7 @@ use daemon::{
 use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
 
-use crate::{failpoint, kept::Kept, pause::Pause};
+use crate::{failpoint, kept::Kept};
 
 /// How often a relay looks whether there is something to erase.
 const ROUND: Duration = Duration::from_secs(10);
@@ -80,7 +81,7 @@ pub(crate) async fn keep(
     health: Part,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let mut pause = Pause::new(ROUND, ROUND * 6);
+    let mut pause = Backoff::new(ROUND, ROUND * 6);
     let mut kept = Kept::new(for_steps(database));
     while !stop.is_cancelled() {
         match round(&mut kept, Size::new(most), &health, &stop).await {

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use amqp::Reconnect;
 use futures_util::{
     FutureExt,
     stream::{FuturesUnordered, StreamExt},
@@ -18,10 +19,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    broker::{BrokerError, Condition, Link, Nodes},
+    broker::{Broker, BrokerError, Condition, Link},
     evidence::Kind,
     lease::{self, Lease},
-    pause::Pause,
     publish::{Fate, Fates, Guards, Published, Sender, StandsStill, publish},
     queue::{APART, Route, Window},
     reader::Event,
@@ -58,7 +58,7 @@ pub struct Lane {
     /// Which one it is.
     pub number: usize,
     /// The broker.
-    pub nodes: Nodes,
+    pub broker: Broker,
     /// Who publishes, as `app_id` spells it.
     pub source: String,
     /// Until when it may publish.
@@ -80,9 +80,9 @@ pub struct Lane {
 impl Lane {
     /// Publishes until there are no more windows.
     pub async fn run(self, mut windows: mpsc::Receiver<Window>) {
-        let mut pause = Pause::default();
+        let mut reconnect = Reconnect::default();
         let mut patience = Patience::default();
-        let (mut attempt, mut asleep) = (0, self.is_apart);
+        let mut asleep = self.is_apart;
         while !self.stop.is_cancelled() && !windows.is_closed() {
             let mut first = None;
             if asleep {
@@ -93,16 +93,17 @@ impl Lane {
                 }
             }
             asleep = false;
-            let Some(connected) = self.stop.run_until_cancelled(self.nodes.connect(attempt)).await else {
+            let Some(connected) = self.stop.run_until_cancelled(self.broker.connect(&mut reconnect)).await
+            else {
                 self.back(first);
                 break;
             };
             match connected {
                 Ok(mut link) => {
                     let ended = if self.is_apart {
-                        self.serve_apart(&link, &mut windows, first, &mut pause).await
+                        self.serve_apart(&link, &mut windows, first, &mut reconnect).await
                     } else {
-                        self.serve(&mut link, &mut windows, &mut pause, &mut patience).await
+                        self.serve(&mut link, &mut windows, &mut reconnect, &mut patience).await
                     };
                     if let Err(error) = &ended {
                         self.report(Report::State(Err(error.to_string())));
@@ -114,11 +115,11 @@ impl Lane {
                             asleep = true;
                             continue;
                         }
-                        Err(_) => attempt += 1,
+                        Err(_) => reconnect.lost(),
                     }
                 }
                 Err(error) => {
-                    attempt += 1;
+                    reconnect.lost();
                     self.report(Report::State(Err(error.to_string())));
                     self.back(first);
                 }
@@ -126,7 +127,7 @@ impl Lane {
             while let Ok(window) = windows.try_recv() {
                 self.report(Report::Back(window));
             }
-            pause.wait(&self.stop).await;
+            reconnect.wait(&self.stop).await;
         }
         windows.close();
         while let Some(window) = windows.recv().await {
@@ -145,7 +146,7 @@ impl Lane {
         &self,
         link: &mut Link,
         windows: &mut mpsc::Receiver<Window>,
-        pause: &mut Pause,
+        reconnect: &mut Reconnect,
         patience: &mut Patience,
     ) -> Result<End, BrokerError> {
         let mut changes = link.changes();
@@ -178,7 +179,7 @@ impl Lane {
             let (route, ended) = (window.route, published.ended.clone());
             self.report(Report::Done(window, published, began.elapsed()));
             match (ended, other) {
-                (None, _) => pause.reset(),
+                (None, _) => reconnect.works(),
                 // It was a channel of its own.
                 (Some(BrokerError::Refused(_) | BrokerError::Silent(_)), _)
                     if route == Route::Apart && link.condition().is_ok() => {}
@@ -218,7 +219,7 @@ impl Lane {
         link: &Link,
         windows: &mut mpsc::Receiver<Window>,
         first: Option<Window>,
-        pause: &mut Pause,
+        reconnect: &mut Reconnect,
     ) -> Result<End, BrokerError> {
         let mut changes = link.changes();
         self.report(Report::State(state(link)));
@@ -231,7 +232,7 @@ impl Lane {
                 biased;
                 Some((window, published, took)) = under_way.next() => {
                     match &published.ended {
-                        None => pause.reset(),
+                        None => reconnect.works(),
                         Some(BrokerError::Refused(_) | BrokerError::Silent(_)) if link.condition().is_ok() => {}
                         Some(error) => end = end.or_else(|| Some(Err(error.clone()))),
                     }
@@ -271,7 +272,7 @@ impl Lane {
     }
 
     fn sender<'a>(&'a self, link: &'a Link) -> Sender<'a> {
-        Sender { link, exchange: &self.nodes.exchange, source: &self.source }
+        Sender { link, exchange: &self.broker.exchange, source: &self.source }
     }
 
     fn heard(&self, sent: u64) {
@@ -350,7 +351,7 @@ impl Lane {
     /// the broker over another one, each event over a channel of its own, what it says to some of them.
     async fn ask(&self, events: &[&Event], unanswered: Vec<usize>, other: &Mutex<Other>) -> Option<Fates> {
         let permit = Arc::clone(&self.asks).acquire_owned().await.ok()?;
-        let link = self.nodes.connect(self.number).await.ok()?;
+        let link = self.broker.connect(&mut Reconnect::beginning_with(self.number)).await.ok()?;
         let sent = lease::now();
         let guards = Guards {
             allowed: &|| self.lease.is_valid(),

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use amqp::Backoff;
 use tokio::{
     sync::{Semaphore, mpsc},
     task::JoinSet,
@@ -21,7 +22,6 @@ use crate::{
     failpoint,
     lane::{Lane, Report},
     leader::{Leader, LeaderError},
-    pause::Pause,
     queue::{APART, DEPTH, Queue, Route, Window},
     reader::Budget,
     relay::Relay,
@@ -91,7 +91,7 @@ impl<'a> Lead<'a> {
                 let (send, windows) = mpsc::channel(if is_apart { APART } else { DEPTH - 1 });
                 let lane = Lane {
                     number,
-                    nodes: relay.nodes.clone(),
+                    broker: relay.broker.clone(),
                     source: leader.source.clone(),
                     lease: leader.lease(),
                     reports: report.clone(),
@@ -129,7 +129,7 @@ impl<'a> Lead<'a> {
 
     /// Reads and publishes until the process is to end and nothing is under way any more.
     pub(crate) async fn work(&mut self) -> Result<(), LeaderError> {
-        let mut idle = Pause::new(POLL.0, POLL.1);
+        let mut idle = Backoff::new(POLL.0, POLL.1);
         let mut poll_at = Instant::now();
         // What an earlier leader left.
         self.count_waiting().await?;

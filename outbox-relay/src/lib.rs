@@ -23,7 +23,6 @@ pub mod message;
 mod migrate;
 pub mod parked;
 pub mod partition;
-mod pause;
 pub mod position;
 pub mod publish;
 pub mod queue;
@@ -61,7 +60,7 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     let identity = identity();
     let nodes = args.broker.nodes(args.database.require_tls)?;
     daemon::config::broker::warn(&nodes);
-    let nodes = broker::Nodes {
+    let broker = broker::Broker {
         nodes,
         exchange: args.exchange.clone(),
         declare: args.declare_exchange,
@@ -83,7 +82,7 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         name: args.name,
         begin: args.begin,
         identity,
-        nodes,
+        broker,
         policies: Policies { unroutable: args.unroutable, nacked: args.nacked, exchange: args.exchange },
         lease: args.lease,
         limits: Limits {

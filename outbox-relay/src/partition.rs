@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use amqp::Backoff;
 use daemon::{
     config::database::{Database, Failure},
     health::Part,
@@ -11,7 +12,7 @@ use serde::Serialize;
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
-use crate::{kept::Kept, pause::Pause};
+use crate::kept::Kept;
 
 /// How often somebody looks whether there is a partition to be made or emptied.
 const ROUND: Duration = Duration::from_secs(10);
@@ -58,7 +59,7 @@ pub(crate) async fn keep(
     health: Part,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let mut pause = Pause::new(ROUND, ROUND * 6);
+    let mut pause = Backoff::new(ROUND, ROUND * 6);
     let mut said = None;
     let timeout = TIMEOUT.as_millis().to_string();
     let database = database.named("outbox-relay partitions").quiet().with("statement_timeout", timeout);

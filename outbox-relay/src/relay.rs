@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use amqp::Backoff;
 use daemon::{
     config::database::Database,
     health::{Health, Part},
@@ -11,11 +12,10 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    broker::Nodes,
+    broker::Broker,
     lead::Lead,
     leader::{Begin, Candidate, LeaderError},
     lease::{self, Lease},
-    pause::Pause,
     rules::Policies,
 };
 
@@ -51,7 +51,7 @@ pub struct Relay {
     /// How long a leader that says nothing stays the leader.
     pub lease: Duration,
     /// The broker.
-    pub nodes: Nodes,
+    pub broker: Broker,
     /// What to do with what is not taken.
     pub policies: Policies,
     /// How much at a time.
@@ -79,7 +79,7 @@ pub struct Relay {
 impl Relay {
     /// Relays until `stop`. Waits out whatever time can heal, and says in the health what it waits for.
     pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
-        let mut pause = Pause::default();
+        let mut pause = Backoff::default();
         while !stop.is_cancelled() {
             self.pulse.renew(lease::now());
             let ended = tokio::select! {
@@ -104,7 +104,7 @@ impl Relay {
 
     /// One leadership, from standing by for it to losing it, which is an error, or to the process's end.
     /// Whatever was in memory is forgotten then.
-    async fn lead(&self, pause: &mut Pause, stop: &CancellationToken) -> Result<(), LeaderError> {
+    async fn lead(&self, pause: &mut Backoff, stop: &CancellationToken) -> Result<(), LeaderError> {
         let connect = Candidate::connect(&self.database, &self.name, self.begin, &self.identity, self.lease);
         let Some(candidate) = stop.run_until_cancelled(connect).await else { return Ok(()) };
         let mut candidate = candidate?;

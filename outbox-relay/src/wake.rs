@@ -2,12 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
+use amqp::Backoff;
 use daemon::config::database::Database;
 use sqlx::postgres::{PgListener, PgPoolOptions};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
-
-use crate::pause::Pause;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -19,7 +18,7 @@ pub(crate) async fn listen(
 ) -> anyhow::Result<()> {
     let database = database.named("outbox-relay wake-up");
     let pool = database.pool_of(PgPoolOptions::new().max_connections(1).acquire_timeout(TIMEOUT));
-    let mut pause = Pause::default();
+    let mut pause = Backoff::default();
     while !stop.is_cancelled() {
         let connected = async {
             let mut listener = PgListener::connect_with(&pool).await?;

@@ -3,15 +3,12 @@
 mod items;
 mod persons;
 
-use std::time::Duration;
-
 use daemon::config::database::Failure;
 use events::{Cpf, ItemKind};
-use outbox::Waker;
+use outbox::{Waker, database::Attempts};
 use poem::{EndpointExt, Response, Route, endpoint::BoxEndpoint, get, post};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
-use uuid::Uuid;
 use web::{conditional::Conditional, documentation, methods::only, problem::Problem};
 
 use crate::{
@@ -19,9 +16,6 @@ use crate::{
     response,
     store::{Refusal, Store, StoreError, write_health::WriteHealth},
 };
-
-/// How often a write is tried that conflicts with others.
-const ATTEMPTS: u32 = 5;
 
 /// The document of the API.
 pub const OPENAPI: &str = include_str!("../openapi.yaml");
@@ -109,14 +103,12 @@ impl Api {
     ) -> Result<Result<T, StoreError>, Problem> {
         let (waker, health, store) = (self.waker.clone(), self.write_health.clone(), self.store.clone());
         let write = async move {
-            let mut attempt = 1;
+            let mut attempts = Attempts::default();
             loop {
-                match write(store.clone()).await {
-                    Err(StoreError::Unavailable(Failure::Conflict, _)) if attempt < ATTEMPTS => {
-                        tokio::time::sleep(pause(attempt)).await;
-                        attempt += 1;
-                    }
-                    written => return written,
+                let written = write(store.clone()).await;
+                let conflict = matches!(written, Err(StoreError::Unavailable(Failure::Conflict, _)));
+                if !conflict || !attempts.again().await {
+                    return written;
                 }
             }
         };
@@ -136,12 +128,6 @@ impl Api {
             Problem::internal()
         })
     }
-}
-
-/// Up to 10 ms, 20 ms, 40 ms …, by chance, so that those who met do not meet again.
-fn pause(attempt: u32) -> Duration {
-    let chance = u64::from(Uuid::new_v4().as_bytes()[0]);
-    Duration::from_micros((10_000 << attempt) * chance / 512)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Where the events of persons come from.
 
 use daemon::config::{SettingError, broker::BrokerArgs};
-use inbox::{Node, Topology};
+use inbox::{Nodes, Topology};
 
 /// Exchanges and queues of a person's events.
 pub(crate) fn topology(queue: &str) -> Result<Topology, SettingError> {
@@ -10,8 +10,8 @@ pub(crate) fn topology(queue: &str) -> Result<Topology, SettingError> {
 }
 
 /// The broker's nodes, as the settings name them.
-pub(crate) fn nodes(args: &BrokerArgs, require_tls: bool) -> Result<Vec<Node>, SettingError> {
+pub(crate) fn nodes(args: &BrokerArgs, require_tls: bool) -> Result<Nodes, SettingError> {
     let nodes = args.nodes(require_tls)?;
     daemon::config::broker::warn(&nodes);
-    Ok(nodes.into_iter().map(|node| Node::new(node.uri, node.tls)).collect())
+    Ok(nodes)
 }

@@ -7,7 +7,7 @@ use daemon::{
     config::{SettingError, database::Database},
     health::{Health, Part},
 };
-use inbox::{Consumer, Sequencer, Sources};
+use inbox::{Consumer, Nodes, Sequencer, Sources};
 use outbox::Waker;
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{
@@ -34,7 +34,7 @@ pub(crate) struct Consumers {
     /// The options of the pool, for the shadow's own pool.
     pub(crate) options: Database,
     pub(crate) queue: String,
-    pub(crate) nodes: Vec<inbox::Node>,
+    pub(crate) nodes: Nodes,
     pub(crate) batch: u16,
     pub(crate) max_refused: u32,
     pub(crate) max_held: u32,

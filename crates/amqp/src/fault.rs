@@ -7,6 +7,14 @@ use lapin::{
 
 /// What happened, with the broker's words where it has said something, but without the names of users; and what to
 /// do where the words mislead.
+///
+/// ```
+/// # async fn example(connection: &amqp::Connection) {
+/// if let Err(error) = connection.create_channel().await {
+///     println!("no channel: {}", amqp::describe(&error));
+/// }
+/// # }
+/// ```
 pub fn describe(error: &Error) -> String {
     let ErrorKind::ProtocolError(amqp) = error.kind() else {
         return error.to_string();
@@ -24,6 +32,10 @@ pub fn describe(error: &Error) -> String {
 
 /// The broker's words without the names of users, which come in quotation marks: `user 'shop'` becomes
 /// `this user`.
+///
+/// ```
+/// assert_eq!(amqp::without_users("refused for user 'shop'"), "refused for this user");
+/// ```
 pub fn without_users(said: &str) -> String {
     const USER: &str = "user '";
     let (mut text, mut rest) = (String::new(), said);

@@ -13,6 +13,12 @@ use crate::reader::Reader;
 /// How deep the values of a header table may be nested. Events have at most 4 levels.
 const DEPTH: usize = 32;
 /// The header under which a message says what was removed from its headers: a table of names and reasons.
+///
+/// ```
+/// # fn example(headers: &lapin::types::FieldTable) {
+/// let is_complete = !headers.inner().contains_key(amqp::REMOVED);
+/// # }
+/// ```
 pub const REMOVED: &str = "x-removed";
 /// What the broker adds for each queue that a message died in. It is what grows, so it goes first.
 const DEATHS: &[u8] = b"x-death";

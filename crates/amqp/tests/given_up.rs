@@ -4,7 +4,7 @@
 
 use std::{io, time::Duration};
 
-use lapin::ConnectionProperties;
+use amqp::{Connection, Nodes, Reconnect, Unreachable};
 use tokio::{
     io::AsyncReadExt,
     net::{TcpListener, TcpSocket, TcpStream},
@@ -42,28 +42,24 @@ async fn what_is_given_up_leaves_no_thread_and_no_socket() {
     timeout(Duration::from_millis(500), connect(&url)).await.expect_err("nobody takes it");
     no_threads("not taken").await;
 
-    // One that is connected, and held by somebody who waits for its answers.
-    let (connection, wire) = connect(&devstack::testing::virtual_host("broker").await).await.unwrap();
+    // One that is connected, and whose channel is held by somebody who waits for its answers.
+    let connection = connect(&devstack::testing::virtual_host("broker").await).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
     assert_eq!(threads(), 1);
-    assert!(connection.status().connected());
-    drop(wire);
+    assert!(channel.status().connected());
+    drop(connection);
     no_threads("connected").await;
-    assert!(!connection.status().connected());
+    assert!(!channel.status().connected());
 
     // And one that was closed in good order.
-    let (connection, wire) = connect(&devstack::testing::virtual_host("broker").await).await.unwrap();
-    connection.close(200, "bye".into()).await.unwrap();
-    drop((connection, wire));
+    let connection = connect(&devstack::testing::virtual_host("broker").await).await.unwrap();
+    connection.close().await;
     no_threads("closed").await;
 }
 
-async fn connect(url: &str) -> lapin::Result<(lapin::Connection, amqp::Wire)> {
-    amqp::connect(
-        url.parse().unwrap(),
-        lapin::tcp::OwnedTLSConfig::default(),
-        ConnectionProperties::default(),
-    )
-    .await
+async fn connect(url: &str) -> Result<Connection, Unreachable> {
+    let nodes: Nodes = url.parse().unwrap();
+    nodes.connect("given up", &mut Reconnect::default()).await
 }
 
 async fn the_end_of(peer: &mut TcpStream) {

@@ -1,6 +1,7 @@
 //! What a background program needs: settings, telemetry, shutdown, health and metrics, and the three paths that serve
 //! them. [`cli`] and [`command`] stand above; [`config`] has the settings below.
 
+mod backoff;
 pub mod cli;
 pub mod command;
 pub mod config;
@@ -9,3 +10,5 @@ pub mod host;
 pub mod probes;
 pub mod shutdown;
 pub mod telemetry;
+
+pub use backoff::backoff;

@@ -1,29 +1,23 @@
 use std::{
-    fmt,
-    str::FromStr,
     sync::atomic::{AtomicBool, Ordering},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use amqp::Wire;
-use lapin::{Connection, ConnectionProperties, tcp::OwnedTLSConfig, uri::AMQPUri};
+use amqp::{Backoff, Nodes, Reconnect};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     Handler, Part, Sequencer, Status, Topology,
     alarms::{Alarms, Findings, StorageCaps},
-    backoff::Backoff,
     erasure,
     handler::describe,
     stall::StallDetector,
     subscription::{Subscription, Trouble, answer},
 };
 
-/// How long connecting to one node may take, the handshake included.
-const CONNECT: Duration = Duration::from_secs(10);
-/// Seconds between heartbeats, unless the URL says otherwise: a dead peer is noticed within two.
-const HEARTBEAT: u16 = 10;
+/// How long the database may take to say whether it is there.
+const ANSWER: Duration = Duration::from_secs(10);
 /// Why nothing is consumed while nothing could be stored.
 const READ_ONLY: &str = "the database takes no writes: it is a standby, or default_transaction_read_only is set for \
                          the role or the database; connect to the primary";
@@ -33,49 +27,6 @@ const DATABASE_CHECK: Duration = Duration::from_secs(5);
 const ALARMS: Duration = Duration::from_secs(5);
 /// How often the stall detectors are read.
 const STALLS: Duration = Duration::from_secs(1);
-/// A session that lived this long was a success, even if nothing came.
-const HEALTHY: Duration = Duration::from_secs(30);
-
-/// A node of the broker.
-#[derive(Clone)]
-pub struct Node {
-    uri: AMQPUri,
-    tls: OwnedTLSConfig,
-}
-
-impl Node {
-    /// The node's address, and for `amqps` the certificates to trust.
-    pub fn new(mut uri: AMQPUri, tls: OwnedTLSConfig) -> Self {
-        uri.query.heartbeat.get_or_insert(HEARTBEAT);
-        uri.query.connection_timeout.get_or_insert(u64::try_from(CONNECT.as_millis()).unwrap_or(u64::MAX));
-        Self { uri, tls }
-    }
-
-    pub(crate) fn into_parts(self) -> (AMQPUri, OwnedTLSConfig) {
-        (self.uri, self.tls)
-    }
-}
-
-/// A text that is not a node's URL. The message does not quote it, since it may contain a password.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("it should look like amqp://user:password@host:5672/vhost, or amqps:// with TLS")]
-pub struct InvalidNode;
-
-/// Parses a URL. With `amqps`, the node's certificate must come from an authority that the machine trusts.
-impl FromStr for Node {
-    type Err = InvalidNode;
-
-    fn from_str(url: &str) -> Result<Self, InvalidNode> {
-        Ok(Self::new(url.parse().map_err(|_| InvalidNode)?, OwnedTLSConfig::default()))
-    }
-}
-
-/// The address, without the password.
-impl fmt::Debug for Node {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}/{}", self.uri.authority.host, self.uri.authority.port, self.uri.vhost)
-    }
-}
 
 /// The settings of a consumer.
 #[derive(Clone, Debug)]
@@ -83,7 +34,7 @@ pub struct Config {
     /// Exchanges and queues.
     pub topology: Topology,
     /// The broker's nodes, tried in turn.
-    pub nodes: Vec<Node>,
+    pub nodes: Nodes,
     /// The connection's name in the broker's management.
     pub connection_name: String,
     /// How many messages one transaction takes at most. Up to twice as many are in memory: RabbitMQ cannot limit its
@@ -113,12 +64,12 @@ impl Config {
     ///
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let topology = Topology::new("event_dispatcher", "event_dispatcher.by_aggregate", "stock", &["order"])?;
-    /// let nodes = vec!["amqp://stock@rabbit-1".parse()?, "amqp://stock@rabbit-2".parse()?];
+    /// let nodes = "amqp://stock@rabbit-1,amqp://stock@rabbit-2".parse()?;
     /// let config = Config { batch: 50, ..Config::new(topology, nodes, "stock") };
     /// # Ok(())
     /// # }
     /// ```
-    pub fn new(topology: Topology, nodes: Vec<Node>, connection_name: impl Into<String>) -> Self {
+    pub fn new(topology: Topology, nodes: Nodes, connection_name: impl Into<String>) -> Self {
         Self {
             topology,
             nodes,
@@ -204,19 +155,21 @@ impl<H: Handler> Consumer<H> {
     }
 
     async fn consume(&self, stop: &CancellationToken) {
-        let mut backoff = Backoff::new();
-        let mut node = 0;
+        let mut reconnect = Reconnect::default();
+        let mut said = None;
         while !stop.is_cancelled() {
-            let started = Instant::now();
             let progress = AtomicBool::new(false);
-            let Err(trouble) = self.session(&mut node, stop, &progress).await else { continue };
-            if progress.into_inner() || started.elapsed() >= HEALTHY {
-                backoff = Backoff::new();
+            let Err(trouble) = self.session(&mut reconnect, stop, &progress).await else { continue };
+            if progress.into_inner() {
+                reconnect.works();
+            }
+            // The same trouble once more is news only after it had passed.
+            if self.status.borrow().consuming.is_ok() {
+                said = None;
             }
             match &trouble {
                 Trouble::Broker(reason) => {
-                    // The next node may be better off.
-                    node += 1;
+                    reconnect.lost();
                     self.set(|status| &mut status.broker, Err(reason.clone()));
                     self.set(|status| &mut status.consuming, Err("waiting for the broker".to_owned()));
                 }
@@ -229,8 +182,13 @@ impl<H: Handler> Consumer<H> {
                     continue;
                 }
             }
-            let pause = backoff.pause();
-            tracing::warn!(?trouble, ?pause, "consuming was interrupted");
+            let pause = reconnect.pause();
+            if said.as_ref() == Some(&trouble) {
+                tracing::debug!(?trouble, ?pause, "consuming was interrupted again");
+            } else {
+                tracing::warn!(?trouble, ?pause, "consuming was interrupted");
+                said = Some(trouble);
+            }
             stop.run_until_cancelled(tokio::time::sleep(pause)).await;
         }
     }
@@ -242,8 +200,8 @@ impl<H: Handler> Consumer<H> {
         let open = metrics::gauge!("inbox_breaker_open", "consumer" => self.sequencer.consumer.clone());
         open.set(1);
         self.set(|status| &mut status.consuming, Err(reason.to_owned()));
-        let mut backoff = Backoff::new();
-        while stop.run_until_cancelled(tokio::time::sleep(backoff.pause())).await.is_some() {
+        let mut backoff = Backoff::default();
+        while stop.run_until_cancelled(tokio::time::sleep(backoff.step())).await.is_some() {
             match self.sequencer.mend(self.config.max_held).await {
                 Ok(None) => {
                     tracing::info!("consuming goes on");
@@ -265,14 +223,15 @@ impl<H: Handler> Consumer<H> {
     /// delivered only to be given back uses up one of its deliveries.
     async fn session(
         &self,
-        node: &mut usize,
+        reconnect: &mut Reconnect,
         stop: &CancellationToken,
         progress: &AtomicBool,
     ) -> Result<(), Trouble> {
         let prepare = async {
             self.ask_database().await?;
             self.ask_held().await?;
-            let (connection, wire) = self.connect(node).await?;
+            let name = &self.config.connection_name;
+            let connection = self.config.nodes.connect(name, reconnect).await?;
             let channel = answer(connection.create_channel()).await?;
             answer(self.config.topology.declare(&channel)).await?;
             answer(channel.close(200, "bye".into())).await?;
@@ -280,11 +239,11 @@ impl<H: Handler> Consumer<H> {
             let topology = &self.config.topology;
             let main = Subscription::open(&connection, topology.queue(), self.config.batch, false).await?;
             let dead = Subscription::open(&connection, topology.dead(), self.config.batch, true).await?;
-            Ok::<_, Trouble>((connection, wire, main, dead))
+            Ok::<_, Trouble>((connection, main, dead))
         };
         // Only waiting so far, so it may be cut off.
         let Some(prepared) = stop.run_until_cancelled(prepare).await else { return Ok(()) };
-        let (connection, _wire, main, dead) = prepared?;
+        let (connection, main, dead) = prepared?;
         self.set(|status| &mut status.consuming, Ok(()));
 
         // Whichever ends ends the others, each after the work it has begun.
@@ -296,32 +255,8 @@ impl<H: Handler> Consumer<H> {
             Box::pin(ending(&session, dead.run(&self.sequencer, &session, of_dead, settled))),
             ending(&session, self.watch_database(&session)),
         );
-        if let Err(trouble) = answer(connection.close(200, "bye".into())).await {
-            tracing::debug!(?trouble, "the connection was not closed in order");
-        }
+        connection.close().await;
         database.and(main).and(dead)
-    }
-
-    /// Tries the nodes in turn, beginning with `node`, and leaves there the one that answered.
-    async fn connect(&self, node: &mut usize) -> Result<(Connection, Wire), Trouble> {
-        let mut trouble = Trouble::Broker("no node of the broker is configured".to_owned());
-        for attempt in 0..self.config.nodes.len() {
-            let n = (*node + attempt) % self.config.nodes.len();
-            let Node { uri, tls } = self.config.nodes[n].clone();
-            // lapin's own recovery stays off: it is this loop that begins anew.
-            let properties = ConnectionProperties::default()
-                .with_connection_name(self.config.connection_name.as_str().into());
-            match tokio::time::timeout(CONNECT, amqp::connect(uri, tls, properties)).await {
-                Ok(Ok(connected)) => {
-                    *node = n;
-                    return Ok(connected);
-                }
-                Ok(Err(error)) => trouble = error.into(),
-                Err(_) => trouble = Trouble::Broker(format!("no connection within {CONNECT:?}")),
-            }
-            tracing::debug!(node = ?self.config.nodes[n], ?trouble, "a node cannot be reached");
-        }
-        Err(trouble)
     }
 
     /// Whether the database answers, and takes writes: on the connection that the next transaction has.
@@ -337,11 +272,11 @@ impl<H: Handler> Consumer<H> {
             session.keep(conn);
             Ok(read_only)
         };
-        let answer = match tokio::time::timeout(CONNECT, question).await {
+        let answer = match tokio::time::timeout(ANSWER, question).await {
             Ok(Ok(false)) => Ok(()),
             Ok(Ok(true)) => Err(READ_ONLY.to_owned()),
             Ok(Err(error)) => Err(describe(&error)),
-            Err(_) => Err(format!("the database did not answer within {CONNECT:?}")),
+            Err(_) => Err(format!("the database did not answer within {ANSWER:?}")),
         };
         self.set(|status| &mut status.database, answer.clone());
         answer.map_err(Trouble::Database)

@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
+use amqp::Backoff;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
-use crate::{backoff::Backoff, handler::describe};
+use crate::handler::describe;
 
 /// How many rows a step erases at most. Fewer after a step that failed.
 const STEP: i32 = 1_000;
@@ -17,13 +18,13 @@ const REST: Duration = Duration::from_millis(20);
 
 /// Works through the list of erasures, until `stop`.
 pub(crate) async fn keep(pool: &PgPool, consumer: &str, stop: &CancellationToken) {
-    let (mut rows, mut pause, mut backoff) = (STEP, ROUND, Backoff::new());
+    let (mut rows, mut pause, mut backoff) = (STEP, ROUND, Backoff::default());
     while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
         // A database that does not respond must not delay the end of the process. It rolls the step back.
         let Some(erased) = stop.run_until_cancelled(step(pool, rows)).await else { return };
         match erased {
             // Only rows that other sessions have locked are left.
-            Ok(None | Some(0)) => (rows, pause, backoff) = (STEP, ROUND, Backoff::new()),
+            Ok(None | Some(0)) => (rows, pause, backoff) = (STEP, ROUND, Backoff::default()),
             Ok(Some(erased)) => {
                 let count = metrics::counter!("inbox_erased_rows_total", "consumer" => consumer.to_owned());
                 count.increment(erased.unsigned_abs());
@@ -31,7 +32,7 @@ pub(crate) async fn keep(pool: &PgPool, consumer: &str, stop: &CancellationToken
             }
             Err(error) => {
                 rows = (rows / 4).max(1);
-                pause = backoff.pause().max(REST);
+                pause = backoff.step().max(REST);
                 tracing::warn!(
                     consumer,
                     error = describe(&error),

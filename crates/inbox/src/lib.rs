@@ -12,7 +12,6 @@
 mod after_commit;
 mod alarms;
 mod attempt;
-mod backoff;
 mod breaker;
 mod chain;
 mod consumer;
@@ -50,8 +49,9 @@ mod topology;
 mod transaction;
 mod work;
 
+pub use amqp::{InvalidNodes, Nodes};
 pub use chain::Key as Aggregate;
-pub use consumer::{Config, Consumer, InvalidNode, Node};
+pub use consumer::{Config, Consumer};
 pub use digest::{Digest, digest};
 pub use handler::{Handler, HandlerError};
 pub use malformed::Malformed;

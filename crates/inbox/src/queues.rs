@@ -1,6 +1,7 @@
 //! A subscriber's queues without its consumer: declares them before it starts, deletes them after its end.
 
-use lapin::{Channel, ConnectionProperties};
+use amqp::{Connection, Reconnect};
+use lapin::Channel;
 
 use crate::{
     Config,
@@ -38,24 +39,18 @@ async fn at_some_node(
     config: &Config,
     work: impl AsyncFn(&Channel) -> Result<(), Trouble>,
 ) -> Result<(), String> {
-    let mut reason = "no node of the broker is configured".to_owned();
-    for node in &config.nodes {
+    let work = &work;
+    let prepare = async move |connection: Connection| {
         let done = async {
-            let properties =
-                ConnectionProperties::default().with_connection_name(config.connection_name.as_str().into());
-            let (uri, tls) = node.clone().into_parts();
-            let (connection, _wire) = answer(amqp::connect(uri, tls, properties)).await?;
             let channel = answer(connection.create_channel()).await?;
             work(&channel).await?;
-            answer(channel.close(200, "bye".into())).await?;
-            answer(connection.close(200, "bye".into())).await
+            answer(channel.close(200, "bye".into())).await
         };
-        match done.await {
-            Ok(()) => return Ok(()),
-            Err(Trouble::Broker(trouble) | Trouble::Database(trouble) | Trouble::Handler(trouble)) => {
-                reason = trouble;
-            }
-        }
-    }
-    Err(reason)
+        done.await.map_err(|trouble: Trouble| trouble.reason().to_owned())?;
+        connection.close().await;
+        Ok(())
+    };
+    let (name, mut first) = (&config.connection_name, Reconnect::default());
+    let done = config.nodes.connect_with(name, &mut first, prepare).await;
+    done.map_err(|unreachable| unreachable.to_string())
 }

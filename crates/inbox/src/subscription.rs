@@ -23,7 +23,7 @@ const BATCH_BYTES: usize = 4 * 1024 * 1024;
 const SUSPECT: i64 = 2;
 
 /// Why consuming ended, and who has to be waited for.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Trouble {
     Broker(String),
     Database(String),
@@ -32,7 +32,7 @@ pub(crate) enum Trouble {
 }
 
 impl Trouble {
-    fn reason(&self) -> &str {
+    pub(crate) fn reason(&self) -> &str {
         match self {
             Self::Broker(reason) | Self::Database(reason) | Self::Handler(reason) => reason,
         }
@@ -42,6 +42,12 @@ impl Trouble {
 impl From<lapin::Error> for Trouble {
     fn from(error: lapin::Error) -> Self {
         Self::Broker(amqp::describe(&error))
+    }
+}
+
+impl From<amqp::Unreachable> for Trouble {
+    fn from(unreachable: amqp::Unreachable) -> Self {
+        Self::Broker(unreachable.to_string())
     }
 }
 

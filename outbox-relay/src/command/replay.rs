@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use amqp::{Backoff, Reconnect};
 use anyhow::{Context, bail};
 use chrono::{DateTime, Utc};
 use daemon::{config::broker::BrokerArgs, shutdown::Shutdown};
@@ -23,10 +24,9 @@ use uuid::Uuid;
 
 use super::{CommandArgs, Verdict, connect, many, state};
 use crate::{
-    broker::{BrokerError, Link, Nodes},
+    broker::{Broker, BrokerError, Link},
     budget::Budget,
     config::relay_name,
-    pause::Pause,
     publish::{Fate, Guards, Published, Sender, StandsStill, publish},
     reader::Event,
     relay::exchange,
@@ -354,7 +354,8 @@ impl Run<'_> {
 
 /// Where a replay publishes to.
 struct Target {
-    nodes: Nodes,
+    broker: Broker,
+    reconnect: Reconnect,
     /// The exchange that is published to: the relay's own, or one that leads to the queue alone.
     exchange: ShortString,
     queue: Option<ShortString>,
@@ -365,7 +366,7 @@ struct Target {
 
 impl Target {
     async fn open(args: &ReplayArgs, id: Uuid) -> anyhow::Result<Self> {
-        let nodes = Nodes {
+        let broker = Broker {
             nodes: args.broker.nodes(args.common.database.require_tls)?,
             exchange: args.exchange.clone(),
             declare: false,
@@ -377,8 +378,9 @@ impl Target {
             Some(_) => ShortString::try_new(format!("outbox-replay.{id}")).ok().context("a UUID is short")?,
             None => args.exchange.clone(),
         };
-        let link = nodes.connect(0).await?;
-        let target = Self { nodes, exchange, queue, link, budget: Budget::new(Instant::now()) };
+        let mut reconnect = Reconnect::default();
+        let link = broker.connect(&mut reconnect).await?;
+        let target = Self { broker, reconnect, exchange, queue, link, budget: Budget::new(Instant::now()) };
         target.lead_to_queue().await?;
         Ok(target)
     }
@@ -439,7 +441,7 @@ impl Target {
         alive: &mut Alive<'_>,
         stop: &CancellationToken,
     ) -> anyhow::Result<bool> {
-        let (mut pause, mut rounds) = (Pause::default(), 0);
+        let (mut pause, mut rounds) = (Backoff::default(), 0);
         while !page.left.is_empty() {
             if stop.is_cancelled() {
                 return Ok(false);
@@ -575,7 +577,7 @@ impl Target {
     }
 
     async fn reconnect(&mut self) -> anyhow::Result<()> {
-        self.link = self.nodes.connect(0).await?;
+        self.link = self.broker.connect(&mut self.reconnect).await?;
         self.lead_to_queue().await
     }
 

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use daemon::health::Part;
+use daemon::{backoff, health::Part};
 use events::Cpf;
 use outbox::{Ended, database::describe};
 use sqlx::{Connection, PgConnection, PgPool};
@@ -80,14 +80,14 @@ async fn delete(
 
 /// Removes the rows of persons who were emptied, until `stop`. A failure is shown as an attention, and tried again.
 pub async fn clean(pool: PgPool, health: Part, stop: CancellationToken) {
-    let (mut pause, mut rows) = (SOON, STEP);
+    let (mut pause, mut rows, mut pauses) = (SOON, STEP, backoff(INTERVAL, LONGEST));
     while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
         // A database that does not respond must not keep the process from ending; the server rolls the step back.
         let Some(removed) = stop.run_until_cancelled(remove(&pool, rows)).await else { return };
         match removed {
             Ok(0) => {
                 health.ready();
-                (pause, rows) = (INTERVAL, STEP);
+                (pause, rows, pauses) = (INTERVAL, STEP, backoff(INTERVAL, LONGEST));
             }
             // There may be more. The pause leaves the disk to other statements.
             Ok(_) => pause = Duration::from_millis(20),
@@ -97,7 +97,7 @@ pub async fn clean(pool: PgPool, health: Part, stop: CancellationToken) {
                      smaller steps.",
                     describe(&error)
                 ));
-                pause = (pause * 2).clamp(INTERVAL, LONGEST);
+                pause = pauses.next().unwrap_or(LONGEST);
                 rows = (rows / 4).max(1);
             }
         }

@@ -2,7 +2,7 @@
 
 use std::{sync::PoisonError, time::Duration};
 
-use daemon::config::database::Database;
+use daemon::{backoff, config::database::Database};
 use sqlx::postgres::{PgListener, PgPoolOptions};
 use tokio::time::{Instant, sleep};
 
@@ -13,7 +13,7 @@ const CHANNEL: &str = "score_model";
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The first and the longest pause between attempts to listen, doubled each time.
+/// Between attempts to listen, the first and the longest pause.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 impl Waiters {
@@ -21,19 +21,18 @@ impl Waiters {
     pub(crate) async fn listen(self, database: Database) {
         let listen = async {
             let pool = database.pool_of(PgPoolOptions::new().max_connections(1).acquire_timeout(TIMEOUT));
-            let mut pause = PAUSE.0;
+            let mut pauses = backoff(PAUSE.0, PAUSE.1);
             loop {
                 match tokio::time::timeout(TIMEOUT, connect(&pool)).await {
                     Ok(Ok(listener)) => {
-                        pause = PAUSE.0;
+                        pauses = backoff(PAUSE.0, PAUSE.1);
                         let error = self.pass_on(listener).await;
                         tracing::debug!(%error, "not listening; polling goes on");
                     }
                     Ok(Err(error)) => tracing::debug!(%error, "cannot listen; polling goes on"),
                     Err(_) => tracing::debug!("cannot listen in time; polling goes on"),
                 }
-                sleep(pause).await;
-                pause = (pause * 2).min(PAUSE.1);
+                sleep(pauses.next().unwrap_or(PAUSE.1)).await;
             }
         };
         self.0.ending.run_until_cancelled(listen).await;

@@ -15,7 +15,7 @@
 use std::env;
 
 use inbox::{
-    Config, Consumer, Event, Handler, HandlerError, InvalidPublisher, Node, Publisher, Redrive, Sequencer,
+    Config, Consumer, Event, Handler, HandlerError, InvalidPublisher, Nodes, Publisher, Redrive, Sequencer,
     Sources, Status, Topology,
     held::{self, Filter},
 };
@@ -103,8 +103,8 @@ fn sources() -> Result<Sources, InvalidPublisher> {
 async fn run(sequencer: Sequencer<AddressBook>) -> Result<(), Box<dyn std::error::Error>> {
     // All events of persons, by aggregate: a subscriber that follows versions also needs types that do not exist yet.
     let topology = Topology::new("event_dispatcher", "event_dispatcher.by_aggregate", NAME, &["person"])?;
-    let node: Node = env::var("AMQP_URL")?.parse()?;
-    let consumer = Consumer::new(Config::new(topology, vec![node], NAME), sequencer);
+    let nodes: Nodes = env::var("AMQP_URL")?.parse()?;
+    let consumer = Consumer::new(Config::new(topology, nodes, NAME), sequencer);
 
     let listen = env::var("LISTEN").unwrap_or_else(|_| "127.0.0.1:8010".to_owned());
     tokio::spawn(health(TcpListener::bind(listen).await?, consumer.status()));

@@ -3,14 +3,13 @@
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use inbox::{Config, Consumer, Envelope, Node, Sequencer, Sources, Status, Topology};
+use inbox::{Config, Consumer, Envelope, Sequencer, Sources, Status, Topology};
 use lapin::{
     Channel, Connection, ConnectionProperties,
     options::{
         BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, BasicRejectOptions,
         ConfirmSelectOptions, QueueDeleteOptions,
     },
-    tcp::OwnedTLSConfig,
     types::FieldTable,
 };
 use serde_json::{Value, json};
@@ -58,10 +57,9 @@ impl World {
         handler: Recorder,
         set: impl FnOnce(Config) -> Config,
     ) -> Running {
-        let nodes = ["amqp://127.0.0.1:1/none", &self.amqp]
-            .map(|url| Node::new(url.parse().unwrap(), OwnedTLSConfig::default()));
+        let nodes = format!("amqp://127.0.0.1:1/none,{}", self.amqp).parse().unwrap();
         let topology = Topology::new("events", "events.by_aggregate", "things", &["thing"]).unwrap();
-        let config = set(Config { batch: 20, ..Config::new(topology, nodes.to_vec(), "receiving") });
+        let config = set(Config { batch: 20, ..Config::new(topology, nodes, "receiving") });
         let sequencer = Sequencer::new("things", self.pool.clone(), handler).following(sources);
         let consumer = Consumer::new(config, sequencer);
         let (status, stop) = (consumer.status(), CancellationToken::new());
@@ -401,11 +399,8 @@ async fn two_replicas_stay_correct_when_one_dies() {
 }
 
 #[test]
-fn names_and_urls_are_checked_without_quoting_them() {
+fn names_are_checked_without_quoting_them() {
     let long = "q".repeat(251);
     let error = Topology::new("events", "events.by_aggregate", &long, &[]).unwrap_err();
     insta::assert_snapshot!(error, @"the queue's name must be 1 to 250 bytes long");
-    let uri = "amqp://guest:secret@host:5672/vhost".parse().unwrap();
-    let node = Node::new(uri, OwnedTLSConfig::default());
-    insta::assert_snapshot!(format!("{node:?}"), @"host:5672/vhost");
 }

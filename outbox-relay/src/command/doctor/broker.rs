@@ -1,20 +1,18 @@
 //! What `doctor` asks the broker.
 
-use daemon::config::{
-    SettingError,
-    broker::{BrokerArgs, Node},
-};
+use amqp::{Nodes, Reconnect};
+use daemon::config::{SettingError, broker::BrokerArgs};
 use lapin::types::ShortString;
 
 use super::Check;
-use crate::broker::{BrokerError, Nodes};
+use crate::broker::{Broker, BrokerError};
 
 const BROKER: &str = "broker";
 const EXCHANGE: &str = "exchange";
 const BLOCKED: &str = "blocked";
 
 /// The broker's nodes; none when nobody said where it is.
-pub(super) fn nodes(args: &BrokerArgs, require_tls: bool) -> Result<Option<Vec<Node>>, SettingError> {
+pub(super) fn nodes(args: &BrokerArgs, require_tls: bool) -> Result<Option<Nodes>, SettingError> {
     if args.amqp_url_file.is_none() && std::env::var_os("AMQP_URL").is_none() {
         return Ok(None);
     }
@@ -22,15 +20,15 @@ pub(super) fn nodes(args: &BrokerArgs, require_tls: bool) -> Result<Option<Vec<N
 }
 
 /// Connects as the relay does, but declares nothing, and what it publishes to prove its name it takes back.
-pub(super) async fn checks(nodes: Option<Vec<Node>>, exchange: &ShortString) -> Vec<Check> {
+pub(super) async fn checks(nodes: Option<Nodes>, exchange: &ShortString) -> Vec<Check> {
     let Some(nodes) = nodes else {
         return [BROKER, EXCHANGE, BLOCKED]
             .map(|name| Check::skipped(name, "AMQP_URL (or AMQP_URL_FILE) is not set"))
             .into();
     };
     let name = "outbox-relay doctor".to_owned();
-    let nodes = Nodes { nodes, exchange: exchange.clone(), declare: false, name };
-    match nodes.connect(0).await {
+    let broker = Broker { nodes, exchange: exchange.clone(), declare: false, name };
+    match broker.connect(&mut Reconnect::default()).await {
         Ok(link) => {
             let blocked = link.condition().ok().flatten();
             link.close().await;

@@ -14,6 +14,8 @@ use super::{
 const TIMEOUT: Duration = Duration::from_secs(6);
 /// Whether there is a pooler is asked once, and not for longer.
 const PROBE: Duration = Duration::from_secs(2);
+/// Between looks, the first and the longest pause.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Marks a row of the result that is a problem, and not a migration.
 const PROBLEM: &str = "!";
 
@@ -116,7 +118,7 @@ impl Needs {
         stop: &CancellationToken,
         mut waiting: impl FnMut(String),
     ) -> Result<bool, SchemaError> {
-        let mut pause = Duration::from_millis(100);
+        let mut pauses = crate::backoff(PAUSE.0, PAUSE.1);
         loop {
             let attempt = async {
                 self.look(pool).await?;
@@ -132,10 +134,10 @@ impl Needs {
                 Some(Err(error)) if error.passes() => waiting(error.to_string()),
                 Some(Err(fatal)) => return Err(fatal),
             }
+            let pause = pauses.next().unwrap_or(PAUSE.1);
             if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
                 return Ok(false);
             }
-            pause = (pause * 2).min(Duration::from_secs(2));
         }
     }
 }
