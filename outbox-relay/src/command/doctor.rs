@@ -3,6 +3,8 @@
 
 mod broker;
 mod checks;
+mod positions;
+mod relays;
 mod settings;
 mod versions;
 
