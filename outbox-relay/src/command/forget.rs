@@ -124,7 +124,7 @@ fn text(args: &ForgetArgs, row: &RelayRow, aside: i64, unpublished: i64) -> Stri
         )
     } else {
         format!(
-            "the relay {name} would be forgotten ({led}); it would not publish {lost}; say --yes to do it"
+            "the relay {name} would be forgotten ({led}); it would not publish {lost}; add --yes to do it"
         )
     }
 }

@@ -26,7 +26,7 @@ pub struct ParkedArgs {
     /// The database, and the form of the answer.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// Which relay.
+    /// The relay's name.
     #[arg(long, global = true, env = "RELAY_NAME", default_value = "default", value_parser = relay_name)]
     pub name: String,
     /// What to do.
@@ -44,15 +44,15 @@ pub enum ParkedAction {
         /// The event's id.
         id: Uuid,
     },
-    /// Have the relay try them now. Events that no queue takes are tried with all others of their type.
+    /// Try them again now. Events that no queue takes are tried with all others of their type.
     Retry(Selection),
-    /// Give them up: they are never published. Receivers that follow versions will miss them. Of events that wait, the
-    /// first of each aggregate can be chosen; then the next one is tried.
+    /// Give them up: they are never published, and subscribers that follow versions miss them. Of events that wait,
+    /// choose the first of each aggregate; then the next one is tried.
     Drop {
         /// Which ones.
         #[command(flatten)]
         selection: Selection,
-        /// Do it; without this it is only said what would be dropped, with exit code 3.
+        /// Drop them. Without this, the command only says what it would drop, with exit code 3.
         #[arg(long)]
         yes: bool,
     },
@@ -101,7 +101,7 @@ struct ParkedEvent {
 
 /// Events of a type that wait.
 #[derive(Debug, Serialize, sqlx::FromRow)]
-struct Waiting {
+struct WaitingType {
     #[sqlx(rename = "type")]
     #[serde(rename = "type")]
     type_: String,
@@ -150,7 +150,7 @@ WHERE relay = $1 AND (state = 'parked' OR next_attempt_at IS NOT NULL)
 ORDER BY position LIMIT 100000";
 
 impl Selection {
-    fn takes(&self, event: &ParkedEvent) -> bool {
+    fn includes(&self, event: &ParkedEvent) -> bool {
         (self.id.is_empty() || self.id.contains(&event.id))
             && self.type_.as_ref().is_none_or(|pattern| matches(pattern, &event.type_))
             && self.reason.as_ref().is_none_or(|reason| *reason == event.reason)
@@ -181,7 +181,7 @@ async fn events(args: &ParkedArgs, conn: &mut PgConnection) -> anyhow::Result<Ve
 }
 
 fn select(mut events: Vec<ParkedEvent>, selection: &Selection) -> Vec<ParkedEvent> {
-    events.retain(|event| selection.takes(event));
+    events.retain(|event| selection.includes(event));
     events
 }
 
@@ -190,7 +190,7 @@ async fn list(args: &ParkedArgs, conn: &mut PgConnection) -> anyhow::Result<Verd
     let groups = sqlx::query_as(GROUPS).bind(&args.name).fetch_all(&mut *conn).await;
     let groups: Vec<Group> = groups.context("what is set aside could not be read")?;
     let waiting = sqlx::query_as(WAITING).bind(&args.name).fetch_all(conn).await;
-    let waiting: Vec<Waiting> = waiting.context("what waits could not be read")?;
+    let waiting: Vec<WaitingType> = waiting.context("what waits could not be read")?;
     let events: i64 = groups.iter().map(|group| group.events).sum();
     let document = json!({"relay": args.name, "events": events, "groups": groups, "waiting": waiting});
     args.common.answer(&document, || {
@@ -315,7 +315,7 @@ async fn drop(
         } else if yes {
             format!("{events} dropped")
         } else {
-            format!("{events} would be dropped and never published; say --yes to do it")
+            format!("{events} would be dropped, and never published; add --yes to do it")
         }
     })?;
     Ok(if yes || ids.is_empty() { Verdict::Well } else { Verdict::NotWell })

@@ -16,7 +16,7 @@ pub struct PauseArgs {
     /// The database, and the form of the answer.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// Which relay.
+    /// The relay's name.
     #[arg(long, env = "RELAY_NAME", default_value = "default", value_parser = relay_name)]
     pub name: String,
 }

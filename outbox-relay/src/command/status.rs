@@ -32,10 +32,10 @@ pub struct StatusArgs {
     /// Only the relay of this name, instead of all.
     #[arg(long, env = "RELAY_NAME", value_parser = relay_name)]
     pub name: Option<String>,
-    /// Show it again and again, until Ctrl-C. With --json, one line each time.
+    /// Repeat until Ctrl-C. With --json, one line each time.
     #[arg(long)]
     pub watch: bool,
-    /// How often.
+    /// The pause between two reports.
     #[arg(long, default_value = "2s", value_parser = interval, value_name = "DURATION", requires = "watch")]
     pub interval: Duration,
 }

@@ -25,26 +25,26 @@ pub struct TraceArgs {
     #[command(flatten)]
     pub common: CommandArgs,
     /// An event's id (AMQP's message id), or an aggregate: TYPE/ID.
-    pub what: What,
-    /// Of an aggregate, so many of its last events.
+    #[arg(value_name = "EVENT-ID|TYPE/ID")]
+    pub target: Target,
+    /// How many of an aggregate's last events to show.
     #[arg(long, default_value = "20", value_parser = clap::value_parser!(i64).range(1..=10_000))]
     pub limit: i64,
-    /// Look for an event's id everywhere, not only around the time that a UUIDv7 tells. Reads all that is
-    /// stored.
+    /// Search all stored events for the id, not only those around the time in a UUIDv7. Reads the whole outbox.
     #[arg(long)]
     pub scan: bool,
 }
 
-/// What to look for.
+/// One event, or an aggregate's events.
 #[derive(Clone, Debug)]
-pub enum What {
+pub enum Target {
     /// One event.
     Event(Uuid),
     /// An aggregate's events: its type and its id.
     Aggregate(String, String),
 }
 
-impl FromStr for What {
+impl FromStr for Target {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -60,7 +60,7 @@ impl FromStr for What {
 
 /// An event that is stored.
 #[derive(Debug, Serialize, sqlx::FromRow)]
-struct Stored {
+struct StoredEvent {
     position: i64,
     id: Uuid,
     #[sqlx(rename = "type")]
@@ -78,8 +78,8 @@ struct Progress {
     #[serde(skip)]
     position: i64,
     relay: String,
-    /// `waiting`, `under way`, `waits`, `parked`, `confirmed`, `dropped by hand`, `dropped by rule`; or `settled`, where
-    /// it is not known how.
+    /// `waiting`, `under way`, `waits`, `parked`, `confirmed`, `dropped by hand`, `dropped by rule`; or `settled`,
+    /// where it is not known how.
     state: String,
     /// Why it was set aside.
     detail: Option<String>,
@@ -131,7 +131,7 @@ pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
     let stored = find(&mut conn, args).await.context("the outbox could not be searched")?;
     let mut progress =
         progress(&mut conn, &stored).await.context("the relays' progress could not be read")?;
-    let events: Vec<(Stored, Vec<Progress>)> = stored
+    let events: Vec<(StoredEvent, Vec<Progress>)> = stored
         .into_iter()
         .map(|event| {
             let of_event = progress.remove(&event.position).unwrap_or_default();
@@ -149,20 +149,20 @@ pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
     Ok(if events.is_empty() { Verdict::NotWell } else { Verdict::Well })
 }
 
-async fn find(conn: &mut PgConnection, args: &TraceArgs) -> Result<Vec<Stored>, sqlx::Error> {
-    match &args.what {
-        What::Aggregate(type_, id) => {
+async fn find(conn: &mut PgConnection, args: &TraceArgs) -> Result<Vec<StoredEvent>, sqlx::Error> {
+    match &args.target {
+        Target::Aggregate(type_, id) => {
             let query = sqlx::query_as(BY_AGGREGATE).bind(type_).bind(id).bind(args.limit);
-            let mut events: Vec<Stored> = query.fetch_all(conn).await?;
+            let mut events: Vec<StoredEvent> = query.fetch_all(conn).await?;
             events.reverse();
             Ok(events)
         }
-        What::Event(id) => {
-            let made = if args.scan { None } else { made(*id) };
-            if made.is_none() && !args.scan {
+        Target::Event(id) => {
+            let around = if args.scan { None } else { created_around(*id) };
+            if around.is_none() && !args.scan {
                 return Ok(Vec::new());
             }
-            let (from, to) = (made.map(|at| at - AROUND), made.map(|at| at + AROUND));
+            let (from, to) = (around.map(|at| at - AROUND), around.map(|at| at + AROUND));
             sqlx::query_as(BY_ID).bind(id).bind(from).bind(to).fetch_all(conn).await
         }
     }
@@ -171,7 +171,7 @@ async fn find(conn: &mut PgConnection, args: &TraceArgs) -> Result<Vec<Stored>, 
 /// By the events' positions.
 async fn progress(
     conn: &mut PgConnection,
-    events: &[Stored],
+    events: &[StoredEvent],
 ) -> Result<HashMap<i64, Vec<Progress>>, sqlx::Error> {
     let relays: Vec<(String, Json<Vec<Waiting>>, bool)> =
         sqlx::query_as(RELAYS).fetch_all(&mut *conn).await?;
@@ -188,36 +188,37 @@ async fn progress(
 }
 
 /// When a UUIDv7 was made.
-fn made(id: Uuid) -> Option<DateTime<Utc>> {
+fn created_around(id: Uuid) -> Option<DateTime<Utc>> {
     let (seconds, nanos) = id.get_timestamp().filter(|_| id.get_version_num() == 7)?.to_unix();
     DateTime::from_timestamp(seconds.try_into().ok()?, nanos)
 }
 
 fn not_found(args: &TraceArgs) -> String {
-    match &args.what {
-        What::Aggregate(type_, id) => format!(
+    match &args.target {
+        Target::Aggregate(type_, id) => format!(
             "no event of {}/{} is stored here: it belongs to another database, its transaction did \
              not commit, or its partition was retired",
             shown(type_),
             shown(id)
         ),
-        What::Event(id) => {
+        Target::Event(id) => {
             let scanned = "it belongs to another database, its transaction did not commit, or its partition \
                            was retired";
-            match made(*id) {
+            match created_around(*id) {
                 _ if args.scan => format!("event {id} is not stored here: {scanned}"),
                 Some(at) => format!(
-                    "event {id} is not stored here around {}, when it was made: {scanned}; --scan looks \
-                     everywhere",
+                    "event {id} is not stored here around {}, when it was made: {scanned}; --scan searches everything",
                     time(Some(at))
                 ),
-                None => format!("{id} is no UUIDv7 and tells no time to look at; --scan looks everywhere"),
+                None => format!(
+                    "{id} is not a UUIDv7, so it has no time to search around; --scan searches everything"
+                ),
             }
         }
     }
 }
 
-fn text(event: &Stored, relays: &[Progress]) -> String {
+fn text(event: &StoredEvent, relays: &[Progress]) -> String {
     let mut text = format!(
         "event {} of type {}\n  of {}/{}, version {}, position {}, made {}\n",
         event.id,
@@ -254,7 +255,8 @@ fn text(event: &Stored, relays: &[Progress]) -> String {
                 "given up by hand (outbox-relay parked drop); it was not published".to_owned()
             }
             "dropped by rule" => {
-                "no queue took it, and a rule let it go (--unroutable '...=drop'); nobody has it".to_owned()
+                "no queue took it, and a rule let it go (--unroutable '...=drop'); no subscriber has it"
+                    .to_owned()
             }
             _ => {
                 "settled, and it is not known how: the relay began after it, or it is too long ago".to_owned()

@@ -63,29 +63,29 @@ pub(super) async fn database(
 ) -> anyhow::Result<Vec<Check>> {
     let mut checks = vec![
         // Before any statement is prepared: behind a pooler those fail.
-        found("session", settings::session(conn, second).await)?,
-        found("server", recovery(conn).await)?,
-        found("writes", settings::writes(conn).await)?,
-        found("clock", clock(conn).await)?,
+        finding("session", settings::session(conn, second).await)?,
+        finding("server", recovery(conn).await)?,
+        finding("writes", settings::writes(conn).await)?,
+        finding("clock", clock(conn).await)?,
     ];
     let (schema, usable) = schema_check(conn).await?;
     checks.push(schema);
-    checks.push(found("statistics", statistics(conn).await)?);
+    checks.push(finding("statistics", statistics(conn).await)?);
     if !usable {
         let why = "the schema is not there, or not the one expected";
         checks.extend(NEED_SCHEMA.map(|name| Check::skipped(name, why)));
         return Ok(checks);
     }
-    checks.push(found("permissions", permissions(conn).await)?);
+    checks.push(finding("permissions", permissions(conn).await)?);
     checks.push(source(conn).await?);
-    checks.push(found("sequence", positions::sequence(conn).await)?);
-    checks.push(found("sequence cache", positions::cache(conn).await)?);
-    checks.push(found("default partition", positions::default_partition(conn).await)?);
-    checks.push(found("partition bounds", settings::bounds(conn).await)?);
-    checks.push(found("next partition", positions::next_partition(conn).await)?);
-    checks.push(found("row security", settings::row_security(conn).await)?);
-    checks.push(found("outbox lock", positions::lock(conn).await)?);
-    checks.push(found("versions", versions::check(conn).await)?);
+    checks.push(finding("sequence", positions::sequence(conn).await)?);
+    checks.push(finding("sequence cache", positions::cache(conn).await)?);
+    checks.push(finding("default partition", positions::default_partition(conn).await)?);
+    checks.push(finding("partition bounds", settings::bounds(conn).await)?);
+    checks.push(finding("next partition", positions::next_partition(conn).await)?);
+    checks.push(finding("row security", settings::row_security(conn).await)?);
+    checks.push(finding("outbox lock", positions::lock(conn).await)?);
+    checks.push(finding("versions", versions::check(conn).await)?);
     match relays::relays(conn, name).await {
         Ok(relays) if !relays.is_empty() => checks.extend(relays),
         Ok(_) => {
@@ -107,7 +107,7 @@ pub(super) async fn database(
 }
 
 /// A check that the server refuses is a finding too; without an answer of the server there is none.
-fn found(name: &str, checked: Result<Check, sqlx::Error>) -> anyhow::Result<Check> {
+fn finding(name: &str, checked: Result<Check, sqlx::Error>) -> anyhow::Result<Check> {
     checked.or_else(|error| failed(name, error))
 }
 
@@ -117,10 +117,10 @@ fn failed(name: &str, error: sqlx::Error) -> anyhow::Result<Check> {
     };
     Ok(match said.code().as_deref() {
         // insufficient_privilege
-        Some("42501") => Check::skipped(name, format!("this role may not ask: {}", said.message())),
+        Some("42501") => Check::skipped(name, format!("this role may not check it: {}", said.message())),
         _ => Check::warning(
             name,
-            format!("it could not be found out: {}", said.message()),
+            format!("the check failed: {}", said.message()),
             "try again; the server's log may tell more",
         ),
     })
@@ -202,12 +202,12 @@ async fn permissions(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
 async fn statistics(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
     let may = sqlx::query_scalar("SELECT pg_has_role(current_user, 'pg_read_all_stats', 'USAGE')");
     Ok(if may.fetch_one(conn).await? {
-        Check::ok("statistics", "this role sees which transactions sleep")
+        Check::ok("statistics", "this role sees which transactions are idle")
     } else {
         Check::warning(
             "statistics",
-            "this role does not see that a transaction sleeps, so that the relay takes an idle one for a \
-             possible writer of every position it misses",
+            "this role does not see which transactions are idle, so the relay takes each of them for a possible \
+            writer of every missing position",
             "let a superuser run: GRANT pg_read_all_stats TO ROLE",
         )
     })
@@ -219,7 +219,7 @@ async fn source(conn: &mut PgConnection) -> anyhow::Result<Check> {
         Err(outbox::SourceError::Database(error)) => failed("source", error)?,
         Err(_) => Check::problem(
             "source",
-            "nobody said under which name this database publishes",
+            "the database has no source name to publish under",
             "run: outbox-relay migrate --source NAME",
         ),
     })

@@ -30,7 +30,7 @@ pub(super) async fn sequence(conn: &mut PgConnection) -> Result<Check, sqlx::Err
         ));
     }
     if mark >= used {
-        return Ok(Check::ok("sequence", format!("it stands at {mark}, not behind what was used")));
+        return Ok(Check::ok("sequence", format!("it stands at {mark}, and no higher position is in use")));
     }
     Ok(Check::problem(
         "sequence",
@@ -56,7 +56,7 @@ pub(super) async fn cache(conn: &mut PgConnection) -> Result<Check, sqlx::Error>
         Check::problem(
             "sequence cache",
             format!(
-                "outbox.position has CACHE {cache}: sessions keep positions back, and use them out of order"
+                "outbox.position has CACHE {cache}: sessions reserve positions, and use them out of order"
             ),
             "run: ALTER SEQUENCE outbox.position CACHE 1, and let the writers connect anew",
         )
@@ -132,6 +132,9 @@ pub(super) async fn lock(conn: &mut PgConnection) -> Result<Check, sqlx::Error> 
     Ok(Check::warning(
         "outbox lock",
         format!("a transaction that appends stays open: {}{more}", first.text()),
-        format!("its events wait, and what it took holds the progress back. Find out what it does; {end}"),
+        format!(
+            "its events are not published, and its positions hold the low-water mark back. Find out what it \
+        does; {end}"
+        ),
     ))
 }

@@ -31,7 +31,7 @@ fn relay(row: &RelayRow, Undelivered { parked, waiting: events }: &Undelivered) 
     let waiting = row.waiting.iter().filter(|waiting| row.leads && waiting.part != "paused");
     let waiting: Vec<_> = waiting.map(Waiting::text).collect();
     checks.push(if !row.leads {
-        Check::skipped(name("waiting"), "none leads")
+        Check::skipped(name("waiting"), "no relay leads")
     } else if waiting.is_empty() {
         Check::ok(name("waiting"), "for nothing")
     } else {
@@ -80,11 +80,13 @@ fn leader(name: String, row: &RelayRow) -> Check {
         ),
         (_, _, Some(age)) => Check::problem(
             name,
-            format!("none; the last was {who}, heartbeat {age} ago"),
+            format!("no leader; the last was {who}, heartbeat {age} ago"),
             "start outbox-relay run with this name; if it runs, its /ready tells what it waits for",
         ),
-        (_, _, None) => {
-            Check::problem(name, "none, and there never was one", "start outbox-relay run with this name")
-        }
+        (_, _, None) => Check::problem(
+            name,
+            "no relay has led under this name yet",
+            "start outbox-relay run with this name",
+        ),
     }
 }

@@ -46,7 +46,7 @@ impl LockHolder {
             (Some(since), Some(seconds)) => {
                 format!("{who}, for {} (since {})", span(seconds), time(Some(since)))
             }
-            _ => format!("{who}, for an unknown time (pg_read_all_stats tells it)"),
+            _ => format!("{who}, for an unknown time (this role lacks pg_read_all_stats)"),
         }
     }
 }

@@ -129,10 +129,11 @@ impl WaitingGroup {
             "refused" => {
                 let oldest = self.oldest;
                 return format!(
-                    "remove the cause that the broker gives, or give the event up: outbox-relay parked drop --id {oldest} --yes"
+                    "remove the cause that the broker gives, or give the event up: outbox-relay parked drop --id \
+                    {oldest} --yes"
                 );
             }
-            _ => "the relay that leads tries them soon",
+            _ => "the leader tries them soon",
         };
         advice.to_owned()
     }

@@ -235,11 +235,16 @@ impl RelayStatus {
                 span(leader.heartbeat_age_seconds.unwrap_or_default())
             );
         }
-        let Some(last) = &self.last_leader else { return "none leads, and none ever did".to_owned() };
-        let silent =
-            last.pid.map_or(String::new(), |pid| format!("; session {pid} holds its lock and says nothing"));
+        let Some(last) = &self.last_leader else {
+            return "no relay has led under this name yet; start one with this name: outbox-relay run"
+                .to_owned();
+        };
+        let silent = last
+            .pid
+            .map(|pid| format!("; session {pid} holds the leadership without a heartbeat"))
+            .unwrap_or_default();
         let age = span(last.heartbeat_age_seconds.unwrap_or_default());
-        format!("none leads; the last was {}, heartbeat {age} ago{silent}", last.identity)
+        format!("no leader; the last was {}, heartbeat {age} ago{silent}", last.identity)
     }
 
     /// The rest of the block: what and how. What is as it should be is left out.
