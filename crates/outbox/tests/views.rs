@@ -22,7 +22,7 @@ const QUESTIONS: [&str; 12] = [
     "SELECT count(*) FROM outbox.lock_holder",
     "SELECT count(*) FROM outbox.leader_session",
     "SELECT * FROM outbox.digest(1)",
-    "SELECT position, version, type FROM outbox.event WHERE aggregate_id = 'b'",
+    "SELECT position, version, type FROM outbox.event WHERE aggregate_id = 'b' ORDER BY position",
 ];
 
 /// What the role may not do, though the views are open to it.
@@ -112,7 +112,7 @@ async fn a_column_that_is_not_named_costs_nothing() {
         assert!(!plan_of_cheap.contains(costly), "{costly}: {plan_of_cheap}");
     }
     for (column, costly) in
-        [("new_events", "event_1"), ("parked_events", "parked_aside"), ("leads", "pg_lock_status")]
+        [("new_events", "event_1"), ("parked_events", "on parked"), ("leads", "pg_lock_status")]
     {
         let plan =
             plan(&mut conn, &format!("SELECT {column} FROM outbox.relay_status WHERE name = 'default'"))
@@ -123,11 +123,7 @@ async fn a_column_that_is_not_named_costs_nothing() {
     for costly in ["event", "pg_inherits", "erasure"] {
         assert!(!cheap.contains(costly), "{costly}: {cheap}");
     }
-    let cheap = plan(
-        &mut conn,
-        "EXPLAIN (VERBOSE) SELECT name, upper FROM outbox.partition_status".trim_start_matches("EXPLAIN "),
-    )
-    .await;
+    let cheap = plan(&mut conn, "(VERBOSE) SELECT name, upper FROM outbox.partition_status").await;
     assert!(!cheap.contains("retention_blocker") && !cheap.contains("outbox.event_1"), "{cheap}");
     // The progress of one event is rows by primary keys.
     conn.execute("SET enable_seqscan = off").await.unwrap();
