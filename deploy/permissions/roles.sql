@@ -12,7 +12,8 @@
 --
 --   PGOPTIONS='-c roles.outbox_relay=relay_of_orders' psql ...
 --
--- A service of your own that appends to an outbox has a role of your naming: `-c roles.writer=orders`.
+-- A service of your own that appends to an outbox has a role of your naming: `-c roles.writer=orders`. So has an operator
+-- or a program that only looks at one, and sees no body of an event: `-c roles.reader=oncall`.
 DO $$
 DECLARE
     wanted record;
@@ -20,7 +21,8 @@ DECLARE
     taken  record;
 BEGIN
     FOR wanted IN
-        SELECT coalesce(nullif(current_setting('roles.' || r.program, true), ''), nullif(r.program, 'writer')) AS role,
+        SELECT coalesce(nullif(current_setting('roles.' || r.program, true), ''),
+                        CASE WHEN r.program NOT IN ('writer', 'reader') THEN r.program END) AS role,
                r.about, r.function
         FROM (VALUES (1, 'person_api',      'person', 'person.grant_api'),
                      (2, 'person_api',      'person', 'outbox.grant_writer'),
@@ -30,7 +32,8 @@ BEGIN
                      (6, 'score_api',       'score',  'score.grant_api'),
                      (7, 'score_api',       'score',  'inbox.grant_reader'),
                      (8, 'outbox_relay',    'outbox', 'outbox.grant_relay'),
-                     (9, 'writer',          'outbox', 'outbox.grant_writer')) AS r (n, program, about, function)
+                     (9, 'writer',          'outbox', 'outbox.grant_writer'),
+                     (10, 'reader',         'outbox', 'outbox.grant_reader')) AS r (n, program, about, function)
         ORDER BY r.n
     LOOP
         CONTINUE WHEN wanted.role IS NULL OR to_regnamespace(wanted.about) IS NULL;

@@ -205,9 +205,9 @@ pub(crate) async fn step(conn: &mut PgConnection, size: &mut Size) -> sqlx::Resu
 /// Counts what is left.
 pub(crate) async fn pending(conn: &mut PgConnection) -> sqlx::Result<Pending> {
     sqlx::query_as(
-        "SELECT count(*) AS aggregates,
-                coalesce(extract(epoch FROM clock_timestamp() - min(asked_at))::bigint, 0) AS seconds
-         FROM outbox.erasure",
+        "SELECT pending_erasures AS aggregates,
+                coalesce(extract(epoch FROM statement_timestamp() - oldest_erasure_at)::bigint, 0) AS seconds
+         FROM outbox.overview",
     )
     .fetch_one(conn)
     .await

@@ -31,7 +31,7 @@ const TIMEOUT: Duration = Duration::from_secs(15);
 const SILENCE: Duration = Duration::from_secs(15);
 /// Open ranges that are stored; beyond it a restart repeats more.
 const MAX_OPEN: usize = 1_000;
-/// Ranges of dropped events that are kept, to tell what became of each.
+/// Ranges of dropped events that are kept, to tell what became of each. The view `outbox.event_progress` knows it.
 pub const MAX_DROPPED: i64 = 200;
 
 /// Why there is no leadership, or no longer.
@@ -209,7 +209,7 @@ impl Candidate {
 
     /// Asks for leadership; false when another relay has it. Ask again well within the lease.
     pub async fn ask(&mut self) -> Result<bool, LeaderError> {
-        // A session lock, of the class 1869968492, "outl" in ASCII. Released by the server when the session ends, however it ends.
+        // A session lock. The server releases it when the session ends, however it ends.
         let ask = sqlx::query_as(
             "SELECT outbox.try_lead($1),
                     coalesce(heartbeat_at < clock_timestamp() - $2 * interval '1 second', false)
@@ -219,10 +219,7 @@ impl Candidate {
         let (leads, silent): (bool, bool) = answer(ask.fetch_one(&mut self.conn)).await?;
         if !leads && silent {
             let end = sqlx::query_scalar::<_, bool>(
-                "SELECT pg_terminate_backend(pid) FROM pg_locks
-                 WHERE locktype = 'advisory' AND classid = 1869968492 AND objid::bigint = $1 AND objsubid = 2
-                   AND granted
-                   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+                "SELECT pg_terminate_backend(pid) FROM outbox.leader_session WHERE relay_id = $1",
             );
             match answer(end.bind(i64::from(self.relay_id)).fetch_optional(&mut self.conn)).await {
                 Ok(ended) => tracing::warn!(?ended, "the leader says nothing; its session is ended"),
@@ -500,6 +497,8 @@ fn needs() -> Needs {
         ("outbox.parked", "INSERT"),
         ("outbox.parked", "UPDATE"),
         ("outbox.parked", "DELETE"),
+        ("outbox.lock_holder", "SELECT"),
+        ("outbox.leader_session", "SELECT"),
     ];
     Needs { schemas: vec![schema()], writes: true, rights: RIGHTS }
 }

@@ -173,11 +173,8 @@ pub async fn refuse(
 /// others the oldest, when it is due, to find out, so that none goes before an older one of its kind; and
 /// what was refused, each for itself.
 pub async fn due(conn: &mut PgConnection, relay: &str, due: Due<'_>) -> Result<Aside, sqlx::Error> {
-    let count: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM outbox.parked WHERE relay = $1 AND state = 'parked'")
-            .bind(relay)
-            .fetch_one(&mut *conn)
-            .await?;
+    let count = sqlx::query_scalar("SELECT parked_events FROM outbox.relay_status WHERE name = $1");
+    let count: i64 = count.bind(relay).fetch_optional(&mut *conn).await?.unwrap_or(0);
     if count == 0 {
         return Ok(Aside::default());
     }

@@ -135,7 +135,8 @@ async fn look(conn: &mut PgConnection, args: PartitionArgs) -> sqlx::Result<Roun
     if added > 0 {
         tracing::info!(added, "partitions were added");
     }
-    let fallen = sqlx::query_scalar("SELECT EXISTS (SELECT FROM outbox.event_default)");
+    let fallen =
+        sqlx::query_scalar("SELECT first_position IS NOT NULL FROM outbox.partition_status WHERE is_default");
     let fallen: bool = fallen.fetch_one(&mut *conn).await?;
     // Notes of each that is full since when it is, so that its age is known once it matters.
     sqlx::query("SELECT outbox.why_kept(name, '-infinity', true) FROM outbox.partition")

@@ -89,22 +89,11 @@ UNION ALL
  FROM outbox.readable WHERE position > $3 ORDER BY position LIMIT $5)
 ORDER BY position";
 
-/// Who holds the outbox lock (class 1869968482, key 1) in this database. A prepared transaction has no session, and is
-/// found by the lock on its transaction id.
+/// The transactions that hold the outbox lock in this database. A prepared one has no session.
 const HOLDERS: &str = "\
-SELECT split_part(l.virtualtransaction, '/', 1)::int, split_part(l.virtualtransaction, '/', 2)::bigint,
-       l.pid IS NULL,
-       CASE WHEN l.pid IS NULL THEN p.prepared
-            WHEN a.state LIKE 'idle in transaction%' THEN a.state_change END,
-       a.xact_start
-FROM pg_locks l
-LEFT JOIN pg_stat_activity a ON a.pid = l.pid
-LEFT JOIN LATERAL (
-    SELECT x.prepared FROM pg_locks t JOIN pg_prepared_xacts x ON x.transaction = t.transactionid
-    WHERE l.pid IS NULL AND t.pid IS NULL AND t.locktype = 'transactionid'
-      AND t.virtualtransaction = l.virtualtransaction) p ON true
-WHERE l.locktype = 'advisory' AND l.classid = 1869968482 AND l.objid = 1 AND l.objsubid = 2 AND l.granted
-  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+SELECT split_part(virtual_transaction, '/', 1)::int, split_part(virtual_transaction, '/', 2)::bigint, pid IS NULL,
+       idle_since, CASE WHEN pid IS NOT NULL THEN since END
+FROM outbox.lock_holder";
 
 /// The sequence's mark between two times of the server. `statement_timestamp()` was taken before the
 /// sequence was read, `clock_timestamp()` is taken after.

@@ -1,7 +1,7 @@
 //! `digest`: what the outbox has, summed up; and, with a subscriber's inbox, whether the subscriber has it.
 
 mod compare;
-mod side;
+mod snapshot;
 
 use std::{
     collections::BTreeSet,
@@ -15,8 +15,8 @@ use daemon::config::database;
 use serde_json::json;
 
 use self::{
-    compare::{Findings, Kind, Verdicts, differing},
-    side::{Digest, Inbox, Side},
+    compare::{Difference, Findings, TypeComparison, differing},
+    snapshot::{Digest, Inbox, Snapshot},
 };
 use super::{CommandArgs, Verdict, connect, many};
 
@@ -33,12 +33,10 @@ pub struct DigestArgs {
     /// The database, and the form of the answer.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// Into how many parts the aggregates of a type are divided, by a hash of their ids: one, or 1024 to
-    /// compare.
+    /// The number of buckets into which a hash of their ids divides the aggregates of a type: 1, or 1024 to compare.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=65536))]
     pub buckets: Option<i32>,
-    /// Only aggregates of this type; may be repeated. Without it, to compare: of the types that the subscriber
-    /// has any of.
+    /// Only aggregates of this type; may be repeated. Without it, a comparison takes the types that the subscriber has.
     #[arg(long, value_name = "TYPE")]
     pub aggregate_type: Vec<String>,
     /// Compare with what this consumer has applied, by its name in its inbox, or by the name of one that it has
@@ -52,7 +50,7 @@ pub struct DigestArgs {
     /// How long the consumer may take to get what the outbox had at the start.
     #[arg(long, default_value = "10s", value_parser = daemon::config::duration, value_name = "DURATION")]
     pub wait: Duration,
-    /// How many aggregates are named at most.
+    /// The most aggregates to name.
     #[arg(long, default_value = "20", value_name = "N")]
     pub limit: usize,
 }
@@ -66,9 +64,9 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
         "outbox-relay digest",
         STATEMENT_TIMEOUT,
     )?;
-    let mut start = Side::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
-    let mut end = Side::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
-    let mut inbox = Side::new(CommandArgs::reach_at(inbox).await.context("the inbox")?).await?;
+    let mut start = Snapshot::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
+    let mut end = Snapshot::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
+    let mut inbox = Snapshot::new(CommandArgs::reach_at(inbox).await.context("the inbox")?).await?;
     let consumer = &inbox.current(asked).await?;
     start.look().await?;
     let source = start.source().await?;
@@ -76,22 +74,22 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
     let mut comparison = Comparison { args, inbox_of, buckets: args.buckets.unwrap_or(BUCKETS) };
     let findings = comparison.settle(&mut start, &mut inbox, &mut end).await?;
     let wrong = findings.wrong();
-    let answer = json!({
+    let document = json!({
         "source": source, "consumer": consumer, "agrees": wrong == 0, "types": findings.types,
         "buckets": comparison.buckets, "gone_through": findings.gone_through,
-        "behind": findings.of(Kind::Behind), "missing": findings.of(Kind::Missing),
-        "ahead": findings.of(Kind::Ahead), "unknown": findings.of(Kind::Unknown),
-        "retired": findings.of(Kind::Retired), "named": findings.named,
+        "behind": findings.of(Difference::Behind), "missing": findings.of(Difference::Missing),
+        "ahead": findings.of(Difference::Ahead), "unknown": findings.of(Difference::Unknown),
+        "retired": findings.of(Difference::Retired), "named": findings.named,
     });
     let name =
         if asked == consumer { consumer.clone() } else { format!("{consumer}, which has replaced {asked},") };
-    args.common.answer(&answer, || text(&findings, &name, &source))?;
+    args.common.answer(&document, || text(&findings, &name, &source))?;
     Ok(if wrong == 0 { Verdict::Ok } else { Verdict::Attention })
 }
 
 /// The outbox's own.
 async fn print(args: &DigestArgs) -> anyhow::Result<Verdict> {
-    let mut side = Side::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
+    let mut side = Snapshot::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
     side.look().await?;
     let source = side.source().await?;
     let buckets = args.buckets.unwrap_or(1);
@@ -139,9 +137,9 @@ impl Comparison<'_> {
     /// behind, it is asked again.
     async fn settle(
         &mut self,
-        start: &mut Side,
-        inbox: &mut Side,
-        end: &mut Side,
+        start: &mut Snapshot,
+        inbox: &mut Snapshot,
+        end: &mut Snapshot,
     ) -> anyhow::Result<Findings> {
         let deadline = Instant::now() + self.args.wait;
         let first = start.digest(None, self.buckets).await?;
@@ -152,7 +150,7 @@ impl Comparison<'_> {
             if theirs.is_empty() && self.args.aggregate_type.is_empty() && !first.is_empty() {
                 let known = inbox.sources().await?;
                 if !self.begins_anew(&known) || Instant::now() >= deadline {
-                    return Err(self.nobody(&known));
+                    return Err(self.no_inbox(&known));
                 }
                 tokio::time::sleep(PAUSE.min(deadline.saturating_duration_since(Instant::now()))).await;
                 continue;
@@ -160,7 +158,7 @@ impl Comparison<'_> {
             end.look().await?;
             let now = end.source().await?;
             if now != self.inbox_of.source {
-                bail!("the source became {now} meanwhile, and its chains begin anew: ask again");
+                bail!("the source became {now} meanwhile, and its chains begin again: run this again");
             }
             let last = end.digest(None, self.buckets).await?;
             let retired = end.is_retired().await?;
@@ -176,8 +174,8 @@ impl Comparison<'_> {
                         inbox.list(Some(&self.inbox_of), part),
                         end.list(None, part),
                     );
-                    let verdicts = Verdicts { type_: &type_, retired };
-                    verdicts.of(lists, &mut findings).await?;
+                    let comparison = TypeComparison { type_: &type_, retired };
+                    comparison.run(lists, &mut findings).await?;
                 }
             }
             if !findings.only_behind() || Instant::now() >= deadline {
@@ -202,8 +200,8 @@ impl Comparison<'_> {
         })
     }
 
-    /// An inbox without a row of the source would agree with anything.
-    fn nobody(&self, known: &[Inbox]) -> anyhow::Error {
+    /// An inbox without a row of the source agrees with anything.
+    fn no_inbox(&self, known: &[Inbox]) -> anyhow::Error {
         let Inbox { consumer, source } = &self.inbox_of;
         let there: Vec<String> = known
             .iter()
@@ -241,21 +239,22 @@ fn text(findings: &Findings, consumer: &str, source: &str) -> String {
             type_.applied_versions
         );
     }
-    let mut found = Kind::ALL.into_iter().filter(|kind| findings.of(*kind) > 0).peekable();
-    while let Some(kind) = found.next() {
-        let count = findings.of(kind);
+    let mut differences =
+        Difference::ALL.into_iter().filter(|difference| findings.of(*difference) > 0).peekable();
+    while let Some(difference) = differences.next() {
+        let count = findings.of(difference);
         let _ = writeln!(
             text,
             "{}: {}",
-            kind.title(),
+            difference.title(),
             many(i64::try_from(count).unwrap_or(i64::MAX), "aggregate")
         );
-        for fault in findings.named.iter().filter(|fault| fault.kind == kind) {
-            let _ = writeln!(text, "  {}", escape::line(&fault.text()));
+        for aggregate in findings.named.iter().filter(|aggregate| aggregate.difference == difference) {
+            let _ = writeln!(text, "  {}", escape::line(&aggregate.text()));
         }
         // Said once where it is the same.
-        if found.peek().is_none_or(|next| next.advice() != kind.advice()) {
-            let _ = writeln!(text, "  -> {}", kind.advice());
+        if differences.peek().is_none_or(|next| next.advice() != difference.advice()) {
+            let _ = writeln!(text, "  -> {}", difference.advice());
         }
     }
     text

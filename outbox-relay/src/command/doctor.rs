@@ -3,6 +3,8 @@
 
 mod broker;
 mod checks;
+mod positions;
+mod relays;
 mod settings;
 mod versions;
 
@@ -95,7 +97,7 @@ impl Check {
     }
 }
 
-/// What `doctor` answers.
+/// All findings.
 #[derive(Debug, Serialize)]
 struct Report {
     verdict: String,
@@ -120,23 +122,23 @@ pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
     checks.extend(broker::checks(nodes, &args.exchange).await);
     let report = Report::new(checks);
     args.common.answer(&report, || report.text())?;
-    Ok(report.outcome())
+    Ok(report.verdict())
 }
 
 impl Report {
     fn new(checks: Vec<Check>) -> Self {
         let count = |state| checks.iter().filter(|check| check.state == state).count();
         let (problems, warnings) = (count(Outcome::Problem), count(Outcome::Warning));
-        let said: Vec<String> = [(problems, "problem"), (warnings, "warning")]
+        let counts: Vec<String> = [(problems, "problem"), (warnings, "warning")]
             .into_iter()
             .filter(|(count, _)| *count > 0)
             .map(|(count, noun)| many(i64::try_from(count).unwrap_or(i64::MAX), noun))
             .collect();
-        let verdict = if said.is_empty() { "healthy".to_owned() } else { said.join(", ") };
+        let verdict = if counts.is_empty() { "healthy".to_owned() } else { counts.join(", ") };
         Self { verdict, problems, warnings, checks }
     }
 
-    fn outcome(&self) -> Verdict {
+    fn verdict(&self) -> Verdict {
         if self.problems + self.warnings == 0 { Verdict::Ok } else { Verdict::Attention }
     }
 

@@ -12,8 +12,8 @@ use crate::erasure::{self, Size};
 
 /// A step ends itself well before.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
-/// So many are shown.
-const SHOWN: i64 = 1_000;
+/// At most so many rows are read.
+const MAX_ROWS: i64 = 1_000;
 
 /// Settings of `erasures`.
 #[derive(Debug, clap::Args)]
@@ -58,7 +58,7 @@ pub async fn erasures(args: &ErasuresArgs) -> anyhow::Result<Verdict> {
         "SELECT aggregate_type, aggregate_id, below, done_version, erased, asked_at, worked_at
          FROM outbox.erasure ORDER BY id LIMIT $1",
     )
-    .bind(SHOWN)
+    .bind(MAX_ROWS)
     .fetch_all(&mut conn)
     .await
     .context("the erasures could not be read")?;

@@ -63,7 +63,7 @@ pub async fn forget(args: &ForgetArgs) -> anyhow::Result<Verdict> {
         remove(&mut conn, name).await?;
         tracing::warn!(relay = name, aside, low_water = row.low_water, "forgotten by hand");
     }
-    let unpublished = (row.mark - row.settled()).max(0);
+    let unpublished = (row.last_position - row.settled()).max(0);
     let answer = json!({
         "relay": name, "forgotten": args.yes, "set_aside": aside, "low_water": row.low_water,
         "unpublished_at_most": unpublished,
@@ -124,7 +124,7 @@ fn text(args: &ForgetArgs, row: &RelayRow, aside: i64, unpublished: i64) -> Stri
         )
     } else {
         format!(
-            "the relay {name} would be forgotten ({led}); it would not publish {lost}; say --yes to do it"
+            "the relay {name} would be forgotten ({led}); it would not publish {lost}; add --yes to do it"
         )
     }
 }

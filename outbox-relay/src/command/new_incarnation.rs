@@ -59,7 +59,7 @@ pub async fn new_incarnation(args: &NewIncarnationArgs) -> anyhow::Result<Verdic
         } else {
             format!(
                 "this outbox would publish as {new} instead of {old}, and every subscriber would begin anew; \
-                 say --yes to do it"
+                 add --yes to do it"
             )
         }
     })?;

@@ -1,6 +1,6 @@
 //! `parked`: what was set aside, why, and what is to become of it.
 
-use std::{collections::BTreeMap, fmt::Write};
+use std::fmt::Write;
 
 use anyhow::{Context, bail};
 use chrono::{DateTime, Utc};
@@ -25,7 +25,7 @@ pub struct ParkedArgs {
     /// The database, and the form of the answer.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// Which relay.
+    /// The relay's name.
     #[arg(long, global = true, env = "RELAY_NAME", default_value = "default", value_parser = relay_name)]
     pub name: String,
     /// What to do.
@@ -43,15 +43,15 @@ pub enum ParkedAction {
         /// The event's id.
         id: Uuid,
     },
-    /// Have the relay try them now. Events that no queue takes are tried with all others of their type.
+    /// Try them again now. Events that no queue takes are tried with all others of their type.
     Retry(Selection),
-    /// Give them up: they are never published. Receivers that follow versions will miss them. Of events that wait, the
-    /// first of each aggregate can be chosen; then the next one is tried.
+    /// Give them up: they are never published, and subscribers that follow versions miss them. Of events that wait,
+    /// choose the first of each aggregate; then the next one is tried.
     Drop {
         /// Which ones.
         #[command(flatten)]
         selection: Selection,
-        /// Do it; without this it is only said what would be dropped, with exit code 3.
+        /// Drop them. Without this, the command only says what it would drop, with exit code 3.
         #[arg(long)]
         yes: bool,
     },
@@ -75,9 +75,9 @@ pub struct Selection {
     pub all: bool,
 }
 
-/// An event that is aside.
+/// An event that is set aside, or waits.
 #[derive(Clone, Debug, Serialize, sqlx::FromRow)]
-struct Aside {
+struct ParkedEvent {
     position: i64,
     id: Uuid,
     aggregate_type: String,
@@ -100,7 +100,7 @@ struct Aside {
 
 /// Events of a type that wait.
 #[derive(Debug, Serialize, sqlx::FromRow)]
-struct Waiting {
+struct WaitingType {
     #[sqlx(rename = "type")]
     #[serde(rename = "type")]
     type_: String,
@@ -111,14 +111,45 @@ struct Waiting {
     next_attempt_at: Option<DateTime<Utc>>,
 }
 
-/// What waits, by type.
+/// Events that are set aside for the same reason, with the oldest of them, which is the one that is tried.
+#[derive(Debug, Serialize, sqlx::FromRow)]
+struct Group {
+    reason: String,
+    #[sqlx(rename = "type")]
+    #[serde(rename = "type")]
+    type_: String,
+    events: i64,
+    detail: String,
+    oldest: Uuid,
+    oldest_parked_at: DateTime<Utc>,
+    attempts: i32,
+    next_attempt_at: Option<DateTime<Utc>>,
+}
+
+const GROUPS: &str = "
+SELECT g.reason, g.type, g.events, o.detail, o.id AS oldest, o.parked_at AS oldest_parked_at, o.attempts,
+       o.next_attempt_at
+FROM outbox.parked_group g JOIN outbox.parked_event o ON o.relay = g.relay AND o.position = g.oldest_position
+WHERE g.relay = $1 AND g.state = 'parked'
+ORDER BY g.reason COLLATE \"C\", g.type COLLATE \"C\", g.detail COLLATE \"C\"";
+
+/// What waits, by type. Reads all of it.
 const WAITING: &str = "
-SELECT type, count(*) AS events, min(parked_at) AS since, min(detail) FILTER (WHERE detail <> '') AS detail,
+SELECT type, sum(events)::bigint AS events, min(since) AS since, min(detail) FILTER (WHERE detail <> '') AS detail,
        min(next_attempt_at) AS next_attempt_at
-FROM outbox.parked WHERE relay = $1 AND state = 'waiting' GROUP BY type ORDER BY type";
+FROM outbox.parked_group WHERE relay = $1 AND state = 'waiting' GROUP BY type ORDER BY type";
+
+/// What can be chosen: what is set aside (at most as many as `--max-parked` allows), and of what waits, the first event
+/// of each aggregate.
+const EVENTS: &str = "
+SELECT position, id, aggregate_type, aggregate_id, version, type, state, reason, detail, attempts, created_at, parked_at,
+       last_attempt_at, next_attempt_at
+FROM outbox.parked_event
+WHERE relay = $1 AND (state = 'parked' OR next_attempt_at IS NOT NULL)
+ORDER BY position LIMIT 100000";
 
 impl Selection {
-    fn takes(&self, event: &Aside) -> bool {
+    fn includes(&self, event: &ParkedEvent) -> bool {
         (self.id.is_empty() || self.id.contains(&event.id))
             && self.type_.as_ref().is_none_or(|pattern| matches(pattern, &event.type_))
             && self.reason.as_ref().is_none_or(|reason| *reason == event.reason)
@@ -129,85 +160,70 @@ impl Selection {
 pub async fn parked(args: &ParkedArgs) -> anyhow::Result<Verdict> {
     let mut conn = connect(&args.common, "parked", STATEMENT_TIMEOUT).await?;
     state::known(&mut conn, &args.name).await?;
-    // Without bodies; as many rows as --max-parked allows, and of what waits, the first of each aggregate.
-    let sql =
-        "SELECT position, id, aggregate_type, aggregate_id, version, type, state, reason, detail, attempts,
-                      created_at, parked_at, last_attempt_at, next_attempt_at
-               FROM outbox.parked
-               WHERE relay = $1 AND (state = 'parked' OR next_attempt_at IS NOT NULL)
-               ORDER BY position LIMIT 100000";
-    let mut events: Vec<Aside> = sqlx::query_as(sql)
-        .bind(&args.name)
-        .fetch_all(&mut conn)
-        .await
-        .context("what is set aside could not be read")?;
     match &args.action {
-        ParkedAction::List => {
-            let waiting = sqlx::query_as(WAITING).bind(&args.name).fetch_all(&mut conn).await;
-            events.retain(|event| event.state == "parked");
-            list(args, &events, &waiting.context("what waits could not be read")?)
+        ParkedAction::List => list(args, &mut conn).await,
+        ParkedAction::Show { id } => show(args, &events(args, &mut conn).await?, *id),
+        ParkedAction::Retry(selection) => {
+            let events = select(events(args, &mut conn).await?, selection);
+            retry(args, &mut conn, &events).await
         }
-        ParkedAction::Show { id } => show(args, &events, *id),
-        ParkedAction::Retry(selection) => retry(args, &mut conn, &select(events, selection)).await,
         ParkedAction::Drop { selection, yes } => {
-            drop(args, &mut conn, &select(events, selection), *yes).await
+            let events = select(events(args, &mut conn).await?, selection);
+            drop(args, &mut conn, &events, *yes).await
         }
     }
 }
 
-fn select(mut events: Vec<Aside>, selection: &Selection) -> Vec<Aside> {
-    events.retain(|event| selection.takes(event));
+async fn events(args: &ParkedArgs, conn: &mut PgConnection) -> anyhow::Result<Vec<ParkedEvent>> {
+    let events = sqlx::query_as(EVENTS).bind(&args.name).fetch_all(conn).await;
+    events.context("what is set aside could not be read")
+}
+
+fn select(mut events: Vec<ParkedEvent>, selection: &Selection) -> Vec<ParkedEvent> {
+    events.retain(|event| selection.includes(event));
     events
 }
 
-/// By reason, type and what was said, with the oldest of each, which is the one that is tried.
-fn list(args: &ParkedArgs, events: &[Aside], waiting: &[Waiting]) -> anyhow::Result<Verdict> {
-    let mut groups: BTreeMap<(&str, &str, &str), (usize, &Aside)> = BTreeMap::new();
-    for event in events {
-        // What was refused says the event's own id.
-        let detail = if event.reason == "refused" { "" } else { &*event.detail };
-        groups.entry((&event.reason, &event.type_, detail)).or_insert((0, event)).0 += 1;
-    }
-    let answer: Vec<_> = groups
-        .iter()
-        .map(|((reason, type_, _), (count, oldest))| {
-            json!({"reason": reason, "type": type_, "events": count, "detail": oldest.detail,
-                   "oldest": oldest.id, "oldest_parked_at": oldest.parked_at,
-                   "attempts": oldest.attempts, "next_attempt_at": oldest.next_attempt_at})
-        })
-        .collect();
-    let told = json!({"relay": args.name, "events": events.len(), "groups": answer, "waiting": waiting});
-    args.common.answer(&told, || {
+/// By reason, type and detail.
+async fn list(args: &ParkedArgs, conn: &mut PgConnection) -> anyhow::Result<Verdict> {
+    let groups = sqlx::query_as(GROUPS).bind(&args.name).fetch_all(&mut *conn).await;
+    let groups: Vec<Group> = groups.context("what is set aside could not be read")?;
+    let waiting = sqlx::query_as(WAITING).bind(&args.name).fetch_all(conn).await;
+    let waiting: Vec<WaitingType> = waiting.context("what waits could not be read")?;
+    let events: i64 = groups.iter().map(|group| group.events).sum();
+    let document = json!({"relay": args.name, "events": events, "groups": groups, "waiting": waiting});
+    args.common.answer(&document, || {
         if groups.is_empty() && waiting.is_empty() {
             return format!("{}: nothing is set aside", args.name);
         }
-        let mut text = format!("{}: {} set aside\n", args.name, many(count(events), "event"));
-        for ((reason, type_, _), (count, oldest)) in &groups {
+        let mut text = format!("{}: {} set aside\n", args.name, many(events, "event"));
+        for group in &groups {
+            let Group { reason, type_, events, detail, oldest, oldest_parked_at, attempts, next_attempt_at } = group;
             let _ = writeln!(
                 text,
-                "  {count} of type {}, {reason}, the oldest since {}: {}\n    {}",
+                "  {events} of type {}, {reason}, the oldest since {}: {}\n    {}",
                 escape::line(type_),
-                time(Some(oldest.parked_at)),
-                escape::line(&oldest.detail),
-                next(oldest)
+                time(Some(*oldest_parked_at)),
+                escape::line(detail),
+                next(*oldest, *attempts, *next_attempt_at)
             );
         }
-        for kind in waiting {
+        for of_type in &waiting {
             let _ = writeln!(
                 text,
                 "  {} of type {} waiting, and later events of their aggregates behind them, the oldest since {}: {}",
-                kind.events,
-                kind.type_,
-                time(Some(kind.since)),
-                kind.detail.as_deref().unwrap_or("not tried yet")
+                of_type.events,
+                of_type.type_,
+                time(Some(of_type.since)),
+                of_type.detail.as_deref().unwrap_or("not tried yet")
             );
         }
         text
     })?;
-    Ok(if events.is_empty() && waiting.is_empty() { Verdict::Ok } else { Verdict::Attention })
+    Ok(if groups.is_empty() && waiting.is_empty() { Verdict::Ok } else { Verdict::Attention })
 }
 
-fn show(args: &ParkedArgs, events: &[Aside], id: Uuid) -> anyhow::Result<Verdict> {
+fn show(args: &ParkedArgs, events: &[ParkedEvent], id: Uuid) -> anyhow::Result<Verdict> {
     let Some(event) = events.iter().find(|event| event.id == id) else {
         bail!(
             "the relay {} has set no event {id} aside; outbox-relay parked list shows what it has",
@@ -228,13 +244,17 @@ fn show(args: &ParkedArgs, events: &[Aside], id: Uuid) -> anyhow::Result<Verdict
             time(Some(event.parked_at)),
             event.reason,
             escape::line(&event.detail),
-            next(event)
+            next(event.id, event.attempts, event.next_attempt_at)
         )
     })?;
     Ok(Verdict::Ok)
 }
 
-async fn retry(args: &ParkedArgs, conn: &mut PgConnection, events: &[Aside]) -> anyhow::Result<Verdict> {
+async fn retry(
+    args: &ParkedArgs,
+    conn: &mut PgConnection,
+    events: &[ParkedEvent],
+) -> anyhow::Result<Verdict> {
     let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
     // The relay tries the oldest of what no queue takes, of each type, before the others: so all of a kind
     // are due with any of them.
@@ -262,7 +282,7 @@ async fn retry(args: &ParkedArgs, conn: &mut PgConnection, events: &[Aside]) -> 
 async fn drop(
     args: &ParkedArgs,
     conn: &mut PgConnection,
-    events: &[Aside],
+    events: &[ParkedEvent],
     yes: bool,
 ) -> anyhow::Result<Verdict> {
     let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
@@ -294,21 +314,21 @@ async fn drop(
         } else if yes {
             format!("{events} dropped")
         } else {
-            format!("{events} would be dropped and never published; say --yes to do it")
+            format!("{events} would be dropped, and never published; add --yes to do it")
         }
     })?;
     Ok(if yes || ids.is_empty() { Verdict::Ok } else { Verdict::Attention })
 }
 
-/// What happens next.
-fn next(event: &Aside) -> String {
-    let tried = format!("tried {}", many(event.attempts, "time"));
-    match event.next_attempt_at {
+/// How often the event was tried, and when it is tried next.
+fn next(id: Uuid, attempts: i32, next_attempt_at: Option<DateTime<Utc>>) -> String {
+    let tried = format!("tried {}", many(attempts, "time"));
+    match next_attempt_at {
         Some(at) => format!("{tried}; next, by itself, at {}", time(Some(at))),
-        None => format!("{tried}; next only by hand: outbox-relay parked retry --id {}", event.id),
+        None => format!("{tried}; next only by hand: outbox-relay parked retry --id {id}"),
     }
 }
 
-fn count(events: &[Aside]) -> i64 {
+fn count(events: &[ParkedEvent]) -> i64 {
     i64::try_from(events.len()).unwrap_or(i64::MAX)
 }

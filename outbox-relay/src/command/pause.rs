@@ -8,7 +8,7 @@ use super::{CommandArgs, Verdict, connect, not_done, operator, state, status::ti
 use crate::config::{STATEMENT_TIMEOUT, relay_name};
 
 /// Since when and by whom it was paused, and whether somebody leads.
-type Before = (Option<DateTime<Utc>>, Option<String>, Option<bool>);
+type Before = (Option<DateTime<Utc>>, Option<String>, bool);
 
 /// Settings of `pause` and `resume`.
 #[derive(Debug, clap::Args)]
@@ -16,7 +16,7 @@ pub struct PauseArgs {
     /// The database, and the form of the answer.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// Which relay.
+    /// The relay's name.
     #[arg(long, env = "RELAY_NAME", default_value = "default", value_parser = relay_name)]
     pub name: String,
 }
@@ -30,7 +30,7 @@ pub async fn pause(args: &PauseArgs, reason: Option<&str>) -> anyhow::Result<Ver
         args,
         "UPDATE outbox.relay r SET paused_at = coalesce(r.paused_at, now()), paused_by = coalesce(r.paused_by, $2)
          FROM outbox.relay before WHERE r.name = $1 AND before.name = r.name
-         RETURNING before.paused_at, before.paused_by, r.heartbeat_at > now() - interval '15 seconds'",
+         RETURNING before.paused_at, before.paused_by, (SELECT leads FROM outbox.relay_status s WHERE s.name = r.name)",
         &by,
         true,
     )
@@ -43,7 +43,7 @@ pub async fn resume(args: &PauseArgs) -> anyhow::Result<Verdict> {
         args,
         "UPDATE outbox.relay r SET paused_at = NULL, paused_by = NULL
          FROM outbox.relay before WHERE r.name = $1 AND before.name = r.name AND $2 = $2
-         RETURNING before.paused_at, before.paused_by, r.heartbeat_at > now() - interval '15 seconds'",
+         RETURNING before.paused_at, before.paused_by, (SELECT leads FROM outbox.relay_status s WHERE s.name = r.name)",
         "",
         false,
     )
@@ -54,16 +54,15 @@ async fn change(args: &PauseArgs, sql: &'static str, by: &str, pause: bool) -> a
     let name = &args.name;
     let mut conn = connect(&args.common, if pause { "pause" } else { "resume" }, STATEMENT_TIMEOUT).await?;
     state::known(&mut conn, name).await?;
-    let (since, who, led): Before =
+    let (since, who, leads): Before =
         again(async || sqlx::query_as(sql).bind(name).bind(by).fetch_one(&mut conn).await)
             .await
             .map_err(|error| not_done(error, "nothing was changed"))?;
-    let led = led == Some(true);
     let before = since.map(|since| {
         let who = who.as_deref().map_or(String::new(), |who| format!(" by {who}"));
         format!("paused{who} since {}", time(Some(since)))
     });
-    let answer = json!({"relay": name, "paused": pause, "before": before, "led": led});
+    let answer = json!({"relay": name, "paused": pause, "before": before, "led": leads});
     args.common.answer(&answer, || {
         let said = match (pause, &before) {
             (true, None) => format!("{name} is paused; it goes on with: outbox-relay resume"),
@@ -71,7 +70,7 @@ async fn change(args: &PauseArgs, sql: &'static str, by: &str, pause: bool) -> a
             (false, Some(before)) => format!("{name} goes on; it was {before}"),
             (false, None) => format!("nothing to do: {name} was not paused"),
         };
-        let heard = if led { "its leader hears of it within about a second" } else { "no relay leads now" };
+        let heard = if leads { "its leader hears of it within about a second" } else { "no relay leads now" };
         format!("{said}\n{heard}")
     })?;
     Ok(Verdict::Ok)

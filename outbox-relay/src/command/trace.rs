@@ -1,6 +1,6 @@
 //! `trace`: where is this event now?
 
-use std::{fmt::Write, str::FromStr, time::Duration};
+use std::{collections::HashMap, fmt::Write, str::FromStr, time::Duration};
 
 use anyhow::Context;
 use chrono::{DateTime, Utc};
@@ -9,12 +9,8 @@ use serde_json::json;
 use sqlx::{PgConnection, types::Json};
 use uuid::Uuid;
 
-use super::{
-    CommandArgs, Verdict, connect,
-    state::{SILENCE, Waiting},
-    status::time,
-};
-use crate::{leader::MAX_DROPPED, row::Made};
+use super::{CommandArgs, Verdict, connect, state::Waiting, status::time};
+use crate::row::Made;
 
 /// Without a time to look at, every event is looked at.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
@@ -28,26 +24,26 @@ pub struct TraceArgs {
     #[command(flatten)]
     pub common: CommandArgs,
     /// An event's id (AMQP's message id), or an aggregate: TYPE/ID.
-    pub what: What,
-    /// Of an aggregate, so many of its last events.
+    #[arg(value_name = "EVENT-ID|TYPE/ID")]
+    pub target: Target,
+    /// How many of an aggregate's last events to show.
     #[arg(long, default_value = "20", value_parser = clap::value_parser!(i64).range(1..=10_000))]
     pub limit: i64,
-    /// Look for an event's id everywhere, not only around the time that a UUIDv7 tells. Reads all that is
-    /// stored.
+    /// Search all stored events for the id, not only those around the time in a UUIDv7. Reads the whole outbox.
     #[arg(long)]
     pub scan: bool,
 }
 
-/// What to look for.
+/// One event, or an aggregate's events.
 #[derive(Clone, Debug)]
-pub enum What {
+pub enum Target {
     /// One event.
     Event(Uuid),
     /// An aggregate's events: its type and its id.
     Aggregate(String, String),
 }
 
-impl FromStr for What {
+impl FromStr for Target {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -63,7 +59,7 @@ impl FromStr for What {
 
 /// An event that is stored.
 #[derive(Debug, Serialize, sqlx::FromRow)]
-struct Stored {
+struct StoredEvent {
     position: i64,
     id: Uuid,
     #[sqlx(rename = "type")]
@@ -77,32 +73,33 @@ struct Stored {
 
 /// How far a relay is with an event, as of the relay's last word.
 #[derive(Debug, Serialize, sqlx::FromRow)]
-struct Fate {
+struct Progress {
+    #[serde(skip)]
+    position: i64,
     relay: String,
-    /// `waiting`, `under way`, `waits`, `parked`, `confirmed`, `dropped by hand`, `dropped by rule`; or `settled`, where
-    /// it is not known how.
+    /// `waiting`, `under way`, `waits`, `parked`, `confirmed`, `dropped by hand`, `dropped by rule`; or `settled`,
+    /// where it is not known how.
     state: String,
     /// Why it was set aside.
     detail: Option<String>,
     /// When it is tried again; none by hand only.
     next_attempt_at: Option<DateTime<Utc>>,
     /// What the relay said that it waits for, as of its last heartbeat.
-    waiting: Json<Vec<Waiting>>,
+    #[sqlx(skip)]
+    waiting: Vec<Waiting>,
     /// Whether a relay leads that says so.
-    led: bool,
+    #[sqlx(skip)]
+    #[serde(rename = "led")]
+    leads: bool,
 }
 
-impl Fate {
+impl Progress {
     /// What its relay waits for, for people.
     fn reasons(&self) -> String {
-        if !self.led {
+        if !self.leads {
             return "; no relay of this name leads now".to_owned();
         }
-        let reasons: Vec<String> = self
-            .waiting
-            .iter()
-            .map(|Waiting { part, reason, seconds }| format!("{part}: {reason} (for {seconds} s)"))
-            .collect();
+        let reasons: Vec<String> = self.waiting.iter().map(Waiting::text).collect();
         if reasons.is_empty() { String::new() } else { format!("; the relay waits: {}", reasons.join("; ")) }
     }
 }
@@ -118,99 +115,109 @@ const BY_AGGREGATE: &str = "
 SELECT position, id, type, aggregate_type, aggregate_id, version, created_at FROM outbox.event
 WHERE aggregate_type = $1 AND aggregate_id = $2 ORDER BY version DESC LIMIT $3";
 
-/// What is aside was settled as well, so that comes first. Between the low-water mark and the last
-/// position read, the open ranges are what is not settled.
-const FATES: &str = "
-SELECT r.name AS relay, p.detail, p.next_attempt_at, r.waiting,
-       coalesce(r.heartbeat_at > clock_timestamp() - $2 * interval '1 second', false) AS led,
-       CASE WHEN p.state = 'waiting' THEN 'waits'
-            WHEN p.position IS NOT NULL THEN 'parked'
-            WHEN $1 > r.high THEN 'waiting'
-            WHEN $1 > r.low_water AND r.open @> $1 THEN 'under way'
-            WHEN r.dropped_by_hand @> $1 THEN 'dropped by hand'
-            WHEN r.dropped_by_rule @> $1 THEN 'dropped by rule'
-            WHEN $1 <= r.told_from THEN 'settled'
-            WHEN $1 < lower(r.dropped_by_rule) AND (SELECT count(*) FROM unnest(r.dropped_by_rule)) >= $3
-              OR $1 < lower(r.dropped_by_hand) AND (SELECT count(*) FROM unnest(r.dropped_by_hand)) >= $3 THEN 'settled'
-            ELSE 'confirmed' END AS state
-FROM outbox.relay r LEFT JOIN outbox.parked p ON p.relay = r.name AND p.position = $1
-ORDER BY r.name";
+/// How far each relay is with each of these events.
+const PROGRESS: &str = "
+SELECT position, relay, state, detail, next_attempt_at
+FROM outbox.event_progress WHERE position = ANY ($1)
+ORDER BY relay";
+
+/// What each relay waits for. Asked once, and not for each event: `leads` is a look at the server's lock table.
+const RELAYS: &str = "SELECT name, waiting, leads FROM outbox.relay_status";
 
 /// Finds an event, or an aggregate's last ones, and says how far each relay is with it.
 pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
     let mut conn = connect(&args.common, "trace", STATEMENT_TIMEOUT).await?;
     let stored = find(&mut conn, args).await.context("the outbox could not be searched")?;
-    let mut events: Vec<(Stored, Vec<Fate>)> = Vec::with_capacity(stored.len());
-    for event in stored {
-        let fates = sqlx::query_as(FATES)
-            .bind(event.position)
-            .bind(SILENCE)
-            .bind(MAX_DROPPED)
-            .fetch_all(&mut conn)
-            .await;
-        events.push((event, fates.context("the relays' progress could not be read")?));
-    }
-    let answer: Vec<_> =
-        events.iter().map(|(event, fates)| json!({"event": event, "relays": fates})).collect();
-    args.common.answer(&json!({"events": answer}), || {
+    let mut progress =
+        progress(&mut conn, &stored).await.context("the relays' progress could not be read")?;
+    let events: Vec<(StoredEvent, Vec<Progress>)> = stored
+        .into_iter()
+        .map(|event| {
+            let of_event = progress.remove(&event.position).unwrap_or_default();
+            (event, of_event)
+        })
+        .collect();
+    let document: Vec<_> =
+        events.iter().map(|(event, progress)| json!({"event": event, "relays": progress})).collect();
+    args.common.answer(&json!({"events": document}), || {
         if events.is_empty() {
             return not_found(args);
         }
-        events.iter().map(|(event, fates)| text(event, fates)).collect()
+        events.iter().map(|(event, progress)| text(event, progress)).collect()
     })?;
     Ok(if events.is_empty() { Verdict::Attention } else { Verdict::Ok })
 }
 
-async fn find(conn: &mut PgConnection, args: &TraceArgs) -> Result<Vec<Stored>, sqlx::Error> {
-    match &args.what {
-        What::Aggregate(type_, id) => {
+async fn find(conn: &mut PgConnection, args: &TraceArgs) -> Result<Vec<StoredEvent>, sqlx::Error> {
+    match &args.target {
+        Target::Aggregate(type_, id) => {
             let query = sqlx::query_as(BY_AGGREGATE).bind(type_).bind(id).bind(args.limit);
-            let mut events: Vec<Stored> = query.fetch_all(conn).await?;
+            let mut events: Vec<StoredEvent> = query.fetch_all(conn).await?;
             events.reverse();
             Ok(events)
         }
-        What::Event(id) => {
-            let made = if args.scan { None } else { made(*id) };
-            if made.is_none() && !args.scan {
+        Target::Event(id) => {
+            let around = if args.scan { None } else { created_around(*id) };
+            if around.is_none() && !args.scan {
                 return Ok(Vec::new());
             }
-            let (from, to) = (made.map(|at| at - AROUND), made.map(|at| at + AROUND));
+            let (from, to) = (around.map(|at| at - AROUND), around.map(|at| at + AROUND));
             sqlx::query_as(BY_ID).bind(id).bind(from).bind(to).fetch_all(conn).await
         }
     }
 }
 
+/// By the events' positions.
+async fn progress(
+    conn: &mut PgConnection,
+    events: &[StoredEvent],
+) -> Result<HashMap<i64, Vec<Progress>>, sqlx::Error> {
+    let relays: Vec<(String, Json<Vec<Waiting>>, bool)> =
+        sqlx::query_as(RELAYS).fetch_all(&mut *conn).await?;
+    let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
+    let rows: Vec<Progress> = sqlx::query_as(PROGRESS).bind(positions).fetch_all(conn).await?;
+    let mut progress: HashMap<i64, Vec<Progress>> = HashMap::new();
+    for mut row in rows {
+        if let Some((_, waiting, leads)) = relays.iter().find(|(name, ..)| *name == row.relay) {
+            (row.waiting, row.leads) = (waiting.0.clone(), *leads);
+        }
+        progress.entry(row.position).or_default().push(row);
+    }
+    Ok(progress)
+}
+
 /// When a UUIDv7 was made.
-fn made(id: Uuid) -> Option<DateTime<Utc>> {
+fn created_around(id: Uuid) -> Option<DateTime<Utc>> {
     let (seconds, nanos) = id.get_timestamp().filter(|_| id.get_version_num() == 7)?.to_unix();
     DateTime::from_timestamp(seconds.try_into().ok()?, nanos)
 }
 
 fn not_found(args: &TraceArgs) -> String {
-    match &args.what {
-        What::Aggregate(type_, id) => format!(
+    match &args.target {
+        Target::Aggregate(type_, id) => format!(
             "no event of {}/{} is stored here: it belongs to another database, its transaction did \
              not commit, or its partition was retired",
             escape::line(type_),
             escape::line(id)
         ),
-        What::Event(id) => {
+        Target::Event(id) => {
             let scanned = "it belongs to another database, its transaction did not commit, or its partition \
                            was retired";
-            match made(*id) {
+            match created_around(*id) {
                 _ if args.scan => format!("event {id} is not stored here: {scanned}"),
                 Some(at) => format!(
-                    "event {id} is not stored here around {}, when it was made: {scanned}; --scan looks \
-                     everywhere",
+                    "event {id} is not stored here around {}, when it was made: {scanned}; --scan searches everything",
                     time(Some(at))
                 ),
-                None => format!("{id} is no UUIDv7 and tells no time to look at; --scan looks everywhere"),
+                None => format!(
+                    "{id} is not a UUIDv7, so it has no time to search around; --scan searches everything"
+                ),
             }
         }
     }
 }
 
-fn text(event: &Stored, fates: &[Fate]) -> String {
+fn text(event: &StoredEvent, relays: &[Progress]) -> String {
     let mut text = format!(
         "event {} of type {}\n  of {}/{}, version {}, position {}, made {}\n",
         event.id,
@@ -221,25 +228,25 @@ fn text(event: &Stored, fates: &[Fate]) -> String {
         event.position,
         event.created_at
     );
-    for fate in fates {
-        let said = match &*fate.state {
-            "waiting" => format!("not read yet{}", fate.reasons()),
-            "under way" => format!("read, and not confirmed yet{}", fate.reasons()),
-            "waits" if fate.next_attempt_at.is_none() => {
+    for progress in relays {
+        let said = match &*progress.state {
+            "waiting" => format!("not read yet{}", progress.reasons()),
+            "under way" => format!("read, and not confirmed yet{}", progress.reasons()),
+            "waits" if progress.next_attempt_at.is_none() => {
                 "waits behind an earlier event of its aggregate that is not taken".to_owned()
             }
             "waits" => {
-                let why = fate.detail.as_deref().unwrap_or_default();
+                let why = progress.detail.as_deref().unwrap_or_default();
                 format!("waits, and later events of its aggregate behind it: {why}; tried again by itself")
             }
             "parked" => {
-                let next = fate.next_attempt_at.map_or_else(
+                let next = progress.next_attempt_at.map_or_else(
                     || format!("only by hand: outbox-relay parked retry --id {}", event.id),
                     |at| format!("by itself at {}, or when the oldest of its type is taken", time(Some(at))),
                 );
                 format!(
                     "set aside: {}; tried again {next}",
-                    escape::line(fate.detail.as_deref().unwrap_or_default())
+                    escape::line(progress.detail.as_deref().unwrap_or_default())
                 )
             }
             "confirmed" => "confirmed by the broker".to_owned(),
@@ -247,15 +254,16 @@ fn text(event: &Stored, fates: &[Fate]) -> String {
                 "given up by hand (outbox-relay parked drop); it was not published".to_owned()
             }
             "dropped by rule" => {
-                "no queue took it, and a rule let it go (--unroutable '...=drop'); nobody has it".to_owned()
+                "no queue took it, and a rule let it go (--unroutable '...=drop'); no subscriber has it"
+                    .to_owned()
             }
             _ => {
                 "settled, and it is not known how: the relay began after it, or it is too long ago".to_owned()
             }
         };
-        let _ = writeln!(text, "  relay {}: {said}", fate.relay);
+        let _ = writeln!(text, "  relay {}: {said}", progress.relay);
     }
-    if fates.is_empty() {
+    if relays.is_empty() {
         text.push_str("  no relay has run on this database yet\n");
     }
     text

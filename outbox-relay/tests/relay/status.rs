@@ -30,7 +30,7 @@ async fn a_relay_that_is_well() {
     relay.kill().await;
     let said = eventually("nobody leads", async || {
         let said = status(&stack, &["--name", "default"]).await;
-        said.contains("none leads").then_some(said)
+        said.contains("no leader").then_some(said)
     });
     assert_told!("status when nobody leads", said.await);
 }

@@ -4,12 +4,12 @@
 use futures_util::TryStreamExt;
 use serde::Serialize;
 
-use super::side::{Digest, List, Sums};
+use super::snapshot::{Digest, List, Sums};
 
-/// What can be wrong with an aggregate.
+/// How the subscriber's version of an aggregate differs from the outbox's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Kind {
+pub(super) enum Difference {
     /// The subscriber has an earlier version than the outbox had at the start.
     Behind,
     /// It has nothing of it.
@@ -22,14 +22,14 @@ pub(super) enum Kind {
     Retired,
 }
 
-impl Kind {
+impl Difference {
     pub(super) const ALL: [Self; 5] =
         [Self::Behind, Self::Missing, Self::Ahead, Self::Unknown, Self::Retired];
 
     pub(super) fn title(self) -> &'static str {
         match self {
             Self::Behind => "behind",
-            Self::Missing => "missing there",
+            Self::Missing => "missing at the subscriber",
             Self::Ahead => "ahead of the outbox",
             Self::Unknown => "unknown to the outbox",
             Self::Retired => {
@@ -41,27 +41,27 @@ impl Kind {
     pub(super) fn advice(self) -> &'static str {
         match self {
             Self::Behind | Self::Missing => {
-                "is everything published (outbox-relay status, trace TYPE/ID)? does the subscriber hold what comes \
-                 after a gap, or behind an event that it refused (its list of held events)? what never arrived \
-                 comes again with: outbox-relay replay --aggregate TYPE/ID --to-queue QUEUE; where the events are \
-                 retired, a baseline brings the state"
+                "see whether everything is published (outbox-relay status, trace TYPE/ID), and whether the \
+                subscriber holds events behind a gap or a refused event (its list of held events). To publish \
+                what never arrived again, run: outbox-relay replay --aggregate TYPE/ID --to-queue QUEUE. Where \
+                the events are retired, publish a baseline"
             }
             Self::Ahead | Self::Unknown => {
-                "was the outbox restored from a backup, or did it lose commits in a failover? then its history and \
-                 the subscriber's are two: see outbox-relay new-incarnation. or does another database publish under \
-                 the same name?"
+                "the outbox was restored from a backup or lost commits in a failover (see outbox-relay \
+                new-incarnation), or another database publishes under the same name"
             }
             Self::Retired => {
-                "so it should be with what was deleted before; of everything else outbox-relay prune leaves a baseline"
+                "expected for aggregates that were deleted before; of all others, outbox-relay prune leaves a baseline"
             }
         }
     }
 }
 
-/// An aggregate that is not as it should be.
+/// An aggregate of which the subscriber has not what it should have.
 #[derive(Debug, PartialEq, Eq, Serialize)]
-pub(super) struct Fault {
-    pub(super) kind: Kind,
+pub(super) struct DifferingAggregate {
+    #[serde(rename = "kind")]
+    pub(super) difference: Difference,
     pub(super) aggregate: String,
     /// What the subscriber has.
     pub(super) applied: Option<i64>,
@@ -69,7 +69,7 @@ pub(super) struct Fault {
     pub(super) version: Option<i64>,
 }
 
-impl Fault {
+impl DifferingAggregate {
     pub(super) fn text(&self) -> String {
         let Self { aggregate, .. } = self;
         match (self.applied, self.version) {
@@ -106,10 +106,10 @@ pub(super) struct Totals {
 #[derive(Debug)]
 pub(super) struct Findings {
     pub(super) types: Vec<Totals>,
-    pub(super) named: Vec<Fault>,
+    pub(super) named: Vec<DifferingAggregate>,
     /// How many buckets no hash settled.
     pub(super) gone_through: usize,
-    counts: [u64; Kind::ALL.len()],
+    counts: [u64; Difference::ALL.len()],
     limit: usize,
 }
 
@@ -118,17 +118,17 @@ impl Findings {
         Self { types: Vec::new(), named: Vec::new(), gone_through: 0, counts: Default::default(), limit }
     }
 
-    pub(super) fn of(&self, kind: Kind) -> u64 {
-        self.counts[kind as usize]
+    pub(super) fn of(&self, difference: Difference) -> u64 {
+        self.counts[difference as usize]
     }
 
     pub(super) fn wrong(&self) -> u64 {
-        self.counts.iter().sum::<u64>() - self.of(Kind::Retired)
+        self.counts.iter().sum::<u64>() - self.of(Difference::Retired)
     }
 
     /// It may still become right by itself.
     pub(super) fn only_behind(&self) -> bool {
-        let behind = self.of(Kind::Behind) + self.of(Kind::Missing);
+        let behind = self.of(Difference::Behind) + self.of(Difference::Missing);
         behind > 0 && behind == self.wrong()
     }
 
@@ -145,10 +145,10 @@ impl Findings {
         self.types.push(Totals { aggregate_type, aggregates, versions, applied, applied_versions });
     }
 
-    fn add(&mut self, fault: Fault) {
-        self.counts[fault.kind as usize] += 1;
-        if fault.kind != Kind::Retired && self.named.len() < self.limit {
-            self.named.push(fault);
+    fn add(&mut self, aggregate: DifferingAggregate) {
+        self.counts[aggregate.difference as usize] += 1;
+        if aggregate.difference != Difference::Retired && self.named.len() < self.limit {
+            self.named.push(aggregate);
         }
     }
 }
@@ -169,16 +169,16 @@ pub(super) fn differing(type_: &str, first: &Digest, theirs: &Digest, last: &Dig
     buckets
 }
 
-/// Judges aggregates of a type.
-pub(super) struct Verdicts<'a> {
+/// The comparison of a type's aggregates.
+pub(super) struct TypeComparison<'a> {
     pub(super) type_: &'a str,
     /// Some of the outbox's history is gone.
     pub(super) retired: bool,
 }
 
-impl Verdicts<'_> {
+impl TypeComparison<'_> {
     /// Goes through three lists at once, of which one aggregate each is in memory.
-    pub(super) async fn of(
+    pub(super) async fn run(
         &self,
         lists: (List<'_>, List<'_>, List<'_>),
         findings: &mut Findings,
@@ -194,8 +194,9 @@ impl Verdicts<'_> {
                 }
             }
             let [start, applied, end] = versions;
-            if let Some((kind, version)) = self.judge(start, applied, end) {
-                findings.add(Fault { kind, aggregate: format!("{}/{id}", self.type_), applied, version });
+            if let Some((difference, version)) = self.judge(start, applied, end) {
+                let aggregate = format!("{}/{id}", self.type_);
+                findings.add(DifferingAggregate { difference, aggregate, applied, version });
             }
         }
         Ok(())
@@ -206,12 +207,14 @@ impl Verdicts<'_> {
         start: Option<i64>,
         applied: Option<i64>,
         end: Option<i64>,
-    ) -> Option<(Kind, Option<i64>)> {
+    ) -> Option<(Difference, Option<i64>)> {
         match (start, applied, end) {
-            (Some(_), None, _) => Some((Kind::Missing, start)),
-            (Some(at_least), Some(applied), _) if applied < at_least => Some((Kind::Behind, start)),
-            (_, Some(_), None) => Some((if self.retired { Kind::Retired } else { Kind::Unknown }, None)),
-            (_, Some(applied), Some(at_most)) if applied > at_most => Some((Kind::Ahead, end)),
+            (Some(_), None, _) => Some((Difference::Missing, start)),
+            (Some(at_least), Some(applied), _) if applied < at_least => Some((Difference::Behind, start)),
+            (_, Some(_), None) => {
+                Some((if self.retired { Difference::Retired } else { Difference::Unknown }, None))
+            }
+            (_, Some(applied), Some(at_most)) if applied > at_most => Some((Difference::Ahead, end)),
             _ => None,
         }
     }
@@ -223,8 +226,10 @@ mod tests {
 
     #[test]
     fn right_is_from_what_was_there_at_the_start_to_what_is_there_at_the_end() {
-        let kind = |retired, start, applied, end| {
-            Verdicts { type_: "thing", retired }.judge(start, applied, end).map(|(kind, _)| kind)
+        let difference = |retired, start, applied, end| {
+            TypeComparison { type_: "thing", retired }
+                .judge(start, applied, end)
+                .map(|(difference, _)| difference)
         };
         for (start, applied, end, expected) in [
             (Some(3), Some(3), Some(5), None),
@@ -232,15 +237,15 @@ mod tests {
             (Some(3), Some(5), Some(5), None),
             (None, Some(1), Some(1), None),
             (None, None, Some(1), None),
-            (Some(3), Some(2), Some(5), Some(Kind::Behind)),
-            (Some(3), None, Some(5), Some(Kind::Missing)),
-            (Some(3), Some(6), Some(5), Some(Kind::Ahead)),
-            (None, Some(6), Some(5), Some(Kind::Ahead)),
-            (None, Some(1), None, Some(Kind::Unknown)),
-            (Some(1), Some(1), None, Some(Kind::Unknown)),
+            (Some(3), Some(2), Some(5), Some(Difference::Behind)),
+            (Some(3), None, Some(5), Some(Difference::Missing)),
+            (Some(3), Some(6), Some(5), Some(Difference::Ahead)),
+            (None, Some(6), Some(5), Some(Difference::Ahead)),
+            (None, Some(1), None, Some(Difference::Unknown)),
+            (Some(1), Some(1), None, Some(Difference::Unknown)),
         ] {
-            assert_eq!(kind(false, start, applied, end), expected, "{start:?} {applied:?} {end:?}");
+            assert_eq!(difference(false, start, applied, end), expected, "{start:?} {applied:?} {end:?}");
         }
-        assert_eq!(kind(true, None, Some(1), None), Some(Kind::Retired));
+        assert_eq!(difference(true, None, Some(1), None), Some(Difference::Retired));
     }
 }

@@ -46,7 +46,7 @@ pub(super) async fn checks(nodes: Option<Nodes>, exchange: &ShortString) -> Vec<
                 BrokerError::NoExchange(exchange) => format!("{exchange} does not exist"),
                 other => other.to_string(),
             };
-            let skipped = Check::skipped(BLOCKED, "there is nothing to publish to");
+            let skipped = Check::skipped(BLOCKED, "there is no exchange to publish to");
             vec![reached(), Check::problem(EXCHANGE, finding, advice), skipped]
         }
         Err(error @ BrokerError::WrongName(_)) => {
@@ -69,7 +69,7 @@ pub(super) async fn checks(nodes: Option<Nodes>, exchange: &ShortString) -> Vec<
 }
 
 fn reached() -> Check {
-    Check::ok(BROKER, "it can be reached, and lets this user in")
+    Check::ok(BROKER, "it is reachable, and accepts this user")
 }
 
 /// RabbitMQ says that it is blocked to connections that publish, and to others at most by chance: what a
@@ -83,7 +83,8 @@ fn block(blocked: Option<String>) -> Check {
         ),
         None => Check::ok(
             BLOCKED,
-            "the broker says nothing of it (it tells for sure only who publishes: the leader)",
+            "the broker reports none (it reports one for certain only to connections that publish, such as the \
+            leader's)",
         ),
     }
 }

@@ -12,7 +12,10 @@ pub(super) async fn session(
     second: &mut PgConnection,
 ) -> Result<Check, sqlx::Error> {
     if !shared(conn, second).await? {
-        return Ok(Check::ok("session", "one session of its own, no pooler to be seen"));
+        return Ok(Check::ok(
+            "session",
+            "each connection has a session of its own, so there is no pooler between",
+        ));
     }
     let finding = "statements of one connection reach different sessions: there is a pooler between";
     let advice = "connect the relay to PostgreSQL itself, or use the pooler's session mode: it leads by a lock of \

@@ -57,7 +57,7 @@ FROM looked LEFT JOIN LATERAL (SELECT * FROM broken ORDER BY position LIMIT $3) 
 ORDER BY b.position";
 
 #[derive(Debug, sqlx::FromRow)]
-struct Look {
+struct Examined {
     events: i64,
     first: Option<i64>,
     followed: i64,
@@ -66,7 +66,7 @@ struct Look {
 }
 
 #[derive(Debug, sqlx::FromRow)]
-struct Fault {
+struct BrokenLink {
     position: i64,
     aggregate_type: String,
     aggregate_id: String,
@@ -75,7 +75,7 @@ struct Fault {
     highest: i64,
 }
 
-impl Fault {
+impl BrokenLink {
     fn aggregate(&self) -> String {
         format!("{}/{}", self.aggregate_type.escape_debug(), self.aggregate_id.escape_debug())
     }
@@ -99,21 +99,21 @@ impl Fault {
 
 pub(super) async fn check(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
     let rows = sqlx::query(CHAINS).bind(EVENTS).bind(AGGREGATES).bind(NAMED).fetch_all(conn).await?;
-    let look = rows.first().map(Look::from_row).transpose()?;
-    let Some(Look { events, first: Some(first), followed, aggregates, faults }) = look else {
+    let examined = rows.first().map(Examined::from_row).transpose()?;
+    let Some(Examined { events, first: Some(first), followed, aggregates, faults }) = examined else {
         return Ok(Check::ok("versions", "there are no events"));
     };
     let whole = if followed == aggregates { "all".to_owned() } else { format!("{followed} of") };
     let looked = format!(
-        "looked at the last {}, from position {first} on, and at the version before those of {whole} their {}",
+        "examined: the last {}, from position {first} on, and the version before them of {whole} their {}",
         many(events, "event"),
         many(aggregates, "aggregate")
     );
     if faults == 0 {
-        return Ok(Check::ok("versions", format!("none is skipped, repeated or begun again; {looked}")));
+        return Ok(Check::ok("versions", format!("no version is skipped, repeated or restarted; {looked}")));
     }
-    let named: Vec<Fault> = rows.iter().map(Fault::from_row).collect::<Result<_, _>>()?;
-    let texts: Vec<String> = named.iter().map(Fault::text).collect();
+    let named: Vec<BrokenLink> = rows.iter().map(BrokenLink::from_row).collect::<Result<_, _>>()?;
+    let texts: Vec<String> = named.iter().map(BrokenLink::text).collect();
     let more = match faults - i64::try_from(named.len()).unwrap_or(i64::MAX) {
         0 => String::new(),
         more => format!("; and {more} more"),

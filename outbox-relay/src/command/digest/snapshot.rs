@@ -35,16 +35,16 @@ pub(super) struct Inbox {
 pub(super) type List<'a> = BoxStream<'a, anyhow::Result<(String, i64)>>;
 
 /// A part of what is there: a type, the number of buckets, and some of these.
-pub(super) type Part<'a> = (&'a str, i32, &'a [i32]);
+pub(super) type Buckets<'a> = (&'a str, i32, &'a [i32]);
 
 /// A database that is looked at.
 #[derive(Debug)]
-pub(super) struct Side {
+pub(super) struct Snapshot {
     conn: PgConnection,
     looking: bool,
 }
 
-impl Side {
+impl Snapshot {
     pub(super) async fn new(mut conn: PgConnection) -> anyhow::Result<Self> {
         // A look stays while the other databases are read. What is sorted and hashed is worth some memory.
         sqlx::raw_sql("SET idle_in_transaction_session_timeout = '30min'; SET work_mem = '64MB'")
@@ -98,7 +98,7 @@ impl Side {
     pub(super) fn list<'a>(
         &'a mut self,
         of: Option<&'a Inbox>,
-        (type_, buckets, chosen): Part<'a>,
+        (type_, buckets, chosen): Buckets<'a>,
     ) -> List<'a> {
         let list = match of {
             None => sqlx::query_as("SELECT * FROM outbox.digest_list($1, $2, $3)"),
