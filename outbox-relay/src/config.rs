@@ -17,10 +17,10 @@ use crate::{
         new_incarnation::NewIncarnationArgs, parked::ParkedArgs, pause::PauseArgs, prune::PruneArgs,
         replay::ReplayArgs, status::StatusArgs, trace::TraceArgs,
     },
-    leader::Begin,
     partition::PartitionArgs,
     relay::exchange,
     rules::{Nacked, Rules, Unroutable},
+    session::Begin,
 };
 
 /// A statement of the relay reads at most one batch by an index.

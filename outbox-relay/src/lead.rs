@@ -20,11 +20,11 @@ use crate::{
     evidence::Kind,
     failpoint,
     lane::{Lane, Report},
-    leader::{Leader, LeaderError},
     pause::Pause,
     queue::{APART, DEPTH, Queue, Route, Window},
     reader::Budget,
     relay::Relay,
+    session::{LeaderSession, SessionError},
     unreadable,
     waiting::Counts,
 };
@@ -50,7 +50,7 @@ const GATED_LOOK: Duration = Duration::from_millis(100);
 /// A leadership at work.
 pub(crate) struct Lead<'a> {
     relay: &'a Relay,
-    pub(crate) leader: Leader,
+    session: LeaderSession,
     stop: &'a CancellationToken,
     queue: Queue,
     /// The last one is for what may end the channel, or have no answer.
@@ -81,7 +81,7 @@ pub(crate) struct Lead<'a> {
 }
 
 impl<'a> Lead<'a> {
-    pub(crate) fn new(relay: &'a Relay, leader: Leader, stop: &'a CancellationToken) -> Self {
+    pub(crate) fn new(relay: &'a Relay, session: LeaderSession, stop: &'a CancellationToken) -> Self {
         let (report, reports) = mpsc::unbounded_channel();
         let (answered, asks) = (Arc::new(AtomicU64::new(0)), Arc::new(Semaphore::new(ASKS)));
         let mut tasks = JoinSet::new();
@@ -92,8 +92,8 @@ impl<'a> Lead<'a> {
                 let lane = Lane {
                     number,
                     nodes: relay.nodes.clone(),
-                    source: leader.source.clone(),
-                    lease: leader.lease(),
+                    source: session.source.clone(),
+                    lease: session.lease(),
                     reports: report.clone(),
                     stop: stop.clone(),
                     answered: Arc::clone(&answered),
@@ -107,7 +107,7 @@ impl<'a> Lead<'a> {
         let now = Instant::now();
         Self {
             relay,
-            leader,
+            session,
             stop,
             queue: Queue::new(relay.limits.lanes, WINDOW, relay.policies.clone(), now),
             states: vec![Some("connecting".to_owned()); lanes.len()],
@@ -128,7 +128,7 @@ impl<'a> Lead<'a> {
     }
 
     /// Reads and publishes until the process is to end and nothing is under way any more.
-    pub(crate) async fn work(&mut self) -> Result<(), LeaderError> {
+    pub(crate) async fn work(&mut self) -> Result<(), SessionError> {
         let mut idle = Pause::new(POLL.0, POLL.1);
         let mut poll_at = Instant::now();
         // What an earlier leader left.
@@ -139,7 +139,7 @@ impl<'a> Lead<'a> {
             while let Ok((lane, report)) = self.reports.try_recv() {
                 self.take_in(lane, report).await?;
             }
-            let at_work = !stopping && self.leader.paused.is_none();
+            let at_work = !stopping && self.session.paused.is_none();
             if at_work {
                 self.hand_out();
                 self.spill().await?;
@@ -174,7 +174,7 @@ impl<'a> Lead<'a> {
                 () = self.relay.wake.notified() => { poll_at = Instant::now(); idle.reset(); }
                 () = self.stop.cancelled(), if !stopping => {}
                 Some(ended) = self.tasks.join_next(), if !stopping => {
-                    return Err(LeaderError::Lane(ended.err().map_or_else(String::new, |e| e.to_string())));
+                    return Err(SessionError::Lane(ended.err().map_or_else(String::new, |e| e.to_string())));
                 }
                 () = tokio::time::sleep_until(until.into()) => {}
             }
@@ -183,7 +183,7 @@ impl<'a> Lead<'a> {
 
     /// When to go on, if nothing happens before.
     fn until(&self, poll_at: Option<Instant>, at_work: bool) -> Instant {
-        let pause = if self.leader.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
+        let pause = if self.session.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
         let mut until = self.saved + pause;
         if let Some(poll_at) = poll_at {
             until = until.min(poll_at);
@@ -207,9 +207,9 @@ impl<'a> Lead<'a> {
     }
 
     /// Stores what was settled, and gives up leadership and the lanes.
-    pub(crate) async fn end(mut self) -> Result<(), LeaderError> {
-        self.leader.save(&self.told).await?;
-        self.leader.resign().await?;
+    pub(crate) async fn end(mut self) -> Result<(), SessionError> {
+        self.session.save(&self.told).await?;
+        self.session.resign().await?;
         self.lanes.clear();
         let closed = async { while self.tasks.join_next().await.is_some() {} };
         let _ = tokio::time::timeout(CLOSE, closed).await;
@@ -217,9 +217,9 @@ impl<'a> Lead<'a> {
     }
 
     /// Reads once. Says whether there was anything, and whether there is more right away.
-    async fn read(&mut self) -> Result<(bool, bool), LeaderError> {
-        let batch = self.leader.read(BUDGET).await?;
-        if self.leader.is_stalled() {
+    async fn read(&mut self) -> Result<(bool, bool), SessionError> {
+        let batch = self.session.read(BUDGET).await?;
+        if self.session.is_stalled() {
             self.relay.database_health.waiting(
                 "too many positions are missing that an open transaction may still fill, so nothing above \
                  them is read; end the transaction that holds the outbox lock for longest (outbox-relay doctor \
@@ -247,7 +247,7 @@ impl<'a> Lead<'a> {
                 self.queue.add(event);
             }
         }
-        let positions = self.leader.positions();
+        let positions = self.session.positions();
         metrics::gauge!("outbox_relay_open_gaps").set(say::count(positions.gaps()));
         metrics::gauge!("outbox_relay_low_water").set(say::position(positions.low_water()));
         metrics::gauge!("outbox_relay_high").set(say::position(positions.high()));
@@ -283,7 +283,7 @@ impl<'a> Lead<'a> {
     }
 
     /// Acts on what a lane says.
-    async fn take_in(&mut self, lane: usize, report: Report) -> Result<(), LeaderError> {
+    async fn take_in(&mut self, lane: usize, report: Report) -> Result<(), SessionError> {
         match report {
             Report::State(state) => self.states[lane] = state.err(),
             Report::Back(window) => {

@@ -2,7 +2,7 @@
 //!
 //! The way of an event: [`reader`] finds it by its position, [`queue`] has it wait for its turn, a lane
 //! [`publish`]es it and learns its fate, [`queue`] decides by the [`evidence`] what that means, `lead` settles it, has
-//! it wait ([`waiting`]) or sets it aside ([`parked`]), and [`leader`] stores the progress. [`position`] remembers
+//! it wait ([`waiting`]) or sets it aside ([`parked`]), and the [`session`] stores the progress. [`position`] remembers
 //! what was read and what is missing.
 
 pub mod broker;
@@ -17,7 +17,6 @@ pub mod identity;
 mod kept;
 pub mod lane;
 mod lead;
-pub mod leader;
 pub mod lease;
 pub mod message;
 mod migrate;
@@ -31,6 +30,8 @@ pub mod reader;
 pub mod relay;
 pub mod row;
 pub mod rules;
+pub mod session;
+mod standby;
 mod systemd;
 pub mod unreadable;
 pub mod waiting;
@@ -107,7 +108,7 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     let told = health.clone();
     probes::serve(&shutdown, args.listen.listen, &args.probes, &health, Some(metrics))?;
     let stop = shutdown.requested().clone();
-    shutdown.spawn("relay", relay.run(stop.clone()));
+    shutdown.spawn("relay", standby::run(relay, stop.clone()));
     shutdown.spawn("wake-up", wake::listen(database.clone(), wake, stop.clone()));
     let erasures = erasure::keep(database.clone(), args.erasure_step, erasures_health, stop.clone());
     shutdown.spawn("erasures", when_connected(connected.clone(), stop.clone(), erasures));

@@ -14,9 +14,9 @@ use uuid::Uuid;
 use super::{CommandArgs, Verdict, connect, many, not_done, state, status::time};
 use crate::{
     config::{STATEMENT_TIMEOUT, relay_name},
-    leader::MAX_DROPPED,
     row::Made,
     rules::matches,
+    session::MAX_DROPPED,
     waiting,
 };
 

@@ -15,7 +15,7 @@ use super::{
     state::{SILENCE, Waiting},
     status::time,
 };
-use crate::{leader::MAX_DROPPED, row::Made};
+use crate::{row::Made, session::MAX_DROPPED};
 
 /// Without a time to look at, every event is looked at.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);

@@ -9,7 +9,7 @@ impl Lead<'_> {
         let relay = self.relay;
         relay.pulse.renew(lease::now());
         self.say_broker();
-        match &self.leader.paused {
+        match &self.session.paused {
             None => relay.paused_health.ready(),
             Some(paused) => {
                 relay.paused_health.waiting(format!("{paused}; it goes on with: outbox-relay resume"));

@@ -10,10 +10,10 @@ use crate::{
     broker::BrokerError,
     evidence::{Failure, Kind},
     failpoint,
-    leader::LeaderError,
     parked::{Parking, Reason},
     publish::{Fate, Published},
     queue::{Done, Item, Lost, Row, Window, pause},
+    session::SessionError,
 };
 
 /// The end of a burst of at least so many events is stored at once: a restart would publish all of them again.
@@ -21,7 +21,7 @@ const BURST: u64 = 1_000;
 
 impl Lead<'_> {
     /// Acts on what became of each event of a window.
-    pub(super) async fn settle(&mut self, window: Window, published: Published) -> Result<(), LeaderError> {
+    pub(super) async fn settle(&mut self, window: Window, published: Published) -> Result<(), SessionError> {
         let (route, bytes) = (window.route, window.bytes());
         let mut known = Vec::with_capacity(window.items.len());
         let mut unknown = Vec::new();
@@ -50,7 +50,7 @@ impl Lead<'_> {
     }
 
     /// In the database first: what is lost on the way is published again.
-    async fn store(&mut self, done: Done) -> Result<(), LeaderError> {
+    async fn store(&mut self, done: Done) -> Result<(), SessionError> {
         let Done { confirmed, dropped, park, postpone } = done;
         self.confirmed += confirmed.len() as u64;
         for item in &confirmed {
@@ -61,7 +61,7 @@ impl Lead<'_> {
             }
         }
         for item in &dropped {
-            self.leader.drop(item.event.position);
+            self.session.drop(item.event.position);
         }
         self.park(&park).await?;
         let rows = |row: Row| {
@@ -71,7 +71,7 @@ impl Lead<'_> {
         let set_aside = rows(Row::Parked).count();
         let gone: Vec<i64> = rows(Row::Waiting).chain(rows(Row::Parked)).collect();
         if !gone.is_empty() {
-            let waited = self.leader.gone(&gone).await?;
+            let waited = self.session.gone(&gone).await?;
             self.parked -= i64::try_from(set_aside).unwrap_or(0);
             self.fewer(waited);
             self.look_at = Instant::now();
@@ -79,14 +79,14 @@ impl Lead<'_> {
         self.postpone(postpone).await?;
         let settled = confirmed.iter().chain(&dropped).chain(park.iter().map(|(item, ..)| item));
         for item in settled.filter(|item| item.row == Row::Outbox) {
-            self.leader.settle(item.event.position);
+            self.session.settle(item.event.position);
         }
         metrics::counter!("outbox_relay_published_total").increment(confirmed.len() as u64);
         metrics::counter!("outbox_relay_dropped_total").increment(dropped.len() as u64);
         Ok(())
     }
 
-    async fn park(&mut self, park: &[(Item, Failure, String)]) -> Result<(), LeaderError> {
+    async fn park(&mut self, park: &[(Item, Failure, String)]) -> Result<(), SessionError> {
         let Some((_, _, detail)) = park.first() else { return Ok(()) };
         tracing::debug!(events = park.len(), detail, "set aside");
         let parkings: Vec<Parking> = park
@@ -97,7 +97,7 @@ impl Lead<'_> {
                 detail: detail.clone(),
             })
             .collect();
-        self.leader.park(&parkings).await?;
+        self.session.park(&parkings).await?;
         failpoint::hit("park");
         self.parked += i64::try_from(parkings.len()).unwrap_or(0);
         for parking in &parkings {
@@ -107,7 +107,7 @@ impl Lead<'_> {
             park.iter().map(|(item, ..)| item).filter(|item| item.row == Row::Waiting).collect();
         if !waited.is_empty() {
             let positions: Vec<i64> = waited.iter().map(|item| item.event.position).collect();
-            self.leader.next(&positions).await?;
+            self.session.next(&positions).await?;
             self.fewer(waited.into_iter().map(|item| (Kind::of(&item.event), 1)));
             self.look_at = Instant::now();
         }
@@ -115,13 +115,13 @@ impl Lead<'_> {
     }
 
     /// Rows whose events were not taken once more.
-    async fn postpone(&mut self, postpone: Vec<(Item, Failure, String)>) -> Result<(), LeaderError> {
+    async fn postpone(&mut self, postpone: Vec<(Item, Failure, String)>) -> Result<(), SessionError> {
         let (mut in_vain, mut longer) = (Vec::new(), Vec::new());
         for (item, failure, why) in postpone {
             let position = item.event.position;
             self.flowing.remove(&Kind::of(&item.event));
             match (item.row, failure) {
-                (Row::Parked, Failure::Refused) => self.leader.refuse(position, &why).await?,
+                (Row::Parked, Failure::Refused) => self.session.refuse(position, &why).await?,
                 (Row::Parked, _) => in_vain.push(position),
                 _ => {
                     longer.push((position, failure, why, pause(failure, item.tries, position).as_secs_f64()));
@@ -129,10 +129,10 @@ impl Lead<'_> {
             }
         }
         if !in_vain.is_empty() {
-            self.leader.postpone(&in_vain).await?;
+            self.session.postpone(&in_vain).await?;
         }
         if !longer.is_empty() {
-            self.leader.wait_longer(&longer).await?;
+            self.session.wait_longer(&longer).await?;
         }
         Ok(())
     }
@@ -149,8 +149,8 @@ impl Lead<'_> {
         }
     }
 
-    pub(super) async fn save_if_due(&mut self) -> Result<(), LeaderError> {
-        let interval = if self.leader.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
+    pub(super) async fn save_if_due(&mut self) -> Result<(), SessionError> {
+        let interval = if self.session.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
         let end_of_burst = self.queue.events() == 0 && self.confirmed - self.saved_confirmed >= BURST;
         if end_of_burst || self.saved.elapsed() >= interval.min(self.heartbeat()) {
             let waiting: Vec<_> = self
@@ -161,8 +161,8 @@ impl Lead<'_> {
                 .map(|(part, reason, seconds)| json!({"part": part, "reason": reason, "seconds": seconds}))
                 .collect();
             self.told = json!(waiting).to_string();
-            let progress = self.leader.has_progress();
-            self.leader.save(&self.told).await?;
+            let progress = self.session.has_progress();
+            self.session.save(&self.told).await?;
             (self.saved, self.saved_confirmed) = (Instant::now(), self.confirmed);
             if progress {
                 failpoint::hit("save");

@@ -8,10 +8,10 @@ use std::{
 use super::{Lead, say};
 use crate::{
     evidence::Kind,
-    leader::LeaderError,
     parked::Due,
     queue::Row,
     reader::Event,
+    session::SessionError,
     waiting::{Counts, Wanted},
 };
 
@@ -41,7 +41,7 @@ impl Lead<'_> {
     }
 
     /// Has what waits for long, or is too much, leave the memory.
-    pub(super) async fn spill(&mut self) -> Result<(), LeaderError> {
+    pub(super) async fn spill(&mut self) -> Result<(), SessionError> {
         let most = (self.relay.limits.events / 16).clamp(1, IN_MEMORY);
         let (waiting, limit) = (&self.waiting, self.relay.limits.waiting);
         let may = |kind: &Kind| waiting.get(kind).is_none_or(|count| *count < limit);
@@ -49,38 +49,38 @@ impl Lead<'_> {
         if spilled.is_empty() {
             return Ok(());
         }
-        let more = self.leader.wait(&spilled).await?;
+        let more = self.session.wait(&spilled).await?;
         tracing::debug!(events = spilled.len(), detail = spilled[0].detail, "they wait in outbox.parked");
         for event in &spilled {
-            self.leader.settle(event.position);
+            self.session.settle(event.position);
         }
         self.more(more);
         Ok(())
     }
 
     /// Of what was read, has those wait whose aggregate does. Returns their positions.
-    pub(super) async fn divert(&mut self, events: &[Event]) -> Result<HashSet<i64>, LeaderError> {
+    pub(super) async fn divert(&mut self, events: &[Event]) -> Result<HashSet<i64>, SessionError> {
         if self.waiting.is_empty() || events.is_empty() {
             return Ok(HashSet::new());
         }
         let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
-        let (diverted, more) = self.leader.divert(&positions).await?;
+        let (diverted, more) = self.session.divert(&positions).await?;
         for position in &diverted {
-            self.leader.settle(*position);
+            self.session.settle(*position);
         }
         self.more(more);
         Ok(diverted.into_iter().collect())
     }
 
     /// Counts what waits.
-    pub(super) async fn count_waiting(&mut self) -> Result<(), LeaderError> {
-        self.waiting = self.leader.count_waiting().await?;
+    pub(super) async fn count_waiting(&mut self) -> Result<(), SessionError> {
+        self.waiting = self.session.count_waiting().await?;
         self.counted = Instant::now();
         Ok(())
     }
 
     /// Fetches what is due of what is set aside, and of what waits.
-    pub(super) async fn look_aside(&mut self) -> Result<(), LeaderError> {
+    pub(super) async fn look_aside(&mut self) -> Result<(), SessionError> {
         let again = if self.waiting.values().sum::<i64>() < MANY { COUNT_AGAIN } else { COUNT_AGAIN * 10 };
         if self.counted.elapsed() >= again {
             self.count_waiting().await?;
@@ -88,7 +88,7 @@ impl Lead<'_> {
         let in_memory = self.queue.rows();
         let mut found = 0;
         if in_memory.len() < ROWS {
-            let aside = self.leader.due(Due { flowing: &self.flowing, except: &in_memory }).await?;
+            let aside = self.session.due(Due { flowing: &self.flowing, except: &in_memory }).await?;
             self.parked = aside.count;
             found += aside.events.len();
             for waiter in aside.events {
@@ -106,7 +106,7 @@ impl Lead<'_> {
         Ok(())
     }
 
-    async fn look_for_waiters(&mut self, in_memory: &HashSet<i64>) -> Result<usize, LeaderError> {
+    async fn look_for_waiters(&mut self, in_memory: &HashSet<i64>) -> Result<usize, SessionError> {
         if self.waiting.is_empty() {
             return Ok(0);
         }
@@ -120,7 +120,7 @@ impl Lead<'_> {
             untried: if flows { UNTRIED } else { 1 },
             except: in_memory.iter().copied().collect(),
         };
-        let waiters = self.leader.waiters(&wanted).await?;
+        let waiters = self.session.waiters(&wanted).await?;
         let found = waiters.len();
         for waiter in waiters {
             self.queue.add_row(waiter, Row::Waiting, Instant::now());

@@ -13,7 +13,7 @@ use crate::{
         state::{self, NotTaken, RelayRow, WaitingGroup},
         status::{holder_text, time},
     },
-    leader::schema,
+    session::schema,
 };
 
 /// Who holds the outbox lock for longer is worth a look.
