@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::reader::Event;
+use crate::event::Event;
 
 /// More kinds in trouble than this are not remembered: each is tried like a healthy one then.
 const MAX_KINDS: usize = 1_000;

@@ -19,12 +19,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     broker::{BrokerError, Condition, Link, Nodes},
+    event::Event,
     evidence::Kind,
     lease::{self, Lease},
     pause::Pause,
     publish::{Fate, Fates, Guards, Published, Sender, StandsStill, publish},
     queue::{APART, Route, Window},
-    reader::Event,
 };
 
 /// How often a lane with nothing to do looks whether its channel is still there.

@@ -10,6 +10,7 @@ pub mod budget;
 pub mod command;
 pub mod config;
 pub mod erasure;
+pub mod event;
 pub mod evidence;
 mod failpoint;
 mod frame;

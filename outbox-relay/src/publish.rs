@@ -21,10 +21,9 @@ use lapin::{
 
 use crate::{
     broker::{BrokerError, Link},
+    event::Event,
     failpoint, frame,
     message::message,
-    queue::FEW,
-    reader::Event,
 };
 
 /// How long a window may take to be written and to be confirmed. While the broker blocks the
@@ -39,6 +38,9 @@ const STUCK: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(200);
 /// By then an answer to several events at once is known as a whole.
 const SETTLING: Duration = Duration::from_millis(50);
+
+/// As many events without a confirm do not stop a channel. Beyond about thirty the broker reads no more of the connection.
+pub const MAX_UNANSWERED: usize = 16;
 
 /// What became of an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -226,7 +228,7 @@ async fn window_of(
         }
         // A few are silent themselves; more stop the connection, and with it those that are not. Elsewhere it was found
         // out which.
-        if matches!(guards.stands_still, StandsStill::GiveUp(_)) && unanswered.len() <= FEW {
+        if matches!(guards.stands_still, StandsStill::GiveUp(_)) && unanswered.len() <= MAX_UNANSWERED {
             for (n, _) in &unanswered {
                 answers.fates[*n] = Some(Fate::Silent);
             }

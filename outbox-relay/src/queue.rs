@@ -29,8 +29,9 @@ use std::{
 
 use crate::{
     budget::Budget,
+    event::Event,
     evidence::{Danger, Evidence, Failure, Kind, Stamp},
-    reader::Event,
+    publish::MAX_UNANSWERED,
     rules::{Policies, Unroutable},
     waiting::Waiter,
 };
@@ -39,13 +40,9 @@ use aggregate::{Aggregate, Place};
 pub use aggregate::{Item, Row, Trouble};
 pub use outcome::{Done, Lost, pause};
 use places::Retries;
-pub use spill::Spilled;
 
 /// Windows of a lane that are under way or ready to be: the lane does not idle while the relay reads.
 pub const DEPTH: usize = 3;
-
-/// Events of one aggregate that go out together. As many without an answer do not stop a channel; about thirty do.
-pub const FEW: usize = 16;
 
 /// Events that are under way apart, each on a channel of its own. Those without an answer take seconds.
 pub const APART: usize = 64;
@@ -380,7 +377,7 @@ impl Queue {
         if !aggregate.items.front().is_some_and(|item| tried(item) && alone(item) && unroutable(item)) {
             return 0;
         }
-        let rest = aggregate.items.iter().skip(1).take(FEW - 1);
+        let rest = aggregate.items.iter().skip(1).take(MAX_UNANSWERED - 1);
         let Some(last) = rest.clone().position(|item| !unroutable(item)).map(|n| n + 1) else { return 0 };
         let other = &aggregate.items[last];
         let known = self.evidence.is_blocked(&other.event) || self.danger(other) > Danger::None;

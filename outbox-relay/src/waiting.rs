@@ -5,9 +5,8 @@ use std::{collections::HashMap, time::Duration};
 use sqlx::{Connection, PgConnection};
 
 use crate::{
+    event::Event,
     evidence::{Failure, Kind},
-    queue::Spilled,
-    reader::Event,
     row::{Row, Unreadable},
 };
 
@@ -34,6 +33,23 @@ const NEXT: &str = "\
 
 /// How many rows of each kind wait.
 pub type Counts = HashMap<Kind, i64>;
+
+/// An event that is to wait in `outbox.parked`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spilled {
+    /// Which one.
+    pub position: i64,
+    /// Its kind.
+    pub kind: Kind,
+    /// How it was not taken, or `behind` when it was not tried.
+    pub reason: &'static str,
+    /// In words.
+    pub detail: String,
+    /// How often it was not taken.
+    pub tries: u32,
+    /// The first of its aggregate: after this pause it is tried again. None for what waits behind it.
+    pub retry: Option<Duration>,
+}
 
 /// Which rows to read.
 #[derive(Debug, Default)]

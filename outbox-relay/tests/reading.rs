@@ -16,7 +16,8 @@ use std::{
 
 use devstack::{folder::Folder, ports, postgres::Postgres, testing::Roles};
 use outbox_relay::{
-    reader::{Budget, Event, READ},
+    event::Event,
+    reader::{Budget, READ},
     session::{Begin, CandidateSession, LeaderSession, SessionError},
 };
 use rand::{RngExt, SeedableRng, rngs::SmallRng};

@@ -7,10 +7,10 @@ use std::{
 
 use super::{Lead, say};
 use crate::{
+    event::Event,
     evidence::Kind,
     parked::Due,
     queue::Row,
-    reader::Event,
     session::SessionError,
     waiting::{Counts, Wanted},
 };

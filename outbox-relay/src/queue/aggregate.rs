@@ -3,8 +3,8 @@
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use crate::{
+    event::Event,
     evidence::{Danger, Failure, Kind, Stamp},
-    reader::Event,
 };
 
 /// An event that was in so many windows that were lost goes apart: it may be what ends the connections.

@@ -4,27 +4,10 @@
 use std::time::{Duration, Instant};
 
 use super::{Place, Queue, Row, outcome::pause};
-use crate::evidence::Kind;
+use crate::{evidence::Kind, waiting::Spilled};
 
 /// What waits for longer leaves the memory, so that the low-water mark, and retention with it, go on.
 const LONGEST: Duration = Duration::from_secs(10);
-
-/// An event that is to wait in `outbox.parked`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Spilled {
-    /// Which one.
-    pub position: i64,
-    /// Its kind.
-    pub kind: Kind,
-    /// How it was not taken, or `behind` when it was not tried.
-    pub reason: &'static str,
-    /// In words.
-    pub detail: String,
-    /// How often it was not taken.
-    pub tries: u32,
-    /// The first of its aggregate: after this pause it is tried again. None for what waits behind it.
-    pub retry: Option<Duration>,
-}
 
 impl Queue {
     /// How many events wait for another try, or behind one that does.

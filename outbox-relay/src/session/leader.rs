@@ -10,11 +10,10 @@ use crate::{
     lease::{self, Lease},
     parked::{self, Due, Parking, Reason},
     position::Positions,
-    queue::Spilled,
     reader::{self, Batch, Budget, Reader},
     row::Unreadable,
     unreadable,
-    waiting::{self, Counts, Waiter, Wanted},
+    waiting::{self, Counts, Spilled, Waiter, Wanted},
 };
 
 /// Open ranges that are stored; beyond it a restart repeats more.

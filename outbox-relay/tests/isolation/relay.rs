@@ -7,12 +7,12 @@ use std::{
 
 use chrono::Utc;
 use outbox_relay::{
+    event::Event,
     evidence::Failure,
-    publish::Fate,
-    queue::{APART, DEPTH, Done, FEW, Item, Lost, Queue, Route, Row, Spilled, Window, pause},
-    reader::Event,
+    publish::{Fate, MAX_UNANSWERED},
+    queue::{APART, DEPTH, Done, Item, Lost, Queue, Route, Row, Window, pause},
     rules::{Policies, Rules},
-    waiting::Waiter,
+    waiting::{Spilled, Waiter},
 };
 use uuid::Uuid;
 
@@ -221,7 +221,7 @@ impl Relay {
     }
 
     fn assert_window(&self, window: &Window) {
-        assert!((1..WINDOW + FEW).contains(&window.items.len()));
+        assert!((1..WINDOW + MAX_UNANSWERED).contains(&window.items.len()));
         let mut ids: Vec<Uuid> = window.items.iter().map(|item| item.event.id).collect();
         ids.sort_unstable();
         ids.dedup();
