@@ -7,6 +7,7 @@
 
 pub mod broker;
 pub mod budget;
+pub mod cli;
 pub mod command;
 pub mod config;
 pub mod erasure;
