@@ -1,8 +1,11 @@
 //! A lane: one connection that publishes one window after the other. Several of them publish in
 //! parallel, each for its own aggregates.
 
+mod ask;
+mod patience;
+mod quarantine;
+
 use std::{
-    collections::HashSet,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -10,36 +13,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{
-    FutureExt,
-    stream::{FuturesUnordered, StreamExt},
-};
+use futures_util::FutureExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     broker::{BrokerError, Condition, Link, Nodes},
-    event::Event,
-    evidence::Kind,
     lease::{self, Lease},
     pause::Pause,
-    publish::{Fate, Fates, Guards, Published, Sender, StandsStill, publish},
-    queue::{APART, Route, Window},
+    publish::{Fate, Guards, Published, Sender, StandsStill, publish},
+    queue::{Route, Window},
 };
+
+use patience::Patience;
 
 /// How often a lane with nothing to do looks whether its channel is still there.
 const LOOK: Duration = Duration::from_millis(500);
 /// How often it looks whether its lease is valid again.
 const LEASE_LOOK: Duration = Duration::from_millis(20);
-/// A connection on demand is kept for so long with nothing to do.
-const IDLE: Duration = Duration::from_mins(1);
 /// Confirms that take longer are a reason to be not ready.
 const SLOW: Duration = Duration::from_secs(5);
-/// Events that are published once more, each over a channel of its own, to find out which of them have no answer.
-/// Their bytes, and one event more.
-const SAMPLE: (usize, usize) = (APART, 4 * 1024 * 1024);
-/// The broker may be slow for all. Without an answer to anybody, nothing is said of these for so long.
-const SLOW_FOR_ALL: Duration = Duration::from_secs(4);
 
 /// What a lane tells the relay.
 #[derive(Debug)]
@@ -211,59 +204,6 @@ impl Lane {
         }
     }
 
-    /// The same, for windows that have a channel each: many at once, because those without an answer take seconds. Ends
-    /// well, too, when there was nothing to do for long.
-    async fn serve_apart(
-        &self,
-        link: &Link,
-        windows: &mut mpsc::Receiver<Window>,
-        first: Option<Window>,
-        pause: &mut Pause,
-    ) -> Result<End, BrokerError> {
-        let mut changes = link.changes();
-        self.report(Report::State(state(link)));
-        let mut under_way = FuturesUnordered::new();
-        under_way.extend(first.map(|window| self.window_apart(link, window)));
-        let mut worked = Instant::now();
-        let mut end = None;
-        loop {
-            tokio::select! {
-                biased;
-                Some((window, published, took)) = under_way.next() => {
-                    match &published.ended {
-                        None => pause.reset(),
-                        Some(BrokerError::Refused(_) | BrokerError::Silent(_)) if link.condition().is_ok() => {}
-                        Some(error) => end = end.or_else(|| Some(Err(error.clone()))),
-                    }
-                    self.report(Report::Done(window, published, took));
-                    worked = Instant::now();
-                }
-                window = windows.recv(), if end.is_none() => match window {
-                    Some(window) => under_way.push(self.window_apart(link, window)),
-                    None => end = Some(Ok(End::Closed)),
-                },
-                _ = changes.changed(), if end.is_none() => match link.condition() {
-                    Ok(_) => self.report(Report::State(state(link))),
-                    Err(error) => end = Some(Err(error)),
-                },
-                () = tokio::time::sleep(LOOK), if end.is_none() => {
-                    if !link.channel.status().connected() {
-                        let closed = BrokerError::Publish("the channel was closed".to_owned());
-                        end = Some(Err(link.reason(closed).await));
-                    } else if under_way.is_empty() && worked.elapsed() >= IDLE {
-                        end = Some(Ok(End::Idle));
-                    }
-                }
-                else => {}
-            }
-            if under_way.is_empty()
-                && let Some(end) = end
-            {
-                return end;
-            }
-        }
-    }
-
     async fn may_publish(&self) {
         while !self.lease.is_valid() {
             tokio::time::sleep(LEASE_LOOK).await;
@@ -276,29 +216,6 @@ impl Lane {
 
     fn heard(&self, sent: u64) {
         self.answered.fetch_max(sent, Ordering::Relaxed);
-    }
-
-    async fn window_apart(&self, link: &Link, window: Window) -> (Window, Published, Duration) {
-        self.may_publish().await;
-        let began = Instant::now();
-        let published = self.apart(link, &window).await;
-        (window, published, began.elapsed())
-    }
-
-    /// Publishes a window over a channel of its own. It is known to be strange, so nobody else is asked.
-    async fn apart(&self, link: &Link, window: &Window) -> Published {
-        let events: Vec<_> = window.items.iter().map(|item| &*item.event).collect();
-        let sent = lease::now();
-        let guards = Guards {
-            allowed: &|| self.lease.is_valid(),
-            heard: &|| self.heard(sent),
-            stands_still: StandsStill::GiveUp(&|_| true),
-        };
-        let mut published = self.sender(link).apart(&events, &guards).await;
-        if let Some(error @ BrokerError::Publish(_)) = published.ended {
-            published.ended = Some(link.reason(error).await);
-        }
-        published
     }
 
     /// Publishes a window. While the broker blocks the connection, that hangs without a word, so the reason is told
@@ -346,45 +263,10 @@ impl Lane {
         (published, other.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// A connection stands still over these events: a queue that has lost its majority stops it after about thirty. Asks
-    /// the broker over another one, each event over a channel of its own, what it says to some of them.
-    async fn ask(&self, events: &[&Event], unanswered: Vec<usize>, other: &Mutex<Other>) -> Option<Fates> {
-        let permit = Arc::clone(&self.asks).acquire_owned().await.ok()?;
-        let link = self.nodes.connect(self.number).await.ok()?;
-        let sent = lease::now();
-        let guards = Guards {
-            allowed: &|| self.lease.is_valid(),
-            heard: &|| self.heard(sent),
-            // A broker that is slow answers nobody.
-            stands_still: StandsStill::GiveUp(&|still| {
-                still >= SLOW_FOR_ALL || self.answered.load(Ordering::Relaxed) >= sent
-            }),
-        };
-        let sample = sample(events, unanswered);
-        let fates = self.sender(&link).each_apart(sample, &guards).await;
-        *other.lock().unwrap_or_else(PoisonError::into_inner) = Some((link, permit));
-        (!fates.is_empty()).then_some(fates)
-    }
-
     fn report(&self, report: Report) {
         // Nobody listens any more when the leadership is over.
         let _ = self.reports.send((self.number, report));
     }
-}
-
-/// One event of each kind, and then as many more as may be.
-fn sample<'a>(events: &[&'a Event], unanswered: Vec<usize>) -> Vec<(usize, &'a Event)> {
-    let mut kinds = HashSet::new();
-    let (first, more): (Vec<usize>, Vec<usize>) =
-        unanswered.into_iter().partition(|n| kinds.insert(Kind::of(events[*n])));
-    let mut bytes = 0;
-    let all = first.into_iter().chain(more).map(|n| (n, events[n]));
-    let fitting = all.take(SAMPLE.0).take_while(|(_, event)| {
-        let fits = bytes < SAMPLE.1;
-        bytes += event.size();
-        fits
-    });
-    fitting.collect()
 }
 
 /// Another connection, and the permit for it.
@@ -399,75 +281,10 @@ enum End {
     Idle,
 }
 
-/// How long a connection is kept over which the broker refuses events. A node may refuse for ever what
-/// another one would take: RabbitMQ 3.10 does when a connection first publishes to a quorum queue whose
-/// leader has just died. When it is a queue that is full, a new connection changes nothing, so each is
-/// kept for twice as long as the one before.
-#[derive(Debug)]
-struct Patience {
-    /// The first refusal on this connection, and the last on any.
-    first: Option<Instant>,
-    last: Option<Instant>,
-    limit: Duration,
-}
-
-impl Patience {
-    const SHORTEST: Duration = Duration::from_secs(5);
-    const LONGEST: Duration = Duration::from_mins(5);
-    /// What was refused is tried again within less; when nothing was refused for so long, nothing is.
-    const OVER: Duration = Duration::from_secs(30);
-
-    /// Whether it ends, after a window of which something was `nacked`, or nothing.
-    fn ends(&mut self, nacked: bool, now: Instant) -> bool {
-        if !nacked {
-            if self.last.is_some_and(|last| now.duration_since(last) >= Self::OVER) {
-                *self = Self::default();
-            }
-            return false;
-        }
-        self.last = Some(now);
-        let first = *self.first.get_or_insert(now);
-        let ends = now.duration_since(first) >= self.limit;
-        if ends {
-            self.first = None;
-            self.limit = (self.limit * 2).min(Self::LONGEST);
-        }
-        ends
-    }
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self { first: None, last: None, limit: Self::SHORTEST }
-    }
-}
-
 fn state(link: &Link) -> Result<(), String> {
     match link.condition() {
         Ok(None) => Ok(()),
         Ok(Some(reason)) => Err(format!("the broker blocks publishers: {reason}")),
         Err(ended) => Err(ended.to_string()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The seconds at which connections are given up, when a window ends each second and `nacked` says
-    /// of which something was refused.
-    fn ends(seconds: u64, nacked: impl Fn(u64) -> bool) -> Vec<u64> {
-        let (mut patience, begin) = (Patience::default(), Instant::now());
-        (0..seconds).filter(|n| patience.ends(nacked(*n), begin + Duration::from_secs(*n))).collect()
-    }
-
-    #[test]
-    fn a_connection_over_which_events_are_refused_is_given_up_ever_more_seldom() {
-        assert_eq!(ends(20, |_| false), Vec::<u64>::new());
-        assert_eq!(ends(2_000, |_| true), [5, 16, 37, 78, 159, 320, 621, 922, 1223, 1524, 1825]);
-        // Other events pass meanwhile.
-        assert_eq!(ends(100, |n| n % 10 == 0), [10, 30, 60]);
-        // Then nothing is refused for half a minute.
-        assert_eq!(ends(100, |n| !(7..=60).contains(&n)), [5, 66, 77, 98]);
     }
 }

@@ -1,0 +1,97 @@
+//! The lane for what may end its channel, or have no answer: each of its windows has a channel of its own, and it has a
+//! connection only while there is something to publish.
+
+use std::time::{Duration, Instant};
+
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::mpsc;
+
+use super::{End, LOOK, Lane, Report, state};
+use crate::{
+    broker::{BrokerError, Link},
+    lease,
+    pause::Pause,
+    publish::{Guards, Published, StandsStill},
+    queue::Window,
+};
+
+/// A connection on demand is kept for so long with nothing to do.
+const IDLE: Duration = Duration::from_mins(1);
+
+impl Lane {
+    /// One connection's life, for windows that have a channel each: many at once, because those without an answer take seconds. Ends
+    /// well, too, when there was nothing to do for long.
+    pub(super) async fn serve_apart(
+        &self,
+        link: &Link,
+        windows: &mut mpsc::Receiver<Window>,
+        first: Option<Window>,
+        pause: &mut Pause,
+    ) -> Result<End, BrokerError> {
+        let mut changes = link.changes();
+        self.report(Report::State(state(link)));
+        let mut under_way = FuturesUnordered::new();
+        under_way.extend(first.map(|window| self.window_apart(link, window)));
+        let mut worked = Instant::now();
+        let mut end = None;
+        loop {
+            tokio::select! {
+                biased;
+                Some((window, published, took)) = under_way.next() => {
+                    match &published.ended {
+                        None => pause.reset(),
+                        Some(BrokerError::Refused(_) | BrokerError::Silent(_)) if link.condition().is_ok() => {}
+                        Some(error) => end = end.or_else(|| Some(Err(error.clone()))),
+                    }
+                    self.report(Report::Done(window, published, took));
+                    worked = Instant::now();
+                }
+                window = windows.recv(), if end.is_none() => match window {
+                    Some(window) => under_way.push(self.window_apart(link, window)),
+                    None => end = Some(Ok(End::Closed)),
+                },
+                _ = changes.changed(), if end.is_none() => match link.condition() {
+                    Ok(_) => self.report(Report::State(state(link))),
+                    Err(error) => end = Some(Err(error)),
+                },
+                () = tokio::time::sleep(LOOK), if end.is_none() => {
+                    if !link.channel.status().connected() {
+                        let closed = BrokerError::Publish("the channel was closed".to_owned());
+                        end = Some(Err(link.reason(closed).await));
+                    } else if under_way.is_empty() && worked.elapsed() >= IDLE {
+                        end = Some(Ok(End::Idle));
+                    }
+                }
+                else => {}
+            }
+            if under_way.is_empty()
+                && let Some(end) = end
+            {
+                return end;
+            }
+        }
+    }
+
+    async fn window_apart(&self, link: &Link, window: Window) -> (Window, Published, Duration) {
+        self.may_publish().await;
+        let began = Instant::now();
+        let published = self.apart(link, &window).await;
+        (window, published, began.elapsed())
+    }
+
+    /// Publishes a window over a channel of its own. It is known to be strange, so nobody else is asked.
+    pub(super) async fn apart(&self, link: &Link, window: &Window) -> Published {
+        let events: Vec<_> = window.items.iter().map(|item| &*item.event).collect();
+        let sent = lease::now();
+        let guards = Guards {
+            allowed: &|| self.lease.is_valid(),
+            heard: &|| self.heard(sent),
+            stands_still: StandsStill::GiveUp(&|_| true),
+        };
+        let mut published = self.sender(link).apart(&events, &guards).await;
+        if let Some(error @ BrokerError::Publish(_)) = published.ended {
+            published.ended = Some(link.reason(error).await);
+        }
+        published
+    }
+}
