@@ -14,6 +14,7 @@ use std::{
 };
 
 use futures_util::FutureExt;
+use lapin::types::ShortString;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -52,6 +53,8 @@ pub struct Lane {
     pub number: usize,
     /// The broker.
     pub nodes: Nodes,
+    /// The exchange that it publishes to: that of the nodes, or one that leads to fewer queues.
+    pub exchange: ShortString,
     /// Who publishes, as `app_id` spells it.
     pub source: String,
     /// Until when it may publish.
@@ -163,10 +166,11 @@ impl Lane {
             let Some(window) = window else { return Ok(End::Closed) };
             self.may_publish().await;
             let began = Instant::now();
-            let (published, other) = match window.route {
+            let (mut published, other) = match window.route {
                 Route::Lane => self.publish(link, &mut changes, &window).await,
                 Route::Apart => (self.apart(link, &window).await, None),
             };
+            published.attribute_refusal();
             let nacked = published.fates.contains(&Some(Fate::Nacked));
             let (route, ended) = (window.route, published.ended.clone());
             self.report(Report::Done(window, published, began.elapsed()));
@@ -211,7 +215,7 @@ impl Lane {
     }
 
     fn sender<'a>(&'a self, link: &'a Link) -> Sender<'a> {
-        Sender { link, exchange: &self.nodes.exchange, source: &self.source }
+        Sender { link, exchange: &self.exchange, source: &self.source }
     }
 
     fn heard(&self, sent: u64) {

@@ -92,6 +92,7 @@ impl<'a> Lead<'a> {
                 let lane = Lane {
                     number,
                     nodes: relay.nodes.clone(),
+                    exchange: relay.nodes.exchange.clone(),
                     source: session.source.clone(),
                     lease: session.lease(),
                     reports: report.clone(),

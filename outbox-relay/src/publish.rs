@@ -99,10 +99,13 @@ impl Published {
         Self { fates: vec![None; count], ended: Some(why) }
     }
 
-    /// Of all events; an error when anything of any is unknown.
-    pub fn all(self) -> Result<Vec<Fate>, BrokerError> {
-        let unknown = || BrokerError::Publish("an event has no fate".to_owned());
-        self.ended.map_or_else(|| self.fates.into_iter().collect::<Option<_>>().ok_or_else(unknown), Err)
+    /// When the broker closed the channel over one event of the window, and only one has no fate, it is that one.
+    pub fn attribute_refusal(&mut self) {
+        let Some(BrokerError::Refused(why)) = &self.ended else { return };
+        let mut unknown = self.fates.iter_mut().filter(|fate| fate.is_none());
+        if let (Some(fate), None) = (unknown.next(), unknown.next()) {
+            *fate = Some(Fate::Refused { why: why.clone(), certain: false });
+        }
     }
 }
 
@@ -129,15 +132,12 @@ impl Sender<'_> {
     /// Publishes each event over a channel of its own. Returns what is known, by their numbers.
     pub async fn each_apart(self, events: Vec<(usize, &Event)>, guards: &Guards<'_>) -> Fates {
         let publishing = events.into_iter().map(async |(n, event)| {
-            let Published { mut fates, ended } = self.apart(&[event], guards).await;
-            let refused = match ended {
-                // Otherwise it may have been another one.
-                Some(BrokerError::Refused(why)) if self.link.is_open() => {
-                    Some(Fate::Refused { why, certain: false })
-                }
-                _ => None,
-            };
-            Some((n, fates.pop().flatten().or(refused)?))
+            let mut published = self.apart(&[event], guards).await;
+            // Over a connection that has ended, another event may have been refused.
+            if self.link.is_open() {
+                published.attribute_refusal();
+            }
+            Some((n, published.fates.pop().flatten()?))
         });
         let known = publishing.collect::<FuturesUnordered<_>>().filter_map(async |known| known);
         known.collect().await

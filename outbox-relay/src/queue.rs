@@ -69,6 +69,12 @@ pub struct Window {
 }
 
 impl Window {
+    /// Events that no queue has handed out.
+    pub fn of(events: impl IntoIterator<Item = Arc<Event>>, route: Route) -> Self {
+        let items = events.into_iter().map(|event| Item::new(event, Row::Outbox, 0)).collect();
+        Self { published: 0, route, items }
+    }
+
     /// What its events take.
     pub fn bytes(&self) -> usize {
         self.items.iter().map(|item| item.event.size()).sum()
@@ -151,14 +157,14 @@ impl Queue {
 
     /// Adds an event that was read, behind all of its aggregate that were.
     pub fn add(&mut self, event: Event) {
-        self.insert(Item::new(event, Row::Outbox, 0));
+        self.insert(Item::new(Arc::new(event), Row::Outbox, 0));
     }
 
     /// Adds an event that has a row in `outbox.parked`: before all of its aggregate that are younger.
     pub fn add_row(&mut self, waiter: Waiter, row: Row, now: Instant) {
         let Waiter { event, tries, failure, age } = waiter;
         let first = self.failed.get(&event.position).copied().unwrap_or(self.forgotten);
-        let mut item = Item::new(event, row, tries);
+        let mut item = Item::new(Arc::new(event), row, tries);
         item.trouble = failure.map(|failure| Trouble {
             failure,
             first,
@@ -246,9 +252,9 @@ impl Queue {
 }
 
 impl Item {
-    fn new(event: Event, row: Row, tries: u32) -> Self {
+    fn new(event: Arc<Event>, row: Row, tries: u32) -> Self {
         Self {
-            event: Arc::new(event),
+            event,
             row,
             tries,
             trouble: None,

@@ -75,7 +75,8 @@ impl Lane {
     async fn window_apart(&self, link: &Link, window: Window) -> (Window, Published, Duration) {
         self.may_publish().await;
         let began = Instant::now();
-        let published = self.apart(link, &window).await;
+        let mut published = self.apart(link, &window).await;
+        published.attribute_refusal();
         (window, published, began.elapsed())
     }
 

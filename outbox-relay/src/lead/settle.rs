@@ -11,7 +11,7 @@ use crate::{
     evidence::{Failure, Kind},
     failpoint,
     parked::{Parking, Reason},
-    publish::{Fate, Published},
+    publish::Published,
     queue::{Done, Item, Lost, Row, Window, pause},
     session::SessionError,
 };
@@ -32,11 +32,6 @@ impl Lead<'_> {
             }
         }
         match published.ended {
-            // The only one that it can be.
-            Some(BrokerError::Refused(why)) if unknown.len() == 1 => {
-                let refused = Fate::Refused { why, certain: false };
-                known.extend(unknown.into_iter().map(|item| (item, refused.clone())));
-            }
             Some(BrokerError::Refused(_)) => self.queue.lost(unknown, Lost::Suspect),
             // Which of them have no answer themselves is known.
             Some(BrokerError::Silent(_)) if !known.is_empty() => self.queue.lost(unknown, Lost::Unbegun),
