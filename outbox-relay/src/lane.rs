@@ -22,7 +22,7 @@ use crate::{
     broker::{BrokerError, Condition, Link, Nodes},
     lease::{self, Lease},
     pause::Pause,
-    publish::{Fate, Guards, Published, Sender, StandsStill, publish},
+    publish::{Fate, Guards, OnStall, Published, Sender, publish},
     queue::{Route, Window},
 };
 
@@ -41,9 +41,9 @@ pub enum Report {
     /// Whether it can publish, and why it cannot.
     State(Result<(), String>),
     /// What became of a window, and how long it took.
-    Done(Window, Published, Duration),
+    Published(Window, Published, Duration),
     /// A window that it did not begin, for want of a connection.
-    Back(Window),
+    Returned(Window),
 }
 
 /// What a lane works with.
@@ -65,12 +65,12 @@ pub struct Lane {
     pub stop: CancellationToken,
     /// When the latest window was begun of which the broker answered anything, in milliseconds since boot. All lanes
     /// have the same.
-    pub answered: Arc<AtomicU64>,
+    pub last_confirmed: Arc<AtomicU64>,
     /// So many lanes may ask over another connection at a time, which takes as much memory as theirs.
-    pub asks: Arc<Semaphore>,
+    pub ask_permits: Arc<Semaphore>,
     /// For windows that have a channel each. It connects only once there is something to publish, and goes again when
     /// there is nothing for a while.
-    pub is_apart: bool,
+    pub is_quarantine: bool,
 }
 
 impl Lane {
@@ -78,7 +78,7 @@ impl Lane {
     pub async fn run(self, mut windows: mpsc::Receiver<Window>) {
         let mut pause = Pause::default();
         let mut patience = Patience::default();
-        let (mut attempt, mut asleep) = (0, self.is_apart);
+        let (mut attempt, mut asleep) = (0, self.is_quarantine);
         while !self.stop.is_cancelled() && !windows.is_closed() {
             let mut first = None;
             if asleep {
@@ -90,13 +90,13 @@ impl Lane {
             }
             asleep = false;
             let Some(connected) = self.stop.run_until_cancelled(self.nodes.connect(attempt)).await else {
-                self.back(first);
+                self.give_back(first);
                 break;
             };
             match connected {
                 Ok(mut link) => {
-                    let ended = if self.is_apart {
-                        self.serve_apart(&link, &mut windows, first, &mut pause).await
+                    let ended = if self.is_quarantine {
+                        self.serve_quarantine(&link, &mut windows, first, &mut pause).await
                     } else {
                         self.serve(&mut link, &mut windows, &mut pause, &mut patience).await
                     };
@@ -116,23 +116,23 @@ impl Lane {
                 Err(error) => {
                     attempt += 1;
                     self.report(Report::State(Err(error.to_string())));
-                    self.back(first);
+                    self.give_back(first);
                 }
             }
             while let Ok(window) = windows.try_recv() {
-                self.report(Report::Back(window));
+                self.report(Report::Returned(window));
             }
             pause.wait(&self.stop).await;
         }
         windows.close();
         while let Some(window) = windows.recv().await {
-            self.report(Report::Back(window));
+            self.report(Report::Returned(window));
         }
     }
 
-    fn back(&self, window: Option<Window>) {
+    fn give_back(&self, window: Option<Window>) {
         if let Some(window) = window {
-            self.report(Report::Back(window));
+            self.report(Report::Returned(window));
         }
     }
 
@@ -164,26 +164,26 @@ impl Lane {
                 }
             };
             let Some(window) = window else { return Ok(End::Closed) };
-            self.may_publish().await;
+            self.wait_for_lease().await;
             let began = Instant::now();
             let (mut published, other) = match window.route {
                 Route::Lane => self.publish(link, &mut changes, &window).await,
-                Route::Apart => (self.apart(link, &window).await, None),
+                Route::Quarantine => (self.over_own_channel(link, &window).await, None),
             };
             published.attribute_refusal();
             let nacked = published.fates.contains(&Some(Fate::Nacked));
             let (route, ended) = (window.route, published.ended.clone());
-            self.report(Report::Done(window, published, began.elapsed()));
+            self.report(Report::Published(window, published, began.elapsed()));
             match (ended, other) {
                 (None, _) => pause.reset(),
                 // It was a channel of its own.
                 (Some(BrokerError::Refused(_) | BrokerError::Silent(_)), _)
-                    if route == Route::Apart && link.condition().is_ok() => {}
+                    if route == Route::Quarantine && link.condition().is_ok() => {}
                 // The broker is well, and the connection is. Which event it was is found elsewhere.
                 (Some(BrokerError::Refused(_)), _) if link.condition().is_ok() => {
                     // What it was given before may be of the same kind, and is handed out anew.
                     while let Ok(window) = windows.try_recv() {
-                        self.report(Report::Back(window));
+                        self.report(Report::Returned(window));
                     }
                     link.reopen().await?;
                 }
@@ -196,7 +196,7 @@ impl Lane {
                     });
                     changes = link.changes();
                     while let Ok(window) = windows.try_recv() {
-                        self.report(Report::Back(window));
+                        self.report(Report::Returned(window));
                     }
                     self.report(Report::State(state(link)));
                 }
@@ -208,7 +208,7 @@ impl Lane {
         }
     }
 
-    async fn may_publish(&self) {
+    async fn wait_for_lease(&self) {
         while !self.lease.is_valid() {
             tokio::time::sleep(LEASE_LOOK).await;
         }
@@ -218,8 +218,8 @@ impl Lane {
         Sender { link, exchange: &self.exchange, source: &self.source }
     }
 
-    fn heard(&self, sent: u64) {
-        self.answered.fetch_max(sent, Ordering::Relaxed);
+    fn note_confirm(&self, sent: u64) {
+        self.last_confirmed.fetch_max(sent, Ordering::Relaxed);
     }
 
     /// Publishes a window. While the broker blocks the connection, that hangs without a word, so the reason is told
@@ -229,25 +229,25 @@ impl Lane {
         link: &Link,
         changes: &mut watch::Receiver<Condition>,
         window: &Window,
-    ) -> (Published, Other) {
+    ) -> (Published, Replacement) {
         let events: Vec<_> = window.items.iter().map(|item| &*item.event).collect();
         let sent = lease::now();
         let other = Mutex::new(None);
         let guards = Guards {
-            allowed: &|| self.lease.is_valid(),
-            heard: &|| self.heard(sent),
-            stands_still: StandsStill::Ask(&|unanswered| self.ask(&events, unanswered, &other).boxed()),
+            may_publish: &|| self.lease.is_valid(),
+            on_confirm: &|| self.note_confirm(sent),
+            on_stall: OnStall::Ask(&|unanswered| self.ask(&events, unanswered, &other).boxed()),
         };
         let published = {
             let publishing = publish(self.sender(link), &link.channel, &events, &guards);
             let mut publishing = std::pin::pin!(publishing);
             let mut slow = std::pin::pin!(tokio::time::sleep(SLOW));
-            let mut told = false;
+            let mut reported_slow = false;
             loop {
                 tokio::select! {
                     mut published = &mut publishing => {
                         match published.ended {
-                            None if told => self.report(Report::State(state(link))),
+                            None if reported_slow => self.report(Report::State(state(link))),
                             Some(error @ BrokerError::Publish(_)) => {
                                 published.ended = Some(link.reason(error).await);
                             }
@@ -256,8 +256,8 @@ impl Lane {
                         break published;
                     }
                     Ok(()) = changes.changed() => self.report(Report::State(state(link))),
-                    () = &mut slow, if !told => {
-                        told = true;
+                    () = &mut slow, if !reported_slow => {
+                        reported_slow = true;
                         let slow = format!("the broker has not confirmed what was published {SLOW:?} ago");
                         self.report(Report::State(state(link).and(Err(slow))));
                     }
@@ -274,7 +274,7 @@ impl Lane {
 }
 
 /// Another connection, and the permit for it.
-type Other = Option<(Link, OwnedSemaphorePermit)>;
+type Replacement = Option<(Link, OwnedSemaphorePermit)>;
 
 /// How a connection's life ends well.
 #[derive(Clone, Copy, Debug)]

@@ -1,8 +1,8 @@
 //! A leadership at work: it reads, hands out to the lanes, settles, and again.
 
-mod say;
+mod health;
+mod retries;
 mod settle;
-mod waiters;
 
 use std::{
     collections::HashSet,
@@ -17,16 +17,16 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    evidence::Kind,
+    evidence::EventKind,
     failpoint,
     lane::{Lane, Report},
     pause::Pause,
-    queue::{APART, DEPTH, Queue, Route, Window},
+    queue::{DEPTH, QUARANTINE_WINDOWS, Queue, Route, Window},
     reader::Budget,
     relay::Relay,
     session::{LeaderSession, SessionError},
     unreadable,
-    waiting::Counts,
+    waiting::WaitingCounts,
 };
 
 /// One read brings at most this into memory, and one event more.
@@ -38,7 +38,7 @@ const SAVE_INTERVAL: Duration = Duration::from_millis(250);
 /// Without notices, new events are found after at most this long.
 const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// So many lanes may have another connection at a time, to find out which of their events have no answer.
-const ASKS: usize = 2;
+const ASK_PERMITS: usize = 2;
 /// Lanes close their connections in good order for at most this long.
 const CLOSE: Duration = Duration::from_secs(2);
 /// While something waits in memory, how often the relay looks whether it waits for too long.
@@ -64,31 +64,33 @@ pub(crate) struct Lead<'a> {
     saved: Instant,
     /// How many events the broker had confirmed by then.
     saved_confirmed: u64,
-    /// What the last save told the database.
-    told: String,
+    /// What the relay waits for, as the last save stored it: a JSON array.
+    stored_reasons: String,
     /// How many events the broker confirmed.
     confirmed: u64,
     /// How many are set aside.
     parked: i64,
     /// How many wait in the database, by kind.
-    waiting: Counts,
+    waiting: WaitingCounts,
     /// When those were counted.
     counted: Instant,
     /// When to look for those of either that are due.
-    look_at: Instant,
+    load_at: Instant,
     /// Kinds of events that had a row, and are taken again.
-    flowing: HashSet<Kind>,
+    flowing: HashSet<EventKind>,
 }
 
 impl<'a> Lead<'a> {
     pub(crate) fn new(relay: &'a Relay, session: LeaderSession, stop: &'a CancellationToken) -> Self {
         let (report, reports) = mpsc::unbounded_channel();
-        let (answered, asks) = (Arc::new(AtomicU64::new(0)), Arc::new(Semaphore::new(ASKS)));
+        let (last_confirmed, ask_permits) =
+            (Arc::new(AtomicU64::new(0)), Arc::new(Semaphore::new(ASK_PERMITS)));
         let mut tasks = JoinSet::new();
         let lanes: Vec<_> = (0..=relay.limits.lanes)
             .map(|number| {
-                let is_apart = number == relay.limits.lanes;
-                let (send, windows) = mpsc::channel(if is_apart { APART } else { DEPTH - 1 });
+                let is_quarantine = number == relay.limits.lanes;
+                let (send, windows) =
+                    mpsc::channel(if is_quarantine { QUARANTINE_WINDOWS } else { DEPTH - 1 });
                 let lane = Lane {
                     number,
                     nodes: relay.nodes.clone(),
@@ -97,9 +99,9 @@ impl<'a> Lead<'a> {
                     lease: session.lease(),
                     reports: report.clone(),
                     stop: stop.clone(),
-                    answered: Arc::clone(&answered),
-                    asks: Arc::clone(&asks),
-                    is_apart,
+                    last_confirmed: Arc::clone(&last_confirmed),
+                    ask_permits: Arc::clone(&ask_permits),
+                    is_quarantine,
                 };
                 tasks.spawn(lane.run(windows));
                 send
@@ -118,12 +120,12 @@ impl<'a> Lead<'a> {
             reports,
             saved: now,
             saved_confirmed: 0,
-            told: "[]".to_owned(),
+            stored_reasons: "[]".to_owned(),
             confirmed: 0,
             parked: 0,
-            waiting: Counts::new(),
+            waiting: WaitingCounts::new(),
             counted: now,
-            look_at: now,
+            load_at: now,
             flowing: HashSet::new(),
         }
     }
@@ -134,7 +136,7 @@ impl<'a> Lead<'a> {
         let mut poll_at = Instant::now();
         // What an earlier leader left.
         self.count_waiting().await?;
-        self.look_aside().await?;
+        self.load_retries().await?;
         loop {
             let stopping = self.stop.is_cancelled();
             while let Ok((lane, report)) = self.reports.try_recv() {
@@ -147,18 +149,18 @@ impl<'a> Lead<'a> {
             } else if stopping && self.queue.windows() == 0 {
                 return Ok(());
             }
-            self.say();
+            self.report_health();
             self.save_if_due().await?;
 
             // No more than half of what may be in memory, so that reads are few and large.
             let limits = self.relay.limits;
-            let room =
+            let has_capacity =
                 at_work && self.queue.events() * 2 <= limits.events && self.queue.bytes() * 2 <= limits.bytes;
-            if room && self.has_rows() && self.look_at <= Instant::now() {
-                self.look_aside().await?;
+            if has_capacity && self.has_rows() && self.load_at <= Instant::now() {
+                self.load_retries().await?;
                 self.hand_out();
             }
-            if room && poll_at <= Instant::now() {
+            if has_capacity && poll_at <= Instant::now() {
                 let (found, more) = self.read().await?;
                 if found {
                     idle.reset();
@@ -168,7 +170,7 @@ impl<'a> Lead<'a> {
                 }
                 continue;
             }
-            let until = self.until(room.then_some(poll_at), at_work);
+            let until = self.until(has_capacity.then_some(poll_at), at_work);
             tokio::select! {
                 biased;
                 Some((lane, report)) = self.reports.recv() => self.take_in(lane, report).await?,
@@ -189,7 +191,7 @@ impl<'a> Lead<'a> {
         if let Some(poll_at) = poll_at {
             until = until.min(poll_at);
             if self.has_rows() {
-                until = until.min(self.look_at);
+                until = until.min(self.load_at);
             }
         }
         if at_work {
@@ -209,7 +211,7 @@ impl<'a> Lead<'a> {
 
     /// Stores what was settled, and gives up leadership and the lanes.
     pub(crate) async fn end(mut self) -> Result<(), SessionError> {
-        self.session.save(&self.told).await?;
+        self.session.save(&self.stored_reasons).await?;
         self.session.resign().await?;
         self.lanes.clear();
         let closed = async { while self.tasks.join_next().await.is_some() {} };
@@ -249,9 +251,9 @@ impl<'a> Lead<'a> {
             }
         }
         let positions = self.session.positions();
-        metrics::gauge!("outbox_relay_open_gaps").set(say::count(positions.gaps()));
-        metrics::gauge!("outbox_relay_low_water").set(say::position(positions.low_water()));
-        metrics::gauge!("outbox_relay_high").set(say::position(positions.high()));
+        metrics::gauge!("outbox_relay_open_gaps").set(health::count(positions.gaps()));
+        metrics::gauge!("outbox_relay_low_water").set(health::position(positions.low_water()));
+        metrics::gauge!("outbox_relay_high").set(health::position(positions.high()));
         Ok((found, more))
     }
 
@@ -264,12 +266,14 @@ impl<'a> Lead<'a> {
             while self.states[number].is_none() && self.lanes[number].capacity() > 0 {
                 // Without a connection for it, what goes apart goes over one with nothing else on it.
                 let route = if number == apart || self.states[apart].is_some() && self.windows[number] == 0 {
-                    Route::Apart
+                    Route::Quarantine
                 } else {
                     Route::Lane
                 };
                 let window = match self.queue.next(route, now) {
-                    None if number != apart && route == Route::Apart => self.queue.next(Route::Lane, now),
+                    None if number != apart && route == Route::Quarantine => {
+                        self.queue.next(Route::Lane, now)
+                    }
                     window => window,
                 };
                 let Some(window) = window else { break };
@@ -287,11 +291,11 @@ impl<'a> Lead<'a> {
     async fn take_in(&mut self, lane: usize, report: Report) -> Result<(), SessionError> {
         match report {
             Report::State(state) => self.states[lane] = state.err(),
-            Report::Back(window) => {
+            Report::Returned(window) => {
                 self.windows[lane] -= 1;
                 self.queue.back(window);
             }
-            Report::Done(window, published, took) => {
+            Report::Published(window, published, took) => {
                 self.windows[lane] -= 1;
                 if published.ended.is_some() {
                     metrics::counter!("outbox_relay_publish_failures_total").increment(1);

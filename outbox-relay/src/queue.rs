@@ -5,19 +5,19 @@
 //! return or a lost connection never lets a later event through first. Its trouble is its own: other aggregates
 //! go on. Any connection may publish any aggregate, so one that is away keeps none.
 //!
-//! An aggregate that is in memory and has nothing under way stands in one place, by its first event:
+//! An aggregate that is in memory and has nothing under way has one state, by its first event:
 //!
-//! | place | its first event |
+//! | state | its first event |
 //! |---|---|
 //! | ready | was not tried yet |
 //! | blocked | was not tried yet, its kind is in trouble, and so may everything be: one at a time finds out |
-//! | apart | may end the channel, or have no answer: it goes over a channel of its own, on a connection with nothing else |
+//! | quarantine | may end the channel, or have no answer: it goes over a channel of its own, on a connection with nothing else |
 //! | retry | was not taken, and is tried again within the [budget](Budget) |
 
 mod aggregate;
 mod outcome;
 mod pick;
-mod places;
+mod schedule;
 mod spill;
 
 use std::{
@@ -30,23 +30,23 @@ use std::{
 use crate::{
     budget::Budget,
     event::Event,
-    evidence::{Danger, Evidence, Kind, Stamp},
+    evidence::{Danger, EventKind, Evidence, Stamp},
     rules::Policies,
-    waiting::Waiter,
+    waiting::StoredRetry,
 };
 
-use aggregate::{Aggregate, Place};
-pub use aggregate::{Item, Row, Trouble};
-pub use outcome::{Done, Lost, pause};
-use places::Retries;
+use aggregate::{Aggregate, AggregateState};
+pub use aggregate::{Item, StoredIn, Trouble};
+pub use outcome::{Lost, Outcome, pause};
+use schedule::Retries;
 
 /// Windows of a lane that are under way or ready to be: the lane does not idle while the relay reads.
 pub const DEPTH: usize = 3;
 
 /// Events that are under way apart, each on a channel of its own. Those without an answer take seconds.
-pub const APART: usize = 64;
+pub const QUARANTINE_WINDOWS: usize = 64;
 /// Their bytes, and one event more.
-const APART_BYTES: usize = 4 * 1024 * 1024;
+const QUARANTINE_BYTES: usize = 4 * 1024 * 1024;
 
 /// Over which connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub enum Route {
     /// One that publishes many events together.
     Lane,
     /// The one on which each window has a channel of its own.
-    Apart,
+    Quarantine,
 }
 
 /// Events that are published together: at most one of each aggregate, and no two with the same id.
@@ -71,7 +71,7 @@ pub struct Window {
 impl Window {
     /// Events that no queue has handed out.
     pub fn of(events: impl IntoIterator<Item = Arc<Event>>, route: Route) -> Self {
-        let items = events.into_iter().map(|event| Item::new(event, Row::Outbox, 0)).collect();
+        let items = events.into_iter().map(|event| Item::new(event, StoredIn::Outbox, 0)).collect();
         Self { published: 0, route, items }
     }
 
@@ -83,7 +83,7 @@ impl Window {
 
 /// What is under way apart.
 #[derive(Clone, Copy, Debug, Default)]
-struct UnderWayApart {
+struct QuarantineInFlight {
     windows: usize,
     bytes: usize,
     /// It may end the connection, so that nothing else may be on it.
@@ -98,13 +98,13 @@ pub struct Queue {
     policies: Policies,
     hasher: RandomState,
     aggregates: HashMap<u64, Aggregate>,
-    /// What was put here is skipped when its place is another one by now.
+    /// What was put here is skipped when its state is another one by now.
     ready: VecDeque<u64>,
-    apart: VecDeque<u64>,
-    blocked: BTreeMap<Kind, VecDeque<u64>>,
+    quarantine: VecDeque<u64>,
+    blocked: BTreeMap<EventKind, VecDeque<u64>>,
     retries: Retries,
     /// Where the round over the blocked kinds stands.
-    turn: Option<Kind>,
+    turn: Option<EventKind>,
     /// Probes of what is blocked, and retries, take turns.
     probes_first: bool,
     /// So do first tries apart, and further ones.
@@ -117,7 +117,7 @@ pub struct Queue {
     events: usize,
     bytes: usize,
     windows: usize,
-    under_way_apart: UnderWayApart,
+    quarantine_in_flight: QuarantineInFlight,
     /// An event would be set aside and may not, because too many are.
     crowded: bool,
     /// When events that have rows were first not taken.
@@ -136,7 +136,7 @@ impl Queue {
             hasher: RandomState::new(),
             aggregates: HashMap::new(),
             ready: VecDeque::new(),
-            apart: VecDeque::new(),
+            quarantine: VecDeque::new(),
             blocked: BTreeMap::new(),
             retries: Retries::default(),
             turn: None,
@@ -148,7 +148,7 @@ impl Queue {
             events: 0,
             bytes: 0,
             windows: 0,
-            under_way_apart: UnderWayApart::default(),
+            quarantine_in_flight: QuarantineInFlight::default(),
             crowded: false,
             failed: HashMap::new(),
             forgotten: 0,
@@ -157,14 +157,14 @@ impl Queue {
 
     /// Adds an event that was read, behind all of its aggregate that were.
     pub fn add(&mut self, event: Event) {
-        self.insert(Item::new(Arc::new(event), Row::Outbox, 0));
+        self.insert(Item::new(Arc::new(event), StoredIn::Outbox, 0));
     }
 
     /// Adds an event that has a row in `outbox.parked`: before all of its aggregate that are younger.
-    pub fn add_row(&mut self, waiter: Waiter, row: Row, now: Instant) {
-        let Waiter { event, tries, failure, age } = waiter;
+    pub fn add_stored(&mut self, retry: StoredRetry, stored_in: StoredIn, now: Instant) {
+        let StoredRetry { event, tries, failure, age } = retry;
         let first = self.failed.get(&event.position).copied().unwrap_or(self.forgotten);
-        let mut item = Item::new(Arc::new(event), row, tries);
+        let mut item = Item::new(Arc::new(event), stored_in, tries);
         item.trouble = failure.map(|failure| Trouble {
             failure,
             first,
@@ -180,7 +180,7 @@ impl Queue {
         self.bytes += item.event.size();
         let id = self.hasher.hash_one((&*item.event.aggregate_type, &*item.event.aggregate_id));
         self.aggregates.entry(id).or_default().insert(item);
-        self.place(id);
+        self.reschedule(id);
     }
 
     /// How many events are in memory.
@@ -201,8 +201,8 @@ impl Queue {
     /// The positions of the events in memory that have a row.
     pub fn rows(&self) -> HashSet<i64> {
         let aggregates = self.aggregates.values();
-        let items = aggregates.flat_map(|a| a.items.iter().chain(&a.under_way));
-        items.filter(|item| item.row != Row::Outbox).map(|item| item.event.position).collect()
+        let items = aggregates.flat_map(|a| a.items.iter().chain(&a.in_flight));
+        items.filter(|item| item.stored_in != StoredIn::Outbox).map(|item| item.event.position).collect()
     }
 
     /// Whether an event would be set aside and may not, because too many are.
@@ -226,19 +226,19 @@ impl Queue {
         let mut picked = Vec::new();
         match route {
             Route::Lane => self.pick(published, now, &mut picked),
-            Route::Apart => self.pick_apart(published, now, &mut picked),
+            Route::Quarantine => self.pick_quarantine(published, now, &mut picked),
         }
         if picked.is_empty() {
             return None;
         }
         let window = Window { published, route, items: picked };
         self.windows += 1;
-        if route == Route::Apart {
+        if route == Route::Quarantine {
             let dangerous = window.items.iter().any(|item| self.danger(item) == Danger::Channel);
-            let under_way = &mut self.under_way_apart;
-            under_way.windows += 1;
-            under_way.bytes += window.bytes();
-            under_way.dangerous = dangerous;
+            let in_flight = &mut self.quarantine_in_flight;
+            in_flight.windows += 1;
+            in_flight.bytes += window.bytes();
+            in_flight.dangerous = dangerous;
         }
         Some(window)
     }
@@ -252,10 +252,10 @@ impl Queue {
 }
 
 impl Item {
-    fn new(event: Arc<Event>, row: Row, tries: u32) -> Self {
+    fn new(event: Arc<Event>, stored_in: StoredIn, tries: u32) -> Self {
         Self {
             event,
-            row,
+            stored_in,
             tries,
             trouble: None,
             losses: 0,

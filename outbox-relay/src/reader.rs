@@ -140,7 +140,7 @@ impl Reader {
             .fetch(&mut *conn);
 
         let mut found: Vec<Row> = Vec::new();
-        let (mut missing, mut bytes, mut cut) = (0, 0, false);
+        let (mut missing, mut bytes, mut over_budget) = (0, 0, false);
         let mut covered = i64::MAX;
         let last = |found: &[Row]| found.last().map_or(high, Row::position);
         while let Some(row) = rows.try_next().await? {
@@ -153,7 +153,7 @@ impl Reader {
             missing += usize::from(position <= high);
             bytes += row.size();
             if bytes > budget.bytes && !found.is_empty() {
-                cut = true;
+                over_budget = true;
                 covered = last(&found);
                 break;
             }
@@ -161,7 +161,7 @@ impl Reader {
         }
         drop(rows);
         self.rows = match found.len() {
-            taken if cut => taken * 2,
+            taken if over_budget => taken * 2,
             taken if taken >= most => most * 2,
             // Caught up: what comes next may be of any size.
             _ => FIRST_ROWS,

@@ -6,18 +6,18 @@ use std::{
     time::Duration,
 };
 
-use super::{Lane, Other};
+use super::{Lane, Replacement};
 use crate::{
     event::Event,
-    evidence::Kind,
+    evidence::EventKind,
     lease,
-    publish::{Fates, Guards, StandsStill},
-    queue::APART,
+    publish::{Fates, Guards, OnStall},
+    queue::QUARANTINE_WINDOWS,
 };
 
 /// Events that are published once more, each over a channel of its own, to find out which of them have no answer.
 /// Their bytes, and one event more.
-const SAMPLE: (usize, usize) = (APART, 4 * 1024 * 1024);
+const SAMPLE: (usize, usize) = (QUARANTINE_WINDOWS, 4 * 1024 * 1024);
 /// The broker may be slow for all. Without an answer to anybody, nothing is said of these for so long.
 const SLOW_FOR_ALL: Duration = Duration::from_secs(4);
 
@@ -28,21 +28,21 @@ impl Lane {
         &self,
         events: &[&Event],
         unanswered: Vec<usize>,
-        other: &Mutex<Other>,
+        other: &Mutex<Replacement>,
     ) -> Option<Fates> {
-        let permit = Arc::clone(&self.asks).acquire_owned().await.ok()?;
+        let permit = Arc::clone(&self.ask_permits).acquire_owned().await.ok()?;
         let link = self.nodes.connect(self.number).await.ok()?;
         let sent = lease::now();
         let guards = Guards {
-            allowed: &|| self.lease.is_valid(),
-            heard: &|| self.heard(sent),
+            may_publish: &|| self.lease.is_valid(),
+            on_confirm: &|| self.note_confirm(sent),
             // A broker that is slow answers nobody.
-            stands_still: StandsStill::GiveUp(&|still| {
-                still >= SLOW_FOR_ALL || self.answered.load(Ordering::Relaxed) >= sent
+            on_stall: OnStall::GiveUp(&|still| {
+                still >= SLOW_FOR_ALL || self.last_confirmed.load(Ordering::Relaxed) >= sent
             }),
         };
         let sample = sample(events, unanswered);
-        let fates = self.sender(&link).each_apart(sample, &guards).await;
+        let fates = self.sender(&link).each_over_own_channel(sample, &guards).await;
         *other.lock().unwrap_or_else(PoisonError::into_inner) = Some((link, permit));
         (!fates.is_empty()).then_some(fates)
     }
@@ -52,7 +52,7 @@ impl Lane {
 fn sample<'a>(events: &[&'a Event], unanswered: Vec<usize>) -> Vec<(usize, &'a Event)> {
     let mut kinds = HashSet::new();
     let (first, more): (Vec<usize>, Vec<usize>) =
-        unanswered.into_iter().partition(|n| kinds.insert(Kind::of(events[*n])));
+        unanswered.into_iter().partition(|n| kinds.insert(EventKind::of(events[*n])));
     let mut bytes = 0;
     let all = first.into_iter().chain(more).map(|n| (n, events[n]));
     let fitting = all.take(SAMPLE.0).take_while(|(_, event)| {

@@ -11,7 +11,7 @@ use crate::{
     broker::{BrokerError, Link},
     lease,
     pause::Pause,
-    publish::{Guards, Published, StandsStill},
+    publish::{Guards, OnStall, Published},
     queue::Window,
 };
 
@@ -21,7 +21,7 @@ const IDLE: Duration = Duration::from_mins(1);
 impl Lane {
     /// One connection's life, for windows that have a channel each: many at once, because those without an answer take seconds. Ends
     /// well, too, when there was nothing to do for long.
-    pub(super) async fn serve_apart(
+    pub(super) async fn serve_quarantine(
         &self,
         link: &Link,
         windows: &mut mpsc::Receiver<Window>,
@@ -31,7 +31,7 @@ impl Lane {
         let mut changes = link.changes();
         self.report(Report::State(state(link)));
         let mut under_way = FuturesUnordered::new();
-        under_way.extend(first.map(|window| self.window_apart(link, window)));
+        under_way.extend(first.map(|window| self.publish_window_in_quarantine(link, window)));
         let mut worked = Instant::now();
         let mut end = None;
         loop {
@@ -43,11 +43,11 @@ impl Lane {
                         Some(BrokerError::Refused(_) | BrokerError::Silent(_)) if link.condition().is_ok() => {}
                         Some(error) => end = end.or_else(|| Some(Err(error.clone()))),
                     }
-                    self.report(Report::Done(window, published, took));
+                    self.report(Report::Published(window, published, took));
                     worked = Instant::now();
                 }
                 window = windows.recv(), if end.is_none() => match window {
-                    Some(window) => under_way.push(self.window_apart(link, window)),
+                    Some(window) => under_way.push(self.publish_window_in_quarantine(link, window)),
                     None => end = Some(Ok(End::Closed)),
                 },
                 _ = changes.changed(), if end.is_none() => match link.condition() {
@@ -72,24 +72,28 @@ impl Lane {
         }
     }
 
-    async fn window_apart(&self, link: &Link, window: Window) -> (Window, Published, Duration) {
-        self.may_publish().await;
+    async fn publish_window_in_quarantine(
+        &self,
+        link: &Link,
+        window: Window,
+    ) -> (Window, Published, Duration) {
+        self.wait_for_lease().await;
         let began = Instant::now();
-        let mut published = self.apart(link, &window).await;
+        let mut published = self.over_own_channel(link, &window).await;
         published.attribute_refusal();
         (window, published, began.elapsed())
     }
 
     /// Publishes a window over a channel of its own. It is known to be strange, so nobody else is asked.
-    pub(super) async fn apart(&self, link: &Link, window: &Window) -> Published {
+    pub(super) async fn over_own_channel(&self, link: &Link, window: &Window) -> Published {
         let events: Vec<_> = window.items.iter().map(|item| &*item.event).collect();
         let sent = lease::now();
         let guards = Guards {
-            allowed: &|| self.lease.is_valid(),
-            heard: &|| self.heard(sent),
-            stands_still: StandsStill::GiveUp(&|_| true),
+            may_publish: &|| self.lease.is_valid(),
+            on_confirm: &|| self.note_confirm(sent),
+            on_stall: OnStall::GiveUp(&|_| true),
         };
-        let mut published = self.sender(link).apart(&events, &guards).await;
+        let mut published = self.sender(link).over_own_channel(&events, &guards).await;
         if let Some(error @ BrokerError::Publish(_)) = published.ended {
             published.ended = Some(link.reason(error).await);
         }

@@ -6,9 +6,9 @@ use std::{
     time::Instant,
 };
 
-use super::{APART, APART_BYTES, Item, Place, Queue, UnderWayApart};
+use super::{AggregateState, Item, QUARANTINE_BYTES, QUARANTINE_WINDOWS, QuarantineInFlight, Queue};
 use crate::{
-    evidence::{Danger, Failure, Kind, Stamp},
+    evidence::{Danger, EventKind, PublishFailure, Stamp},
     publish::MAX_UNANSWERED,
     rules::Unroutable,
 };
@@ -26,18 +26,18 @@ impl Queue {
         while picked.len() < most
             && let Some(id) = self.ready.pop_front()
         {
-            let Some((Place::Ready, first)) = self.first(id) else { continue };
+            let Some((AggregateState::Ready, first)) = self.first(id) else { continue };
             // A returned message is known by its id, and nothing in the schema keeps a writer from using one twice.
             if ids.contains(&first.event.id) {
                 twins.push(id);
                 continue;
             }
-            let place = self.fitting(first);
-            if place == Place::Ready {
+            let state = self.state_for(first);
+            if state == AggregateState::Ready {
                 ids.insert(first.event.id);
                 picked.extend(self.begin(id, published));
             } else {
-                self.put(id, place);
+                self.enter(id, state);
             }
         }
         for id in twins.into_iter().rev() {
@@ -47,21 +47,21 @@ impl Queue {
 
     /// Picks one event that has a channel of its own. What may end the connection has that to itself, too, and is not
     /// kept waiting by what has no answer.
-    pub(super) fn pick_apart(&mut self, published: Stamp, now: Instant, picked: &mut Vec<Item>) {
-        let UnderWayApart { windows, bytes, dangerous } = self.under_way_apart;
-        if dangerous || windows >= APART || bytes >= APART_BYTES {
+    pub(super) fn pick_quarantine(&mut self, published: Stamp, now: Instant, picked: &mut Vec<Item>) {
+        let QuarantineInFlight { windows, bytes, dangerous } = self.quarantine_in_flight;
+        if dangerous || windows >= QUARANTINE_WINDOWS || bytes >= QUARANTINE_BYTES {
             return;
         }
         let mut ids = HashSet::new();
-        while let Some(id) = self.apart.front().copied() {
-            let Some((Place::Apart, first)) = self.first(id) else {
-                self.apart.pop_front();
+        while let Some(id) = self.quarantine.front().copied() {
+            let Some((AggregateState::Quarantine, first)) = self.first(id) else {
+                self.quarantine.pop_front();
                 continue;
             };
-            let place = self.fitting(first);
-            if place != Place::Apart {
-                self.apart.pop_front();
-                self.put(id, place);
+            let state = self.state_for(first);
+            if state != AggregateState::Quarantine {
+                self.quarantine.pop_front();
+                self.enter(id, state);
                 continue;
             }
             if self.danger(first) == Danger::Channel && windows > 0 {
@@ -79,7 +79,7 @@ impl Queue {
                 break;
             }
             if untried {
-                if let Some(id) = self.apart.pop_front() {
+                if let Some(id) = self.quarantine.pop_front() {
                     picked.extend(self.begin(id, published));
                 }
             } else {
@@ -111,7 +111,7 @@ impl Queue {
                 self.retry(danger, now).or_else(|| self.probe(danger, now))
             };
             let Some(id) = id else { return };
-            let Some((place, first)) = self.first(id) else { continue };
+            let Some((state, first)) = self.first(id) else { continue };
             if ids.insert(first.event.id) {
                 let behind = self.chain(id, ids);
                 picked.extend(self.begin(id, published));
@@ -124,7 +124,7 @@ impl Queue {
                     first.chained = true;
                 }
             } else {
-                self.put(id, place);
+                self.enter(id, state);
                 return;
             }
         }
@@ -164,7 +164,9 @@ impl Queue {
         let probes = self.blocked.values().filter_map(VecDeque::front).copied();
         let probes = probes.filter(|_| !self.evidence.flows());
         retries.chain(probes).any(|id| {
-            let first = self.first(id).filter(|(place, _)| matches!(place, Place::Retry | Place::Blocked));
+            let first = self
+                .first(id)
+                .filter(|(state, _)| matches!(state, AggregateState::Retry | AggregateState::Blocked));
             first.is_some_and(|(_, first)| self.danger(first) == danger)
         })
     }
@@ -176,7 +178,7 @@ impl Queue {
         self.retries.next(now, |id| {
             let Some(first) = aggregates.get(&id).and_then(|a| a.items.front()) else { return false };
             let decides = first.trouble.as_ref().is_some_and(|trouble| {
-                trouble.failure == Failure::Unroutable && evidence.taken_since(trouble.first)
+                trouble.failure == PublishFailure::Unroutable && evidence.taken_since(trouble.first)
             });
             first.danger().max(evidence.danger(&first.event)) == danger
                 && (decides || budget.take(first.event.size(), now))
@@ -191,12 +193,12 @@ impl Queue {
         for _ in 0..self.blocked.len() {
             let after = self.turn.as_ref().and_then(|turn| {
                 let after = (Bound::Excluded(turn), Bound::Unbounded);
-                self.blocked.range::<Kind, _>(after).next()
+                self.blocked.range::<EventKind, _>(after).next()
             });
             let kind = after.or_else(|| self.blocked.iter().next()).map(|(kind, _)| kind.clone())?;
             self.turn = Some(kind.clone());
             while let Some(id) = self.blocked.get_mut(&kind).and_then(VecDeque::pop_front) {
-                let Some((Place::Blocked, first)) = self.first(id) else { continue };
+                let Some((AggregateState::Blocked, first)) = self.first(id) else { continue };
                 let (fits, size) = (self.danger(first) == danger, first.event.size());
                 if fits && self.budget.take(size, now) {
                     return Some(id);
@@ -214,8 +216,8 @@ impl Queue {
     fn unblock(&mut self) {
         for (_, ids) in std::mem::take(&mut self.blocked) {
             for id in ids {
-                if matches!(self.first(id), Some((Place::Blocked, _))) {
-                    self.put(id, Place::Ready);
+                if matches!(self.first(id), Some((AggregateState::Blocked, _))) {
+                    self.enter(id, AggregateState::Ready);
                 }
             }
         }
@@ -230,9 +232,9 @@ impl Queue {
         item.decides = item.trouble.as_ref().is_some_and(|trouble| evidence.taken_since(trouble.first));
         item.guessed = item.trouble.is_none() && evidence.is_proven(&item.event);
         item.aggregate = id;
-        aggregate.place = Place::UnderWay;
+        aggregate.state = AggregateState::InFlight;
         aggregate.retry = None;
-        aggregate.under_way.push(item.clone());
+        aggregate.in_flight.push(item.clone());
         Some(item)
     }
 }

@@ -6,14 +6,14 @@ use sqlx::{Connection, PgConnection};
 
 use super::{SessionError, within_timeout};
 use crate::{
-    evidence::Failure,
+    evidence::PublishFailure,
     lease::{self, Lease},
-    parked::{self, Due, Parking, Reason},
+    parked::{self, ParkedQuery, Parking},
     position::Positions,
     reader::{self, Batch, Budget, Reader},
     row::Unreadable,
     unreadable,
-    waiting::{self, Counts, Spilled, Waiter, Wanted},
+    waiting::{self, Spilled, StoredRetry, WaitingCounts, WaitingQuery},
 };
 
 /// Open ranges that are stored; beyond it a restart repeats more.
@@ -92,74 +92,77 @@ impl LeaderSession {
     }
 
     /// Has events wait, in the database; the caller settles them then. Returns what there is of each kind more.
-    pub async fn wait(&mut self, spilled: &[Spilled]) -> Result<Counts, SessionError> {
+    pub async fn spill(&mut self, spilled: &[Spilled]) -> Result<WaitingCounts, SessionError> {
         let sent = lease::now();
-        let stored = within_timeout(waiting::wait(&mut self.conn, &self.name, self.epoch, spilled)).await?;
+        let stored = within_timeout(waiting::spill(&mut self.conn, &self.name, self.epoch, spilled)).await?;
         self.lease.renew(sent);
         stored.ok_or(SessionError::Deposed)
     }
 
     /// Of events that were read, has those wait whose aggregate does; the caller settles them then. Returns their
     /// positions, and what there is of each kind more.
-    pub async fn divert(&mut self, positions: &[i64]) -> Result<(Vec<i64>, Counts), SessionError> {
+    pub async fn divert(&mut self, positions: &[i64]) -> Result<(Vec<i64>, WaitingCounts), SessionError> {
         let stored =
             within_timeout(waiting::divert(&mut self.conn, &self.name, self.epoch, positions)).await?;
         stored.ok_or(SessionError::Deposed)
     }
 
     /// Events with rows are published, or dropped by a rule. Returns what there is of each kind less that waited.
-    pub async fn gone(&mut self, positions: &[i64]) -> Result<Counts, SessionError> {
-        within_timeout(waiting::gone(&mut self.conn, &self.name, positions)).await
+    pub async fn remove_rows(&mut self, positions: &[i64]) -> Result<WaitingCounts, SessionError> {
+        within_timeout(waiting::remove_rows(&mut self.conn, &self.name, positions)).await
     }
 
     /// These were set aside, and what waited behind them is tried.
-    pub async fn next(&mut self, positions: &[i64]) -> Result<(), SessionError> {
-        within_timeout(waiting::next(&mut self.conn, &self.name, positions)).await
+    pub async fn release_next(&mut self, positions: &[i64]) -> Result<(), SessionError> {
+        within_timeout(waiting::release_next(&mut self.conn, &self.name, positions)).await
     }
 
     /// These were not taken once more, and wait.
-    pub async fn wait_longer(&mut self, failed: &[(i64, Failure, String, f64)]) -> Result<(), SessionError> {
+    pub async fn postpone_waiting(
+        &mut self,
+        failed: &[(i64, PublishFailure, String, f64)],
+    ) -> Result<(), SessionError> {
         within_timeout(waiting::postpone(&mut self.conn, &self.name, failed)).await
     }
 
     /// What of those that wait is to be tried now.
-    pub async fn waiters(&mut self, wanted: &Wanted<'_>) -> Result<Vec<Waiter>, SessionError> {
+    pub async fn waiting_due(&mut self, wanted: &WaitingQuery<'_>) -> Result<Vec<StoredRetry>, SessionError> {
         let (waiters, unreadable) = within_timeout(waiting::due(&mut self.conn, &self.name, wanted)).await?;
         // They could be read once, or they would not wait: somebody has changed the rows since.
         if !unreadable.is_empty() {
             let detail = |row: &Unreadable| format!("it cannot be read: {}", row.reason);
             let parkings = unreadable.iter().map(|row| Parking {
                 position: row.position,
-                reason: Reason::Refused,
+                reason: PublishFailure::Refused,
                 detail: detail(row),
             });
             self.park(&parkings.collect::<Vec<_>>()).await?;
             let positions: Vec<i64> = unreadable.iter().map(|row| row.position).collect();
-            self.next(&positions).await?;
+            self.release_next(&positions).await?;
         }
         Ok(waiters)
     }
 
     /// How many of each kind wait.
-    pub async fn count_waiting(&mut self) -> Result<Counts, SessionError> {
+    pub async fn count_waiting(&mut self) -> Result<WaitingCounts, SessionError> {
         within_timeout(waiting::count(&mut self.conn, &self.name)).await
     }
 
     /// No queue takes these yet: they wait for their next turn.
-    pub async fn postpone(&mut self, positions: &[i64]) -> Result<(), SessionError> {
+    pub async fn postpone_parked(&mut self, positions: &[i64]) -> Result<(), SessionError> {
         within_timeout(parked::postpone(&mut self.conn, &self.name, positions)).await
     }
 
     /// An event that was set aside is refused once more, for itself.
-    pub async fn refuse(&mut self, position: i64, why: &str) -> Result<(), SessionError> {
+    pub async fn refuse_parked(&mut self, position: i64, why: &str) -> Result<(), SessionError> {
         within_timeout(parked::refuse(&mut self.conn, &self.name, position, why)).await
     }
 
     /// What is aside, and what of it is to be tried now, but for what is in memory already.
-    pub async fn due(&mut self, due: Due<'_>) -> Result<parked::Aside, SessionError> {
+    pub async fn parked_due(&mut self, due: ParkedQuery<'_>) -> Result<parked::ParkedEvents, SessionError> {
         let aside = within_timeout(parked::due(&mut self.conn, &self.name, due)).await?;
         for row in &aside.unreadable {
-            self.refuse(row.position, &format!("it cannot be read: {}", row.reason)).await?;
+            self.refuse_parked(row.position, &format!("it cannot be read: {}", row.reason)).await?;
         }
         Ok(aside)
     }

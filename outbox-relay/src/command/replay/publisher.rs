@@ -94,9 +94,9 @@ impl Publisher {
             lease: Lease::new(Duration::MAX),
             reports: report,
             stop: stop_lane.clone(),
-            answered: Arc::new(AtomicU64::new(0)),
-            asks: Arc::new(Semaphore::new(1)),
-            is_apart: false,
+            last_confirmed: Arc::new(AtomicU64::new(0)),
+            ask_permits: Arc::new(Semaphore::new(1)),
+            is_quarantine: false,
         };
         let lane = tokio::spawn(lane.run(windows));
         let budget = Budget::new(Instant::now());
@@ -145,7 +145,7 @@ impl Publisher {
                 continue;
             }
             // What may end its channel has one of its own.
-            let route = if page.alone { Route::Apart } else { Route::Lane };
+            let route = if page.alone { Route::Quarantine } else { Route::Lane };
             let (window, published) = self.send(Window::of(events, route), registration).await?;
             let round = match published {
                 Some(published) => self.settle(&window, published, page, progress).await?,
@@ -182,8 +182,8 @@ impl Publisher {
                 Err(_) => registration.beat().await?,
                 Ok(report) => match report.context(ENDED)?.1 {
                     Report::State(state) => self.trouble = state.err(),
-                    Report::Done(window, published, _) => return Ok((window, Some(published))),
-                    Report::Back(window) => return Ok((window, None)),
+                    Report::Published(window, published, _) => return Ok((window, Some(published))),
+                    Report::Returned(window) => return Ok((window, None)),
                 },
             }
         }
@@ -248,13 +248,12 @@ impl Publisher {
             }
         }
         match ended {
-            None => {}
             // Which event it is, is found out one by one.
             Some(BrokerError::Refused(why)) if unknown => {
                 page.alone = true;
                 round.why = Some(format!("the broker refused: {why}"));
             }
-            Some(BrokerError::Refused(_)) => {}
+            None | Some(BrokerError::Refused(_)) => {}
             Some(error @ BrokerError::Silent(_)) => {
                 round.why.get_or_insert_with(|| error.to_string());
             }
