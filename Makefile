@@ -42,13 +42,14 @@ schemathesis: ## Hold the APIs against their documents, thousands of requests; S
 	cargo build --workspace
 	exec $(DEVSTACK) schemathesis -- $(SCHEMATHESIS_ARGS)
 
+# A release has no failpoints, which the package `chaos` turns on.
 bench: ## Measure the system next to its ceilings, 15 minutes; writes docs/bench; BENCH_ARGS="--quick --json FILE"
 	@crates/devstack/install
 ifneq ($(findstring --quick,$(BENCH_ARGS)),)
 	cargo build --workspace
 	exec $(TARGET)/debug/bench $(BENCH_ARGS)
 else
-	cargo build --release --workspace $(PROGRAMS:%=--bin %)
+	cargo build --release --workspace --exclude chaos $(PROGRAMS:%=--bin %)
 	cargo build --profile laboratory --workspace --bin bench --bin devstack
 	DEVSTACK_PROGRAMS=$(abspath $(TARGET))/release exec $(TARGET)/laboratory/bench $(BENCH_ARGS)
 endif

@@ -23,7 +23,7 @@ use sqlx::PgConnection;
 pub use daemon::command::{CommandArgs, Verdict};
 pub(crate) use daemon::command::{bar, many, operator, span};
 
-use crate::leader::schema;
+use crate::session::schema;
 
 /// Why a change failed: `nothing` says that there is none. When the connection ended, it may have been stored.
 pub(crate) fn not_done(error: sqlx::Error, nothing: &'static str) -> anyhow::Error {

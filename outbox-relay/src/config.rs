@@ -1,8 +1,7 @@
-//! The command line and its environment variables.
+//! The settings of the service, and what commands share of them.
 
 use std::{fmt::Write, net::SocketAddr, time::Duration};
 
-use clap::{Parser, Subcommand};
 use daemon::{
     cli::Setting,
     config::{SettingError, broker::BrokerArgs, database::DatabaseArgs},
@@ -13,72 +12,14 @@ use daemon::{
 use lapin::types::ShortString;
 
 use crate::{
-    command::{
-        digest::DigestArgs, doctor::DoctorArgs, erasures::ErasuresArgs, forget::ForgetArgs,
-        new_incarnation::NewIncarnationArgs, parked::ParkedArgs, pause::PauseArgs, prune::PruneArgs,
-        replay::ReplayArgs, status::StatusArgs, trace::TraceArgs,
-    },
-    leader::Begin,
     partition::PartitionArgs,
     relay::exchange,
     rules::{Nacked, Rules, Unroutable},
+    session::Begin,
 };
 
 /// A statement of the relay reads at most one batch by an index.
 pub const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Publishes the transactional outbox of any PostgreSQL database to RabbitMQ, reliably and in order.
-#[derive(Debug, Parser)]
-#[command(name = "outbox-relay", version)]
-pub struct Cli {
-    /// What to do.
-    #[command(subcommand)]
-    pub command: Command,
-}
-
-/// The relay's commands.
-#[derive(Debug, Subcommand)]
-pub enum Command {
-    /// Relay events until stopped. Any number may run: one leads, the others stand by.
-    Run(Box<RunArgs>),
-    /// Install the outbox in a database, or bring it up to date.
-    Migrate(MigrateArgs),
-    /// Show where each relay stands, and what it waits for; exit code 3 when something is not well.
-    Status(StatusArgs),
-    /// Examine the database, its relays and the broker; exit code 3 when there is something to do.
-    Doctor(DoctorArgs),
-    /// Find an event, or an aggregate's events, and how far each relay is with them.
-    Trace(TraceArgs),
-    /// Sum up what the outbox has, or compare it with what a subscriber has applied; exit code 3 when
-    /// they differ.
-    Digest(Box<DigestArgs>),
-    /// Look after events that were set aside.
-    Parked(ParkedArgs),
-    /// Publish history again, beside the live relay: to everybody, or to one queue alone.
-    Replay(Box<ReplayArgs>),
-    /// Publish nothing more until `resume`; writers do not notice.
-    Pause {
-        /// Which relay.
-        #[command(flatten)]
-        args: PauseArgs,
-        /// Why, for whoever finds it paused.
-        #[arg(long, value_name = "TEXT")]
-        reason: Option<String>,
-    },
-    /// Go on after `pause`.
-    Resume(PauseArgs),
-    /// After a restore or a failover that lost commits: publish under a new incarnation of the source.
-    NewIncarnation(NewIncarnationArgs),
-    /// Empty partitions of the outbox whose events are old enough, and needed by nobody.
-    Prune(PruneArgs),
-    /// Show which ended aggregates are still being erased; exit code 3 while there are any.
-    Erasures(ErasuresArgs),
-    /// Remove a relay name that is not used any more, with what it set aside; retention then no longer waits
-    /// for it.
-    Forget(ForgetArgs),
-    /// Ask a running relay whether it is ready; exit code 1, with the reasons, when it is not.
-    Health(HealthArgs),
-}
 
 /// Where the relay answers.
 #[derive(Clone, Copy, Debug, clap::Args)]

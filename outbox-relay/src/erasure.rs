@@ -12,7 +12,7 @@ use daemon::{
 use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
 
-use crate::{failpoint, kept::Kept};
+use crate::{failpoint, task_connection::TaskConnection};
 
 /// How often a relay looks whether there is something to erase.
 const ROUND: Duration = Duration::from_secs(10);
@@ -75,16 +75,16 @@ impl Size {
 }
 
 /// Works off erasures until `stop`. What goes wrong here stops no event: it is shown, and tried again.
-pub(crate) async fn keep(
+pub(crate) async fn work_off(
     database: Database,
     most: i64,
     health: Part,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut pause = Backoff::new(ROUND, ROUND * 6);
-    let mut kept = Kept::new(for_steps(database));
+    let mut connection = TaskConnection::new(for_steps(database));
     while !stop.is_cancelled() {
-        match round(&mut kept, Size::new(most), &health, &stop).await {
+        match round(&mut connection, Size::new(most), &health, &stop).await {
             Ok(()) => pause.reset(),
             // The relay says so itself when the database is away.
             Err(error) => {
@@ -101,14 +101,19 @@ pub(crate) async fn keep(
         }
         pause.wait(&stop).await;
     }
-    kept.close().await;
+    connection.close().await;
     Ok(())
 }
 
 /// One look, and as many steps as there are.
-async fn round(kept: &mut Kept, size: Size, health: &Part, stop: &CancellationToken) -> sqlx::Result<()> {
+async fn round(
+    connection: &mut TaskConnection,
+    size: Size,
+    health: &Part,
+    stop: &CancellationToken,
+) -> sqlx::Result<()> {
     // A server that does not answer must not keep the process from ending.
-    let Some(connected) = stop.run_until_cancelled(Box::pin(bounded(kept.take()))).await else {
+    let Some(connected) = stop.run_until_cancelled(Box::pin(bounded(connection.take()))).await else {
         return Ok(());
     };
     let mut conn = connected?;
@@ -116,7 +121,7 @@ async fn round(kept: &mut Kept, size: Size, health: &Part, stop: &CancellationTo
     let Some(done) = stop.run_until_cancelled(Box::pin(steps(&mut conn, size, health, stop))).await else {
         return Ok(());
     };
-    kept.keep(conn, &done);
+    connection.keep(conn, &done);
     done
 }
 

@@ -1,7 +1,7 @@
 //! What confirms and failures prove. No I/O.
 //!
 //! Trouble belongs to the aggregate that has it. What else is routed like it cannot be known: bindings and
-//! partitions are invisible. So a [`Kind`] in trouble is a guess only, for "try one of these first", and one
+//! partitions are invisible. So an [`EventKind`] in trouble is a guess only, for "try one of these first", and one
 //! confirm of a sibling that was *published after* the trouble began ends the guess. A confirm that only
 //! *arrived* later proves nothing: it may have been routed before.
 
@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::reader::Event;
+use crate::event::Event;
 
 /// More kinds in trouble than this are not remembered: each is tried like a healthy one then.
 const MAX_KINDS: usize = 1_000;
@@ -24,14 +24,14 @@ pub type Stamp = u64;
 
 /// Events that are likely to be routed alike: of the same type and aggregate type.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Kind {
+pub struct EventKind {
     /// The event type.
     pub type_: String,
     /// The aggregate type.
     pub aggregate_type: String,
 }
 
-impl Kind {
+impl EventKind {
     /// The kind of an event.
     pub fn of(event: &Event) -> Self {
         Self { type_: event.type_.clone(), aggregate_type: event.aggregate_type.clone() }
@@ -40,7 +40,7 @@ impl Kind {
 
 /// How an event was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Failure {
+pub enum PublishFailure {
     /// No queue takes it.
     Unroutable,
     /// One of the queues that take it refuses it for now.
@@ -51,7 +51,7 @@ pub enum Failure {
     Silent,
 }
 
-impl Failure {
+impl PublishFailure {
     /// As it is stored.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -95,7 +95,7 @@ pub enum Danger {
 #[derive(Clone, Debug)]
 struct Suspect {
     since: Stamp,
-    failure: Failure,
+    failure: PublishFailure,
     /// An event of this kind was proven to be at fault itself, while others were taken.
     proven: bool,
     /// When one of this kind last had no answer.
@@ -115,7 +115,7 @@ pub struct Evidence {
     doubt: Stamp,
     /// The latest failure.
     failed: Stamp,
-    kinds: HashMap<Kind, Suspect>,
+    kinds: HashMap<EventKind, Suspect>,
     /// The size from which on events were refused.
     large: Option<usize>,
 }
@@ -133,7 +133,7 @@ impl Evidence {
         &mut self,
         event: &Event,
         published: Stamp,
-        before: Option<Failure>,
+        before: Option<PublishFailure>,
         now: Instant,
     ) -> bool {
         self.confirmed = self.confirmed.max(published);
@@ -143,12 +143,12 @@ impl Evidence {
         if self.kinds.is_empty() {
             return false;
         }
-        let kind = Kind::of(event);
+        let kind = EventKind::of(event);
         let ends = self.kinds.get(&kind).is_some_and(|suspect| {
             // Others of a silent kind are taken all the time where its queues are several. Each that is not costs the
             // lanes seconds, so that their being taken says nothing.
             let silent = suspect.silent.is_some_and(|at| now.duration_since(at) < SILENT);
-            suspect.since < published && (!silent || before == Some(Failure::Silent))
+            suspect.since < published && (!silent || before == Some(PublishFailure::Silent))
         });
         if ends {
             self.kinds.remove(&kind);
@@ -157,10 +157,10 @@ impl Evidence {
     }
 
     /// An event was not taken; this was learned at `now`.
-    pub fn failed(&mut self, event: &Event, failure: Failure, why: &str, (now, at): (Stamp, Instant)) {
+    pub fn failed(&mut self, event: &Event, failure: PublishFailure, why: &str, (now, at): (Stamp, Instant)) {
         self.failed = now;
-        let kind = Kind::of(event);
-        let silent = (failure == Failure::Silent).then_some(at);
+        let kind = EventKind::of(event);
+        let silent = (failure == PublishFailure::Silent).then_some(at);
         if let Some(suspect) = self.kinds.get_mut(&kind) {
             suspect.silent = silent.or(suspect.silent);
             // A kind that may harm the channel stays one until an event of it is taken.
@@ -188,14 +188,14 @@ impl Evidence {
 
     /// An event was proven to be at fault itself.
     pub fn proven(&mut self, event: &Event) {
-        if let Some(suspect) = self.kinds.get_mut(&Kind::of(event)) {
+        if let Some(suspect) = self.kinds.get_mut(&EventKind::of(event)) {
             suspect.proven = true;
         }
     }
 
     /// Whether one of its kind was proven to be at fault, and none was taken since.
     pub fn is_proven(&self, event: &Event) -> bool {
-        !self.kinds.is_empty() && self.kinds.get(&Kind::of(event)).is_some_and(|suspect| suspect.proven)
+        !self.kinds.is_empty() && self.kinds.get(&EventKind::of(event)).is_some_and(|suspect| suspect.proven)
     }
 
     /// Whether something was taken that was handed out after the last new trouble began.
@@ -216,12 +216,14 @@ impl Evidence {
     /// Whether an event that was not tried yet waits until something is taken: its kind is in trouble, and maybe
     /// everything is.
     pub fn is_blocked(&self, event: &Event) -> bool {
-        !self.flows() && !self.kinds.is_empty() && self.kinds.contains_key(&Kind::of(event))
+        !self.flows() && !self.kinds.is_empty() && self.kinds.contains_key(&EventKind::of(event))
     }
 
     /// Whether its kind is in trouble because no queue takes it.
     pub fn is_unroutable(&self, event: &Event) -> bool {
-        self.kinds.get(&Kind::of(event)).is_some_and(|suspect| suspect.failure == Failure::Unroutable)
+        self.kinds
+            .get(&EventKind::of(event))
+            .is_some_and(|suspect| suspect.failure == PublishFailure::Unroutable)
     }
 
     /// What publishing the event may do to others.
@@ -232,11 +234,11 @@ impl Evidence {
         if self.kinds.is_empty() {
             return Danger::None;
         }
-        self.kinds.get(&Kind::of(event)).map_or(Danger::None, |suspect| suspect.failure.danger())
+        self.kinds.get(&EventKind::of(event)).map_or(Danger::None, |suspect| suspect.failure.danger())
     }
 
     /// Why something is not taken: the trouble that began first, of those that `of` takes by type.
-    pub fn why(&self, of: impl Fn(&str, Failure) -> bool) -> Option<&str> {
+    pub fn why(&self, of: impl Fn(&str, PublishFailure) -> bool) -> Option<&str> {
         let suspects = self.kinds.iter().filter(|(kind, suspect)| of(&kind.type_, suspect.failure));
         suspects.min_by_key(|(_, suspect)| suspect.since).map(|(_, suspect)| &*suspect.why)
     }

@@ -1,31 +1,20 @@
-//! In debug builds, a place to die: `OUTBOX_RELAY_FAILPOINT=publish:3` kills the process, as SIGKILL
-//! does, when it comes by the step `publish` for the third time. Compiled to nothing in a release.
+//! Points at which the fault suite kills the process, by the crate `fail`. They are behind the feature `failpoints`,
+//! which no release has. `FAILPOINTS=publish=2*off->return` kills the process, as SIGKILL does, when it passes the step
+//! `publish` for the third time.
 
 /// Passes a step: `read` (events are in memory), `publish` (a window is written, nothing confirmed),
 /// `confirm` (its fate is known, nothing settled), `park` (events are set aside, nothing settled), `save`
 /// (progress is stored), `erase` (a step of an erasure is not committed yet).
-#[cfg(debug_assertions)]
+#[cfg(feature = "failpoints")]
 pub(crate) fn hit(step: &str) {
-    use std::sync::{
-        OnceLock,
-        atomic::{AtomicU32, Ordering},
-    };
-
-    static POINT: OnceLock<Option<(String, u32)>> = OnceLock::new();
-    static PASSED: AtomicU32 = AtomicU32::new(0);
-    let point = POINT.get_or_init(|| {
-        let value = std::env::var("OUTBOX_RELAY_FAILPOINT").ok()?;
-        let (step, count) = value.split_once(':')?;
-        Some((step.to_owned(), count.parse().ok()?))
-    });
-    if let Some((wanted, count)) = point
-        && wanted == step
-        && PASSED.fetch_add(1, Ordering::Relaxed) + 1 == *count
-    {
+    static READ_SETTING: std::sync::Once = std::sync::Once::new();
+    // What is dropped takes its settings along.
+    READ_SETTING.call_once(|| std::mem::forget(fail::FailScenario::setup()));
+    fail::fail_point!(step, |_| {
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-    }
+    });
 }
 
 /// See above.
-#[cfg(not(debug_assertions))]
+#[cfg(not(feature = "failpoints"))]
 pub(crate) fn hit(_: &str) {}

@@ -1,8 +1,11 @@
 //! A lane: one connection that publishes one window after the other. Several of them publish in
 //! parallel, each for its own aggregates.
 
+mod ask;
+mod patience;
+mod quarantine;
+
 use std::{
-    collections::HashSet,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -11,35 +14,26 @@ use std::{
 };
 
 use amqp::Reconnect;
-use futures_util::{
-    FutureExt,
-    stream::{FuturesUnordered, StreamExt},
-};
+use futures_util::FutureExt;
+use lapin::types::ShortString;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     broker::{Broker, BrokerError, Condition, Link},
-    evidence::Kind,
     lease::{self, Lease},
-    publish::{Fate, Fates, Guards, Published, Sender, StandsStill, publish},
-    queue::{APART, Route, Window},
-    reader::Event,
+    publish::{Fate, Guards, OnStall, Published, Sender, publish},
+    queue::{Route, Window},
 };
+
+use patience::Patience;
 
 /// How often a lane with nothing to do looks whether its channel is still there.
 const LOOK: Duration = Duration::from_millis(500);
 /// How often it looks whether its lease is valid again.
 const LEASE_LOOK: Duration = Duration::from_millis(20);
-/// A connection on demand is kept for so long with nothing to do.
-const IDLE: Duration = Duration::from_mins(1);
 /// Confirms that take longer are a reason to be not ready.
 const SLOW: Duration = Duration::from_secs(5);
-/// Events that are published once more, each over a channel of its own, to find out which of them have no answer.
-/// Their bytes, and one event more.
-const SAMPLE: (usize, usize) = (APART, 4 * 1024 * 1024);
-/// The broker may be slow for all. Without an answer to anybody, nothing is said of these for so long.
-const SLOW_FOR_ALL: Duration = Duration::from_secs(4);
 
 /// What a lane tells the relay.
 #[derive(Debug)]
@@ -47,9 +41,9 @@ pub enum Report {
     /// Whether it can publish, and why it cannot.
     State(Result<(), String>),
     /// What became of a window, and how long it took.
-    Done(Window, Published, Duration),
+    Published(Window, Published, Duration),
     /// A window that it did not begin, for want of a connection.
-    Back(Window),
+    Returned(Window),
 }
 
 /// What a lane works with.
@@ -59,6 +53,8 @@ pub struct Lane {
     pub number: usize,
     /// The broker.
     pub broker: Broker,
+    /// The exchange that it publishes to: that of the broker, or one that leads to fewer queues.
+    pub exchange: ShortString,
     /// Who publishes, as `app_id` spells it.
     pub source: String,
     /// Until when it may publish.
@@ -69,12 +65,12 @@ pub struct Lane {
     pub stop: CancellationToken,
     /// When the latest window was begun of which the broker answered anything, in milliseconds since boot. All lanes
     /// have the same.
-    pub answered: Arc<AtomicU64>,
+    pub last_confirmed: Arc<AtomicU64>,
     /// So many lanes may ask over another connection at a time, which takes as much memory as theirs.
-    pub asks: Arc<Semaphore>,
+    pub ask_permits: Arc<Semaphore>,
     /// For windows that have a channel each. It connects only once there is something to publish, and goes again when
     /// there is nothing for a while.
-    pub is_apart: bool,
+    pub is_quarantine: bool,
 }
 
 impl Lane {
@@ -82,7 +78,7 @@ impl Lane {
     pub async fn run(self, mut windows: mpsc::Receiver<Window>) {
         let mut reconnect = Reconnect::default();
         let mut patience = Patience::default();
-        let mut asleep = self.is_apart;
+        let mut asleep = self.is_quarantine;
         while !self.stop.is_cancelled() && !windows.is_closed() {
             let mut first = None;
             if asleep {
@@ -95,13 +91,13 @@ impl Lane {
             asleep = false;
             let Some(connected) = self.stop.run_until_cancelled(self.broker.connect(&mut reconnect)).await
             else {
-                self.back(first);
+                self.give_back(first);
                 break;
             };
             match connected {
                 Ok(mut link) => {
-                    let ended = if self.is_apart {
-                        self.serve_apart(&link, &mut windows, first, &mut reconnect).await
+                    let ended = if self.is_quarantine {
+                        self.serve_quarantine(&link, &mut windows, first, &mut reconnect).await
                     } else {
                         self.serve(&mut link, &mut windows, &mut reconnect, &mut patience).await
                     };
@@ -121,23 +117,23 @@ impl Lane {
                 Err(error) => {
                     reconnect.lost();
                     self.report(Report::State(Err(error.to_string())));
-                    self.back(first);
+                    self.give_back(first);
                 }
             }
             while let Ok(window) = windows.try_recv() {
-                self.report(Report::Back(window));
+                self.report(Report::Returned(window));
             }
             reconnect.wait(&self.stop).await;
         }
         windows.close();
         while let Some(window) = windows.recv().await {
-            self.report(Report::Back(window));
+            self.report(Report::Returned(window));
         }
     }
 
-    fn back(&self, window: Option<Window>) {
+    fn give_back(&self, window: Option<Window>) {
         if let Some(window) = window {
-            self.report(Report::Back(window));
+            self.report(Report::Returned(window));
         }
     }
 
@@ -169,25 +165,26 @@ impl Lane {
                 }
             };
             let Some(window) = window else { return Ok(End::Closed) };
-            self.may_publish().await;
+            self.wait_for_lease().await;
             let began = Instant::now();
-            let (published, other) = match window.route {
+            let (mut published, other) = match window.route {
                 Route::Lane => self.publish(link, &mut changes, &window).await,
-                Route::Apart => (self.apart(link, &window).await, None),
+                Route::Quarantine => (self.over_own_channel(link, &window).await, None),
             };
+            published.attribute_refusal();
             let nacked = published.fates.contains(&Some(Fate::Nacked));
             let (route, ended) = (window.route, published.ended.clone());
-            self.report(Report::Done(window, published, began.elapsed()));
+            self.report(Report::Published(window, published, began.elapsed()));
             match (ended, other) {
                 (None, _) => reconnect.works(),
                 // It was a channel of its own.
                 (Some(BrokerError::Refused(_) | BrokerError::Silent(_)), _)
-                    if route == Route::Apart && link.condition().is_ok() => {}
+                    if route == Route::Quarantine && link.condition().is_ok() => {}
                 // The broker is well, and the connection is. Which event it was is found elsewhere.
                 (Some(BrokerError::Refused(_)), _) if link.condition().is_ok() => {
                     // What it was given before may be of the same kind, and is handed out anew.
                     while let Ok(window) = windows.try_recv() {
-                        self.report(Report::Back(window));
+                        self.report(Report::Returned(window));
                     }
                     link.reopen().await?;
                 }
@@ -200,7 +197,7 @@ impl Lane {
                     });
                     changes = link.changes();
                     while let Ok(window) = windows.try_recv() {
-                        self.report(Report::Back(window));
+                        self.report(Report::Returned(window));
                     }
                     self.report(Report::State(state(link)));
                 }
@@ -212,94 +209,18 @@ impl Lane {
         }
     }
 
-    /// The same, for windows that have a channel each: many at once, because those without an answer take seconds. Ends
-    /// well, too, when there was nothing to do for long.
-    async fn serve_apart(
-        &self,
-        link: &Link,
-        windows: &mut mpsc::Receiver<Window>,
-        first: Option<Window>,
-        reconnect: &mut Reconnect,
-    ) -> Result<End, BrokerError> {
-        let mut changes = link.changes();
-        self.report(Report::State(state(link)));
-        let mut under_way = FuturesUnordered::new();
-        under_way.extend(first.map(|window| self.window_apart(link, window)));
-        let mut worked = Instant::now();
-        let mut end = None;
-        loop {
-            tokio::select! {
-                biased;
-                Some((window, published, took)) = under_way.next() => {
-                    match &published.ended {
-                        None => reconnect.works(),
-                        Some(BrokerError::Refused(_) | BrokerError::Silent(_)) if link.condition().is_ok() => {}
-                        Some(error) => end = end.or_else(|| Some(Err(error.clone()))),
-                    }
-                    self.report(Report::Done(window, published, took));
-                    worked = Instant::now();
-                }
-                window = windows.recv(), if end.is_none() => match window {
-                    Some(window) => under_way.push(self.window_apart(link, window)),
-                    None => end = Some(Ok(End::Closed)),
-                },
-                _ = changes.changed(), if end.is_none() => match link.condition() {
-                    Ok(_) => self.report(Report::State(state(link))),
-                    Err(error) => end = Some(Err(error)),
-                },
-                () = tokio::time::sleep(LOOK), if end.is_none() => {
-                    if !link.channel.status().connected() {
-                        let closed = BrokerError::Publish("the channel was closed".to_owned());
-                        end = Some(Err(link.reason(closed).await));
-                    } else if under_way.is_empty() && worked.elapsed() >= IDLE {
-                        end = Some(Ok(End::Idle));
-                    }
-                }
-                else => {}
-            }
-            if under_way.is_empty()
-                && let Some(end) = end
-            {
-                return end;
-            }
-        }
-    }
-
-    async fn may_publish(&self) {
+    async fn wait_for_lease(&self) {
         while !self.lease.is_valid() {
             tokio::time::sleep(LEASE_LOOK).await;
         }
     }
 
     fn sender<'a>(&'a self, link: &'a Link) -> Sender<'a> {
-        Sender { link, exchange: &self.broker.exchange, source: &self.source }
+        Sender { link, exchange: &self.exchange, source: &self.source }
     }
 
-    fn heard(&self, sent: u64) {
-        self.answered.fetch_max(sent, Ordering::Relaxed);
-    }
-
-    async fn window_apart(&self, link: &Link, window: Window) -> (Window, Published, Duration) {
-        self.may_publish().await;
-        let began = Instant::now();
-        let published = self.apart(link, &window).await;
-        (window, published, began.elapsed())
-    }
-
-    /// Publishes a window over a channel of its own. It is known to be strange, so nobody else is asked.
-    async fn apart(&self, link: &Link, window: &Window) -> Published {
-        let events: Vec<_> = window.items.iter().map(|item| &*item.event).collect();
-        let sent = lease::now();
-        let guards = Guards {
-            allowed: &|| self.lease.is_valid(),
-            heard: &|| self.heard(sent),
-            stands_still: StandsStill::GiveUp(&|_| true),
-        };
-        let mut published = self.sender(link).apart(&events, &guards).await;
-        if let Some(error @ BrokerError::Publish(_)) = published.ended {
-            published.ended = Some(link.reason(error).await);
-        }
-        published
+    fn note_confirm(&self, sent: u64) {
+        self.last_confirmed.fetch_max(sent, Ordering::Relaxed);
     }
 
     /// Publishes a window. While the broker blocks the connection, that hangs without a word, so the reason is told
@@ -309,25 +230,25 @@ impl Lane {
         link: &Link,
         changes: &mut watch::Receiver<Condition>,
         window: &Window,
-    ) -> (Published, Other) {
+    ) -> (Published, Replacement) {
         let events: Vec<_> = window.items.iter().map(|item| &*item.event).collect();
         let sent = lease::now();
         let other = Mutex::new(None);
         let guards = Guards {
-            allowed: &|| self.lease.is_valid(),
-            heard: &|| self.heard(sent),
-            stands_still: StandsStill::Ask(&|unanswered| self.ask(&events, unanswered, &other).boxed()),
+            may_publish: &|| self.lease.is_valid(),
+            on_confirm: &|| self.note_confirm(sent),
+            on_stall: OnStall::Ask(&|unanswered| self.ask(&events, unanswered, &other).boxed()),
         };
         let published = {
             let publishing = publish(self.sender(link), &link.channel, &events, &guards);
             let mut publishing = std::pin::pin!(publishing);
             let mut slow = std::pin::pin!(tokio::time::sleep(SLOW));
-            let mut told = false;
+            let mut reported_slow = false;
             loop {
                 tokio::select! {
                     mut published = &mut publishing => {
                         match published.ended {
-                            None if told => self.report(Report::State(state(link))),
+                            None if reported_slow => self.report(Report::State(state(link))),
                             Some(error @ BrokerError::Publish(_)) => {
                                 published.ended = Some(link.reason(error).await);
                             }
@@ -336,8 +257,8 @@ impl Lane {
                         break published;
                     }
                     Ok(()) = changes.changed() => self.report(Report::State(state(link))),
-                    () = &mut slow, if !told => {
-                        told = true;
+                    () = &mut slow, if !reported_slow => {
+                        reported_slow = true;
                         let slow = format!("the broker has not confirmed what was published {SLOW:?} ago");
                         self.report(Report::State(state(link).and(Err(slow))));
                     }
@@ -347,49 +268,14 @@ impl Lane {
         (published, other.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// A connection stands still over these events: a queue that has lost its majority stops it after about thirty. Asks
-    /// the broker over another one, each event over a channel of its own, what it says to some of them.
-    async fn ask(&self, events: &[&Event], unanswered: Vec<usize>, other: &Mutex<Other>) -> Option<Fates> {
-        let permit = Arc::clone(&self.asks).acquire_owned().await.ok()?;
-        let link = self.broker.connect(&mut Reconnect::beginning_with(self.number)).await.ok()?;
-        let sent = lease::now();
-        let guards = Guards {
-            allowed: &|| self.lease.is_valid(),
-            heard: &|| self.heard(sent),
-            // A broker that is slow answers nobody.
-            stands_still: StandsStill::GiveUp(&|still| {
-                still >= SLOW_FOR_ALL || self.answered.load(Ordering::Relaxed) >= sent
-            }),
-        };
-        let sample = sample(events, unanswered);
-        let fates = self.sender(&link).each_apart(sample, &guards).await;
-        *other.lock().unwrap_or_else(PoisonError::into_inner) = Some((link, permit));
-        (!fates.is_empty()).then_some(fates)
-    }
-
     fn report(&self, report: Report) {
         // Nobody listens any more when the leadership is over.
         let _ = self.reports.send((self.number, report));
     }
 }
 
-/// One event of each kind, and then as many more as may be.
-fn sample<'a>(events: &[&'a Event], unanswered: Vec<usize>) -> Vec<(usize, &'a Event)> {
-    let mut kinds = HashSet::new();
-    let (first, more): (Vec<usize>, Vec<usize>) =
-        unanswered.into_iter().partition(|n| kinds.insert(Kind::of(events[*n])));
-    let mut bytes = 0;
-    let all = first.into_iter().chain(more).map(|n| (n, events[n]));
-    let fitting = all.take(SAMPLE.0).take_while(|(_, event)| {
-        let fits = bytes < SAMPLE.1;
-        bytes += event.size();
-        fits
-    });
-    fitting.collect()
-}
-
 /// Another connection, and the permit for it.
-type Other = Option<(Link, OwnedSemaphorePermit)>;
+type Replacement = Option<(Link, OwnedSemaphorePermit)>;
 
 /// How a connection's life ends well.
 #[derive(Clone, Copy, Debug)]
@@ -400,75 +286,10 @@ enum End {
     Idle,
 }
 
-/// How long a connection is kept over which the broker refuses events. A node may refuse for ever what
-/// another one would take: RabbitMQ 3.10 does when a connection first publishes to a quorum queue whose
-/// leader has just died. When it is a queue that is full, a new connection changes nothing, so each is
-/// kept for twice as long as the one before.
-#[derive(Debug)]
-struct Patience {
-    /// The first refusal on this connection, and the last on any.
-    first: Option<Instant>,
-    last: Option<Instant>,
-    limit: Duration,
-}
-
-impl Patience {
-    const SHORTEST: Duration = Duration::from_secs(5);
-    const LONGEST: Duration = Duration::from_mins(5);
-    /// What was refused is tried again within less; when nothing was refused for so long, nothing is.
-    const OVER: Duration = Duration::from_secs(30);
-
-    /// Whether it ends, after a window of which something was `nacked`, or nothing.
-    fn ends(&mut self, nacked: bool, now: Instant) -> bool {
-        if !nacked {
-            if self.last.is_some_and(|last| now.duration_since(last) >= Self::OVER) {
-                *self = Self::default();
-            }
-            return false;
-        }
-        self.last = Some(now);
-        let first = *self.first.get_or_insert(now);
-        let ends = now.duration_since(first) >= self.limit;
-        if ends {
-            self.first = None;
-            self.limit = (self.limit * 2).min(Self::LONGEST);
-        }
-        ends
-    }
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self { first: None, last: None, limit: Self::SHORTEST }
-    }
-}
-
 fn state(link: &Link) -> Result<(), String> {
     match link.condition() {
         Ok(None) => Ok(()),
         Ok(Some(reason)) => Err(format!("the broker blocks publishers: {reason}")),
         Err(ended) => Err(ended.to_string()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The seconds at which connections are given up, when a window ends each second and `nacked` says
-    /// of which something was refused.
-    fn ends(seconds: u64, nacked: impl Fn(u64) -> bool) -> Vec<u64> {
-        let (mut patience, begin) = (Patience::default(), Instant::now());
-        (0..seconds).filter(|n| patience.ends(nacked(*n), begin + Duration::from_secs(*n))).collect()
-    }
-
-    #[test]
-    fn a_connection_over_which_events_are_refused_is_given_up_ever_more_seldom() {
-        assert_eq!(ends(20, |_| false), Vec::<u64>::new());
-        assert_eq!(ends(2_000, |_| true), [5, 16, 37, 78, 159, 320, 621, 922, 1223, 1524, 1825]);
-        // Other events pass meanwhile.
-        assert_eq!(ends(100, |n| n % 10 == 0), [10, 30, 60]);
-        // Then nothing is refused for half a minute.
-        assert_eq!(ends(100, |n| !(7..=60).contains(&n)), [5, 66, 77, 98]);
     }
 }

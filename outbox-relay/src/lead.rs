@@ -1,8 +1,8 @@
 //! A leadership at work: it reads, hands out to the lanes, settles, and again.
 
-mod say;
+mod health;
+mod retries;
 mod settle;
-mod waiters;
 
 use std::{
     collections::HashSet,
@@ -18,15 +18,15 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    evidence::Kind,
+    evidence::EventKind,
     failpoint,
     lane::{Lane, Report},
-    leader::{Leader, LeaderError},
-    queue::{APART, DEPTH, Queue, Route, Window},
+    queue::{DEPTH, QUARANTINE_WINDOWS, Queue, Route, Window},
     reader::Budget,
     relay::Relay,
+    session::{LeaderSession, SessionError},
     unreadable,
-    waiting::Counts,
+    waiting::WaitingCounts,
 };
 
 /// One read brings at most this into memory, and one event more.
@@ -38,7 +38,7 @@ const SAVE_INTERVAL: Duration = Duration::from_millis(250);
 /// Without notices, new events are found after at most this long.
 const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// So many lanes may have another connection at a time, to find out which of their events have no answer.
-const ASKS: usize = 2;
+const ASK_PERMITS: usize = 2;
 /// Lanes close their connections in good order for at most this long.
 const CLOSE: Duration = Duration::from_secs(2);
 /// While something waits in memory, how often the relay looks whether it waits for too long.
@@ -50,7 +50,7 @@ const GATED_LOOK: Duration = Duration::from_millis(100);
 /// A leadership at work.
 pub(crate) struct Lead<'a> {
     relay: &'a Relay,
-    pub(crate) leader: Leader,
+    session: LeaderSession,
     stop: &'a CancellationToken,
     queue: Queue,
     /// The last one is for what may end the channel, or have no answer.
@@ -64,41 +64,44 @@ pub(crate) struct Lead<'a> {
     saved: Instant,
     /// How many events the broker had confirmed by then.
     saved_confirmed: u64,
-    /// What the last save told the database.
-    told: String,
+    /// What the relay waits for, as the last save stored it: a JSON array.
+    stored_reasons: String,
     /// How many events the broker confirmed.
     confirmed: u64,
     /// How many are set aside.
     parked: i64,
     /// How many wait in the database, by kind.
-    waiting: Counts,
+    waiting: WaitingCounts,
     /// When those were counted.
     counted: Instant,
     /// When to look for those of either that are due.
-    look_at: Instant,
+    load_at: Instant,
     /// Kinds of events that had a row, and are taken again.
-    flowing: HashSet<Kind>,
+    flowing: HashSet<EventKind>,
 }
 
 impl<'a> Lead<'a> {
-    pub(crate) fn new(relay: &'a Relay, leader: Leader, stop: &'a CancellationToken) -> Self {
+    pub(crate) fn new(relay: &'a Relay, session: LeaderSession, stop: &'a CancellationToken) -> Self {
         let (report, reports) = mpsc::unbounded_channel();
-        let (answered, asks) = (Arc::new(AtomicU64::new(0)), Arc::new(Semaphore::new(ASKS)));
+        let (last_confirmed, ask_permits) =
+            (Arc::new(AtomicU64::new(0)), Arc::new(Semaphore::new(ASK_PERMITS)));
         let mut tasks = JoinSet::new();
         let lanes: Vec<_> = (0..=relay.limits.lanes)
             .map(|number| {
-                let is_apart = number == relay.limits.lanes;
-                let (send, windows) = mpsc::channel(if is_apart { APART } else { DEPTH - 1 });
+                let is_quarantine = number == relay.limits.lanes;
+                let (send, windows) =
+                    mpsc::channel(if is_quarantine { QUARANTINE_WINDOWS } else { DEPTH - 1 });
                 let lane = Lane {
                     number,
                     broker: relay.broker.clone(),
-                    source: leader.source.clone(),
-                    lease: leader.lease(),
+                    exchange: relay.broker.exchange.clone(),
+                    source: session.source.clone(),
+                    lease: session.lease(),
                     reports: report.clone(),
                     stop: stop.clone(),
-                    answered: Arc::clone(&answered),
-                    asks: Arc::clone(&asks),
-                    is_apart,
+                    last_confirmed: Arc::clone(&last_confirmed),
+                    ask_permits: Arc::clone(&ask_permits),
+                    is_quarantine,
                 };
                 tasks.spawn(lane.run(windows));
                 send
@@ -107,7 +110,7 @@ impl<'a> Lead<'a> {
         let now = Instant::now();
         Self {
             relay,
-            leader,
+            session,
             stop,
             queue: Queue::new(relay.limits.lanes, WINDOW, relay.policies.clone(), now),
             states: vec![Some("connecting".to_owned()); lanes.len()],
@@ -117,47 +120,47 @@ impl<'a> Lead<'a> {
             reports,
             saved: now,
             saved_confirmed: 0,
-            told: "[]".to_owned(),
+            stored_reasons: "[]".to_owned(),
             confirmed: 0,
             parked: 0,
-            waiting: Counts::new(),
+            waiting: WaitingCounts::new(),
             counted: now,
-            look_at: now,
+            load_at: now,
             flowing: HashSet::new(),
         }
     }
 
     /// Reads and publishes until the process is to end and nothing is under way any more.
-    pub(crate) async fn work(&mut self) -> Result<(), LeaderError> {
+    pub(crate) async fn work(&mut self) -> Result<(), SessionError> {
         let mut idle = Backoff::new(POLL.0, POLL.1);
         let mut poll_at = Instant::now();
         // What an earlier leader left.
         self.count_waiting().await?;
-        self.look_aside().await?;
+        self.load_retries().await?;
         loop {
             let stopping = self.stop.is_cancelled();
             while let Ok((lane, report)) = self.reports.try_recv() {
                 self.take_in(lane, report).await?;
             }
-            let at_work = !stopping && self.leader.paused.is_none();
+            let at_work = !stopping && self.session.paused.is_none();
             if at_work {
                 self.hand_out();
                 self.spill().await?;
             } else if stopping && self.queue.windows() == 0 {
                 return Ok(());
             }
-            self.say();
+            self.report_health();
             self.save_if_due().await?;
 
             // No more than half of what may be in memory, so that reads are few and large.
             let limits = self.relay.limits;
-            let room =
+            let has_capacity =
                 at_work && self.queue.events() * 2 <= limits.events && self.queue.bytes() * 2 <= limits.bytes;
-            if room && self.has_rows() && self.look_at <= Instant::now() {
-                self.look_aside().await?;
+            if has_capacity && self.has_rows() && self.load_at <= Instant::now() {
+                self.load_retries().await?;
                 self.hand_out();
             }
-            if room && poll_at <= Instant::now() {
+            if has_capacity && poll_at <= Instant::now() {
                 let (found, more) = self.read().await?;
                 if found {
                     idle.reset();
@@ -167,14 +170,14 @@ impl<'a> Lead<'a> {
                 }
                 continue;
             }
-            let until = self.until(room.then_some(poll_at), at_work);
+            let until = self.until(has_capacity.then_some(poll_at), at_work);
             tokio::select! {
                 biased;
                 Some((lane, report)) = self.reports.recv() => self.take_in(lane, report).await?,
                 () = self.relay.wake.notified() => { poll_at = Instant::now(); idle.reset(); }
                 () = self.stop.cancelled(), if !stopping => {}
                 Some(ended) = self.tasks.join_next(), if !stopping => {
-                    return Err(LeaderError::Lane(ended.err().map_or_else(String::new, |e| e.to_string())));
+                    return Err(SessionError::Lane(ended.err().map_or_else(String::new, |e| e.to_string())));
                 }
                 () = tokio::time::sleep_until(until.into()) => {}
             }
@@ -183,12 +186,12 @@ impl<'a> Lead<'a> {
 
     /// When to go on, if nothing happens before.
     fn until(&self, poll_at: Option<Instant>, at_work: bool) -> Instant {
-        let pause = if self.leader.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
+        let pause = if self.session.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
         let mut until = self.saved + pause;
         if let Some(poll_at) = poll_at {
             until = until.min(poll_at);
             if self.has_rows() {
-                until = until.min(self.look_at);
+                until = until.min(self.load_at);
             }
         }
         if at_work {
@@ -207,9 +210,9 @@ impl<'a> Lead<'a> {
     }
 
     /// Stores what was settled, and gives up leadership and the lanes.
-    pub(crate) async fn end(mut self) -> Result<(), LeaderError> {
-        self.leader.save(&self.told).await?;
-        self.leader.resign().await?;
+    pub(crate) async fn end(mut self) -> Result<(), SessionError> {
+        self.session.save(&self.stored_reasons).await?;
+        self.session.resign().await?;
         self.lanes.clear();
         let closed = async { while self.tasks.join_next().await.is_some() {} };
         let _ = tokio::time::timeout(CLOSE, closed).await;
@@ -217,9 +220,9 @@ impl<'a> Lead<'a> {
     }
 
     /// Reads once. Says whether there was anything, and whether there is more right away.
-    async fn read(&mut self) -> Result<(bool, bool), LeaderError> {
-        let batch = self.leader.read(BUDGET).await?;
-        if self.leader.is_stalled() {
+    async fn read(&mut self) -> Result<(bool, bool), SessionError> {
+        let batch = self.session.read(BUDGET).await?;
+        if self.session.is_stalled() {
             self.relay.database_health.waiting(
                 "too many positions are missing that an open transaction may still fill, so nothing above \
                  them is read; end the transaction that holds the outbox lock for longest (outbox-relay doctor \
@@ -247,10 +250,10 @@ impl<'a> Lead<'a> {
                 self.queue.add(event);
             }
         }
-        let positions = self.leader.positions();
-        metrics::gauge!("outbox_relay_open_gaps").set(say::count(positions.gaps()));
-        metrics::gauge!("outbox_relay_low_water").set(say::position(positions.low_water()));
-        metrics::gauge!("outbox_relay_high").set(say::position(positions.high()));
+        let positions = self.session.positions();
+        metrics::gauge!("outbox_relay_open_gaps").set(health::count(positions.gaps()));
+        metrics::gauge!("outbox_relay_low_water").set(health::position(positions.low_water()));
+        metrics::gauge!("outbox_relay_high").set(health::position(positions.high()));
         Ok((found, more))
     }
 
@@ -263,12 +266,14 @@ impl<'a> Lead<'a> {
             while self.states[number].is_none() && self.lanes[number].capacity() > 0 {
                 // Without a connection for it, what goes apart goes over one with nothing else on it.
                 let route = if number == apart || self.states[apart].is_some() && self.windows[number] == 0 {
-                    Route::Apart
+                    Route::Quarantine
                 } else {
                     Route::Lane
                 };
                 let window = match self.queue.next(route, now) {
-                    None if number != apart && route == Route::Apart => self.queue.next(Route::Lane, now),
+                    None if number != apart && route == Route::Quarantine => {
+                        self.queue.next(Route::Lane, now)
+                    }
                     window => window,
                 };
                 let Some(window) = window else { break };
@@ -283,14 +288,14 @@ impl<'a> Lead<'a> {
     }
 
     /// Acts on what a lane says.
-    async fn take_in(&mut self, lane: usize, report: Report) -> Result<(), LeaderError> {
+    async fn take_in(&mut self, lane: usize, report: Report) -> Result<(), SessionError> {
         match report {
             Report::State(state) => self.states[lane] = state.err(),
-            Report::Back(window) => {
+            Report::Returned(window) => {
                 self.windows[lane] -= 1;
                 self.queue.back(window);
             }
-            Report::Done(window, published, took) => {
+            Report::Published(window, published, took) => {
                 self.windows[lane] -= 1;
                 if published.ended.is_some() {
                     metrics::counter!("outbox_relay_publish_failures_total").increment(1);

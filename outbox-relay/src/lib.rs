@@ -2,22 +2,22 @@
 //!
 //! The way of an event: [`reader`] finds it by its position, [`queue`] has it wait for its turn, a lane
 //! [`publish`]es it and learns its fate, [`queue`] decides by the [`evidence`] what that means, `lead` settles it, has
-//! it wait ([`waiting`]) or sets it aside ([`parked`]), and [`leader`] stores the progress. [`position`] remembers
+//! it wait ([`waiting`]) or sets it aside ([`parked`]), and the [`session`] stores the progress. [`position`] remembers
 //! what was read and what is missing.
 
 pub mod broker;
 pub mod budget;
+pub mod cli;
 pub mod command;
 pub mod config;
 pub mod erasure;
+pub mod event;
 pub mod evidence;
 mod failpoint;
 mod frame;
 pub mod identity;
-mod kept;
 pub mod lane;
 mod lead;
-pub mod leader;
 pub mod lease;
 pub mod message;
 mod migrate;
@@ -30,7 +30,10 @@ pub mod reader;
 pub mod relay;
 pub mod row;
 pub mod rules;
+pub mod session;
+mod standby;
 mod systemd;
+mod task_connection;
 pub mod unreadable;
 pub mod waiting;
 mod wake;
@@ -103,16 +106,16 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         // The rest is for closing the connections.
         grace: args.shutdown.drain_timeout * 3 / 4,
     };
-    let told = health.clone();
+    let service_health = health.clone();
     probes::serve(&shutdown, args.listen.listen, &args.probes, &health, Some(metrics))?;
     let stop = shutdown.requested().clone();
-    shutdown.spawn("relay", relay.run(stop.clone()));
+    shutdown.spawn("relay", standby::run(relay, stop.clone()));
     shutdown.spawn("wake-up", wake::listen(database.clone(), wake, stop.clone()));
-    let erasures = erasure::keep(database.clone(), args.erasure_step, erasures_health, stop.clone());
+    let erasures = erasure::work_off(database.clone(), args.erasure_step, erasures_health, stop.clone());
     shutdown.spawn("erasures", when_connected(connected.clone(), stop.clone(), erasures));
-    let partitions = partition::keep(database, args.partitions, partitions_health, stop.clone());
+    let partitions = partition::maintain(database, args.partitions, partitions_health, stop.clone());
     shutdown.spawn("partitions", when_connected(connected, stop.clone(), partitions));
-    shutdown.spawn("service manager", systemd::notify(told, pulse, stop));
+    shutdown.spawn("service manager", systemd::notify(service_health, pulse, stop));
     shutdown.finish(args.shutdown.drain_timeout).await
 }
 

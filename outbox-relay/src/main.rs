@@ -10,11 +10,11 @@ use daemon::{
     telemetry,
 };
 use outbox_relay::{
+    cli::{Cli, Command},
     command::{
         Verdict, digest, doctor, erasures, forget, new_incarnation, parked, pause, prune, replay, status,
         trace,
     },
-    config::{Cli, Command},
 };
 
 #[tokio::main]

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use outbox::{MAX_HEADERS, MAX_PAYLOAD};
 
-use crate::reader::Event;
+use crate::event::Event;
 
 /// The routing key and properties of an event; an error says why AMQP cannot carry it.
 pub fn message(event: &Event, source: &str) -> Result<(ShortString, BasicProperties), String> {

@@ -5,9 +5,9 @@ use std::collections::HashSet;
 use sqlx::{Connection, PgConnection};
 
 use crate::{
-    evidence::{Failure, Kind},
+    evidence::{EventKind, PublishFailure},
     row::Unreadable,
-    waiting::{self, Waiter, WaiterRow},
+    waiting::{self, RetryRow, StoredRetry},
 };
 
 /// Bulk retries take at most so many at a time.
@@ -15,69 +15,33 @@ const BATCH: i64 = 500;
 /// About how many bytes of them.
 const BATCH_BYTES: i64 = 4 * 1024 * 1024;
 
-/// Why an event was set aside.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// No queue takes it. Tried again by itself.
-    Unroutable,
-    /// The broker or AMQP will not have it. Tried again by hand.
-    Refused,
-    /// A queue that is full refuses it, and a rule lets the others go on. Tried again by itself.
-    Nacked,
-    /// The broker does not answer for it, and a rule lets the others go on. Tried again by itself.
-    Silent,
-}
-
-impl From<Failure> for Reason {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::Unroutable => Self::Unroutable,
-            Failure::Nacked => Self::Nacked,
-            Failure::Refused => Self::Refused,
-            Failure::Silent => Self::Silent,
-        }
-    }
-}
-
-impl Reason {
-    /// As it is stored, and as metrics have it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Unroutable => "unroutable",
-            Self::Refused => "refused",
-            Self::Nacked => "nacked",
-            Self::Silent => "silent",
-        }
-    }
-}
-
 /// An event to be set aside.
 #[derive(Clone, Debug)]
 pub struct Parking {
     /// Which one.
     pub position: i64,
     /// Why.
-    pub reason: Reason,
+    pub reason: PublishFailure,
     /// In words, without its body.
     pub detail: String,
 }
 
 /// What to look for among the events that are aside.
 #[derive(Clone, Copy, Debug)]
-pub struct Due<'a> {
+pub struct ParkedQuery<'a> {
     /// Kinds that were taken again lately: all of them are due.
-    pub flowing: &'a HashSet<Kind>,
+    pub flowing: &'a HashSet<EventKind>,
     /// What is in memory already.
     pub except: &'a HashSet<i64>,
 }
 
 /// What is aside.
 #[derive(Debug, Default)]
-pub struct Aside {
+pub struct ParkedEvents {
     /// How many.
     pub count: i64,
     /// What to try now, in order of position.
-    pub events: Vec<Waiter>,
+    pub events: Vec<StoredRetry>,
     /// What was to be tried, and cannot be read as an event.
     pub unreadable: Vec<Unreadable>,
 }
@@ -172,11 +136,15 @@ pub async fn refuse(
 /// Counts what is aside and reads what of it is to be tried now: of kinds that flow again all; of the
 /// others the oldest, when it is due, to find out, so that none goes before an older one of its kind; and
 /// what was refused, each for itself.
-pub async fn due(conn: &mut PgConnection, relay: &str, due: Due<'_>) -> Result<Aside, sqlx::Error> {
+pub async fn due(
+    conn: &mut PgConnection,
+    relay: &str,
+    due: ParkedQuery<'_>,
+) -> Result<ParkedEvents, sqlx::Error> {
     let count = sqlx::query_scalar("SELECT parked_events FROM outbox.relay_status WHERE name = $1");
     let count: i64 = count.bind(relay).fetch_optional(&mut *conn).await?.unwrap_or(0);
     if count == 0 {
-        return Ok(Aside::default());
+        return Ok(ParkedEvents::default());
     }
     let (types, aggregate_types): (Vec<&str>, Vec<&str>) =
         due.flowing.iter().map(|kind| (&*kind.type_, &*kind.aggregate_type)).unzip();
@@ -209,7 +177,7 @@ pub async fn due(conn: &mut PgConnection, relay: &str, due: Due<'_>) -> Result<A
         JOIN outbox.parked q ON q.relay = $1 AND q.position = c.position \
         WHERE c.bytes <= $6 OR c.position = (SELECT min(position) FROM chosen) \
         ORDER BY e.position";
-    let rows: Vec<WaiterRow> = sqlx::query_as(sql)
+    let rows: Vec<RetryRow> = sqlx::query_as(sql)
         .bind(relay)
         .bind(types)
         .bind(aggregate_types)
@@ -219,5 +187,5 @@ pub async fn due(conn: &mut PgConnection, relay: &str, due: Due<'_>) -> Result<A
         .fetch_all(conn)
         .await?;
     let (events, unreadable) = waiting::split(rows);
-    Ok(Aside { count, events, unreadable })
+    Ok(ParkedEvents { count, events, unreadable })
 }

@@ -12,7 +12,7 @@ use serde::Serialize;
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
-use crate::kept::Kept;
+use crate::task_connection::TaskConnection;
 
 /// How often somebody looks whether there is a partition to be made or emptied.
 const ROUND: Duration = Duration::from_secs(10);
@@ -52,20 +52,20 @@ pub struct Partition {
 }
 
 /// Keeps partitions ahead of the writers, and retires what need not be kept, until `stop`. What goes
-/// wrong here stops no event: it is said, and tried again.
-pub(crate) async fn keep(
+/// wrong here stops no event: it is shown, and tried again.
+pub(crate) async fn maintain(
     database: Database,
     args: PartitionArgs,
     health: Part,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut pause = Backoff::new(ROUND, ROUND * 6);
-    let mut said = None;
+    let mut last_logged = None;
     let timeout = TIMEOUT.as_millis().to_string();
     let database = database.named("outbox-relay partitions").quiet().with("statement_timeout", timeout);
-    let mut kept = Kept::new(database);
+    let mut connection = TaskConnection::new(database);
     loop {
-        let round = tokio::time::timeout(TIMEOUT, round(&mut kept, args));
+        let round = tokio::time::timeout(TIMEOUT, round(&mut connection, args));
         match stop.run_until_cancelled(round).await {
             None => break,
             Some(Err(_)) => {
@@ -82,11 +82,11 @@ pub(crate) async fn keep(
             Some(Ok(Ok(round))) => {
                 pause.reset();
                 health.ready();
-                if said != round.kept {
-                    if let Some(reason) = &round.kept {
+                if last_logged != round.kept_because {
+                    if let Some(reason) = &round.kept_because {
                         tracing::info!(reason, "nothing more can be retired for now");
                     }
-                    said = round.kept;
+                    last_logged = round.kept_because;
                 }
             }
             // The relay says so itself when the database is away; a lock that is taken is tried again.
@@ -110,7 +110,7 @@ pub(crate) async fn keep(
             break;
         }
     }
-    kept.close().await;
+    connection.close().await;
     Ok(())
 }
 
@@ -119,14 +119,14 @@ struct Round {
     /// There are rows in the net.
     fallen: bool,
     /// Why nothing more was retired.
-    kept: Option<String>,
+    kept_because: Option<String>,
 }
 
 /// One look, on a connection of its own: the leader's must not wait for locks.
-async fn round(kept: &mut Kept, args: PartitionArgs) -> sqlx::Result<Round> {
-    let mut conn = kept.take().await?;
+async fn round(connection: &mut TaskConnection, args: PartitionArgs) -> sqlx::Result<Round> {
+    let mut conn = connection.take().await?;
     let round = look(&mut conn, args).await;
-    kept.keep(conn, &round);
+    connection.keep(conn, &round);
     round
 }
 
@@ -142,18 +142,18 @@ async fn look(conn: &mut PgConnection, args: PartitionArgs) -> sqlx::Result<Roun
     sqlx::query("SELECT outbox.why_kept(name, '-infinity', true) FROM outbox.partition")
         .execute(&mut *conn)
         .await?;
-    let mut kept = None;
+    let mut kept_because = None;
     if let Some(keep) = args.keep {
         let partitions = retire(conn, keep, args.without_baseline, false).await?;
         for partition in &partitions {
             match &partition.kept {
                 None => tracing::info!(partition = partition.name, "retired"),
-                Some(reason) => kept = Some(format!("{}: {reason}", partition.name)),
+                Some(reason) => kept_because = Some(format!("{}: {reason}", partition.name)),
             }
         }
         drop_one(conn).await?;
     }
-    Ok(Round { fallen, kept })
+    Ok(Round { fallen, kept_because })
 }
 
 /// Adds partitions until enough are ahead of the sequence.

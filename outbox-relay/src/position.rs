@@ -19,7 +19,7 @@ use chrono::{DateTime, Utc};
 /// is published late and an alarm is raised.
 pub const SECOND_LOOK: Duration = Duration::from_mins(1);
 /// Dead gaps that wait for their second look; the oldest give way.
-const MAX_GRAVES: usize = 10_000;
+const MAX_DEAD_GAPS: usize = 10_000;
 /// Samples of the sequence that are kept, to know which sleepers are older than a gap.
 const MAX_SAMPLES: usize = 256;
 
@@ -61,7 +61,7 @@ struct Gap {
 }
 
 #[derive(Debug)]
-struct Grave {
+struct DeadGap {
     from: i64,
     to: i64,
     due: Instant,
@@ -69,7 +69,7 @@ struct Grave {
 
 /// What a read did to the positions.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Taken {
+pub struct ReadResult {
     /// Positions that are new and now unsettled, in order.
     pub fresh: Vec<i64>,
     /// Those of them that were already given up: an alarm.
@@ -86,7 +86,7 @@ pub struct Positions {
     high: i64,
     gaps: BTreeMap<i64, Gap>,
     unsettled: BTreeSet<i64>,
-    graves: VecDeque<Grave>,
+    dead_gaps: VecDeque<DeadGap>,
     samples: VecDeque<Sample>,
     prepared: HashSet<Vxid>,
 }
@@ -99,7 +99,7 @@ impl Positions {
             high,
             gaps,
             unsettled: BTreeSet::new(),
-            graves: VecDeque::new(),
+            dead_gaps: VecDeque::new(),
             samples: VecDeque::new(),
             prepared: HashSet::new(),
         }
@@ -170,19 +170,19 @@ impl Positions {
         self.prepared = prepared;
     }
 
-    /// The ranges (inclusive) to be read besides everything above `high`: gaps, and graves that are due.
+    /// The ranges (inclusive) to be read besides everything above `high`: gaps, and dead gaps that are due.
     pub fn missing(&self, now: Instant) -> (Vec<i64>, Vec<i64>) {
-        let graves = self.graves.iter().take_while(|g| g.due <= now).map(|g| (g.from, g.to));
+        let dead_gaps = self.dead_gaps.iter().take_while(|g| g.due <= now).map(|g| (g.from, g.to));
         let mut ranges: Vec<(i64, i64)> =
-            self.gaps.iter().map(|(&from, gap)| (from, gap.to)).chain(graves).collect();
+            self.gaps.iter().map(|(&from, gap)| (from, gap.to)).chain(dead_gaps).collect();
         ranges.sort_unstable();
         ranges.into_iter().unzip()
     }
 
     /// Takes in what a read found, in order of position. `covered`: the read saw everything visible up
     /// to there. `now`: the time that [`missing`](Self::missing) was asked with.
-    pub fn take(&mut self, found: impl IntoIterator<Item = i64>, covered: i64, now: Instant) -> Taken {
-        let mut taken = Taken::default();
+    pub fn take(&mut self, found: impl IntoIterator<Item = i64>, covered: i64, now: Instant) -> ReadResult {
+        let mut taken = ReadResult::default();
         for position in found {
             if position > self.high {
                 if position > self.high + 1 {
@@ -198,9 +198,9 @@ impl Positions {
             self.unsettled.insert(position);
             taken.fresh.push(position);
         }
-        // Graves that were due had their second look.
-        while self.graves.front().is_some_and(|g| g.due <= now && g.to <= covered) {
-            self.graves.pop_front();
+        // Dead gaps that were due had their second look.
+        while self.dead_gaps.front().is_some_and(|g| g.due <= now && g.to <= covered) {
+            self.dead_gaps.pop_front();
         }
         let dead: Vec<i64> = self
             .gaps
@@ -211,11 +211,11 @@ impl Positions {
         for from in dead {
             if let Some(gap) = self.gaps.remove(&from) {
                 taken.died += gap.to - from + 1;
-                self.graves.push_back(Grave { from, to: gap.to, due: now + SECOND_LOOK });
+                self.dead_gaps.push_back(DeadGap { from, to: gap.to, due: now + SECOND_LOOK });
             }
         }
-        while self.graves.len() > MAX_GRAVES {
-            self.graves.pop_front();
+        while self.dead_gaps.len() > MAX_DEAD_GAPS {
+            self.dead_gaps.pop_front();
         }
         taken
     }

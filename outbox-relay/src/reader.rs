@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use futures_util::TryStreamExt;
 use sqlx::PgConnection;
-use uuid::Uuid;
 
 use crate::{
+    event::Event,
     position::{Holder, Positions, Sample, Vxid},
     row::{self, Row, Unreadable},
 };
@@ -20,37 +20,6 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 /// Rows that the first read asks for. The server sends all of them, whatever the budget of bytes takes:
 /// of a thousand large events that could be more than it sends in time, again and again.
 const FIRST_ROWS: usize = 100;
-
-/// An event as it stands in the outbox.
-#[derive(Clone, Debug)]
-pub struct Event {
-    /// Its place in the order of reading.
-    pub position: i64,
-    /// Its own id.
-    pub id: Uuid,
-    /// What kind of thing it is about.
-    pub aggregate_type: String,
-    /// Which one.
-    pub aggregate_id: String,
-    /// Which event of that one: 1, 2, 3, …
-    pub version: i64,
-    /// Its type and routing key.
-    pub type_: String,
-    /// Its body, byte for byte.
-    pub payload: Box<str>,
-    /// Extra AMQP headers.
-    pub headers: Option<serde_json::Map<String, serde_json::Value>>,
-    /// When its writer's transaction began.
-    pub created_at: DateTime<Utc>,
-}
-
-impl Event {
-    /// About how many bytes of memory it holds.
-    pub fn size(&self) -> usize {
-        // Headers are few and small; what they take is covered by the flat amount.
-        self.payload.len() + self.type_.len() + self.aggregate_type.len() + self.aggregate_id.len() + 512
-    }
-}
 
 /// How much one read may bring.
 #[derive(Clone, Copy, Debug)]
@@ -160,7 +129,7 @@ impl Reader {
             .fetch(&mut *conn);
 
         let mut found: Vec<Row> = Vec::new();
-        let (mut missing, mut bytes, mut cut) = (0, 0, false);
+        let (mut missing, mut bytes, mut over_budget) = (0, 0, false);
         let mut covered = i64::MAX;
         let last = |found: &[Row]| found.last().map_or(high, Row::position);
         while let Some(row) = rows.try_next().await? {
@@ -173,7 +142,7 @@ impl Reader {
             missing += usize::from(position <= high);
             bytes += row.size();
             if bytes > budget.bytes && !found.is_empty() {
-                cut = true;
+                over_budget = true;
                 covered = last(&found);
                 break;
             }
@@ -181,7 +150,7 @@ impl Reader {
         }
         drop(rows);
         self.rows = match found.len() {
-            taken if cut => taken * 2,
+            taken if over_budget => taken * 2,
             taken if taken >= most => most * 2,
             // Caught up: what comes next may be of any size.
             _ => FIRST_ROWS,

@@ -1,8 +1,7 @@
-//! The relay's life: stand by, take leadership, and again when it is lost.
+//! What a relay is given: from where it reads, to where it publishes, and where it says how it is.
 
 use std::{sync::Arc, time::Duration};
 
-use amqp::Backoff;
 use daemon::{
     config::database::Database,
     health::{Health, Part},
@@ -11,16 +10,7 @@ use lapin::types::ShortString;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    broker::Broker,
-    lead::Lead,
-    leader::{Begin, Candidate, LeaderError},
-    lease::{self, Lease},
-    rules::Policies,
-};
-
-/// How often a relay that does not lead asks whether it may.
-const STANDBY: Duration = Duration::from_millis(500);
+use crate::{broker::Broker, lease::Lease, rules::Policies, session::Begin};
 
 /// How much a relay has in memory, and sets aside.
 #[derive(Clone, Copy, Debug)]
@@ -74,64 +64,6 @@ pub struct Relay {
     pub paused_health: Part,
     /// How long what is under way may go on once the process is to end.
     pub grace: Duration,
-}
-
-impl Relay {
-    /// Relays until `stop`. Waits out whatever time can heal, and says in the health what it waits for.
-    pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
-        let mut pause = Backoff::default();
-        while !stop.is_cancelled() {
-            self.pulse.renew(lease::now());
-            let ended = tokio::select! {
-                ended = self.lead(&mut pause, &stop) => ended,
-                // Work is not cut in half, unless a server that does not answer would keep the process.
-                () = async { stop.cancelled().await; tokio::time::sleep(self.grace).await } => {
-                    tracing::warn!("not everything was answered in time; the next start publishes it again");
-                    return Ok(());
-                }
-            };
-            match ended {
-                Ok(()) => break,
-                Err(error) if error.is_fatal() => return Err(error.into()),
-                Err(error) => {
-                    self.database_health.waiting(error.to_string());
-                    pause.wait(&stop).await;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// One leadership, from standing by for it to losing it, which is an error, or to the process's end.
-    /// Whatever was in memory is forgotten then.
-    async fn lead(&self, pause: &mut Backoff, stop: &CancellationToken) -> Result<(), LeaderError> {
-        let connect = Candidate::connect(&self.database, &self.name, self.begin, &self.identity, self.lease);
-        let Some(candidate) = stop.run_until_cancelled(connect).await else { return Ok(()) };
-        let mut candidate = candidate?;
-        self.connected.cancel();
-        self.health.is_known_as("source", &candidate.source);
-        while !candidate.ask().await? {
-            self.pulse.renew(lease::now());
-            // Healthy: somebody publishes, and this one stands by.
-            for part in [&self.database_health, &self.broker_health, &self.events_health, &self.paused_health]
-            {
-                part.ready();
-            }
-            pause.reset();
-            let again = STANDBY.min(self.lease / 4);
-            if stop.run_until_cancelled(tokio::time::sleep(again)).await.is_none() {
-                candidate.close().await;
-                return Ok(());
-            }
-        }
-        let leader = candidate.lead().await?;
-        self.database_health.ready();
-        self.events_health.ready();
-        pause.reset();
-        let mut lead = Lead::new(self, leader, stop);
-        lead.work().await?;
-        lead.end().await
-    }
 }
 
 /// The exchange's name, from the setting.

@@ -13,7 +13,7 @@ use sqlx::{
     types::Json,
 };
 
-use crate::reader::Event;
+use crate::event::Event;
 
 /// A row's columns are read in this order: position, id, aggregate type and id, version, type, body as text, headers,
 /// time.

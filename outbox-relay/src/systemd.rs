@@ -19,7 +19,7 @@ pub(crate) async fn notify(health: Health, pulse: Lease, stop: CancellationToken
     let watchdog = sd_notify::watchdog_enabled();
     // The usual half of what is allowed, or sooner.
     let look = watchdog.map_or(LOOK, |within| LOOK.min(within / 2));
-    let (mut ready, mut said) = (false, String::new());
+    let (mut ready, mut last_status) = (false, String::new());
     loop {
         let reasons = health.reasons();
         let status = match reasons.first() {
@@ -28,24 +28,24 @@ pub(crate) async fn notify(health: Health, pulse: Lease, stop: CancellationToken
         };
         if reasons.is_empty() && !ready {
             ready = true;
-            tell(&[NotifyState::Ready]);
+            tell_manager(&[NotifyState::Ready]);
         }
-        if status != said {
-            tell(&[NotifyState::Status(&status)]);
-            said = status;
+        if status != last_status {
+            tell_manager(&[NotifyState::Status(&status)]);
+            last_status = status;
         }
         if watchdog.is_some() && pulse.is_valid() {
-            tell(&[NotifyState::Watchdog]);
+            tell_manager(&[NotifyState::Watchdog]);
         }
         if stop.run_until_cancelled(tokio::time::sleep(look)).await.is_none() {
-            tell(&[NotifyState::Stopping]);
+            tell_manager(&[NotifyState::Stopping]);
             return Ok(());
         }
     }
 }
 
 /// Nothing is told, and nothing is wrong, where no service manager listens.
-fn tell(state: &[NotifyState<'_>]) {
+fn tell_manager(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         tracing::debug!(%error, "the service manager was not told");
     }

@@ -5,9 +5,8 @@ use std::{collections::HashMap, time::Duration};
 use sqlx::{Connection, PgConnection};
 
 use crate::{
-    evidence::{Failure, Kind},
-    queue::Spilled,
-    reader::Event,
+    event::Event,
+    evidence::{EventKind, PublishFailure},
     row::{Row, Unreadable},
 };
 
@@ -33,13 +32,30 @@ const NEXT: &str = "\
         WHERE h.next_attempt_at IS NULL)";
 
 /// How many rows of each kind wait.
-pub type Counts = HashMap<Kind, i64>;
+pub type WaitingCounts = HashMap<EventKind, i64>;
+
+/// An event that is to wait in `outbox.parked`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spilled {
+    /// Which one.
+    pub position: i64,
+    /// Its kind.
+    pub kind: EventKind,
+    /// How it was not taken, or `behind` when it was not tried.
+    pub reason: &'static str,
+    /// In words.
+    pub detail: String,
+    /// How often it was not taken.
+    pub tries: u32,
+    /// The first of its aggregate: after this pause it is tried again. None for what waits behind it.
+    pub retry: Option<Duration>,
+}
 
 /// Which rows to read.
 #[derive(Debug, Default)]
-pub struct Wanted<'a> {
+pub struct WaitingQuery<'a> {
     /// Of these kinds; of one that flows again, whatever is not due yet, too.
-    pub kinds: Vec<(&'a Kind, bool)>,
+    pub kinds: Vec<(&'a EventKind, bool)>,
     /// Of each kind, so many that were tried before.
     pub tried: i64,
     /// And so many that were not.
@@ -48,26 +64,26 @@ pub struct Wanted<'a> {
     pub except: Vec<i64>,
 }
 
-/// An event that waited.
+/// An event with a row in `outbox.parked` that is to be tried again.
 #[derive(Debug)]
-pub struct Waiter {
+pub struct StoredRetry {
     /// The event.
     pub event: Event,
     /// How often it was not taken.
     pub tries: u32,
     /// How.
-    pub failure: Option<Failure>,
+    pub failure: Option<PublishFailure>,
     /// How long it has had its row.
     pub age: Duration,
 }
 
 /// Has events wait, if `epoch` is still the relay's; none when it is not. Returns what there is now of each kind more.
-pub async fn wait(
+pub async fn spill(
     conn: &mut PgConnection,
     relay: &str,
     epoch: i64,
     spilled: &[Spilled],
-) -> Result<Option<Counts>, sqlx::Error> {
+) -> Result<Option<WaitingCounts>, sqlx::Error> {
     let positions: Vec<i64> = spilled.iter().map(|s| s.position).collect();
     let reasons: Vec<&str> = spilled.iter().map(|s| s.reason).collect();
     let details: Vec<&str> = spilled.iter().map(|s| &*s.detail).collect();
@@ -123,7 +139,7 @@ pub async fn divert(
     relay: &str,
     epoch: i64,
     positions: &[i64],
-) -> Result<Option<(Vec<i64>, Counts)>, sqlx::Error> {
+) -> Result<Option<(Vec<i64>, WaitingCounts)>, sqlx::Error> {
     let sql = "\
         WITH fence AS (SELECT FROM outbox.relay WHERE name = $1 AND epoch = $2), \
         behind AS ( \
@@ -144,14 +160,14 @@ pub async fn divert(
         FROM (SELECT) one LEFT JOIN behind b ON true LEFT JOIN waiting w USING (position)";
     let rows: Vec<Behind> =
         sqlx::query_as(sql).bind(relay).bind(epoch).bind(positions).fetch_all(conn).await?;
-    let (mut diverted, mut counts) = (Vec::new(), Counts::new());
+    let (mut diverted, mut counts) = (Vec::new(), WaitingCounts::new());
     for (fence, type_, aggregate_type, position, new) in rows {
         if !fence {
             return Ok(None);
         }
         if let (Some(type_), Some(aggregate_type), Some(position)) = (type_, aggregate_type, position) {
             diverted.push(position);
-            *counts.entry(Kind { type_, aggregate_type }).or_default() += i64::from(new == Some(true));
+            *counts.entry(EventKind { type_, aggregate_type }).or_default() += i64::from(new == Some(true));
         }
     }
     Ok(Some((diverted, counts)))
@@ -159,7 +175,11 @@ pub async fn divert(
 
 /// These are taken, or dropped: their rows go, and the next one of each aggregate is tried. Returns what there is of
 /// each kind less that waited.
-pub async fn gone(conn: &mut PgConnection, relay: &str, positions: &[i64]) -> Result<Counts, sqlx::Error> {
+pub async fn remove_rows(
+    conn: &mut PgConnection,
+    relay: &str,
+    positions: &[i64],
+) -> Result<WaitingCounts, sqlx::Error> {
     let sql = format!(
         "WITH gone AS (DELETE FROM outbox.parked WHERE relay = $1 AND position = ANY ($2) \
                        RETURNING type, aggregate_type, aggregate_id, state), \
@@ -171,7 +191,11 @@ pub async fn gone(conn: &mut PgConnection, relay: &str, positions: &[i64]) -> Re
 }
 
 /// These were set aside meanwhile: what waited behind them is tried.
-pub async fn next(conn: &mut PgConnection, relay: &str, positions: &[i64]) -> Result<(), sqlx::Error> {
+pub async fn release_next(
+    conn: &mut PgConnection,
+    relay: &str,
+    positions: &[i64],
+) -> Result<(), sqlx::Error> {
     let sql = format!(
         "WITH gone AS (SELECT aggregate_type, aggregate_id FROM outbox.parked WHERE relay = $1 AND position = ANY ($2)) \
          {NEXT}"
@@ -184,7 +208,7 @@ pub async fn next(conn: &mut PgConnection, relay: &str, positions: &[i64]) -> Re
 pub async fn postpone(
     conn: &mut PgConnection,
     relay: &str,
-    failed: &[(i64, Failure, String, f64)],
+    failed: &[(i64, PublishFailure, String, f64)],
 ) -> Result<(), sqlx::Error> {
     let positions: Vec<i64> = failed.iter().map(|(position, ..)| *position).collect();
     let reasons: Vec<&str> = failed.iter().map(|(_, failure, ..)| failure.as_str()).collect();
@@ -202,7 +226,7 @@ pub async fn postpone(
 }
 
 /// How many of each kind wait.
-pub async fn count(conn: &mut PgConnection, relay: &str) -> Result<Counts, sqlx::Error> {
+pub async fn count(conn: &mut PgConnection, relay: &str) -> Result<WaitingCounts, sqlx::Error> {
     let sql = "SELECT true, type, aggregate_type, count(*) FROM outbox.parked \
                WHERE relay = $1 AND state = 'waiting' GROUP BY 2, 3";
     Ok(counted(sqlx::query_as(sql).bind(relay).fetch_all(conn).await?).unwrap_or_default())
@@ -212,8 +236,8 @@ pub async fn count(conn: &mut PgConnection, relay: &str) -> Result<Counts, sqlx:
 pub async fn due(
     conn: &mut PgConnection,
     relay: &str,
-    wanted: &Wanted<'_>,
-) -> Result<(Vec<Waiter>, Vec<Unreadable>), sqlx::Error> {
+    wanted: &WaitingQuery<'_>,
+) -> Result<(Vec<StoredRetry>, Vec<Unreadable>), sqlx::Error> {
     let types: Vec<&str> = wanted.kinds.iter().map(|(kind, _)| &*kind.type_).collect();
     let aggregate_types: Vec<&str> = wanted.kinds.iter().map(|(kind, _)| &*kind.aggregate_type).collect();
     let flows: Vec<bool> = wanted.kinds.iter().map(|(_, flows)| *flows).collect();
@@ -252,7 +276,7 @@ pub async fn due(
         FROM chosen c JOIN outbox.readable e ON e.position = c.position \
         WHERE c.bytes <= $10 OR c.n = 1 \
         ORDER BY c.n";
-    let rows: Vec<WaiterRow> = sqlx::query_as(sql)
+    let rows: Vec<RetryRow> = sqlx::query_as(sql)
         .bind(relay)
         .bind(types)
         .bind(aggregate_types)
@@ -269,14 +293,14 @@ pub async fn due(
 }
 
 /// Separates rows that can be read from those that cannot.
-pub(crate) fn split(rows: Vec<WaiterRow>) -> (Vec<Waiter>, Vec<Unreadable>) {
+pub(crate) fn split(rows: Vec<RetryRow>) -> (Vec<StoredRetry>, Vec<Unreadable>) {
     let (mut waiters, mut unreadable) = (Vec::new(), Vec::new());
     for row in rows {
         match row.event {
-            Row::Event(event) => waiters.push(Waiter {
+            Row::Event(event) => waiters.push(StoredRetry {
                 event,
                 tries: u32::try_from(row.attempts).unwrap_or(u32::MAX),
-                failure: Failure::stored(&row.reason),
+                failure: PublishFailure::stored(&row.reason),
                 age: Duration::try_from_secs_f64(row.age).unwrap_or_default(),
             }),
             Row::Unreadable(row) => unreadable.push(row),
@@ -286,14 +310,14 @@ pub(crate) fn split(rows: Vec<WaiterRow>) -> (Vec<Waiter>, Vec<Unreadable>) {
 }
 
 /// An event's columns, and after them `attempts`, `reason` and the row's age in seconds.
-pub(crate) struct WaiterRow {
+pub(crate) struct RetryRow {
     event: Row,
     attempts: i32,
     reason: String,
     age: f64,
 }
 
-impl<'r> sqlx::FromRow<'r, sqlx::postgres::PgRow> for WaiterRow {
+impl<'r> sqlx::FromRow<'r, sqlx::postgres::PgRow> for RetryRow {
     fn from_row(row: &'r sqlx::postgres::PgRow) -> Result<Self, sqlx::Error> {
         use sqlx::Row as _;
         Ok(Self {
@@ -305,14 +329,14 @@ impl<'r> sqlx::FromRow<'r, sqlx::postgres::PgRow> for WaiterRow {
     }
 }
 
-fn counted(rows: Vec<Counted>) -> Option<Counts> {
-    let mut counts = Counts::new();
+fn counted(rows: Vec<Counted>) -> Option<WaitingCounts> {
+    let mut counts = WaitingCounts::new();
     for (fence, type_, aggregate_type, n) in rows {
         if !fence {
             return None;
         }
         if let (Some(type_), Some(aggregate_type), Some(n)) = (type_, aggregate_type, n) {
-            counts.insert(Kind { type_, aggregate_type }, n);
+            counts.insert(EventKind { type_, aggregate_type }, n);
         }
     }
     Some(counts)

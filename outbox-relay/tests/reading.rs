@@ -16,8 +16,9 @@ use std::{
 
 use devstack::{folder::Folder, ports, postgres::Postgres, testing::Roles};
 use outbox_relay::{
-    leader::{Begin, Candidate, Leader, LeaderError},
-    reader::{Budget, Event, READ},
+    event::Event,
+    reader::{Budget, READ},
+    session::{Begin, CandidateSession, LeaderSession, SessionError},
 };
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, PgConnection, postgres::PgConnectOptions};
@@ -126,7 +127,7 @@ async fn writer(url: String, seed: u64, stop: Arc<AtomicBool>) {
 /// random, as a crash would make it.
 #[derive(Default)]
 struct Relay {
-    leader: Option<Leader>,
+    leader: Option<LeaderSession>,
     in_flight: Vec<i64>,
     delivered: Vec<Event>,
     most_gaps: usize,
@@ -134,10 +135,11 @@ struct Relay {
 }
 
 /// Leadership, if it is to be had.
-async fn lead(server: &Server) -> Result<Option<Leader>, LeaderError> {
+async fn lead(server: &Server) -> Result<Option<LeaderSession>, SessionError> {
     let lease = Duration::from_mins(1);
     let mut candidate =
-        Candidate::connect(&server.relay.clone().into(), "default", Begin::Start, "test", lease).await?;
+        CandidateSession::connect(&server.relay.clone().into(), "default", Begin::Start, "test", lease)
+            .await?;
     if candidate.ask().await? {
         return Ok(Some(candidate.lead().await?));
     }
@@ -160,7 +162,7 @@ impl Relay {
         self.in_flight.clear();
     }
 
-    async fn try_once(&mut self, server: &Server, rng: &mut SmallRng) -> Result<(), LeaderError> {
+    async fn try_once(&mut self, server: &Server, rng: &mut SmallRng) -> Result<(), SessionError> {
         let Some(leader) = &mut self.leader else {
             self.leader = lead(server).await?;
             if self.leader.is_none() {
@@ -351,7 +353,7 @@ async fn too_many_gaps_stop_the_reading_visibly_and_not_for_ever() {
         .unwrap();
     let mut leader = lead(&server).await.unwrap().unwrap();
     let mut read = 0;
-    let mut more = async |leader: &mut Leader| {
+    let mut more = async |leader: &mut LeaderSession| {
         let batch = leader.read(Budget { events: 1_000, bytes: 10_000_000 }).await.unwrap();
         batch.events.iter().for_each(|e| leader.settle(e.position));
         read += batch.events.len();

@@ -29,6 +29,29 @@ async fn every_guard_can_be_removed() {
     build::check(&Sabotage::ALL).await.unwrap_or_else(|error| panic!("{error:#}"));
 }
 
+/// Builds of the whole workspace have failpoints, for the fault suites. A program that is built by its package, as the
+/// image is, does not even contain the library.
+#[test]
+fn no_release_has_failpoints() {
+    let has_failpoints = |selection: &[&str]| {
+        let mut tree = Command::new(env!("CARGO"));
+        tree.args(["tree", "--offline", "--locked", "--edges", "normal", "--prefix", "none"]).args(selection);
+        let output = tree.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap().lines().any(|line| line.starts_with("fail v"))
+    };
+    assert!(has_failpoints(&["--workspace"]));
+    assert!(!has_failpoints(&["--workspace", "--exclude", "chaos"]));
+    let dockerfile = include_str!("../../../deploy/Dockerfile");
+    let packages: Vec<&str> =
+        dockerfile.split("--package ").skip(1).filter_map(|rest| rest.split_whitespace().next()).collect();
+    assert_eq!(packages.len(), 4);
+    assert!(!has_failpoints(&packages.iter().flat_map(|package| ["--package", package]).collect::<Vec<_>>()));
+    for package in packages {
+        assert!(!has_failpoints(&["--package", package]), "{package}");
+    }
+}
+
 #[test]
 fn the_plan_is_shown_and_nothing_is_started() {
     let of = |args: &[&str]| run(&[&["--plan"], args].concat());

@@ -1,39 +1,23 @@
-//! In debug builds, a place to die: `INBOX_FAILPOINT=apply:3` kills the process, as SIGKILL does, when it
-//! comes by the step `apply` for the third time, and `INBOX_FAILPOINT=event:ID` whenever that event is
-//! applied. Compiled to nothing in a release.
+//! Points at which the fault suite kills the process, by the crate `fail`. They are behind the feature `failpoints`,
+//! which no release has. `FAILPOINTS=apply=2*off->return` kills the process, as SIGKILL does, when it passes the step
+//! `apply` for the third time, and `FAILPOINTS=apply=return(ID)` whenever that event is applied.
 
 use crate::Event;
 
-/// Passes a step of a transaction: `apply` (the handler was called, nothing is committed), `commit`
+/// Passes a step of a transaction with events: `apply` (the handler was called, nothing is committed), `commit`
 /// (nothing is acknowledged).
-#[cfg(debug_assertions)]
+#[cfg(feature = "failpoints")]
 pub(crate) fn hit(step: &str, events: &[Event]) {
-    use std::sync::{
-        OnceLock,
-        atomic::{AtomicU32, Ordering},
-    };
-
-    static POINT: OnceLock<Option<(String, String)>> = OnceLock::new();
-    static PASSED: AtomicU32 = AtomicU32::new(0);
-    let point = POINT.get_or_init(|| {
-        let value = std::env::var("INBOX_FAILPOINT").ok()?;
-        let (step, when) = value.split_once(':')?;
-        Some((step.to_owned(), when.to_owned()))
-    });
-    let Some((wanted, when)) = point else { return };
-    let now = match wanted.as_str() {
-        "event" => step == "apply" && events.iter().any(|event| event.id.to_string() == *when),
-        wanted => {
-            wanted == step
-                && !events.is_empty()
-                && when.parse() == Ok(PASSED.fetch_add(1, Ordering::Relaxed) + 1)
+    static READ_SETTING: std::sync::Once = std::sync::Once::new();
+    // What is dropped takes its settings along.
+    READ_SETTING.call_once(|| std::mem::forget(fail::FailScenario::setup()));
+    fail::fail_point!(step, !events.is_empty(), |id| {
+        if id.is_none_or(|id: String| events.iter().any(|event| event.id.to_string() == id)) {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
         }
-    };
-    if now {
-        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-    }
+    });
 }
 
 /// See above.
-#[cfg(not(debug_assertions))]
+#[cfg(not(feature = "failpoints"))]
 pub(crate) fn hit(_: &str, _: &[Event]) {}

@@ -13,9 +13,9 @@ use uuid::Uuid;
 use super::{CommandArgs, Verdict, connect, many, not_done, state, status::time};
 use crate::{
     config::{STATEMENT_TIMEOUT, relay_name},
-    leader::MAX_DROPPED,
     row::Made,
     rules::matches,
+    session::MAX_DROPPED,
     waiting,
 };
 
@@ -297,7 +297,7 @@ async fn drop(
                    WHERE name = $1 AND EXISTS (SELECT FROM gone)";
         let dropped = again(async || {
             let mut tx = conn.begin().await?;
-            waiting::gone(&mut tx, &args.name, &positions).await?;
+            waiting::remove_rows(&mut tx, &args.name, &positions).await?;
             sqlx::query(sql).bind(&args.name).bind(&positions).bind(MAX_DROPPED).execute(&mut *tx).await?;
             tx.commit().await
         });

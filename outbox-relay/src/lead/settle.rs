@@ -8,12 +8,12 @@ use serde_json::json;
 use super::{Lead, SAVE_INTERVAL};
 use crate::{
     broker::BrokerError,
-    evidence::{Failure, Kind},
+    evidence::{EventKind, PublishFailure},
     failpoint,
-    leader::LeaderError,
-    parked::{Parking, Reason},
-    publish::{Fate, Published},
-    queue::{Done, Item, Lost, Row, Window, pause},
+    parked::Parking,
+    publish::Published,
+    queue::{Item, Lost, Outcome, StoredIn, Window, pause},
+    session::SessionError,
 };
 
 /// The end of a burst of at least so many events is stored at once: a restart would publish all of them again.
@@ -21,7 +21,7 @@ const BURST: u64 = 1_000;
 
 impl Lead<'_> {
     /// Acts on what became of each event of a window.
-    pub(super) async fn settle(&mut self, window: Window, published: Published) -> Result<(), LeaderError> {
+    pub(super) async fn settle(&mut self, window: Window, published: Published) -> Result<(), SessionError> {
         let (route, bytes) = (window.route, window.bytes());
         let mut known = Vec::with_capacity(window.items.len());
         let mut unknown = Vec::new();
@@ -32,11 +32,6 @@ impl Lead<'_> {
             }
         }
         match published.ended {
-            // The only one that it can be.
-            Some(BrokerError::Refused(why)) if unknown.len() == 1 => {
-                let refused = Fate::Refused { why, certain: false };
-                known.extend(unknown.into_iter().map(|item| (item, refused.clone())));
-            }
             Some(BrokerError::Refused(_)) => self.queue.lost(unknown, Lost::Suspect),
             // Which of them have no answer themselves is known.
             Some(BrokerError::Silent(_)) if !known.is_empty() => self.queue.lost(unknown, Lost::Unbegun),
@@ -45,100 +40,102 @@ impl Lead<'_> {
         }
         self.queue.ended(route, bytes);
         let may_park = self.relay.limits.parked - self.parked;
-        let done = self.queue.done(known, may_park, Instant::now());
-        self.store(done).await
+        let outcome = self.queue.settle(known, may_park, Instant::now());
+        self.store(outcome).await
     }
 
     /// In the database first: what is lost on the way is published again.
-    async fn store(&mut self, done: Done) -> Result<(), LeaderError> {
-        let Done { confirmed, dropped, park, postpone } = done;
+    async fn store(&mut self, outcome: Outcome) -> Result<(), SessionError> {
+        let Outcome { confirmed, dropped, park, postpone } = outcome;
         self.confirmed += confirmed.len() as u64;
         for item in &confirmed {
             let delay = (Utc::now() - item.event.created_at).to_std().unwrap_or_default();
             metrics::histogram!("outbox_relay_delay_seconds").record(delay);
-            if item.row != Row::Outbox {
-                self.flowing.insert(Kind::of(&item.event));
+            if item.stored_in != StoredIn::Outbox {
+                self.flowing.insert(EventKind::of(&item.event));
             }
         }
         for item in &dropped {
-            self.leader.drop(item.event.position);
+            self.session.drop(item.event.position);
         }
         self.park(&park).await?;
-        let rows = |row: Row| {
-            let taken = confirmed.iter().chain(&dropped).filter(move |item| item.row == row);
+        let rows = |row: StoredIn| {
+            let taken = confirmed.iter().chain(&dropped).filter(move |item| item.stored_in == row);
             taken.map(|item| item.event.position)
         };
-        let set_aside = rows(Row::Parked).count();
-        let gone: Vec<i64> = rows(Row::Waiting).chain(rows(Row::Parked)).collect();
+        let set_aside = rows(StoredIn::Parked).count();
+        let gone: Vec<i64> = rows(StoredIn::Waiting).chain(rows(StoredIn::Parked)).collect();
         if !gone.is_empty() {
-            let waited = self.leader.gone(&gone).await?;
+            let waited = self.session.remove_rows(&gone).await?;
             self.parked -= i64::try_from(set_aside).unwrap_or(0);
-            self.fewer(waited);
-            self.look_at = Instant::now();
+            self.subtract_waiting(waited);
+            self.load_at = Instant::now();
         }
         self.postpone(postpone).await?;
         let settled = confirmed.iter().chain(&dropped).chain(park.iter().map(|(item, ..)| item));
-        for item in settled.filter(|item| item.row == Row::Outbox) {
-            self.leader.settle(item.event.position);
+        for item in settled.filter(|item| item.stored_in == StoredIn::Outbox) {
+            self.session.settle(item.event.position);
         }
         metrics::counter!("outbox_relay_published_total").increment(confirmed.len() as u64);
         metrics::counter!("outbox_relay_dropped_total").increment(dropped.len() as u64);
         Ok(())
     }
 
-    async fn park(&mut self, park: &[(Item, Failure, String)]) -> Result<(), LeaderError> {
+    async fn park(&mut self, park: &[(Item, PublishFailure, String)]) -> Result<(), SessionError> {
         let Some((_, _, detail)) = park.first() else { return Ok(()) };
         tracing::debug!(events = park.len(), detail, "set aside");
         let parkings: Vec<Parking> = park
             .iter()
             .map(|(item, failure, detail)| Parking {
                 position: item.event.position,
-                reason: Reason::from(*failure),
+                reason: *failure,
                 detail: detail.clone(),
             })
             .collect();
-        self.leader.park(&parkings).await?;
+        self.session.park(&parkings).await?;
         failpoint::hit("park");
         self.parked += i64::try_from(parkings.len()).unwrap_or(0);
         for parking in &parkings {
             metrics::counter!("outbox_relay_parked_total", "reason" => parking.reason.as_str()).increment(1);
         }
         let waited: Vec<&Item> =
-            park.iter().map(|(item, ..)| item).filter(|item| item.row == Row::Waiting).collect();
+            park.iter().map(|(item, ..)| item).filter(|item| item.stored_in == StoredIn::Waiting).collect();
         if !waited.is_empty() {
             let positions: Vec<i64> = waited.iter().map(|item| item.event.position).collect();
-            self.leader.next(&positions).await?;
-            self.fewer(waited.into_iter().map(|item| (Kind::of(&item.event), 1)));
-            self.look_at = Instant::now();
+            self.session.release_next(&positions).await?;
+            self.subtract_waiting(waited.into_iter().map(|item| (EventKind::of(&item.event), 1)));
+            self.load_at = Instant::now();
         }
         Ok(())
     }
 
     /// Rows whose events were not taken once more.
-    async fn postpone(&mut self, postpone: Vec<(Item, Failure, String)>) -> Result<(), LeaderError> {
+    async fn postpone(&mut self, postpone: Vec<(Item, PublishFailure, String)>) -> Result<(), SessionError> {
         let (mut in_vain, mut longer) = (Vec::new(), Vec::new());
         for (item, failure, why) in postpone {
             let position = item.event.position;
-            self.flowing.remove(&Kind::of(&item.event));
-            match (item.row, failure) {
-                (Row::Parked, Failure::Refused) => self.leader.refuse(position, &why).await?,
-                (Row::Parked, _) => in_vain.push(position),
+            self.flowing.remove(&EventKind::of(&item.event));
+            match (item.stored_in, failure) {
+                (StoredIn::Parked, PublishFailure::Refused) => {
+                    self.session.refuse_parked(position, &why).await?;
+                }
+                (StoredIn::Parked, _) => in_vain.push(position),
                 _ => {
                     longer.push((position, failure, why, pause(failure, item.tries, position).as_secs_f64()));
                 }
             }
         }
         if !in_vain.is_empty() {
-            self.leader.postpone(&in_vain).await?;
+            self.session.postpone_parked(&in_vain).await?;
         }
         if !longer.is_empty() {
-            self.leader.wait_longer(&longer).await?;
+            self.session.postpone_waiting(&longer).await?;
         }
         Ok(())
     }
 
     /// Fewer events of these kinds wait.
-    pub(super) fn fewer(&mut self, kinds: impl IntoIterator<Item = (Kind, i64)>) {
+    pub(super) fn subtract_waiting(&mut self, kinds: impl IntoIterator<Item = (EventKind, i64)>) {
         for (kind, n) in kinds {
             if let Some(count) = self.waiting.get_mut(&kind) {
                 *count -= n;
@@ -149,8 +146,8 @@ impl Lead<'_> {
         }
     }
 
-    pub(super) async fn save_if_due(&mut self) -> Result<(), LeaderError> {
-        let interval = if self.leader.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
+    pub(super) async fn save_if_due(&mut self) -> Result<(), SessionError> {
+        let interval = if self.session.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
         let end_of_burst = self.queue.events() == 0 && self.confirmed - self.saved_confirmed >= BURST;
         if end_of_burst || self.saved.elapsed() >= interval.min(self.heartbeat()) {
             let waiting: Vec<_> = self
@@ -160,9 +157,9 @@ impl Lead<'_> {
                 .into_iter()
                 .map(|(part, reason, seconds)| json!({"part": part, "reason": reason, "seconds": seconds}))
                 .collect();
-            self.told = json!(waiting).to_string();
-            let progress = self.leader.has_progress();
-            self.leader.save(&self.told).await?;
+            self.stored_reasons = json!(waiting).to_string();
+            let progress = self.session.has_progress();
+            self.session.save(&self.stored_reasons).await?;
             (self.saved, self.saved_confirmed) = (Instant::now(), self.confirmed);
             if progress {
                 failpoint::hit("save");

@@ -3,8 +3,8 @@
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use crate::{
-    evidence::{Danger, Failure, Kind, Stamp},
-    reader::Event,
+    event::Event,
+    evidence::{Danger, EventKind, PublishFailure, Stamp},
 };
 
 /// An event that was in so many windows that were lost goes apart: it may be what ends the connections.
@@ -12,7 +12,7 @@ const LOSSES: u8 = 3;
 
 /// Where the relay has an event, besides its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Row {
+pub enum StoredIn {
     /// In the outbox alone: its position is not settled.
     Outbox,
     /// In `outbox.parked`, waiting: its position is settled, and later events of its aggregate wait behind it.
@@ -27,7 +27,7 @@ pub struct Item {
     /// The event.
     pub event: Arc<Event>,
     /// Where else it is.
-    pub row: Row,
+    pub stored_in: StoredIn,
     /// How often it was not taken.
     pub tries: u32,
     /// Why it was not taken, if it was tried.
@@ -48,7 +48,7 @@ pub struct Item {
 #[derive(Clone, Debug)]
 pub struct Trouble {
     /// How.
-    pub failure: Failure,
+    pub failure: PublishFailure,
     /// When it was first learned.
     pub(super) first: Stamp,
     /// The same, by the clock.
@@ -86,13 +86,13 @@ impl Item {
 
 /// Where an aggregate stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum AggregateState {
     #[default]
-    Nowhere,
-    UnderWay,
+    Unscheduled,
+    InFlight,
     Ready,
     Blocked,
-    Apart,
+    Quarantine,
     Retry,
 }
 
@@ -100,19 +100,21 @@ pub(super) enum Place {
 pub(super) struct Aggregate {
     /// In order of position, without what is under way.
     pub(super) items: VecDeque<Item>,
-    pub(super) under_way: Vec<Item>,
-    pub(super) place: Place,
+    pub(super) in_flight: Vec<Item>,
+    pub(super) state: AggregateState,
     /// Where it stands among the retries.
-    pub(super) retry: Option<(Kind, Instant)>,
+    pub(super) retry: Option<(EventKind, Instant)>,
 }
 
 impl Aggregate {
     /// Puts an event that was set aside before those that are younger, and one that was read behind all.
     pub(super) fn insert(&mut self, item: Item) {
         let position = item.event.position;
-        let at = match item.row {
-            Row::Outbox => self.items.len(),
-            Row::Waiting | Row::Parked => self.items.partition_point(|i| i.event.position < position),
+        let at = match item.stored_in {
+            StoredIn::Outbox => self.items.len(),
+            StoredIn::Waiting | StoredIn::Parked => {
+                self.items.partition_point(|i| i.event.position < position)
+            }
         };
         self.items.insert(at, item);
     }

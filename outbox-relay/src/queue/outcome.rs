@@ -5,9 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Item, Place, Queue, Route, Row, Trouble, Window};
+use super::{AggregateState, Item, Queue, Route, StoredIn, Trouble, Window};
 use crate::{
-    evidence::{Failure, Kind, Stamp},
+    evidence::{EventKind, PublishFailure, Stamp},
     publish::Fate,
     rules::{Nacked, Unroutable},
 };
@@ -25,15 +25,15 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// What is to be stored and settled.
 #[derive(Debug, Default)]
-pub struct Done {
+pub struct Outcome {
     /// The broker has them.
     pub confirmed: Vec<Item>,
     /// A rule lets them go.
     pub dropped: Vec<Item>,
     /// They are set aside, with the reason, and later events of their aggregates go on.
-    pub park: Vec<(Item, Failure, String)>,
+    pub park: Vec<(Item, PublishFailure, String)>,
     /// They have a row, were not taken, and stay there.
-    pub postpone: Vec<(Item, Failure, String)>,
+    pub postpone: Vec<(Item, PublishFailure, String)>,
 }
 
 /// How the fate of events was lost.
@@ -48,8 +48,8 @@ pub enum Lost {
 }
 
 /// How long to pause after so many `tries` in vain. Events that fail together do not come back together.
-pub fn pause(failure: Failure, tries: u32, position: i64) -> Duration {
-    let longest = if failure == Failure::Unroutable { UNROUTABLE_PAUSE } else { LONGEST_PAUSE };
+pub fn pause(failure: PublishFailure, tries: u32, position: i64) -> Duration {
+    let longest = if failure == PublishFailure::Unroutable { UNROUTABLE_PAUSE } else { LONGEST_PAUSE };
     let pause = FIRST_PAUSE.saturating_mul(1 << tries.saturating_sub(1).min(12)).min(longest);
     let jitter = u32::try_from(position.wrapping_mul(40_503).rem_euclid(256)).unwrap_or(0);
     pause + pause / 1_024 * jitter
@@ -57,9 +57,9 @@ pub fn pause(failure: Failure, tries: u32, position: i64) -> Duration {
 
 impl Queue {
     /// Takes in what became of events of a window that has ended. `may_park`: how many more may be set aside.
-    pub fn done(&mut self, fates: Vec<(Item, Fate)>, may_park: i64, now: Instant) -> Done {
+    pub fn settle(&mut self, fates: Vec<(Item, Fate)>, may_park: i64, now: Instant) -> Outcome {
         let learned = self.evidence.tick();
-        let mut done = Done::default();
+        let mut done = Outcome::default();
         let mut failed = Vec::new();
         for (item, fate) in fates {
             match fate {
@@ -75,28 +75,28 @@ impl Queue {
                 }
                 Fate::Unroutable => {
                     let why = self.policies.no_queue(&item.event.type_);
-                    failed.push((item, Failure::Unroutable, why, false));
+                    failed.push((item, PublishFailure::Unroutable, why, false));
                 }
                 Fate::Nacked => {
                     let why = format!(
                         "the broker refuses events of type {} for now; is a queue at its limit?",
                         item.event.type_
                     );
-                    failed.push((item, Failure::Nacked, why, false));
+                    failed.push((item, PublishFailure::Nacked, why, false));
                 }
                 Fate::Silent => {
                     let why = format!(
                         "the broker does not answer for events of type {}; has a queue lost the majority of its nodes?",
                         item.event.type_
                     );
-                    failed.push((item, Failure::Silent, why, false));
+                    failed.push((item, PublishFailure::Silent, why, false));
                 }
                 Fate::Refused { why, certain } => {
                     let why = format!("event {} of type {}: {why}", item.event.id, item.event.type_);
                     if !certain {
                         self.evidence.refused(item.event.size());
                     }
-                    failed.push((item, Failure::Refused, why, certain));
+                    failed.push((item, PublishFailure::Refused, why, certain));
                 }
             }
         }
@@ -118,7 +118,8 @@ impl Queue {
             item.tries += 1;
             item.decides |=
                 item.chained && taken.get(&item.aggregate).is_some_and(|last| *last > item.event.position);
-            let parked = item.row != Row::Parked && (certain || self.is_proven(&item, failure, now));
+            let parked =
+                item.stored_in != StoredIn::Parked && (certain || self.is_proven(&item, failure, now));
             if parked && self.may_park(&mut free) {
                 if !certain {
                     self.evidence.proven(&item.event);
@@ -126,16 +127,16 @@ impl Queue {
                 self.failed.remove(&item.event.position);
                 self.forget(&item);
                 done.park.push((item, failure, why));
-            } else if item.row == Row::Outbox {
+            } else if item.stored_in == StoredIn::Outbox {
                 self.hold(item, failure, why, learned, now);
             } else {
-                if item.row == Row::Waiting {
+                if item.stored_in == StoredIn::Waiting {
                     self.remember(item.event.position, item.trouble.as_ref().map_or(learned, |t| t.first));
                 }
                 self.forget(&item);
                 self.unload(&item);
                 // What waits behind another one has no turn of its own.
-                if item.row == Row::Parked || unloaded.insert(item.aggregate) {
+                if item.stored_in == StoredIn::Parked || unloaded.insert(item.aggregate) {
                     done.postpone.push((item, failure, why));
                 }
             }
@@ -159,11 +160,11 @@ impl Queue {
     /// A window has ended, whatever became of its events, which took so many bytes.
     pub fn ended(&mut self, route: Route, bytes: usize) {
         self.windows -= 1;
-        if route == Route::Apart {
-            let under_way = &mut self.under_way_apart;
-            under_way.windows -= 1;
-            under_way.bytes -= bytes;
-            under_way.dangerous = false;
+        if route == Route::Quarantine {
+            let in_flight = &mut self.quarantine_in_flight;
+            in_flight.windows -= 1;
+            in_flight.bytes -= bytes;
+            in_flight.dangerous = false;
         }
     }
 
@@ -181,23 +182,25 @@ impl Queue {
         let before = item.trouble.as_ref().map(|trouble| trouble.failure);
         if self.evidence.confirmed(&item.event, item.published, before, now) {
             // What waits of its kind is tried soon.
-            for id in self.retries.all_of(&Kind::of(&item.event)) {
+            for id in self.retries.all_of(&EventKind::of(&item.event)) {
                 let first = self.aggregates.get_mut(&id).and_then(|a| a.items.front_mut());
                 if let Some(trouble) = first.and_then(|first| first.trouble.as_mut()) {
                     trouble.retry_at = trouble.retry_at.min(now);
                 }
-                self.put(id, Place::Retry);
+                self.enter(id, AggregateState::Retry);
             }
         }
     }
 
     /// Whether it is the event itself that is not taken, and a rule has it set aside.
-    fn is_proven(&self, item: &Item, failure: Failure, now: Instant) -> bool {
+    fn is_proven(&self, item: &Item, failure: PublishFailure, now: Instant) -> bool {
         let type_ = &item.event.type_;
         match failure {
-            Failure::Unroutable => item.decides && self.policies.unroutable.of(type_) == Unroutable::Park,
-            Failure::Refused => item.decides,
-            Failure::Nacked | Failure::Silent => {
+            PublishFailure::Unroutable => {
+                item.decides && self.policies.unroutable.of(type_) == Unroutable::Park
+            }
+            PublishFailure::Refused => item.decides,
+            PublishFailure::Nacked | PublishFailure::Silent => {
                 let since = item.trouble.as_ref().map_or(now, |trouble| trouble.since);
                 self.policies.nacked.of(type_) == Nacked::Pass && now.duration_since(since) >= PATIENCE
             }
@@ -211,14 +214,14 @@ impl Queue {
     }
 
     /// It is tried again, and what is behind it waits.
-    fn hold(&mut self, mut item: Item, failure: Failure, why: String, learned: Stamp, now: Instant) {
+    fn hold(&mut self, mut item: Item, failure: PublishFailure, why: String, learned: Stamp, now: Instant) {
         let (first, since) = item.trouble.as_ref().map_or((learned, now), |t| (t.first, t.since));
         let retry_at = now + pause(failure, item.tries, item.event.position);
         item.trouble = Some(Trouble { failure, first, since, retry_at, why });
         let parks = match failure {
-            Failure::Unroutable => self.policies.unroutable.of(&item.event.type_) == Unroutable::Park,
-            Failure::Refused => true,
-            Failure::Nacked | Failure::Silent => false,
+            PublishFailure::Unroutable => self.policies.unroutable.of(&item.event.type_) == Unroutable::Park,
+            PublishFailure::Refused => true,
+            PublishFailure::Nacked | PublishFailure::Silent => false,
         };
         if item.guessed && parks {
             self.guesses.entry(learned).or_default().push(item.aggregate);
@@ -228,13 +231,13 @@ impl Queue {
 
     /// Sets aside what a guess was right about: one of its kind was at fault, it was not taken either, and something
     /// that was handed out later was.
-    fn park_guesses(&mut self, free: &mut i64, done: &mut Done) {
+    fn park_guesses(&mut self, free: &mut i64, done: &mut Outcome) {
         while let Some(entry) = self.guesses.first_entry()
             && self.evidence.taken_since(*entry.key())
         {
             let (learned, ids) = entry.remove_entry();
             for id in ids {
-                let Some((Place::Retry, first)) = self.first(id) else { continue };
+                let Some((AggregateState::Retry, first)) = self.first(id) else { continue };
                 let proven = first.trouble.as_ref().is_some_and(|trouble| trouble.first == learned)
                     && self.evidence.is_proven(&first.event);
                 if !proven || !self.may_park(free) {
@@ -269,13 +272,13 @@ impl Queue {
 
     /// What has a row and waits behind it leaves the memory, too: it comes back in its turn.
     fn unload(&mut self, item: &Item) {
-        if item.row != Row::Waiting {
+        if item.stored_in != StoredIn::Waiting {
             return;
         }
         if let Some(aggregate) = self.aggregates.get_mut(&item.aggregate) {
             let (events, bytes) = (&mut self.events, &mut self.bytes);
             aggregate.items.retain(|behind| {
-                let leaves = behind.row == Row::Waiting;
+                let leaves = behind.stored_in == StoredIn::Waiting;
                 if leaves {
                     *events -= 1;
                     *bytes -= behind.event.size();
@@ -283,7 +286,7 @@ impl Queue {
                 !leaves
             });
         }
-        self.place(item.aggregate);
+        self.reschedule(item.aggregate);
     }
 
     fn put_back(&mut self, item: &Item) {
@@ -298,11 +301,11 @@ impl Queue {
     /// It is not under way any more.
     fn free(&mut self, item: &Item) {
         if let Some(aggregate) = self.aggregates.get_mut(&item.aggregate) {
-            aggregate.under_way.retain(|other| other.event.position != item.event.position);
-            if aggregate.under_way.is_empty() && aggregate.place == Place::UnderWay {
-                aggregate.place = Place::Nowhere;
+            aggregate.in_flight.retain(|other| other.event.position != item.event.position);
+            if aggregate.in_flight.is_empty() && aggregate.state == AggregateState::InFlight {
+                aggregate.state = AggregateState::Unscheduled;
             }
         }
-        self.place(item.aggregate);
+        self.reschedule(item.aggregate);
     }
 }

@@ -3,48 +3,31 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Place, Queue, Row, outcome::pause};
-use crate::evidence::Kind;
+use super::{AggregateState, Queue, StoredIn, outcome::pause};
+use crate::{evidence::EventKind, waiting::Spilled};
 
 /// What waits for longer leaves the memory, so that the low-water mark, and retention with it, go on.
 const LONGEST: Duration = Duration::from_secs(10);
 
-/// An event that is to wait in `outbox.parked`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Spilled {
-    /// Which one.
-    pub position: i64,
-    /// Its kind.
-    pub kind: Kind,
-    /// How it was not taken, or `behind` when it was not tried.
-    pub reason: &'static str,
-    /// In words.
-    pub detail: String,
-    /// How often it was not taken.
-    pub tries: u32,
-    /// The first of its aggregate: after this pause it is tried again. None for what waits behind it.
-    pub retry: Option<Duration>,
-}
-
 impl Queue {
     /// How many events wait for another try, or behind one that does.
     pub fn waiting(&self) -> usize {
-        let held = self.held().filter_map(|id| self.aggregates.get(&id));
-        held.flat_map(|aggregate| &aggregate.items).filter(|item| item.row != Row::Parked).count()
+        let ids = self.waiting_ids().filter_map(|id| self.aggregates.get(&id));
+        ids.flat_map(|aggregate| &aggregate.items).filter(|item| item.stored_in != StoredIn::Parked).count()
     }
 
     /// Takes what waits out of the memory: all of it when that is more than `most`, and what waits for long. A kind
     /// stays that may not have more rows.
-    pub fn spill(&mut self, most: usize, now: Instant, may: impl Fn(&Kind) -> bool) -> Vec<Spilled> {
+    pub fn spill(&mut self, most: usize, now: Instant, may: impl Fn(&EventKind) -> bool) -> Vec<Spilled> {
         let all = self.waiting() > most;
         let mut spilled = Vec::new();
-        for id in self.held().collect::<Vec<_>>() {
+        for id in self.waiting_ids().collect::<Vec<_>>() {
             let Some(aggregate) = self.aggregates.get(&id) else { continue };
             let Some(first) = aggregate.items.front() else { continue };
             let old = first.trouble.as_ref().is_some_and(|t| now.duration_since(t.since) >= LONGEST);
             if !(all || old)
-                || aggregate.items.iter().any(|item| item.row != Row::Outbox)
-                || !may(&Kind::of(&first.event))
+                || aggregate.items.iter().any(|item| item.stored_in != StoredIn::Outbox)
+                || !may(&EventKind::of(&first.event))
             {
                 continue;
             }
@@ -60,7 +43,7 @@ impl Queue {
                 let tried = item.trouble.as_ref();
                 spilled.push(Spilled {
                     position,
-                    kind: Kind::of(&item.event),
+                    kind: EventKind::of(&item.event),
                     reason: tried.map_or("behind", |trouble| trouble.failure.as_str()),
                     detail: tried.map_or_else(String::new, |trouble| trouble.why.clone()),
                     tries: item.tries,
@@ -72,13 +55,15 @@ impl Queue {
         spilled
     }
 
-    fn held(&self) -> impl Iterator<Item = u64> {
-        let blocked = self.blocked.values().flatten().filter(|id| self.stands(**id, Place::Blocked));
-        let apart = self.apart.iter().filter(|id| self.stands(**id, Place::Apart));
-        self.retries.ids().chain(blocked.chain(apart).copied())
+    fn waiting_ids(&self) -> impl Iterator<Item = u64> {
+        let blocked =
+            self.blocked.values().flatten().filter(|id| self.has_state(**id, AggregateState::Blocked));
+        let quarantined =
+            self.quarantine.iter().filter(|id| self.has_state(**id, AggregateState::Quarantine));
+        self.retries.ids().chain(blocked.chain(quarantined).copied())
     }
 
-    fn stands(&self, id: u64, place: Place) -> bool {
-        self.aggregates.get(&id).is_some_and(|aggregate| aggregate.place == place)
+    fn has_state(&self, id: u64, state: AggregateState) -> bool {
+        self.aggregates.get(&id).is_some_and(|aggregate| aggregate.state == state)
     }
 }

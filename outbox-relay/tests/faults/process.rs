@@ -27,7 +27,8 @@ async fn killed_at_each_step() {
     ] {
         let fault = format!("killed at {step}, passage {times}");
         let load = field.load();
-        dies(field.run().env("OUTBOX_RELAY_FAILPOINT", format!("{step}:{times}")), &fault).await;
+        let failpoint = format!("{step}={}*off->return", times - 1);
+        dies(field.run().env("FAILPOINTS", failpoint), &fault).await;
         field.add(&mut field.run()).await;
         sleep(WHILE).await;
         load.stop().await;
@@ -43,7 +44,7 @@ async fn killed_at_each_step() {
     let lonely = "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
                   SELECT 'thing', 'lonely' || n, 1, 'thing.lonely', '{}' FROM generate_series(1, 20) n";
     sqlx::query(lonely).execute(&field.stack.writer).await.unwrap();
-    dies(field.run().env("OUTBOX_RELAY_FAILPOINT", "park:1"), fault).await;
+    dies(field.run().env("FAILPOINTS", "park=return"), fault).await;
     field.add(&mut field.run()).await;
     eventually("the lonely ones are set aside", async || {
         let count = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM outbox.parked");

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use outbox_relay::{publish::Fate, reader::Event};
+use outbox_relay::{event::Event, publish::Fate};
 use proptest::prelude::*;
 
 /// A type that every queue takes, whatever the trouble.

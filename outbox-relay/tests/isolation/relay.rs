@@ -7,12 +7,12 @@ use std::{
 
 use chrono::Utc;
 use outbox_relay::{
-    evidence::Failure,
-    publish::Fate,
-    queue::{APART, DEPTH, Done, FEW, Item, Lost, Queue, Route, Row, Spilled, Window, pause},
-    reader::Event,
+    event::Event,
+    evidence::PublishFailure,
+    publish::{Fate, MAX_UNANSWERED},
+    queue::{DEPTH, Item, Lost, Outcome, QUARANTINE_WINDOWS, Queue, Route, StoredIn, Window, pause},
     rules::{Policies, Rules},
-    waiting::Waiter,
+    waiting::{Spilled, StoredRetry},
 };
 use uuid::Uuid;
 
@@ -24,9 +24,9 @@ const WINDOW: usize = 8;
 /// A row of `outbox.parked`.
 #[derive(Clone, Debug)]
 struct Stored {
-    row: Row,
+    row: StoredIn,
     tries: u32,
-    failure: Option<Failure>,
+    failure: Option<PublishFailure>,
     /// Of what waits, of the first of its aggregate; of what is set aside, unless by hand only.
     due: Option<Instant>,
 }
@@ -59,8 +59,8 @@ pub(crate) struct Relay {
     pub(crate) stood_still: usize,
 }
 
-fn waiter(event: Event, tries: u32, failure: Option<Failure>) -> Waiter {
-    Waiter { event, tries, failure, age: Duration::ZERO }
+fn retry(event: Event, tries: u32, failure: Option<PublishFailure>) -> StoredRetry {
+    StoredRetry { event, tries, failure, age: Duration::ZERO }
 }
 
 impl Relay {
@@ -130,7 +130,7 @@ impl Relay {
                 if self.waits(&event.aggregate_id) {
                     self.rows.insert(
                         event.position,
-                        Stored { row: Row::Waiting, tries: 0, failure: None, due: None },
+                        Stored { row: StoredIn::Waiting, tries: 0, failure: None, due: None },
                     );
                     self.settled.insert(event.position);
                 } else {
@@ -147,7 +147,7 @@ impl Relay {
     }
 
     fn first_waiting(&self, aggregate: &str) -> Option<i64> {
-        let waiting = self.rows.iter().filter(|(_, row)| row.row == Row::Waiting);
+        let waiting = self.rows.iter().filter(|(_, row)| row.row == StoredIn::Waiting);
         waiting.map(|(position, _)| *position).find(|p| self.stored[p].aggregate_id == aggregate)
     }
 
@@ -160,7 +160,7 @@ impl Relay {
     fn spilled(&mut self, spilled: Vec<Spilled>) {
         for Spilled { position, reason, tries, retry, .. } in spilled {
             let due = retry.map(|pause| self.now + pause);
-            let row = Stored { row: Row::Waiting, tries, failure: Failure::stored(reason), due };
+            let row = Stored { row: StoredIn::Waiting, tries, failure: PublishFailure::stored(reason), due };
             self.rows.insert(position, row);
             assert!(self.settled.insert(position));
         }
@@ -196,13 +196,13 @@ impl Relay {
             let behind: Vec<i64> = self
                 .rows
                 .range(position + 1..)
-                .filter(|(p, row)| row.row == Row::Waiting && self.stored[p].aggregate_id == aggregate)
+                .filter(|(p, row)| row.row == StoredIn::Waiting && self.stored[p].aggregate_id == aggregate)
                 .map(|(p, _)| *p)
-                .take(if stored.row == Row::Waiting { 2 } else { 0 })
+                .take(if stored.row == StoredIn::Waiting { 2 } else { 0 })
                 .collect();
-            self.queue.add_row(waiter(event, stored.tries, stored.failure), stored.row, self.now);
+            self.queue.add_stored(retry(event, stored.tries, stored.failure), stored.row, self.now);
             for p in behind {
-                self.queue.add_row(waiter(self.stored[&p].clone(), 0, None), Row::Waiting, self.now);
+                self.queue.add_stored(retry(self.stored[&p].clone(), 0, None), StoredIn::Waiting, self.now);
             }
         }
     }
@@ -210,10 +210,10 @@ impl Relay {
     fn hand_out(&mut self) {
         for lane in 0..=LANES {
             while lane == LANES || self.lanes[lane].len() < DEPTH {
-                let route = if lane == LANES { Route::Apart } else { Route::Lane };
+                let route = if lane == LANES { Route::Quarantine } else { Route::Lane };
                 let Some(window) = self.queue.next(route, self.now) else { break };
                 assert_eq!(window.route, route);
-                assert!(self.lanes[LANES].len() < APART);
+                assert!(self.lanes[LANES].len() < QUARANTINE_WINDOWS);
                 self.assert_window(&window);
                 self.lanes[lane].push_back(Under { window, fates: None });
             }
@@ -221,7 +221,7 @@ impl Relay {
     }
 
     fn assert_window(&self, window: &Window) {
-        assert!((1..WINDOW + FEW).contains(&window.items.len()));
+        assert!((1..WINDOW + MAX_UNANSWERED).contains(&window.items.len()));
         let mut ids: Vec<Uuid> = window.items.iter().map(|item| item.event.id).collect();
         ids.sort_unstable();
         ids.dedup();
@@ -251,7 +251,7 @@ impl Relay {
     /// Every event of the aggregate before this one was taken, or set aside.
     fn assert_turn(&self, event: &Event) {
         for (before, other) in self.stored.range(..event.position) {
-            let aside = self.rows.get(before).is_some_and(|row| row.row == Row::Parked);
+            let aside = self.rows.get(before).is_some_and(|row| row.row == StoredIn::Parked);
             assert!(
                 other.aggregate_id != event.aggregate_id || self.taken.contains(before) || aside,
                 "{} overtakes {before}",
@@ -321,24 +321,24 @@ impl Relay {
             }
             assert!(item.tries < 1_000_000);
         }
-        let done = self.queue.done(known, 1_000, self.now);
+        let done = self.queue.settle(known, 1_000, self.now);
         self.store(done);
     }
 
-    fn store(&mut self, done: Done) {
+    fn store(&mut self, done: Outcome) {
         assert!(done.dropped.is_empty());
         for (item, failure, _) in done.park {
             let position = item.event.position;
             self.settle(&item);
             self.parked_ever += 1;
-            let due = (failure != Failure::Refused).then(|| self.now + Duration::from_secs(1));
-            let row = Stored { row: Row::Parked, tries: item.tries, failure: Some(failure), due };
+            let due = (failure != PublishFailure::Refused).then(|| self.now + Duration::from_secs(1));
+            let row = Stored { row: StoredIn::Parked, tries: item.tries, failure: Some(failure), due };
             self.rows.insert(position, row);
             self.promote(&item.event.aggregate_id);
         }
         for item in done.confirmed {
             let position = item.event.position;
-            if item.row != Row::Parked {
+            if item.stored_in != StoredIn::Parked {
                 self.assert_turn(&item.event);
             }
             self.taken.insert(position);
@@ -352,14 +352,14 @@ impl Relay {
             row.tries += 1;
             row.failure = Some(failure);
             row.due = match (row.row, failure) {
-                (Row::Parked, Failure::Refused) => None,
+                (StoredIn::Parked, PublishFailure::Refused) => None,
                 _ => Some(self.now + pause(failure, row.tries, position)),
             };
         }
     }
 
     fn settle(&mut self, item: &Item) {
-        if item.row == Row::Outbox {
+        if item.stored_in == StoredIn::Outbox {
             assert!(self.settled.insert(item.event.position), "settled twice");
         }
     }
@@ -412,7 +412,7 @@ impl Relay {
             *healthy.entry(&event.aggregate_id).or_insert(true) &= takes;
         }
         self.stored.iter().all(|(position, event)| {
-            let aside = self.rows.get(position).is_some_and(|row| row.row == Row::Parked);
+            let aside = self.rows.get(position).is_some_and(|row| row.row == StoredIn::Parked);
             !healthy[&*event.aggregate_id] || self.taken.contains(position) || aside
         })
     }
@@ -426,7 +426,7 @@ impl Relay {
     pub(crate) fn open(&self) -> Vec<(i64, String)> {
         let left = self.stored.keys().filter(|position| {
             let refused =
-                self.rows.get(position).is_some_and(|row| row.row == Row::Parked && row.due.is_none());
+                self.rows.get(position).is_some_and(|row| row.row == StoredIn::Parked && row.due.is_none());
             !self.taken.contains(position) && !refused
         });
         left.map(|p| (*p, format!("{:?}", self.rows.get(p)))).take(20).collect()

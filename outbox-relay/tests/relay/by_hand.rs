@@ -58,7 +58,7 @@ async fn what_was_dropped_does_not_come_back() {
     let append =
         "INSERT INTO outbox.event (id, aggregate_type, aggregate_id, version, type, payload, headers) VALUES
              ('01890000-0000-7000-8000-000000000001', 'thing', 'a', 1, 'thing.new', '{\"n\": 0}', '{\"CC\": \"queue\"}')";
-    let killed = Relay::start(stack.command("run").env("OUTBOX_RELAY_FAILPOINT", "park:1")).await;
+    let killed = Relay::start(stack.command("run").env("FAILPOINTS", "park=return")).await;
     stack.writer.execute(append).await.unwrap();
     eventually("it is killed", async || killed.get("live").await.is_none().then_some(())).await;
     assert!(said(&stack, &["parked drop --all --yes"]).await.contains("1 event dropped"));

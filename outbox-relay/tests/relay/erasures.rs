@@ -26,7 +26,7 @@ async fn what_is_being_erased_is_published_erased_and_a_killed_relay_is_followed
 
     // It is killed in the middle of its third step, before any queue is there for what it publishes.
     let killed = Relay::start(
-        stack.command("run").env("ERASURE_STEP", "100").env("OUTBOX_RELAY_FAILPOINT", "erase:3"),
+        stack.command("run").env("ERASURE_STEP", "100").env("FAILPOINTS", "erase=2*off->return"),
     )
     .await;
     eventually("it is killed", async || killed.get("live").await.is_none().then_some(())).await;

@@ -1,7 +1,10 @@
 //! Events that are set aside, and come back.
 
 use lapin::types::FieldTable;
-use outbox_relay::parked::{Parking, Reason, park};
+use outbox_relay::{
+    evidence::PublishFailure,
+    parked::{Parking, park},
+};
 use serde_json::Value;
 use sqlx::Executor;
 
@@ -244,7 +247,8 @@ async fn what_is_being_erased_is_set_aside_without_its_content() {
     let mut relay = stack.admin.acquire().await.unwrap();
     let parking = tokio::spawn(async move {
         let detail = "no queue takes it".to_owned();
-        park(&mut relay, "default", 0, &[Parking { position: 1, reason: Reason::Unroutable, detail }]).await
+        park(&mut relay, "default", 0, &[Parking { position: 1, reason: PublishFailure::Unroutable, detail }])
+            .await
     });
     let waits = "SELECT EXISTS (SELECT FROM pg_locks JOIN pg_database d ON d.oid = database
                                 WHERE d.datname = current_database() AND locktype = 'advisory' AND objid = 3

@@ -159,7 +159,7 @@ impl Field {
             .env("DATABASE_URL", database)
             .env("AMQP_URL", &self.stack.broker)
             .env("SOURCE", format!("person={PUBLISHER}"))
-            .env("INBOX_FAILPOINT", failpoint)
+            .env("FAILPOINTS", failpoint)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()

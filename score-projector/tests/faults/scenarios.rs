@@ -118,8 +118,8 @@ async fn replicas(field: &mut Field) {
 async fn killed_at_every_step(field: &mut Field) {
     field.programs.clear();
     for (fault, failpoint) in [
-        ("killed between apply and commit 21 times", "apply:2"),
-        ("killed between commit and acknowledgement 21 times", "commit:1"),
+        ("killed between apply and commit 21 times", "apply=1*off->return"),
+        ("killed between commit and acknowledgement 21 times", "commit=return"),
     ] {
         field.publish(40).await;
         for _ in 0..21 {
@@ -157,7 +157,7 @@ async fn an_event_that_kills(field: &mut Field) {
     let (n, version) = (100, 2);
     publish(&field.stack.amqp, (1..=4).map(|version| (n, version))).await;
     field.publish(5).await;
-    let killer = format!("event:{}", event_id(n, version));
+    let killer = format!("apply=return({})", event_id(n, version));
     let mut deaths = 0;
     let program = loop {
         let mut program = field.start(&killer);

@@ -10,7 +10,7 @@ use sqlx::PgConnection;
 use super::{Check, positions, relays, settings, versions};
 use crate::{
     command::{span, state},
-    leader::schema,
+    session::schema,
 };
 
 /// Clocks that differ by more seconds make ages and certificates doubtful.

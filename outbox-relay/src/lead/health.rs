@@ -1,15 +1,15 @@
 //! What the relay says of itself at `/ready` and in its metrics.
 
 use super::Lead;
-use crate::{evidence::Failure, lease, rules::Unroutable};
+use crate::{evidence::PublishFailure, lease, rules::Unroutable};
 
 impl Lead<'_> {
     /// Says at `/ready` what the relay waits for.
-    pub(super) fn say(&self) {
+    pub(super) fn report_health(&self) {
         let relay = self.relay;
         relay.pulse.renew(lease::now());
-        self.say_broker();
-        match &self.leader.paused {
+        self.report_broker();
+        match &self.session.paused {
             None => relay.paused_health.ready(),
             Some(paused) => {
                 relay.paused_health.waiting(format!("{paused}; it goes on with: outbox-relay resume"));
@@ -20,11 +20,11 @@ impl Lead<'_> {
         metrics::gauge!("outbox_relay_held_events").set(count(in_memory) + position(rows));
         metrics::gauge!("outbox_relay_waiting_rows").set(position(rows));
         metrics::gauge!("outbox_relay_parked_events").set(position(self.parked));
-        self.say_events(i64::try_from(in_memory).unwrap_or(i64::MAX).saturating_add(rows));
+        self.report_events(i64::try_from(in_memory).unwrap_or(i64::MAX).saturating_add(rows));
     }
 
     /// Lanes without a connection are no outage while others have one: they publish everything.
-    fn say_broker(&self) {
+    fn report_broker(&self) {
         let lanes = &self.states[..self.states.len() - 1];
         let away: Vec<&String> = lanes.iter().flatten().collect();
         let health = &self.relay.broker_health;
@@ -39,7 +39,7 @@ impl Lead<'_> {
         }
     }
 
-    fn say_events(&self, waiting: i64) {
+    fn report_events(&self, waiting: i64) {
         let relay = self.relay;
         let health = &relay.events_health;
         let evidence = &self.queue.evidence;
@@ -63,7 +63,7 @@ impl Lead<'_> {
         } else if waiting > 0 && !evidence.flows() {
             health.waiting(why());
         } else if let Some(why) = evidence.why(|type_, failure| {
-            failure == Failure::Unroutable && relay.policies.unroutable.of(type_) == Unroutable::Hold
+            failure == PublishFailure::Unroutable && relay.policies.unroutable.of(type_) == Unroutable::Hold
         }) {
             health.waiting(why);
         } else if waiting > 0 {

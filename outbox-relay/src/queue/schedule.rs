@@ -6,15 +6,15 @@ use std::{
     time::Instant,
 };
 
-use super::{Aggregate, Item, Place, Queue};
-use crate::evidence::{Danger, Kind};
+use super::{Aggregate, AggregateState, Item, Queue};
+use crate::evidence::{Danger, EventKind};
 
 /// Aggregates whose first event is tried again, by kind and by when.
 #[derive(Debug, Default)]
 pub(super) struct Retries {
-    kinds: BTreeMap<Kind, BTreeSet<(Instant, u64)>>,
+    kinds: BTreeMap<EventKind, BTreeSet<(Instant, u64)>>,
     /// Where the round over the kinds stands: one kind with many does not keep the others waiting.
-    turn: Option<Kind>,
+    turn: Option<EventKind>,
     count: usize,
 }
 
@@ -23,11 +23,11 @@ impl Retries {
         self.count
     }
 
-    pub(super) fn add(&mut self, kind: Kind, at: Instant, id: u64) {
+    pub(super) fn add(&mut self, kind: EventKind, at: Instant, id: u64) {
         self.count += usize::from(self.kinds.entry(kind).or_default().insert((at, id)));
     }
 
-    pub(super) fn remove(&mut self, kind: &Kind, at: Instant, id: u64) {
+    pub(super) fn remove(&mut self, kind: &EventKind, at: Instant, id: u64) {
         let Some(ids) = self.kinds.get_mut(kind) else { return };
         self.count -= usize::from(ids.remove(&(at, id)));
         if ids.is_empty() {
@@ -50,7 +50,7 @@ impl Retries {
         for _ in 0..self.kinds.len() {
             let after = self.turn.as_ref().and_then(|turn| {
                 let after = (Bound::Excluded(turn), Bound::Unbounded);
-                self.kinds.range::<Kind, _>(after).next()
+                self.kinds.range::<EventKind, _>(after).next()
             });
             let (kind, ids) = after.or_else(|| self.kinds.iter().next())?;
             let due = ids.first().copied().filter(|(at, _)| *at <= now);
@@ -68,7 +68,7 @@ impl Retries {
     }
 
     /// All of a kind are due.
-    pub(super) fn all_of(&mut self, kind: &Kind) -> Vec<u64> {
+    pub(super) fn all_of(&mut self, kind: &EventKind) -> Vec<u64> {
         let ids = self.kinds.remove(kind).unwrap_or_default();
         self.count -= ids.len();
         ids.into_iter().map(|(_, id)| id).collect()
@@ -81,9 +81,9 @@ impl Retries {
 
 impl Queue {
     /// An aggregate's place and its first event.
-    pub(super) fn first(&self, id: u64) -> Option<(Place, &Item)> {
+    pub(super) fn first(&self, id: u64) -> Option<(AggregateState, &Item)> {
         let aggregate = self.aggregates.get(&id)?;
-        Some((aggregate.place, aggregate.items.front()?))
+        Some((aggregate.state, aggregate.items.front()?))
     }
 
     /// What publishing an event may do to others.
@@ -92,22 +92,22 @@ impl Queue {
     }
 
     /// Where an aggregate belongs by its first event.
-    pub(super) fn fitting(&self, first: &Item) -> Place {
+    pub(super) fn state_for(&self, first: &Item) -> AggregateState {
         if first.trouble.is_some() {
-            Place::Retry
+            AggregateState::Retry
         } else if self.evidence.is_blocked(&first.event) {
-            Place::Blocked
+            AggregateState::Blocked
         } else if self.danger(first) > Danger::None {
-            Place::Apart
+            AggregateState::Quarantine
         } else {
-            Place::Ready
+            AggregateState::Ready
         }
     }
 
     /// Puts an aggregate where it belongs, if it has nothing under way.
-    pub(super) fn place(&mut self, id: u64) {
+    pub(super) fn reschedule(&mut self, id: u64) {
         let Some(aggregate) = self.aggregates.get(&id) else { return };
-        if !aggregate.under_way.is_empty() {
+        if !aggregate.in_flight.is_empty() {
             return;
         }
         match aggregate.items.front() {
@@ -116,37 +116,39 @@ impl Queue {
                 self.aggregates.remove(&id);
             }
             Some(first) => {
-                let place = self.fitting(first);
+                let state = self.state_for(first);
                 // Where it stands already it keeps its turn. A retry is at the time of its first event.
-                if place != aggregate.place || place == Place::Retry {
-                    self.put(id, place);
+                if state != aggregate.state || state == AggregateState::Retry {
+                    self.enter(id, state);
                 }
             }
         }
     }
 
-    pub(super) fn put(&mut self, id: u64, place: Place) {
+    pub(super) fn enter(&mut self, id: u64, state: AggregateState) {
         self.leave(id);
         let Some(aggregate) = self.aggregates.get_mut(&id) else { return };
         let Some(first) = aggregate.items.front() else { return };
-        aggregate.place = place;
-        match place {
-            Place::Ready => self.ready.push_back(id),
-            Place::Apart => self.apart.push_back(id),
-            Place::Blocked => self.blocked.entry(Kind::of(&first.event)).or_default().push_back(id),
-            Place::Retry => {
-                let Some(trouble) = &first.trouble else { return };
-                aggregate.retry = Some((Kind::of(&first.event), trouble.retry_at));
-                self.retries.add(Kind::of(&first.event), trouble.retry_at, id);
+        aggregate.state = state;
+        match state {
+            AggregateState::Ready => self.ready.push_back(id),
+            AggregateState::Quarantine => self.quarantine.push_back(id),
+            AggregateState::Blocked => {
+                self.blocked.entry(EventKind::of(&first.event)).or_default().push_back(id);
             }
-            Place::Nowhere | Place::UnderWay => {}
+            AggregateState::Retry => {
+                let Some(trouble) = &first.trouble else { return };
+                aggregate.retry = Some((EventKind::of(&first.event), trouble.retry_at));
+                self.retries.add(EventKind::of(&first.event), trouble.retry_at, id);
+            }
+            AggregateState::Unscheduled | AggregateState::InFlight => {}
         }
     }
 
     /// Takes an aggregate out of its place, where that is not found out by itself.
     pub(super) fn leave(&mut self, id: u64) {
-        let Some(Aggregate { retry, place, .. }) = self.aggregates.get_mut(&id) else { return };
-        *place = Place::Nowhere;
+        let Some(Aggregate { retry, state, .. }) = self.aggregates.get_mut(&id) else { return };
+        *state = AggregateState::Unscheduled;
         if let Some((kind, at)) = retry.take() {
             self.retries.remove(&kind, at, id);
         }

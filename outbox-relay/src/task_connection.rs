@@ -14,12 +14,12 @@ const CLOSE: Duration = Duration::from_secs(1);
 
 /// The connection of one task.
 #[derive(Debug)]
-pub(crate) struct Kept {
+pub(crate) struct TaskConnection {
     database: Database,
     conn: Option<PgConnection>,
 }
 
-impl Kept {
+impl TaskConnection {
     /// Connects when it is first used.
     pub(crate) fn new(database: Database) -> Self {
         Self { database, conn: None }

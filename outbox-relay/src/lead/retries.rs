@@ -5,18 +5,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Lead, say};
+use super::{Lead, health};
 use crate::{
-    evidence::Kind,
-    leader::LeaderError,
-    parked::Due,
-    queue::Row,
-    reader::Event,
-    waiting::{Counts, Wanted},
+    event::Event,
+    evidence::EventKind,
+    parked::ParkedQuery,
+    queue::StoredIn,
+    session::SessionError,
+    waiting::{WaitingCounts, WaitingQuery},
 };
 
 /// How often a leader looks for events with rows that are due, once there are any.
-const LOOK_ASIDE: Duration = Duration::from_secs(1);
+const LOAD_INTERVAL: Duration = Duration::from_secs(1);
 /// As many events may wait in memory, and no more than a part of all.
 const IN_MEMORY: usize = 500;
 /// Events with rows that are in memory at most, before more of them are read.
@@ -35,52 +35,52 @@ impl Lead<'_> {
     }
 
     /// How many events of a kind that may wait no more.
-    pub(super) fn full(&self) -> Option<(&Kind, i64)> {
+    pub(super) fn full(&self) -> Option<(&EventKind, i64)> {
         let limit = self.relay.limits.waiting;
         self.waiting.iter().find(|(_, count)| **count >= limit).map(|(kind, count)| (kind, *count))
     }
 
     /// Has what waits for long, or is too much, leave the memory.
-    pub(super) async fn spill(&mut self) -> Result<(), LeaderError> {
+    pub(super) async fn spill(&mut self) -> Result<(), SessionError> {
         let most = (self.relay.limits.events / 16).clamp(1, IN_MEMORY);
         let (waiting, limit) = (&self.waiting, self.relay.limits.waiting);
-        let may = |kind: &Kind| waiting.get(kind).is_none_or(|count| *count < limit);
+        let may = |kind: &EventKind| waiting.get(kind).is_none_or(|count| *count < limit);
         let spilled = self.queue.spill(most, Instant::now(), may);
         if spilled.is_empty() {
             return Ok(());
         }
-        let more = self.leader.wait(&spilled).await?;
+        let more = self.session.spill(&spilled).await?;
         tracing::debug!(events = spilled.len(), detail = spilled[0].detail, "they wait in outbox.parked");
         for event in &spilled {
-            self.leader.settle(event.position);
+            self.session.settle(event.position);
         }
-        self.more(more);
+        self.add_waiting(more);
         Ok(())
     }
 
     /// Of what was read, has those wait whose aggregate does. Returns their positions.
-    pub(super) async fn divert(&mut self, events: &[Event]) -> Result<HashSet<i64>, LeaderError> {
+    pub(super) async fn divert(&mut self, events: &[Event]) -> Result<HashSet<i64>, SessionError> {
         if self.waiting.is_empty() || events.is_empty() {
             return Ok(HashSet::new());
         }
         let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
-        let (diverted, more) = self.leader.divert(&positions).await?;
+        let (diverted, more) = self.session.divert(&positions).await?;
         for position in &diverted {
-            self.leader.settle(*position);
+            self.session.settle(*position);
         }
-        self.more(more);
+        self.add_waiting(more);
         Ok(diverted.into_iter().collect())
     }
 
     /// Counts what waits.
-    pub(super) async fn count_waiting(&mut self) -> Result<(), LeaderError> {
-        self.waiting = self.leader.count_waiting().await?;
+    pub(super) async fn count_waiting(&mut self) -> Result<(), SessionError> {
+        self.waiting = self.session.count_waiting().await?;
         self.counted = Instant::now();
         Ok(())
     }
 
     /// Fetches what is due of what is set aside, and of what waits.
-    pub(super) async fn look_aside(&mut self) -> Result<(), LeaderError> {
+    pub(super) async fn load_retries(&mut self) -> Result<(), SessionError> {
         let again = if self.waiting.values().sum::<i64>() < MANY { COUNT_AGAIN } else { COUNT_AGAIN * 10 };
         if self.counted.elapsed() >= again {
             self.count_waiting().await?;
@@ -88,31 +88,32 @@ impl Lead<'_> {
         let in_memory = self.queue.rows();
         let mut found = 0;
         if in_memory.len() < ROWS {
-            let aside = self.leader.due(Due { flowing: &self.flowing, except: &in_memory }).await?;
+            let aside =
+                self.session.parked_due(ParkedQuery { flowing: &self.flowing, except: &in_memory }).await?;
             self.parked = aside.count;
             found += aside.events.len();
             for waiter in aside.events {
-                self.queue.add_row(waiter, Row::Parked, Instant::now());
+                self.queue.add_stored(waiter, StoredIn::Parked, Instant::now());
             }
-            found += self.look_for_waiters(&in_memory).await?;
+            found += self.load_waiting(&in_memory).await?;
         }
         if found == 0 && in_memory.is_empty() {
             self.flowing.clear();
         }
         // More of what flows right away.
-        let pause = if self.flowing.is_empty() || found == 0 { LOOK_ASIDE } else { Duration::ZERO };
-        self.look_at = Instant::now() + pause;
-        metrics::gauge!("outbox_relay_parked_events").set(say::position(self.parked));
+        let pause = if self.flowing.is_empty() || found == 0 { LOAD_INTERVAL } else { Duration::ZERO };
+        self.load_at = Instant::now() + pause;
+        metrics::gauge!("outbox_relay_parked_events").set(health::position(self.parked));
         Ok(())
     }
 
-    async fn look_for_waiters(&mut self, in_memory: &HashSet<i64>) -> Result<usize, LeaderError> {
+    async fn load_waiting(&mut self, in_memory: &HashSet<i64>) -> Result<usize, SessionError> {
         if self.waiting.is_empty() {
             return Ok(0);
         }
         let flows = self.queue.evidence.flows();
         let open = self.queue.open(Instant::now()).saturating_sub(self.queue.retries());
-        let wanted = Wanted {
+        let wanted = WaitingQuery {
             kinds: self.waiting.keys().map(|kind| (kind, self.flowing.contains(kind))).collect(),
             // No more than the budget lets go.
             tried: if flows { i64::try_from(open).unwrap_or(i64::MAX) } else { i64::from(open > 0) },
@@ -120,15 +121,15 @@ impl Lead<'_> {
             untried: if flows { UNTRIED } else { 1 },
             except: in_memory.iter().copied().collect(),
         };
-        let waiters = self.leader.waiters(&wanted).await?;
+        let waiters = self.session.waiting_due(&wanted).await?;
         let found = waiters.len();
         for waiter in waiters {
-            self.queue.add_row(waiter, Row::Waiting, Instant::now());
+            self.queue.add_stored(waiter, StoredIn::Waiting, Instant::now());
         }
         Ok(found)
     }
 
-    fn more(&mut self, more: Counts) {
+    fn add_waiting(&mut self, more: WaitingCounts) {
         for (kind, n) in more.into_iter().filter(|(_, n)| *n > 0) {
             *self.waiting.entry(kind).or_default() += n;
         }
