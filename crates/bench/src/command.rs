@@ -13,7 +13,7 @@ use crate::{
     scale::Scale,
     testbed::Testbed,
 };
-use devstack::{ending::Ending, say, show};
+use devstack::{say, show, shutdown::Shutdown};
 
 /// The arguments of `bench`.
 #[derive(Clone, Debug, clap::Args)]
@@ -53,7 +53,7 @@ pub async fn run(args: &BenchArgs) -> anyhow::Result<u8> {
         bail!("this is a debug build, which is many times slower: run make bench");
     }
     let checkout = devstack::command::checkout()?;
-    let ending = Ending::watch()?;
+    let shutdown = Shutdown::watch()?;
     let size = if args.quick { Scale::QUICK } else { Scale::FULL };
     let begin = std::time::Instant::now();
     let measured = async {
@@ -62,7 +62,7 @@ pub async fn run(args: &BenchArgs) -> anyhow::Result<u8> {
         testbed.stop().await;
         report
     };
-    let Some(report) = ending.asked.run_until_cancelled(Box::pin(measured)).await else {
+    let Some(report) = shutdown.requested.run_until_cancelled(Box::pin(measured)).await else {
         bail!("the bench was interrupted");
     };
     let report = report?;

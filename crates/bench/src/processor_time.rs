@@ -22,7 +22,7 @@ impl Sample {
             let tree = std::iter::once(child).chain(proc::descendants(child));
             let name = fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
             let name = match name.trim() {
-                // The guard sleeps.
+                // The reaper only waits.
                 "devstack" => continue,
                 "postgres" => "PostgreSQL",
                 name if name.contains('-') && !name.starts_with("rabbitmq") => name,

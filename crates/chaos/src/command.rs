@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use clap::ValueEnum;
 
 use crate::{report::Report, run, sabotage::Sabotage, settings::Settings};
-use devstack::{ending::Ending, say, show};
+use devstack::{say, show, shutdown::Shutdown};
 
 /// The arguments of `chaos`.
 #[derive(Clone, Debug, clap::Args)]
@@ -68,12 +68,12 @@ pub async fn run(args: &ChaosArgs) -> anyhow::Result<u8> {
         show(&lines.collect::<String>());
         return Ok(0);
     }
-    let ending = Ending::watch()?;
+    let shutdown = Shutdown::watch()?;
     let mut code = 0;
     let mut reports = Vec::new();
     for settings in &runs {
         let (report, as_expected) =
-            one(settings, &ending).await.with_context(|| format!("the seed was {seed}"))?;
+            one(settings, &shutdown).await.with_context(|| format!("the seed was {seed}"))?;
         code |= u8::from(!as_expected);
         reports.push(report);
     }
@@ -88,7 +88,7 @@ pub async fn run(args: &ChaosArgs) -> anyhow::Result<u8> {
 }
 
 /// One run, and whether it ended as expected.
-async fn one(settings: &Settings, ending: &Ending) -> anyhow::Result<(Report, bool)> {
+async fn one(settings: &Settings, shutdown: &Shutdown) -> anyhow::Result<(Report, bool)> {
     let Settings { seed, length, sabotage } = settings;
     let name = sabotage.map_or_else(|| seed.to_string(), |sabotage| format!("{seed}-{}", sabotage.name()));
     let logs = devstack::command::data()?.join(format!("chaos-{name}"));
@@ -99,7 +99,7 @@ async fn one(settings: &Settings, ending: &Ending) -> anyhow::Result<(Report, bo
         without.as_deref().unwrap_or_default()
     ));
     let running = Box::pin(run::run(settings, &logs, say));
-    let Some(report) = ending.asked.run_until_cancelled(running).await else {
+    let Some(report) = shutdown.requested.run_until_cancelled(running).await else {
         bail!("the run was interrupted");
     };
     let report = report?;

@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{guard::Guard, log::Log};
+use crate::{log::Log, reaper::Reaper};
 
 /// Others may pass the folder, as PostgreSQL must that runs as another user, and read nothing in it.
 const OPEN: u32 = 0o711;
@@ -21,8 +21,8 @@ const OPEN: u32 = 0o711;
 pub struct Folder {
     path: PathBuf,
     secrets: Secrets,
-    // The order matters: the guard ends what is left before the lock goes.
-    guard: Guard,
+    // In this order: the reaper ends what is left before the lock is released.
+    reaper: Reaper,
     lock: Option<Lock>,
 }
 
@@ -32,20 +32,25 @@ impl Folder {
         create(path, OPEN)?;
         let path = path.canonicalize()?;
         let lock = Lock::take(&path.join("lock"))?;
-        Ok(Self { secrets: Secrets::of(&path)?, guard: Guard::start(None)?, path, lock: Some(lock) })
+        Ok(Self { secrets: Secrets::of(&path)?, reaper: Reaper::start(None)?, path, lock: Some(lock) })
     }
 
     /// A folder that is removed together with this value, also when this process is killed.
     pub fn temporary() -> anyhow::Result<Self> {
         let path = std::env::temp_dir().join(format!("devstack-{}", Uuid::new_v4().simple()));
-        let guard = Guard::start(Some(&path))?;
+        let reaper = Reaper::start(Some(&path))?;
         create(&path, OPEN)?;
-        Ok(Self { secrets: Secrets::of(&path)?, guard, path, lock: None })
+        Ok(Self { secrets: Secrets::of(&path)?, reaper, path, lock: None })
     }
 
     /// Where it is, absolute.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether it is removed together with this value.
+    pub fn is_temporary(&self) -> bool {
+        self.lock.is_none()
     }
 
     /// The passwords of its servers.
@@ -55,7 +60,7 @@ impl Folder {
 
     /// What every process of the stack carries in the variable that names its stack.
     pub fn mark(&self) -> &str {
-        self.guard.mark()
+        self.reaper.mark()
     }
 
     /// The folder for what the part `name` stores, made if it is not there.
@@ -69,7 +74,7 @@ impl Folder {
     pub fn log(&self, name: &str) -> anyhow::Result<Log> {
         let path = self.part("log")?.join(format!("{name}.log"));
         File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Log::new(path, self.lock.is_some()))
+        Ok(Log::new(path, !self.is_temporary()))
     }
 }
 

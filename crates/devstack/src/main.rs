@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use devstack::{command, guard};
+use devstack::{command, reaper};
 
 /// A private PostgreSQL and RabbitMQ with the programs, for development and tests.
 #[derive(Debug, Parser)]
@@ -17,9 +17,9 @@ struct Cli {
 enum Command {
     /// Start everything in this checkout and keep it running until Ctrl-C. The data stays in `.devstack`.
     Up,
-    /// Run a command with private servers around it: `DEVSTACK_POSTGRES_URL`, `DEVSTACK_AMQP_URL` and
-    /// `DEVSTACK_MANAGEMENT_URL` tell it where they are. Nothing of them is left afterwards. When all three
-    /// are set already, those servers are used and none are started.
+    /// Run a command with private servers, and remove them afterwards. The command finds their addresses in
+    /// `DEVSTACK_POSTGRES_URL`, `DEVSTACK_AMQP_URL` and `DEVSTACK_MANAGEMENT_URL`. If all three are set already, these
+    /// servers are used and none are started.
     Run {
         /// The command and its arguments.
         #[arg(required = true, last = true, value_name = "COMMAND")]
@@ -29,12 +29,12 @@ enum Command {
     Env,
     /// Play the sample requests through the running stack, or through one of its own, and check the score.
     Demo,
-    /// Hold the two APIs against the documents that they serve: schemathesis makes requests from those, right and
-    /// wrong ones, for a stack of its own.
+    /// Test the two APIs against their documents: schemathesis makes valid and invalid requests from them, for a stack
+    /// of its own.
     Schemathesis(command::schemathesis::SchemathesisArgs),
     /// Wait for standard input to end, then clean up after a stack. Started by the other commands.
     #[command(hide = true)]
-    Guard {
+    Reaper {
         /// The stack's mark.
         mark: String,
         /// The folder to remove.
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<u8> {
     match command {
-        Command::Guard { mark, folder } => guard::stand(&mark, folder.as_deref()).map(|()| 0),
+        Command::Reaper { mark, folder } => reaper::run(&mark, folder.as_deref()).map(|()| 0),
         Command::Env => command::env::run().map(|()| 0),
         Command::Up => command::up::run().await.map(|()| 0),
         Command::Run { command } => Box::pin(command::run::run(&command)).await,

@@ -210,7 +210,7 @@ impl Stack {
         }
     }
 
-    /// Stops the programs, which drain, then the servers; at once when `hurry` is cancelled.
+    /// Stops the programs, which drain, and then the servers. Everything ends at once when `hurry` is cancelled.
     pub async fn stop(mut self, hurry: &CancellationToken) {
         let _never_written = std::fs::remove_file(self.folder.path().join(ADDRESSES));
         let report = self.report;
@@ -219,7 +219,12 @@ impl Stack {
             let hurried = if in_good_order { "" } else { ", in a hurry" };
             report(&format!("{} has stopped{hurried}", program.name()));
         }
-        self.servers.stop(hurry).await;
+        let at_once = hurry.child_token();
+        if self.folder.is_temporary() {
+            // The data is removed anyway.
+            at_once.cancel();
+        }
+        self.servers.stop(&at_once).await;
     }
 }
 

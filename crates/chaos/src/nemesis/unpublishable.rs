@@ -13,7 +13,7 @@ use lapin::{
 use sqlx::Connection;
 use uuid::Uuid;
 
-use super::retry::until_done;
+use super::{bindings::NOTES, retry::until_done};
 use crate::{
     broker::{EXCHANGE, connect},
     event::UNPUBLISHABLE,
@@ -24,9 +24,9 @@ use devstack::users;
 /// A body that the broker does not take.
 const TOO_LARGE: usize = MESSAGE_LIMIT + 1_024;
 
-/// Binds a full queue, which refuses every note. It is filled before it is bound: an event that it accepted while the
-/// subscriber's bindings are removed would count as routed, and never reach the subscriber.
+/// Binds a full queue, which refuses every note. It is filled before it is bound, so that it takes none.
 pub(crate) async fn queue_full(testbed: &Testbed, lasts: Duration, number: usize) -> anyhow::Result<()> {
+    let _one = NOTES.lock().await;
     let name = format!("narrow-{number}");
     until_done(async || {
         let (connection, channel) = connect(&testbed.addresses.broker).await?;

@@ -10,11 +10,11 @@ use serde_json::Value;
 
 use super::env;
 use crate::{
-    ending::Ending,
     folder::Folder,
     program::client,
     servers::Setup,
     show,
+    shutdown::Shutdown,
     stack::{Addresses, Stack},
 };
 
@@ -27,15 +27,15 @@ pub async fn run() -> anyhow::Result<()> {
     if let Some(addresses) = env::running()? {
         return play(&addresses, &payloads).await;
     }
-    let ending = Ending::watch()?;
+    let shutdown = Shutdown::watch()?;
     let folder = Folder::temporary()?;
     let own = async {
         let stack = Stack::start(folder, Setup::PASSING).await?;
         let played = play(&stack.addresses(), &payloads).await;
-        stack.stop(&ending.hurry).await;
+        stack.stop(&shutdown.immediate).await;
         played
     };
-    match ending.asked.run_until_cancelled(Box::pin(own)).await {
+    match shutdown.requested.run_until_cancelled(Box::pin(own)).await {
         Some(played) => played,
         None => bail!("the demo was ended"),
     }

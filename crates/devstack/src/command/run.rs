@@ -12,11 +12,11 @@ use rustix::process::{Pid, Signal};
 use tokio::process::Child;
 
 use crate::{
-    ending::Ending,
     folder::Folder,
     proc::{self, MARK},
     say,
     servers::{Servers, Setup},
+    shutdown::Shutdown,
     testing::{AMQP_URL, MANAGEMENT_URL, POSTGRES_URL},
 };
 
@@ -25,21 +25,21 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// Runs `command` with the servers' addresses in its environment; the result is its exit code.
 pub async fn run(command: &[OsString]) -> anyhow::Result<u8> {
-    let ending = Ending::watch()?;
+    let shutdown = Shutdown::watch()?;
     let given = [POSTGRES_URL, AMQP_URL, MANAGEMENT_URL].map(std::env::var);
     if let [Ok(postgres), Ok(amqp), Ok(management)] = given {
         say("using the servers that DEVSTACK_POSTGRES_URL, _AMQP_URL and _MANAGEMENT_URL name");
-        return around(command, [postgres, amqp, management], None, &ending).await;
+        return around(command, [postgres, amqp, management], None, &shutdown).await;
     }
     let folder = Folder::temporary()?;
-    let starting = ending.asked.run_until_cancelled(Servers::start(&folder, Setup::PASSING)).await;
+    let starting = shutdown.requested.run_until_cancelled(Servers::start(&folder, Setup::PASSING)).await;
     let Some(servers) = starting else { return Ok(130) };
     let mut servers = servers?;
     let urls = [servers.postgres.url(), servers.rabbitmq.url(), servers.rabbitmq.management_url()];
-    let code = around(command, urls, Some(folder.mark()), &ending).await;
+    let code = around(command, urls, Some(folder.mark()), &shutdown).await;
     // The data goes away, so there is nothing to save.
-    ending.hurry.cancel();
-    servers.stop(&ending.hurry).await;
+    shutdown.immediate.cancel();
+    servers.stop(&shutdown.immediate).await;
     code
 }
 
@@ -47,7 +47,7 @@ async fn around(
     command: &[OsString],
     [postgres, amqp, management]: [String; 3],
     mark: Option<&str>,
-    ending: &Ending,
+    shutdown: &Shutdown,
 ) -> anyhow::Result<u8> {
     let (program, args) = command.split_first().context("there is no command to run")?;
     let mut child = std::process::Command::new(program);
@@ -56,15 +56,15 @@ async fn around(
     // It stays in this process group: it may use the terminal, and Ctrl-C reaches it directly.
     let child = tokio::process::Command::from(child).stdin(Stdio::inherit()).spawn();
     let mut child = child.with_context(|| format!("cannot start {}", program.display()))?;
-    let status = match ending.asked.run_until_cancelled(child.wait()).await {
+    let status = match shutdown.requested.run_until_cancelled(child.wait()).await {
         Some(status) => status?,
-        None => end(&mut child, ending).await?,
+        None => end(&mut child, shutdown).await?,
     };
     Ok(code(status))
 }
 
 /// Ends COMMAND and what it has started: asks, then kills.
-async fn end(child: &mut Child, ending: &Ending) -> anyhow::Result<ExitStatus> {
+async fn end(child: &mut Child, shutdown: &Shutdown) -> anyhow::Result<ExitStatus> {
     let Some(pid) = child.id().and_then(|id| Pid::from_raw(id.try_into().ok()?)) else {
         return Ok(child.wait().await?);
     };
@@ -78,7 +78,9 @@ async fn end(child: &mut Child, ending: &Ending) -> anyhow::Result<ExitStatus> {
         }
         status
     };
-    if let Some(Ok(status)) = ending.hurry.run_until_cancelled(tokio::time::timeout(GRACE, all_ended)).await {
+    if let Some(Ok(status)) =
+        shutdown.immediate.run_until_cancelled(tokio::time::timeout(GRACE, all_ended)).await
+    {
         return Ok(status?);
     }
     say("the command does not end: killing it");

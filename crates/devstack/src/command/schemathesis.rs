@@ -11,7 +11,7 @@ use anyhow::{Context, bail, ensure};
 use tokio::process::Command;
 
 use super::demo;
-use crate::{ending::Ending, folder::Folder, say, servers::Setup, stack::Stack};
+use crate::{folder::Folder, say, servers::Setup, shutdown::Shutdown, stack::Stack};
 
 /// What is installed, with the hash of each file.
 const REQUIREMENTS: &str = include_str!("../../schemathesis/requirements.txt");
@@ -27,7 +27,7 @@ pub struct SchemathesisArgs {
 /// Tests both APIs of a stack of its own. Exit code 1: one does not do what its document says.
 pub async fn run(args: &SchemathesisArgs) -> anyhow::Result<u8> {
     let checkout = super::checkout()?;
-    let ending = Ending::watch()?;
+    let shutdown = Shutdown::watch()?;
     let folder = Folder::temporary()?;
     let tested = async {
         let tool = install().await?;
@@ -49,10 +49,10 @@ pub async fn run(args: &SchemathesisArgs) -> anyhow::Result<u8> {
                 wrong.push(name);
             }
         }
-        stack.stop(&ending.hurry).await;
+        stack.stop(&shutdown.immediate).await;
         anyhow::Ok(wrong)
     };
-    let Some(wrong) = ending.asked.run_until_cancelled(Box::pin(tested)).await else {
+    let Some(wrong) = shutdown.requested.run_until_cancelled(Box::pin(tested)).await else {
         bail!("schemathesis was ended");
     };
     let wrong = wrong?;

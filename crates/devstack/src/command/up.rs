@@ -3,27 +3,28 @@
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use crate::{
-    ending::Ending,
     folder::Folder,
     process::Process,
     say,
     servers::Setup,
+    shutdown::Shutdown,
     stack::{Addresses, Stack},
 };
 
 /// Starts everything, shows where it is, and watches it.
 pub async fn run() -> anyhow::Result<()> {
-    let ending = Ending::watch()?;
+    let shutdown = Shutdown::watch()?;
     let folder = Folder::kept(&super::data()?)?;
     let data = folder.path().to_owned();
-    let Some(stack) = ending.asked.run_until_cancelled(Box::pin(Stack::start(folder, Setup::KEPT))).await
+    let Some(stack) =
+        shutdown.requested.run_until_cancelled(Box::pin(Stack::start(folder, Setup::KEPT))).await
     else {
         return Ok(());
     };
     let mut stack = stack?;
     crate::show(&greeting(&stack.addresses(), &data));
-    ending.asked.run_until_cancelled(watch(&mut stack)).await;
-    stack.stop(&ending.hurry).await;
+    shutdown.requested.run_until_cancelled(watch(&mut stack)).await;
+    stack.stop(&shutdown.immediate).await;
     Ok(())
 }
 

@@ -1,8 +1,7 @@
-//! Cleaning up after a stack, also when whoever ran it was killed.
+//! Cleans up after a stack, also when the process that ran it was killed.
 //!
-//! A [`Guard`] is a small process that waits at a pipe. When the other end of the pipe is gone, it ends
-//! every process that still carries the stack's mark and removes the stack's folder if that was
-//! temporary. In an orderly stop there is nothing left to end.
+//! A [`Reaper`] is a small process that waits until a pipe is closed. Then it ends every process that still carries the mark of
+//! the stack, and removes the folder of the stack if it is temporary. After an orderly stop no process is left to end.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -22,32 +21,32 @@ use crate::{
     proc::{self, MARK},
 };
 
-/// How long processes may take to end by themselves before they are killed.
+/// How long processes may take to end after SIGTERM, before they are killed.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// What it says as soon as it watches.
-const ON_GUARD: &str = "on guard\n";
+/// The line that it prints as soon as it watches.
+const WATCHING: &str = "watching\n";
 
-/// The guard of one stack.
+/// The reaper of one stack.
 #[derive(Debug)]
-pub struct Guard {
+pub struct Reaper {
     mark: String,
     process: Child,
 }
 
-impl Guard {
-    /// Starts it. It will remove `folder`, if there is one to remove.
+impl Reaper {
+    /// Starts it. At the end it removes `folder`, if there is one.
     pub fn start(folder: Option<&Path>) -> anyhow::Result<Self> {
         let id = Uuid::new_v4().simple().to_string();
         let mut command = Command::new(binary::beside("devstack")?);
-        command.args(["guard", &id]).args(folder).env_remove(MARK).process_group(0);
+        command.args(["reaper", &id]).args(folder).env_remove(MARK).process_group(0);
         let process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let mut process = process.context("cannot start the process that cleans up")?;
-        // Tests find whatever was built last under that name.
+        // The file may be of another build, which does not know this command.
         let mut word = String::new();
         BufReader::new(process.stdout.take().context("it has an output")?).read_line(&mut word)?;
         ensure!(
-            word == ON_GUARD,
+            word == WATCHING,
             "{} is of another build; run: cargo build --workspace",
             command.get_program().display()
         );
@@ -61,16 +60,16 @@ impl Guard {
     }
 }
 
-impl Drop for Guard {
+impl Drop for Reaper {
     fn drop(&mut self) {
         drop(self.process.stdin.take());
         let _status = self.process.wait();
     }
 }
 
-/// The guard's own life: waits at its standard input, then cleans up after the stack `id`.
-pub fn stand(id: &str, folder: Option<&Path>) -> anyhow::Result<()> {
-    print!("{ON_GUARD}");
+/// The main function of this process: waits until standard input is closed, then cleans up after the stack `id`.
+pub fn run(id: &str, folder: Option<&Path>) -> anyhow::Result<()> {
+    print!("{WATCHING}");
     let _end = std::io::stdin().read_to_end(&mut Vec::new());
     let own = Pid::from_raw(std::process::id().try_into()?);
     let left = || proc::marked(id).into_iter().filter(|pid| Some(*pid) != own).collect::<Vec<_>>();
@@ -85,7 +84,7 @@ pub fn stand(id: &str, folder: Option<&Path>) -> anyhow::Result<()> {
         if begin.elapsed() > GRACE {
             proc::signal(&left, Signal::KILL);
         } else if !asked && begin.elapsed() > Duration::from_millis(500) {
-            // Nobody may be left to read this.
+            // Standard error may be closed.
             let _closed = writeln!(std::io::stderr(), "devstack: ending what is left: {}", left.len());
             proc::signal(&left, Signal::TERM);
             asked = true;
@@ -98,7 +97,7 @@ pub fn stand(id: &str, folder: Option<&Path>) -> anyhow::Result<()> {
     }
 }
 
-/// Removes a folder, again while the last helper of a server still writes into it.
+/// Removes a folder, and retries while the last process of a server still writes into it.
 fn remove(folder: &Path) -> std::io::Result<()> {
     let begin = Instant::now();
     loop {
