@@ -379,6 +379,21 @@ impl Relay {
         }
     }
 
+    /// An operator closes all channels: each lane hears of its oldest window that the broker failed internally.
+    pub(crate) fn close_channels(&mut self) {
+        for lane in 0..=LANES {
+            let Some(Under { window, .. }) = self.lanes[lane].pop_front() else { continue };
+            let (route, bytes, mut items) = (window.route, window.bytes(), window.items);
+            let internal = || Fate::Refused { why: "INTERNAL_ERROR".to_owned(), proof: Proof::Internal };
+            let alone = if items.len() == 1 { items.pop() } else { None };
+            self.queue.lost(items, Lost::Suspect);
+            self.queue.ended(route, bytes);
+            let known = alone.into_iter().map(|item| (item, internal())).collect();
+            let done = self.queue.settle(known, 1_000, self.now);
+            self.store(done);
+        }
+    }
+
     /// Rounds in which everything works that can, until `done`.
     pub(crate) fn rounds(&mut self, count: usize, done: impl Fn(&Self) -> bool) {
         for _ in 0..count {
