@@ -89,7 +89,7 @@ async fn an_operator_reads_the_views_and_no_body() {
     // A view has no column that would show one, whatever comes to the tables.
     conn.execute("RESET ROLE").await.unwrap();
     let bodies =
-        "SELECT string_agg(table_name || '.' || column_name, ', ' ORDER BY 1) FROM information_schema.columns
+        "SELECT string_agg(table_name || '.' || column_name, ', ' ORDER BY table_name, column_name) FROM information_schema.columns
                   JOIN information_schema.views USING (table_schema, table_name)
                   WHERE table_schema = 'outbox' AND column_name IN ('payload', 'headers')";
     let bodies: Option<String> = sqlx::query_scalar(bodies).fetch_one(&mut conn).await.unwrap();

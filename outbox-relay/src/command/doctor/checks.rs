@@ -52,7 +52,8 @@ SELECT 'schema ' || nspname || ': USAGE' FROM pg_namespace
 WHERE nspname = 'outbox' AND NOT has_schema_privilege(oid, 'USAGE')
 UNION ALL
 SELECT 'outbox.' || p.proname || ': EXECUTE' FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-WHERE n.nspname = 'outbox' AND p.proname IN ('add_partition', 'why_kept', 'retire_partition', 'drop_partition', 'retention_blocker')
+WHERE n.nspname = 'outbox' AND p.proname IN ('add_partition', 'why_kept', 'retire_partition', 'drop_partition',
+                                             'retention_blocker', 'leader_pid')
   AND NOT has_function_privilege(p.oid, 'EXECUTE')
 ORDER BY 1";
 
