@@ -61,8 +61,13 @@ pub enum BrokerError {
     Publish(String),
     /// The broker closed the channel over what was published: over which of the window's events, only
     /// another try can tell.
-    #[error("the broker refused: {0}")]
-    Refused(String),
+    #[error("the broker refused: {why}")]
+    Refused {
+        /// The broker's words.
+        why: String,
+        /// Code 541: the channel's process in the broker failed over an event, or somebody killed it.
+        internal: bool,
+    },
     /// The broker did not answer for these, while the channel stood still.
     #[error("the broker did not answer for {0} events")]
     Silent(usize),

@@ -179,10 +179,10 @@ impl Lane {
             match (ended, other) {
                 (None, _) => reconnect.works(),
                 // It was a channel of its own.
-                (Some(BrokerError::Refused(_) | BrokerError::Silent(_)), _)
+                (Some(BrokerError::Refused { .. } | BrokerError::Silent(_)), _)
                     if route == Route::Quarantine && link.condition().is_ok() => {}
                 // The broker is well, and the connection is. Which event it was is found elsewhere.
-                (Some(BrokerError::Refused(_)), _) if link.condition().is_ok() => {
+                (Some(BrokerError::Refused { .. }), _) if link.condition().is_ok() => {
                     // What it was given before may be of the same kind, and is handed out anew.
                     while let Ok(window) = windows.try_recv() {
                         self.report(Report::Returned(window));

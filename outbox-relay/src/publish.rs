@@ -47,9 +47,21 @@ pub enum Fate {
     Refused {
         /// Why.
         why: String,
-        /// AMQP cannot carry it: no broker would take it, so it was not sent. Otherwise the broker said so.
-        certain: bool,
+        /// What shows that it is this event.
+        proof: Proof,
     },
+}
+
+/// What shows that an event is refused for itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proof {
+    /// AMQP cannot carry it: no broker would take it, so it was not sent.
+    Certain,
+    /// The broker closed the channel over it, and gave the reason.
+    Reason,
+    /// The broker's process for the channel ended while only this event was under way (code 541). An operator who closes
+    /// all channels causes the same, so once is no proof.
+    Internal,
 }
 
 /// What is asked and called while a window is under way.
@@ -91,10 +103,11 @@ impl Published {
 
     /// When the broker closed the channel over one event of the window, and only one has no fate, it is that one.
     pub fn attribute_refusal(&mut self) {
-        let Some(BrokerError::Refused(why)) = &self.ended else { return };
+        let Some(BrokerError::Refused { why, internal }) = &self.ended else { return };
+        let proof = if *internal { Proof::Internal } else { Proof::Reason };
         let mut unknown = self.fates.iter_mut().filter(|fate| fate.is_none());
         if let (Some(fate), None) = (unknown.next(), unknown.next()) {
-            *fate = Some(Fate::Refused { why: why.clone(), certain: false });
+            *fate = Some(Fate::Refused { why: why.clone(), proof });
         }
     }
 }
@@ -178,7 +191,10 @@ async fn publish_window(
         let (key, properties) = match carried {
             Ok(message) => message,
             Err(why) => {
-                *fate = Some(Fate::Refused { why: format!("AMQP cannot carry it: {why}"), certain: true });
+                *fate = Some(Fate::Refused {
+                    why: format!("AMQP cannot carry it: {why}"),
+                    proof: Proof::Certain,
+                });
                 continue;
             }
         };

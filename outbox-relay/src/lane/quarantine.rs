@@ -41,7 +41,7 @@ impl Lane {
                 Some((window, published, took)) = under_way.next() => {
                     match &published.ended {
                         None => reconnect.works(),
-                        Some(BrokerError::Refused(_) | BrokerError::Silent(_)) if link.condition().is_ok() => {}
+                        Some(BrokerError::Refused { .. } | BrokerError::Silent(_)) if link.condition().is_ok() => {}
                         Some(error) => end = end.or_else(|| Some(Err(error.clone()))),
                     }
                     self.report(Report::Published(window, published, took));

@@ -32,7 +32,7 @@ impl Lead<'_> {
             }
         }
         match published.ended {
-            Some(BrokerError::Refused(_)) => self.queue.lost(unknown, Lost::Suspect),
+            Some(BrokerError::Refused { .. }) => self.queue.lost(unknown, Lost::Suspect),
             // Which of them have no answer themselves is known.
             Some(BrokerError::Silent(_)) if !known.is_empty() => self.queue.lost(unknown, Lost::Unbegun),
             Some(BrokerError::NoLease) | None => self.queue.lost(unknown, Lost::Unbegun),

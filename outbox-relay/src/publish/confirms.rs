@@ -118,7 +118,7 @@ impl Confirms {
                 // What was written after the broker had closed the channel knows only that it is closed. A confirm
                 // knows why.
                 let why = broker_error(&error);
-                if self.ended.is_none() || matches!(why, BrokerError::Refused(_)) {
+                if self.ended.is_none() || matches!(why, BrokerError::Refused { .. }) {
                     self.ended = Some(why);
                 }
             }
@@ -138,7 +138,8 @@ pub(super) fn broker_error(error: &lapin::Error) -> BrokerError {
             FRAMEERROR | INTERNALERROR | NOTALLOWED | NOTIMPLEMENTED | SYNTAXERROR | UNEXPECTEDFRAME,
         ) = amqp.kind()
     {
-        return BrokerError::Refused(amqp::without_users(amqp.get_message().as_str()));
+        let internal = matches!(amqp.kind(), AMQPErrorKind::Hard(INTERNALERROR));
+        return BrokerError::Refused { why: amqp::without_users(amqp.get_message().as_str()), internal };
     }
     BrokerError::Publish(amqp::describe(error))
 }

@@ -8,11 +8,12 @@ use std::{
 use super::{AggregateState, Item, Queue, Route, StoredIn, Trouble, Window};
 use crate::{
     evidence::{EventKind, PublishFailure, Stamp},
-    publish::Fate,
+    publish::{Fate, Proof},
     rules::{Nacked, Unroutable},
 };
 
-/// With `--nacked pass`, an event that a full queue refuses, or that has no answer, is set aside after so long.
+/// With `--nacked pass`, an event that a full queue refuses, or that has no answer, is set aside after so long. An event
+/// over which the broker's process for the channel ends, for so long, is at fault itself.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Of so many events that have rows the relay knows when they were first not taken.
 const MAX_REMEMBERED: usize = 100_000;
@@ -75,28 +76,28 @@ impl Queue {
                 }
                 Fate::Unroutable => {
                     let why = self.policies.no_queue(&item.event.type_);
-                    failed.push((item, PublishFailure::Unroutable, why, false));
+                    failed.push((item, PublishFailure::Unroutable, why, None));
                 }
                 Fate::Nacked => {
                     let why = format!(
                         "the broker refuses events of type {} for now; is a queue at its limit?",
                         item.event.type_
                     );
-                    failed.push((item, PublishFailure::Nacked, why, false));
+                    failed.push((item, PublishFailure::Nacked, why, None));
                 }
                 Fate::Silent => {
                     let why = format!(
                         "the broker does not answer for events of type {}; has a queue lost the majority of its nodes?",
                         item.event.type_
                     );
-                    failed.push((item, PublishFailure::Silent, why, false));
+                    failed.push((item, PublishFailure::Silent, why, None));
                 }
-                Fate::Refused { why, certain } => {
+                Fate::Refused { why, proof } => {
                     let why = format!("event {} of type {}: {why}", item.event.id, item.event.type_);
-                    if !certain {
+                    if proof == Proof::Reason {
                         self.evidence.refused(item.event.size());
                     }
-                    failed.push((item, PublishFailure::Refused, why, certain));
+                    failed.push((item, PublishFailure::Refused, why, Some(proof)));
                 }
             }
         }
@@ -108,7 +109,8 @@ impl Queue {
         }
         let mut unloaded = HashSet::new();
         let mut free = may_park;
-        for (mut item, failure, why, certain) in failed {
+        for (mut item, failure, why, proof) in failed {
+            let certain = proof == Some(Proof::Certain);
             if !certain {
                 self.evidence.failed(&item.event, failure, &why, (learned, now));
             }
@@ -119,7 +121,7 @@ impl Queue {
             item.decides |=
                 item.chained && taken.get(&item.aggregate).is_some_and(|last| *last > item.event.position);
             let parked =
-                item.stored_in != StoredIn::Parked && (certain || self.is_proven(&item, failure, now));
+                item.stored_in != StoredIn::Parked && (certain || self.is_proven(&item, failure, proof, now));
             if parked && self.may_park(&mut free) {
                 if !certain {
                     self.evidence.proven(&item.event);
@@ -128,6 +130,7 @@ impl Queue {
                 self.forget(&item);
                 done.park.push((item, failure, why));
             } else if item.stored_in == StoredIn::Outbox {
+                item.guessed &= proof != Some(Proof::Internal);
                 self.hold(item, failure, why, learned, now);
             } else {
                 if item.stored_in == StoredIn::Waiting {
@@ -193,16 +196,18 @@ impl Queue {
     }
 
     /// Whether it is the event itself that is not taken, and a rule has it set aside.
-    fn is_proven(&self, item: &Item, failure: PublishFailure, now: Instant) -> bool {
+    fn is_proven(&self, item: &Item, failure: PublishFailure, proof: Option<Proof>, now: Instant) -> bool {
         let type_ = &item.event.type_;
+        let failed_for = now.duration_since(item.trouble.as_ref().map_or(now, |trouble| trouble.since));
         match failure {
             PublishFailure::Unroutable => {
                 item.decides && self.policies.unroutable.of(type_) == Unroutable::Park
             }
-            PublishFailure::Refused => item.decides,
+            PublishFailure::Refused => {
+                item.decides && (proof != Some(Proof::Internal) || failed_for >= PATIENCE)
+            }
             PublishFailure::Nacked | PublishFailure::Silent => {
-                let since = item.trouble.as_ref().map_or(now, |trouble| trouble.since);
-                self.policies.nacked.of(type_) == Nacked::Pass && now.duration_since(since) >= PATIENCE
+                self.policies.nacked.of(type_) == Nacked::Pass && failed_for >= PATIENCE
             }
         }
     }

@@ -9,7 +9,7 @@ use chrono::Utc;
 use outbox_relay::{
     event::Event,
     evidence::PublishFailure,
-    publish::{Fate, MAX_UNANSWERED},
+    publish::{Fate, MAX_UNANSWERED, Proof},
     queue::{DEPTH, Item, Lost, Outcome, QUARANTINE_WINDOWS, Queue, Route, StoredIn, Window, pause},
     rules::{Policies, Rules},
     waiting::{Spilled, StoredRetry},
@@ -309,7 +309,10 @@ impl Relay {
             }
         }
         if ended && unknown.len() == 1 {
-            known.push((unknown.pop().unwrap(), Fate::Refused { why: "refused".to_owned(), certain: false }));
+            known.push((
+                unknown.pop().unwrap(),
+                Fate::Refused { why: "refused".to_owned(), proof: Proof::Reason },
+            ));
         }
         self.queue.lost(unknown, if ended { Lost::Suspect } else { Lost::Unbegun });
         self.queue.ended(route, bytes);

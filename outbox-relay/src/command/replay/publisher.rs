@@ -29,7 +29,7 @@ use crate::{
     event::Event,
     lane::{Lane, Report},
     lease::Lease,
-    publish::{Fate, Published},
+    publish::{Fate, Proof, Published},
     queue::{Route, Window},
 };
 
@@ -219,9 +219,14 @@ impl Publisher {
                     }
                     page.settle(event);
                 }
-                Some(Fate::Refused { why, certain }) => {
+                // It may have been this event, or an operator who closed all channels.
+                Some(Fate::Refused { why, proof: Proof::Internal }) => {
+                    page.again(event, &mut self.budget);
+                    round.why = Some(format!("the broker closed the channel of event {}: {why}", event.id));
+                }
+                Some(Fate::Refused { why, proof }) => {
                     // What was not sent has cost the broker nothing, and says nothing of others.
-                    if !certain {
+                    if proof != Proof::Certain {
                         self.budget.failed();
                         progress.refused(event, &why)?;
                     }
@@ -249,11 +254,11 @@ impl Publisher {
         }
         match ended {
             // Which event it is, is found out one by one.
-            Some(BrokerError::Refused(why)) if unknown => {
+            Some(BrokerError::Refused { why, .. }) if unknown => {
                 page.alone = true;
                 round.why = Some(format!("the broker refused: {why}"));
             }
-            None | Some(BrokerError::Refused(_)) => {}
+            None | Some(BrokerError::Refused { .. }) => {}
             Some(error @ BrokerError::Silent(_)) => {
                 round.why.get_or_insert_with(|| error.to_string());
             }
