@@ -17,6 +17,7 @@ mod when;
 use std::time::Duration;
 
 use anyhow::anyhow;
+use chrono::{DateTime, Utc};
 use daemon::config::database::Failure;
 use sqlx::PgConnection;
 
@@ -24,6 +25,11 @@ pub use daemon::command::{CommandArgs, Verdict};
 pub(crate) use daemon::command::{bar, many, operator, span};
 
 use crate::session::schema;
+
+/// A time for people.
+pub(crate) fn time(at: Option<DateTime<Utc>>) -> String {
+    at.map_or_else(|| "an unknown time".to_owned(), |at| at.format("%Y-%m-%d %H:%M:%S UTC").to_string())
+}
 
 /// Why a change failed: `nothing` says that there is none. When the connection ended, it may have been stored.
 pub(crate) fn not_done(error: sqlx::Error, nothing: &'static str) -> anyhow::Error {

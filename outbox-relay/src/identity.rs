@@ -12,7 +12,7 @@ use lapin::{
 };
 use tokio::sync::watch;
 
-use crate::broker::{BrokerError, Condition, Said};
+use crate::condition::{BrokerError, Condition, Said};
 
 /// The broker's reason comes right after the failures that it causes.
 const REASON_TIMEOUT: Duration = Duration::from_secs(1);

@@ -20,7 +20,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    broker::{Broker, BrokerError, Condition, Link},
+    broker::{Broker, Link},
+    condition::{BrokerError, Condition},
     lease::{self, Lease},
     publish::{Fate, Guards, OnStall, Published, Sender, publish},
     queue::{Route, Window},

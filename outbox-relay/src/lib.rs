@@ -9,6 +9,7 @@ pub mod broker;
 pub mod budget;
 pub mod cli;
 pub mod command;
+pub mod condition;
 pub mod config;
 pub mod erasure;
 pub mod event;

@@ -14,12 +14,7 @@ use futures_util::{
 };
 use lapin::{Channel, Confirmation, options::BasicPublishOptions, types::ShortString};
 
-use crate::{
-    broker::{BrokerError, Link},
-    event::Event,
-    failpoint, frame,
-    message::message,
-};
+use crate::{broker::Link, condition::BrokerError, event::Event, failpoint, frame, message::message};
 
 use confirms::{Confirms, broker_error, mark_returned};
 

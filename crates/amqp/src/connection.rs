@@ -17,11 +17,11 @@ use lapin::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{reactor, screen::Screened};
+use crate::{
+    reactor,
+    screen::{LARGEST_FRAME, Screened},
+};
 
-/// The largest frame that is asked for, unless the URL says otherwise: RabbitMQ's own default. lapin has buffers
-/// for 64 of them, also when the broker would allow any size.
-pub(crate) const LARGEST_FRAME: u32 = 128 * 1024;
 /// Both sides say that they are there, so that a connection ends of which the other side is gone without a word: after
 /// two of these without one, unless the URL says otherwise.
 const HEARTBEAT_SECONDS: u16 = 10;

@@ -12,7 +12,7 @@ use futures_io::{AsyncRead, AsyncWrite};
 use futures_util::Stream;
 use lapin::AsyncTcpStream;
 
-use crate::{connection::LARGEST_FRAME, screen::Screened};
+use crate::screen::{LARGEST_FRAME, Screened};
 
 /// What connections are to lapin.
 pub(crate) type Wired = Screened<AsyncTcpStream<<Tokio as Reactor>::TcpStream>>;

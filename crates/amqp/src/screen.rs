@@ -13,6 +13,9 @@ use crate::{
     reader::Reader,
 };
 
+/// The largest frame that is asked for, unless the URL says otherwise: RabbitMQ's own default. lapin has buffers
+/// for 64 of them, also when the broker would allow any size.
+pub(crate) const LARGEST_FRAME: u32 = 128 * 1024;
 /// How much is read at once.
 const CHUNK: usize = 64 * 1024;
 /// Type, channel and length.

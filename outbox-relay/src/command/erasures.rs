@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::json;
 
-use super::{CommandArgs, Verdict, connect, status::time};
+use super::{CommandArgs, Verdict, connect, time};
 use crate::erasure::{self, Size};
 
 /// A step ends itself well before.

@@ -10,7 +10,7 @@ use sqlx::{PgConnection, error::DatabaseError};
 use super::{
     CommandArgs, Verdict, connect, many,
     state::{self, RelayRow},
-    status::time,
+    time,
 };
 use crate::config::relay_name;
 

@@ -10,7 +10,7 @@ use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use super::{CommandArgs, Verdict, connect, many, not_done, state, status::time};
+use super::{CommandArgs, Verdict, connect, many, not_done, state, time};
 use crate::{
     config::{STATEMENT_TIMEOUT, relay_name},
     row::Made,

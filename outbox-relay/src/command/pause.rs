@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use outbox::database::again;
 use serde_json::json;
 
-use super::{CommandArgs, Verdict, connect, not_done, operator, state, status::time};
+use super::{CommandArgs, Verdict, connect, not_done, operator, state, time};
 use crate::config::{STATEMENT_TIMEOUT, relay_name};
 
 /// Since when and by whom it was paused, and whether somebody leads.

@@ -8,7 +8,6 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail};
-use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 
 use self::report::{Progress, Status, progress};
@@ -137,9 +136,4 @@ fn show(args: &StatusArgs, status: &Status) -> anyhow::Result<bool> {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
         written => Ok(written.map(|()| true)?),
     }
-}
-
-/// A time for people.
-pub(super) fn time(at: Option<DateTime<Utc>>) -> String {
-    at.map_or_else(|| "an unknown time".to_owned(), |at| at.format("%Y-%m-%d %H:%M:%S UTC").to_string())
 }

@@ -9,7 +9,7 @@ use serde_json::json;
 use sqlx::{PgConnection, types::Json};
 use uuid::Uuid;
 
-use super::{CommandArgs, Verdict, connect, state::Waiting, status::time};
+use super::{CommandArgs, Verdict, connect, state::Waiting, time};
 use crate::row::Made;
 
 /// Without a time to look at, every event is looked at.

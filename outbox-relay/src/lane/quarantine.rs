@@ -9,7 +9,8 @@ use tokio::sync::mpsc;
 
 use super::{End, LOOK, Lane, Report, state};
 use crate::{
-    broker::{BrokerError, Link},
+    broker::Link,
+    condition::BrokerError,
     lease,
     publish::{Guards, OnStall, Published},
     queue::Window,

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{Lead, SAVE_INTERVAL};
 use crate::{
-    broker::BrokerError,
+    condition::BrokerError,
     evidence::{EventKind, PublishFailure},
     failpoint,
     parked::Parking,

@@ -15,10 +15,7 @@ use lapin::{
 };
 
 use super::{Fate, Fates, Guards, OnStall, SILENCE};
-use crate::{
-    broker::{BrokerError, Link},
-    event::Event,
-};
+use crate::{broker::Link, condition::BrokerError, event::Event};
 
 /// How often to look whether anything was answered.
 const LOOK: Duration = Duration::from_millis(200);

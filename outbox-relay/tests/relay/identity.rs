@@ -2,7 +2,7 @@
 
 use lapin::{Connection, ConnectionProperties};
 use outbox_relay::{
-    broker::{BrokerError, Said},
+    condition::{BrokerError, Said},
     identity::prove,
 };
 use reqwest::Method;

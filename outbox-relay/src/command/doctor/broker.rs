@@ -5,7 +5,7 @@ use daemon::config::{SettingError, broker::BrokerArgs};
 use lapin::types::ShortString;
 
 use super::Check;
-use crate::broker::{Broker, BrokerError};
+use crate::{broker::Broker, condition::BrokerError};
 
 const BROKER: &str = "broker";
 const EXCHANGE: &str = "exchange";

@@ -6,7 +6,7 @@ use super::Check;
 use crate::command::{
     many, span,
     state::{self, RelayRow, Undelivered, Waiting, WaitingGroup},
-    status::time,
+    time,
 };
 
 /// The checks of all relay names, or of the one called `name`.

@@ -23,8 +23,9 @@ use super::{
     registration::{HEARTBEAT, Registration},
 };
 use crate::{
-    broker::{Broker, BrokerError},
+    broker::Broker,
     budget::Budget,
+    condition::BrokerError,
     event::Event,
     lane::{Lane, Report},
     lease::Lease,

@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use sqlx::PgConnection;
 
-use crate::command::{span, status::time};
+use crate::command::{span, time};
 
 /// The oldest first. Ages are unknown to a role without `pg_read_all_stats`, but for its own sessions.
 const LOCK_HOLDERS: &str = "\

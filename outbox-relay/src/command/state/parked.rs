@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::MAX_COUNT;
-use crate::command::{many, status::time};
+use crate::command::{many, time};
 
 /// At most as many rows as `--max-parked` allows.
 const PARKED: &str = "\

@@ -5,7 +5,6 @@ use std::fmt::Write as _;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
-use super::time;
 use crate::{
     command::{
         Verdict, many, span,
@@ -13,6 +12,7 @@ use crate::{
             Backlog, LockHolder, MAX_COUNT, ParkedCounts, RelayRow, State, Undelivered, Waiting,
             WaitingEvents,
         },
+        time,
     },
     row::Made,
 };
