@@ -346,20 +346,25 @@ impl Meter {
         sqlx::raw_sql("SELECT pg_stat_statements_reset()").execute(&mut self.0).await.unwrap();
     }
 
-    /// What a role has asked a database since the last reset. None of it was compiled, and all of it was planned
+    /// What a role has asked a database since the last reset, without comments. None of it was compiled, and all of it was planned
     /// once in a session.
     async fn work(&mut self, database: &str, role: &str) -> Work {
-        let statements: Vec<Statement> = sqlx::query_as(
+        let mut statements: Vec<Statement> = sqlx::query_as(
             "SELECT query, calls, rows, wal_bytes::bigint AS wal_bytes, plans, jit_functions AS compiled
              FROM pg_stat_statements s
              JOIN pg_database d ON d.oid = dbid JOIN pg_roles r ON r.oid = userid
-             WHERE datname = $1 AND rolname = $2 ORDER BY query",
+             WHERE datname = $1 AND rolname = $2",
         )
         .bind(database)
         .bind(role)
         .fetch_all(&mut self.0)
         .await
         .unwrap();
+        for Statement { query, .. } in &mut statements {
+            let lines = query.lines().map(|line| line.split("--").next().unwrap_or_default());
+            *query = lines.collect::<Vec<_>>().join("\n").trim().to_owned();
+        }
+        statements.sort_by(|one, other| one.query.cmp(&other.query));
         for Statement { query, plans, compiled, .. } in &statements {
             within(&format!("functions compiled for {query}"), *compiled, 0);
             within(&format!("times planned, {query}"), *plans, SESSIONS);

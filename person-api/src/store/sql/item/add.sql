@@ -19,7 +19,7 @@ WITH target AS MATERIALIZED (
     INSERT INTO person.idempotency (caller, route, key, request, person_id, location, etag, body)
     SELECT $3, $4, $5, $6, person_id, replace($7, '{id}', id::text), '"' || person_id || '.' || version || '"',
            replace(replace($8, '{id}', id::text), '{version}', version::text)
-    FROM next WHERE $5 IS NOT NULL
+    FROM next WHERE $5::text IS NOT NULL
     ON CONFLICT DO NOTHING
     RETURNING person_id
 ), person AS (

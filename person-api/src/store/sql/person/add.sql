@@ -12,7 +12,7 @@ WITH person AS (
     INSERT INTO person.idempotency (caller, route, key, request, person_id, location, etag, body)
     SELECT $5, $6, $7, $8, id, $9, '"' || id || '.' || version || '"',
            replace(replace($10, '{id}', id::text), '{version}', version::text)
-    FROM person WHERE $7 IS NOT NULL
+    FROM person WHERE $7::text IS NOT NULL
     ON CONFLICT DO NOTHING
     RETURNING person_id
 ), event AS (
