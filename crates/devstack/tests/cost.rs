@@ -362,7 +362,7 @@ impl Meter {
         .unwrap();
         for Statement { query, .. } in &mut statements {
             let lines = query.lines().map(|line| line.split("--").next().unwrap_or_default());
-            *query = lines.collect::<Vec<_>>().join("\n").trim().to_owned();
+            lines.collect::<Vec<_>>().join("\n").trim().clone_into(query);
         }
         statements.sort_by(|one, other| one.query.cmp(&other.query));
         for Statement { query, plans, compiled, .. } in &statements {

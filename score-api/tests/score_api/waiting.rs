@@ -203,7 +203,7 @@ async fn places_are_bounded_and_a_client_that_hangs_up_frees_its_own() {
     503
     cache-control: no-store
     connection: close
-    content-length: 165
+    content-length: 184
     content-type: application/problem+json
     retry-after: 1
 
@@ -259,7 +259,7 @@ async fn sigterm_answers_those_who_wait() {
     503
     cache-control: no-store
     connection: close
-    content-length: 171
+    content-length: 157
     content-type: application/problem+json
     retry-after: 1
 
