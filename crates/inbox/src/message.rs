@@ -21,7 +21,7 @@ pub struct Envelope {
 pub struct Event {
     /// AMQP's `message_id`.
     pub id: Uuid,
-    /// The source with its incarnation (`person`, `person~2`): AMQP's `app_id`.
+    /// The source with its incarnation (`shop`, `shop~2`): AMQP's `app_id`.
     pub source: String,
     /// The type of the aggregate.
     pub aggregate_type: String,
@@ -233,7 +233,7 @@ impl Event {
     }
 
     /// Whether it may follow any lower version: a baseline, or the end of the aggregate itself
-    /// (`person.deleted` of a person, not `income.deleted`). Erased, it says nothing about the state.
+    /// (`order.deleted` of an order, not `line.deleted`). Erased, it says nothing about the state.
     pub(crate) fn jumps(&self) -> bool {
         self.is_baseline() && !self.is_erased() || self.ends()
     }

@@ -23,7 +23,7 @@ pub struct Sources {
     users: BTreeMap<String, BTreeSet<String>>,
 }
 
-/// A source and a broker user that publishes it: `person=outbox_relay_person`. The source has no incarnation here: the
+/// A source and a broker user that publishes it: `shop=outbox_relay_shop`. The source has no incarnation here: the
 /// user publishes all incarnations.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Publisher {

@@ -17,13 +17,13 @@ pub fn migrator() -> Migrator {
 /// Who publishes from a database, as stored there at `migrate`.
 #[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
 pub struct Source {
-    /// The publishing service, for example `person`.
+    /// The publishing service, for example `shop`.
     pub name: String,
     /// 1, or more after a restore that lost commits.
     pub incarnation: i32,
 }
 
-/// As AMQP's `app_id` spells it: `person`, and `person~2` from the second incarnation on.
+/// As AMQP's `app_id` spells it: `shop`, and `shop~2` from the second incarnation on.
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)?;
