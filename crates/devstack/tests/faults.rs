@@ -41,7 +41,10 @@ async fn every_accepted_write_is_in_the_score_exactly_once() {
 
     truth.grows("before any fault").await;
     stack.servers.rabbitmq.stop(&CancellationToken::new()).await;
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    eventually("the relay says that RabbitMQ is away", async || {
+        stack.person_relay.not_ready().await.map(|_| ()).ok_or_else(|| "it is ready".to_owned())
+    })
+    .await;
     stack.servers.rabbitmq.start().await.unwrap();
     truth.grows("after RabbitMQ was away").await;
 
