@@ -144,13 +144,12 @@ fn unreadable(error: sqlx::Error) -> anyhow::Error {
         // undefined_function, invalid_schema_name
         Some("42883" | "3F000") => anyhow!(
             "this database has no inbox that can be compared; bring its schema inbox up to date \
-             (score-projector migrate, or what migrates the subscriber)"
+             (run what migrates the subscriber)"
         ),
         // numeric_value_out_of_range
         Some("22003") => anyhow!(
             "the sum of the versions is too large for this database's digest function, which is an old one; bring its \
-             schema up to date (score-projector migrate for its inbox, or what migrates the subscriber; outbox-relay \
-             migrate for an outbox)"
+             schema up to date (outbox-relay migrate for an outbox; for an inbox, run what migrates the subscriber)"
         ),
         // insufficient_privilege
         Some("42501") => anyhow!("this role may not read the inbox; inbox.grant_reader grants it"),
