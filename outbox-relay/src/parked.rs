@@ -49,9 +49,11 @@ pub struct ParkedEvents {
 /// Keeps erasures out to the end of the transaction, and waits for those that have begun.
 pub(crate) const KEEP_ERASURES_OUT: &str = "SELECT outbox.keep_erasures_out()";
 
-/// The pause before the next attempt, after `attempts` of them: from 1 s, doubled up to 1 min, plus up
-/// to a quarter, so that kinds set aside together do not come back together.
-const NEXT: &str = "now() + least(power(2, attempts - 1), 60) * (1 + random() / 4) * interval '1 second'";
+/// The next attempt: after a pause as long as the event has been aside, from 1 s to 1 min, so that it doubles; plus up to
+/// a quarter, so that kinds set aside together do not come back together. Attempts before that, while it waited, count
+/// for nothing.
+const NEXT: &str = "now() + least(greatest(now() - parked_at, interval '1 second'), interval '1 minute') \
+                    * (1 + random() / 4)";
 
 /// Copies the events into `outbox.parked`, if `epoch` is still the relay's; false when it is not.
 ///
