@@ -22,7 +22,7 @@ mod spill;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
-    hash::{BuildHasher, RandomState},
+    hash::{BuildHasher, BuildHasherDefault, DefaultHasher},
     sync::Arc,
     time::Instant,
 };
@@ -96,7 +96,8 @@ pub struct Queue {
     lanes: usize,
     window: usize,
     policies: Policies,
-    hasher: RandomState,
+    /// Without a key, so that a run of the model can be repeated.
+    hasher: BuildHasherDefault<DefaultHasher>,
     aggregates: HashMap<u64, Aggregate>,
     /// What was put here is skipped when its state is another one by now.
     ready: VecDeque<u64>,
@@ -109,6 +110,8 @@ pub struct Queue {
     probes_first: bool,
     /// So do first tries apart, and further ones.
     untried_first: bool,
+    /// What the last further try apart could do to others: that, and the other, take turns, too.
+    last_danger: Danger,
     /// Aggregates whose first event is set aside once something that was handed out later is confirmed.
     guesses: BTreeMap<Stamp, Vec<u64>>,
     /// What is known of the broker.
@@ -133,7 +136,7 @@ impl Queue {
             lanes,
             window,
             policies,
-            hasher: RandomState::new(),
+            hasher: BuildHasherDefault::default(),
             aggregates: HashMap::new(),
             ready: VecDeque::new(),
             quarantine: VecDeque::new(),
@@ -142,6 +145,7 @@ impl Queue {
             turn: None,
             probes_first: true,
             untried_first: true,
+            last_danger: Danger::None,
             guesses: BTreeMap::new(),
             evidence: Evidence::default(),
             budget: Budget::new(now),
@@ -175,10 +179,11 @@ impl Queue {
         self.insert(item);
     }
 
-    fn insert(&mut self, item: Item) {
+    fn insert(&mut self, mut item: Item) {
         self.events += 1;
         self.bytes += item.event.size();
         let id = self.hasher.hash_one((&*item.event.aggregate_type, &*item.event.aggregate_id));
+        item.aggregate = id;
         self.aggregates.entry(id).or_default().insert(item);
         self.reschedule(id);
     }

@@ -50,9 +50,11 @@ impl Lane {
     }
 }
 
-/// One event of each kind, and then as many more as may be.
-fn sample<'a>(events: &[&'a Event], unanswered: Vec<usize>) -> Vec<(usize, &'a Event)> {
-    let mut kinds = HashSet::new();
+/// One event of each kind, and then as many more as may be; of an aggregate the first only, since channels keep no order
+/// among them.
+fn sample<'a>(events: &[&'a Event], mut unanswered: Vec<usize>) -> Vec<(usize, &'a Event)> {
+    let (mut aggregates, mut kinds) = (HashSet::new(), HashSet::new());
+    unanswered.retain(|n| aggregates.insert((&events[*n].aggregate_type, &events[*n].aggregate_id)));
     let (first, more): (Vec<usize>, Vec<usize>) =
         unanswered.into_iter().partition(|n| kinds.insert(EventKind::of(events[*n])));
     let mut bytes = 0;

@@ -61,14 +61,16 @@ impl Queue {
     pub fn settle(&mut self, fates: Vec<(Item, Fate)>, may_park: i64, now: Instant) -> Outcome {
         let learned = self.evidence.tick();
         let mut done = Outcome::default();
-        let mut failed = Vec::new();
+        let (mut failed, mut chained) = (Vec::new(), Vec::new());
         for (item, fate) in fates {
             match fate {
                 Fate::Confirmed => {
                     self.confirmed(&item, now);
-                    self.failed.remove(&item.event.position);
-                    self.forget(&item);
-                    done.confirmed.push(item);
+                    if item.chained {
+                        chained.push(item);
+                    } else {
+                        self.take(item, &mut done);
+                    }
                 }
                 Fate::Unroutable if self.policies.unroutable.of(&item.event.type_) == Unroutable::Drop => {
                     self.forget(&item);
@@ -103,11 +105,11 @@ impl Queue {
         }
         // Of aggregates of which several went out together, the last that was taken.
         let mut taken: HashMap<u64, i64> = HashMap::new();
-        for item in done.confirmed.iter().filter(|item| item.chained) {
+        for item in &chained {
             let last = taken.entry(item.aggregate).or_default();
             *last = item.event.position.max(*last);
         }
-        let mut unloaded = HashSet::new();
+        let (mut unloaded, mut open) = (HashSet::new(), HashMap::new());
         let mut free = may_park;
         for (mut item, failure, why, proof) in failed {
             let certain = proof == Some(Proof::Certain);
@@ -134,6 +136,8 @@ impl Queue {
                 self.hold(item, failure, why, learned, now);
             } else {
                 if item.stored_in == StoredIn::Waiting {
+                    let first = open.entry(item.aggregate).or_insert(item.event.position);
+                    *first = item.event.position.min(*first);
                     self.remember(item.event.position, item.trouble.as_ref().map_or(learned, |t| t.first));
                 }
                 self.forget(&item);
@@ -144,8 +148,43 @@ impl Queue {
                 }
             }
         }
+        for item in chained {
+            if self.is_behind(&item, open.get(&item.aggregate)) {
+                self.again(&item, unloaded.contains(&item.aggregate));
+            } else {
+                self.take(item, &mut done);
+            }
+        }
         self.park_guesses(&mut free, &mut done);
         done
+    }
+
+    /// The broker has it.
+    fn take(&mut self, item: Item, done: &mut Outcome) {
+        self.failed.remove(&item.event.position);
+        self.forget(&item);
+        done.confirmed.push(item);
+    }
+
+    /// Whether an event that was taken went out behind one of its aggregate that was neither taken nor set aside: no
+    /// queue took that before, and by now one does that is full, silent, or has lost its answer. `open` is the first such
+    /// event that has left the memory for its row.
+    fn is_behind(&self, item: &Item, open: Option<&i64>) -> bool {
+        let position = item.event.position;
+        let aggregate = self.aggregates.get(&item.aggregate);
+        let earlier = |other: &Item| other.stored_in != StoredIn::Parked && other.event.position < position;
+        item.stored_in != StoredIn::Parked
+            && (open.is_some_and(|open| *open < position)
+                || aggregate.is_some_and(|aggregate| aggregate.items.iter().any(earlier)))
+    }
+
+    /// It is published once more, behind what it was behind: what was taken too early is a copy.
+    fn again(&mut self, item: &Item, unloaded: bool) {
+        if unloaded && item.stored_in == StoredIn::Waiting {
+            self.forget(item);
+        } else {
+            self.put_back(item);
+        }
     }
 
     /// The fate of these is not known: they are published again.
@@ -243,7 +282,8 @@ impl Queue {
             let (learned, ids) = entry.remove_entry();
             for id in ids {
                 let Some((AggregateState::Retry, first)) = self.first(id) else { continue };
-                let proven = first.trouble.as_ref().is_some_and(|trouble| trouble.first == learned)
+                let proven = first.stored_in != StoredIn::Parked
+                    && first.trouble.as_ref().is_some_and(|trouble| trouble.first == learned)
                     && self.evidence.is_proven(&first.event);
                 if !proven || !self.may_park(free) {
                     continue;

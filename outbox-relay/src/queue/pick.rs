@@ -83,11 +83,17 @@ impl Queue {
                     picked.extend(self.begin(id, published));
                 }
             } else {
-                if windows == 0 {
-                    self.pick_tries(Danger::Channel, published, now, 1, &mut ids, picked);
+                let mut turn = [Danger::Channel, Danger::Silence];
+                if self.last_danger == Danger::Channel {
+                    turn.reverse();
                 }
-                if picked.is_empty() {
-                    self.pick_tries(Danger::Silence, published, now, 1, &mut ids, picked);
+                for danger in turn {
+                    if picked.is_empty() && (danger == Danger::Silence || windows == 0) {
+                        self.pick_tries(danger, published, now, 1, &mut ids, picked);
+                        if !picked.is_empty() {
+                            self.last_danger = danger;
+                        }
+                    }
                 }
             }
         }
@@ -229,9 +235,9 @@ impl Queue {
         let mut item = aggregate.items.pop_front()?;
         let evidence = &self.evidence;
         item.published = published;
+        item.chained = false;
         item.decides = item.trouble.as_ref().is_some_and(|trouble| evidence.taken_since(trouble.first));
         item.guessed = item.trouble.is_none() && evidence.is_proven(&item.event);
-        item.aggregate = id;
         aggregate.state = AggregateState::InFlight;
         aggregate.retry = None;
         aggregate.in_flight.push(item.clone());

@@ -1,7 +1,7 @@
 //! A relay without a database and a broker: what `lead` does, with models of both.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -44,6 +44,8 @@ pub(crate) struct Relay {
     now: Instant,
     /// Of how many events a lane finds out elsewhere what becomes of them.
     sample: usize,
+    /// How many channels the broker ended.
+    closed: usize,
     memory: usize,
     lanes: Vec<VecDeque<Under>>,
     stored: BTreeMap<i64, Event>,
@@ -74,6 +76,7 @@ impl Relay {
             begin: now,
             now,
             sample: 0,
+            closed: 0,
             memory,
             lanes: (0..=LANES).map(|_| VecDeque::new()).collect(),
             stored: BTreeMap::new(),
@@ -273,21 +276,24 @@ impl Relay {
             still |= fate == Some(Fate::Silent);
             fates.push(fate);
         }
+        self.closed += usize::from(ended);
         if still && under.window.route == Route::Lane {
-            // What came behind the silent ones has no answer either. Asked elsewhere, the broker answered some of it, and
-            // of what is left one at least.
+            // What came behind the silent ones has no answer either. Asked elsewhere, the broker answered some of it, of
+            // each aggregate the first.
             ended = false;
             self.stood_still += 1;
             let silent = fates.iter().position(|fate| *fate == Some(Fate::Silent)).unwrap();
+            let mut asked = HashSet::new();
             for (n, fate) in fates.iter_mut().enumerate().skip(silent) {
-                if n > silent + self.sample && *fate != Some(Fate::Confirmed)
+                if !asked.insert(&under.window.items[n].event.aggregate_id)
+                    || n > silent + self.sample && *fate != Some(Fate::Confirmed)
                     || n > silent && self.sample == 0
                 {
                     *fate = None;
                 }
             }
             self.sample = (self.sample + 1) % 3;
-        } else if ended && self.now.elapsed().as_nanos().is_multiple_of(2) {
+        } else if ended && self.closed.is_multiple_of(2) {
             // What was confirmed before may be known, or not.
             fates.fill(None);
         }
