@@ -141,6 +141,33 @@ fn what_waits_for_a_full_queue_does_not_flood_the_others() {
     assert!(took < Duration::from_mins(1), "it opens soon: {took:?}");
 }
 
+/// Two of an aggregate go out together, to find out whether anybody listens. By then somebody takes the second, and the
+/// first is in another trouble.
+#[test]
+fn what_goes_out_together_keeps_its_order() {
+    let full = Broker { full: vec![0], ..Broker::well() };
+    let silent = Broker { silent: vec![0], ..Broker::well() };
+    let denied = Broker { denied: vec![0], ..Broker::well() };
+    for trouble in [full, silent, denied] {
+        let mut relay = Relay::new(Broker::nobody(), 2_000);
+        relay.append(&[(0, 0, false), (0, 1, false)]);
+        let mut rounds = 0;
+        while !relay.together() {
+            rounds += 1;
+            assert!(rounds < 100, "they went out one by one");
+            relay.work();
+            relay.pass(Duration::from_secs(1));
+            relay.round();
+        }
+        relay.broker.change(trouble);
+        relay.work();
+        assert!(!relay.is_done(), "the first is not taken");
+        relay.broker.heal();
+        relay.rounds(300, Relay::is_done);
+        assert!(relay.is_done(), "left: {:?}", relay.open());
+    }
+}
+
 /// Code 541 may be an event's fault or an operator's. Others are taken meanwhile, so that each event in doubt is tried
 /// alone, and closed again.
 #[test]

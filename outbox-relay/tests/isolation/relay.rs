@@ -409,16 +409,26 @@ impl Relay {
             self.pass(Duration::from_secs(1));
             for _ in 0..4 {
                 self.round();
-                for lane in 0..=LANES {
-                    for _ in 0..DEPTH {
-                        self.publish(lane);
-                    }
-                    for _ in 0..DEPTH {
-                        self.answer(lane);
-                    }
-                }
+                self.work();
             }
         }
+    }
+
+    /// Everything that was handed out is published and answered.
+    pub(crate) fn work(&mut self) {
+        for lane in 0..=LANES {
+            for _ in 0..DEPTH {
+                self.publish(lane);
+            }
+            for _ in 0..DEPTH {
+                self.answer(lane);
+            }
+        }
+    }
+
+    /// Whether several events of an aggregate are under way.
+    pub(crate) fn together(&self) -> bool {
+        self.lanes.iter().flatten().any(|under| under.window.items.iter().any(Item::is_chained))
     }
 
     fn assert_within_budget(&self) {
