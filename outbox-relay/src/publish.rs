@@ -26,7 +26,8 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const SILENCE: Duration = Duration::from_secs(2);
 /// A connection over which an event cannot be written for so long stands still, too: the broker does not read.
 const STUCK: Duration = Duration::from_secs(10);
-/// By then an answer to several events at once is known as a whole.
+/// How long the rest of an answer may take: the broker acks several events at once, and their confirms do not all arrive
+/// at the same moment.
 const SETTLING: Duration = Duration::from_millis(50);
 
 /// As many events without a confirm do not stop a channel. Beyond about thirty the broker reads no more of the connection.
@@ -147,8 +148,8 @@ impl Sender<'_> {
     }
 }
 
-/// Publishes a window of events, at most one of each aggregate, and awaits every confirm, for as long as
-/// it is `allowed`. Publish again, over another channel, what has no fate.
+/// Publishes a window of events in its order, and awaits every confirm. Publishes no more once
+/// [`Guards::may_publish`] says no. Publish again, over another channel, what has no fate.
 pub async fn publish(
     sender: Sender<'_>,
     channel: &Channel,

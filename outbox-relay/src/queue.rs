@@ -2,8 +2,9 @@
 //! another try, and what waits behind it. No I/O.
 //!
 //! An aggregate has at most one event under way, and its next one waits until that is settled, so that a nack, a
-//! return or a lost connection never lets a later event through first. Its trouble is its own: other aggregates
-//! go on. Any connection may publish any aggregate, so one that is away keeps none.
+//! return or a lost connection never lets a later event through first. To find out whether any queue takes anything,
+//! a few events of one aggregate may go out together, in their order (`chain` in `pick.rs`). Its trouble is its own:
+//! other aggregates go on. Any connection may publish any aggregate, so one that is away keeps none.
 //!
 //! An aggregate that is in memory and has nothing under way has one state, by its first event:
 //!
@@ -57,7 +58,7 @@ pub enum Route {
     Quarantine,
 }
 
-/// Events that are published together: at most one of each aggregate, and no two with the same id.
+/// Events that are published together: one of each aggregate, or a few in their order, and no two with the same id.
 #[derive(Debug)]
 pub struct Window {
     /// When it was handed out.
