@@ -1,7 +1,7 @@
 //! What becomes of events that were published.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     time::{Duration, Instant},
 };
 
@@ -109,7 +109,8 @@ impl Queue {
             let last = taken.entry(item.aggregate).or_default();
             *last = item.event.position.max(*last);
         }
-        let (mut unloaded, mut open) = (HashSet::new(), HashMap::new());
+        // Of aggregates that wait in the database, the first event that was not taken.
+        let mut waiting: HashMap<u64, i64> = HashMap::new();
         let mut free = may_park;
         for (mut item, failure, why, proof) in failed {
             let certain = proof == Some(Proof::Certain);
@@ -135,22 +136,24 @@ impl Queue {
                 item.guessed &= proof != Some(Proof::Internal);
                 self.hold(item, failure, why, learned, now);
             } else {
+                // What waits behind another one has no turn of its own.
+                let has_turn = item.stored_in == StoredIn::Parked || !waiting.contains_key(&item.aggregate);
                 if item.stored_in == StoredIn::Waiting {
-                    let first = open.entry(item.aggregate).or_insert(item.event.position);
+                    let first = waiting.entry(item.aggregate).or_insert(item.event.position);
                     *first = item.event.position.min(*first);
                     self.remember(item.event.position, item.trouble.as_ref().map_or(learned, |t| t.first));
                 }
                 self.forget(&item);
                 self.unload(&item);
-                // What waits behind another one has no turn of its own.
-                if item.stored_in == StoredIn::Parked || unloaded.insert(item.aggregate) {
+                if has_turn {
                     done.postpone.push((item, failure, why));
                 }
             }
         }
         for item in chained {
-            if self.is_behind(&item, open.get(&item.aggregate)) {
-                self.again(&item, unloaded.contains(&item.aggregate));
+            let waiting = waiting.get(&item.aggregate).copied();
+            if self.overtakes(&item, waiting) {
+                self.publish_again(&item, waiting.is_some());
             } else {
                 self.take(item, &mut done);
             }
@@ -167,20 +170,21 @@ impl Queue {
     }
 
     /// Whether an event that was taken went out behind one of its aggregate that was neither taken nor set aside: no
-    /// queue took that before, and by now one does that is full, silent, or has lost its answer. `open` is the first such
-    /// event that has left the memory for its row.
-    fn is_behind(&self, item: &Item, open: Option<&i64>) -> bool {
+    /// queue took that before, and by now one does that is full, silent, or has lost its answer. `waiting`: the position of
+    /// the first such event that is in the database alone.
+    fn overtakes(&self, item: &Item, waiting: Option<i64>) -> bool {
         let position = item.event.position;
         let aggregate = self.aggregates.get(&item.aggregate);
         let earlier = |other: &Item| other.stored_in != StoredIn::Parked && other.event.position < position;
         item.stored_in != StoredIn::Parked
-            && (open.is_some_and(|open| *open < position)
+            && (waiting.is_some_and(|waiting| waiting < position)
                 || aggregate.is_some_and(|aggregate| aggregate.items.iter().any(earlier)))
     }
 
-    /// It is published once more, behind what it was behind: what was taken too early is a copy.
-    fn again(&mut self, item: &Item, unloaded: bool) {
-        if unloaded && item.stored_in == StoredIn::Waiting {
+    /// It is published once more, behind the earlier one: what was taken too early is a copy. `is_waiting`: its aggregate
+    /// waits in the database, and comes back from there.
+    fn publish_again(&mut self, item: &Item, is_waiting: bool) {
+        if is_waiting && item.stored_in == StoredIn::Waiting {
             self.forget(item);
         } else {
             self.put_back(item);
