@@ -70,7 +70,7 @@ pub struct RunArgs {
     /// What to do with events that no queue takes, by type pattern as in a topic binding: `park` (set aside
     /// and tried again; the rest goes on), `hold` (they wait, later events of their aggregates behind them, and the
     /// relay is not ready) or `drop` (count and go on). The first that matches wins; `park` or `hold` without a
-    /// pattern is for the rest: `score.new=hold,score.*=drop,park`. When everything comes back, events wait instead.
+    /// pattern is for the rest: `order.new=hold,order.*=drop,park`. When everything comes back, events wait instead.
     #[arg(long, env = "UNROUTABLE", default_value = "park", value_name = "RULES")]
     pub unroutable: Rules<Unroutable>,
     /// What to do with events that a full queue refuses, by type pattern in the same way: `hold` (they wait, and later

@@ -30,7 +30,7 @@ impl Action for Unroutable {
     const NAMES: &'static [(&'static str, Self)] =
         &[("park", Self::Park), ("hold", Self::Hold), ("drop", Self::Drop)];
     const NEEDS_PATTERN: Option<Self> = Some(Self::Drop);
-    const EXAMPLE: &'static str = "`park`, `hold`, `score.*=drop`, or several with commas between (dropping needs a \
+    const EXAMPLE: &'static str = "`park`, `hold`, `order.*=drop`, or several with commas between (dropping needs a \
                                    pattern; `#` is every type)";
 }
 
@@ -119,7 +119,7 @@ pub struct InvalidRules {
 impl<A: Action> FromStr for Rules<A> {
     type Err = InvalidRules;
 
-    /// Rules in order, with commas between: `person.#=hold,score.*=drop`. A bare action, once, is for what no rule
+    /// Rules in order, with commas between: `shop.#=hold,order.*=drop`. A bare action, once, is for what no rule
     /// names.
     fn from_str(text: &str) -> Result<Self, InvalidRules> {
         let mut rules = Vec::new();
@@ -153,26 +153,26 @@ mod tests {
 
     #[test]
     fn the_first_rule_that_matches_wins() {
-        let policy: Policy = "score.new=hold, score.*=drop, audit.#=park, hold".parse().unwrap();
+        let policy: Policy = "order.new=hold, order.*=drop, audit.#=park, hold".parse().unwrap();
         for (type_, action) in [
-            ("score.new", Unroutable::Hold),
-            ("score.changed", Unroutable::Drop),
-            ("score", Unroutable::Hold),
-            ("score.a.b", Unroutable::Hold),
+            ("order.new", Unroutable::Hold),
+            ("order.changed", Unroutable::Drop),
+            ("order", Unroutable::Hold),
+            ("order.a.b", Unroutable::Hold),
             ("audit", Unroutable::Park),
             ("audit.a.b", Unroutable::Park),
-            ("person.new", Unroutable::Hold),
+            ("shop.new", Unroutable::Hold),
         ] {
             assert_eq!(policy.of(type_), action, "{type_}");
         }
-        assert_eq!("score.*=drop".parse::<Policy>().unwrap().of("person.new"), Unroutable::Park);
-        assert_eq!("hold,#=drop".parse::<Policy>().unwrap().of("person.new"), Unroutable::Drop);
+        assert_eq!("order.*=drop".parse::<Policy>().unwrap().of("shop.new"), Unroutable::Park);
+        assert_eq!("hold,#=drop".parse::<Policy>().unwrap().of("shop.new"), Unroutable::Drop);
     }
 
     #[test]
     fn what_is_no_rule_is_refused() {
         for text in
-            ["", "wait", "score.*", "=drop", "score.*=", "drop", "hold,drop", "hold,park", "a=hold,,b=drop"]
+            ["", "wait", "order.*", "=drop", "order.*=", "drop", "hold,drop", "hold,park", "a=hold,,b=drop"]
         {
             assert!(text.parse::<Policy>().is_err(), "{text:?}");
         }

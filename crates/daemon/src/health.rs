@@ -276,17 +276,17 @@ mod tests {
         let differs = |asked: Identity| asked.differs_from(&said).unwrap_or_default();
         let shown = [
             differs(asked.clone().with("relay", "replay")),
-            differs(Identity::of("score-api")),
+            differs(Identity::of("another")),
             differs(asked.clone().with_some("source", Some("shop"))),
             differs(asked.at(&"postgres://localhost/shop".parse().unwrap())),
-            Identity::of("score-api").differs_from(&json!(null)).unwrap_or_default(),
+            Identity::of("another").differs_from(&json!(null)).unwrap_or_default(),
         ];
         insta::assert_snapshot!(shown.join("\n"), @r#"
         its relay is "default", and not "replay"
-        its program is "outbox-relay", and not "score-api"
+        its program is "outbox-relay", and not "another"
         it does not say that its source is "shop"
         it uses another database than DATABASE_URL names
-        it does not say that its program is "score-api"
+        it does not say that its program is "another"
         "#);
     }
 }

@@ -153,7 +153,7 @@ mod tests {
 
     impl fmt::Display for Refusal {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("Key (cpf)=(11111111111) is wrong")
+            f.write_str("Key (number)=(7) is wrong")
         }
     }
 
@@ -161,7 +161,7 @@ mod tests {
 
     impl DatabaseError for Refusal {
         fn message(&self) -> &'static str {
-            "Key (cpf)=(11111111111) is wrong"
+            "Key (number)=(7) is wrong"
         }
         fn code(&self) -> Option<Cow<'_, str>> {
             Some(self.0.into())

@@ -129,21 +129,21 @@ mod tests {
 
     #[test]
     fn who_may_publish_what() {
-        let sources = sources(&["person=relay", "person=relay_new", "shop=shop"]);
+        let sources = sources(&["orders=relay", "orders=relay_new", "shop=shop"]);
         let table = [
-            (Some("person"), Some("relay"), None),
-            (Some("person"), Some("relay_new"), None),
-            (Some("person~2"), Some("relay"), None),
-            (Some("person~1767225600000"), Some("relay"), None),
+            (Some("orders"), Some("relay"), None),
+            (Some("orders"), Some("relay_new"), None),
+            (Some("orders~2"), Some("relay"), None),
+            (Some("orders~1767225600000"), Some("relay"), None),
             (Some("shop"), Some("shop"), None),
-            (Some("person"), Some("shop"), Some(Rejection::WrongUser)),
+            (Some("orders"), Some("shop"), Some(Rejection::WrongUser)),
             (Some("shop"), Some("relay"), Some(Rejection::WrongUser)),
-            (Some("person~2"), Some("intruder"), Some(Rejection::WrongUser)),
-            (Some("person"), Some("Relay"), Some(Rejection::WrongUser)),
-            (Some("person"), Some(""), Some(Rejection::WrongUser)),
-            (Some("person"), None, Some(Rejection::WrongUser)),
-            (Some("persons"), Some("relay"), Some(Rejection::Foreign)),
-            (Some("PERSON"), Some("relay"), Some(Rejection::Foreign)),
+            (Some("orders~2"), Some("intruder"), Some(Rejection::WrongUser)),
+            (Some("orders"), Some("Relay"), Some(Rejection::WrongUser)),
+            (Some("orders"), Some(""), Some(Rejection::WrongUser)),
+            (Some("orders"), None, Some(Rejection::WrongUser)),
+            (Some("orderss"), Some("relay"), Some(Rejection::Foreign)),
+            (Some("ORDERS"), Some("relay"), Some(Rejection::Foreign)),
             (Some(""), Some("relay"), Some(Rejection::Foreign)),
             (Some("~2"), None, Some(Rejection::Foreign)),
             // It is no event at all, which is said of it later.
@@ -157,11 +157,11 @@ mod tests {
 
     #[test]
     fn a_publisher_is_a_source_and_a_user() {
-        for wrong in ["", "person", "=relay", "person=", "person~2=relay", "~=relay"] {
+        for wrong in ["", "orders", "=relay", "orders=", "orders~2=relay", "~=relay"] {
             assert_eq!(wrong.parse::<Publisher>(), Err(InvalidPublisher), "{wrong:?}");
         }
         // A user may be called anything.
-        let publisher: Publisher = "person=a=b ~ü".parse().unwrap();
-        assert_eq!(publisher, Publisher { source: "person".to_owned(), user: "a=b ~ü".to_owned() });
+        let publisher: Publisher = "orders=a=b ~ü".parse().unwrap();
+        assert_eq!(publisher, Publisher { source: "orders".to_owned(), user: "a=b ~ü".to_owned() });
     }
 }

@@ -64,7 +64,7 @@ pub struct Selection {
     /// The event of this id; may be repeated.
     #[arg(long, value_name = "UUID")]
     pub id: Vec<Uuid>,
-    /// Events of types that match, as in a topic binding: `score.*`.
+    /// Events of types that match, as in a topic binding: `order.*`.
     #[arg(long = "type", value_name = "PATTERN")]
     pub type_: Option<String>,
     /// Events with this reason.

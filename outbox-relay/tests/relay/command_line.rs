@@ -84,7 +84,7 @@ async fn settings_that_it_does_not_start_with() {
             vec![("DATABASE_URL", "postgres://a:b@c/d?sslmode=verify-full&sslrootcert=/nowhere/a.pem")],
         ),
         ("a bad name", vec![("RELAY_NAME", "Default Relay")]),
-        ("a bad rule", vec![("UNROUTABLE", "hold,score.*=wait")]),
+        ("a bad rule", vec![("UNROUTABLE", "hold,order.*=wait")]),
         ("dropping everything in passing", vec![("UNROUTABLE", "drop")]),
         ("a lease that is too short", vec![("LEASE", "100ms")]),
         ("no lanes", vec![("LANES", "0")]),

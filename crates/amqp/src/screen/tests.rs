@@ -103,7 +103,7 @@ fn tables(name: &[u8], levels: usize) -> Vec<u8> {
 fn header(table: &[u8], id: &[u8]) -> Vec<u8> {
     let flags: u16 = 1 << 13 | 1 << 7 | 1 << 3;
     let fixed = [&[0, 60, 0, 0], 5u64.to_be_bytes().as_slice(), &flags.to_be_bytes()].concat();
-    let payload = [fixed, length(table.len()).to_vec(), table.to_vec(), text(id), text(b"person")].concat();
+    let payload = [fixed, length(table.len()).to_vec(), table.to_vec(), text(id), text(b"order")].concat();
     frame(2, &payload)
 }
 
@@ -149,7 +149,7 @@ fn what_lapin_can_read_goes_on_as_it_came() {
         long(b"bytes", &[0xFF; 300]),
     ]
     .concat();
-    let frames = [deliver(b"person.new"), header(&table, b"id"), frame(3, b"hello"), frame(8, b"")];
+    let frames = [deliver(b"order.new"), header(&table, b"id"), frame(3, b"hello"), frame(8, b"")];
     for piece in [1, 7, 64, 100_000] {
         assert_eq!(screened(&frames, piece), frames.concat(), "in pieces of {piece}");
     }
@@ -171,13 +171,13 @@ fn a_header_that_cannot_be_read_is_removed_and_the_rest_of_its_message_stays() {
     ];
     for (case, bad) in cases {
         let table = [long(b"aggregate_id", b"1"), bad].concat();
-        let frames = [deliver(b"person.new"), header(&table, b"id"), frame(3, b"hello")];
+        let frames = [deliver(b"order.new"), header(&table, b"id"), frame(3, b"hello")];
         let frames = parsed(screened(&frames, 4096));
         assert_eq!(frames.len(), 3, "{case}");
         assert_eq!(removed(&frames), ["bad"], "{case}");
         assert_eq!(headers(&frames).inner().len(), 2, "{case}");
         assert_eq!(properties(&frames).message_id().as_ref().unwrap().as_str(), "id", "{case}");
-        assert_eq!(properties(&frames).app_id().as_ref().unwrap().as_str(), "person", "{case}");
+        assert_eq!(properties(&frames).app_id().as_ref().unwrap().as_str(), "order", "{case}");
     }
 }
 
@@ -221,13 +221,13 @@ fn a_header_that_was_lengthened_beyond_the_frame_loses_what_the_broker_added_and
 
 #[test]
 fn texts_that_are_none_are_spelled_as_far_as_they_are() {
-    let frames = [deliver(b"person.\xFF\xC3"), header(&[], b"\xFFid"), frame(3, b"hello")];
+    let frames = [deliver(b"order.\xFF\xC3"), header(&[], b"\xFFid"), frame(3, b"hello")];
     let frames = parsed(screened(&frames, 16));
     assert_eq!(properties(&frames).message_id().as_ref().unwrap().as_str(), "?id");
     let AMQPFrame::Method(_, AMQPClass::Basic(AMQPMethod::Deliver(deliver))) = &frames[0] else {
         panic!("{:?}", frames[0]);
     };
-    assert_eq!(deliver.routing_key.as_str(), "person.??");
+    assert_eq!(deliver.routing_key.as_str(), "order.??");
 }
 
 #[test]

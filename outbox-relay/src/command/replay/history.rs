@@ -39,7 +39,7 @@ pub struct Range {
     /// Of this aggregate: TYPE/ID.
     #[arg(long, value_parser = aggregate)]
     pub aggregate: Option<(String, String)>,
-    /// Of types that match, as in a topic binding: `score.*`.
+    /// Of types that match, as in a topic binding: `order.*`.
     #[arg(long = "type", value_name = "PATTERN")]
     pub type_: Option<String>,
     /// All that is stored.

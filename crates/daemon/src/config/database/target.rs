@@ -242,7 +242,7 @@ mod tests {
             "postgres://u@db/d?sslmode=require",
             "postgres://u@db/d?sslmode=verify-full",
             "postgres://u@localhost/d",
-            "postgres://u@person.localhost/d",
+            "postgres://u@shop.localhost/d",
             "postgres://u@127.0.0.9/d?sslmode=disable",
             "postgres://u@[::1]/d",
             "postgres://u@db/d?host=/run/postgresql",
