@@ -9,11 +9,15 @@
 
 mod document;
 pub mod raw;
+mod wait;
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use uuid::Uuid;
 
-pub use self::document::Document;
+pub use self::{
+    document::Document,
+    wait::{DEADLINE, client, eventually, until},
+};
 use crate::{servers::Servers, users};
 
 /// A superuser's URL of the private PostgreSQL, without a database.
@@ -77,7 +81,7 @@ impl Place {
     pub async fn virtual_host(&self, name: &str) -> String {
         let vhost = format!("{name}_{}", Uuid::new_v4().simple());
         let url = format!("{}/api/vhosts/{vhost}", self.management);
-        let answer = reqwest::Client::new().put(url).send().await.expect("the private RabbitMQ answers");
+        let answer = client().put(url).send().await.expect("the private RabbitMQ answers");
         assert!(answer.status().is_success(), "the virtual host was not created: {}", answer.status());
         format!("{}/{vhost}", self.amqp)
     }

@@ -13,9 +13,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devstack::{folder::Folder, program::Program, servers::Setup, stack::Stack};
+use devstack::{
+    folder::Folder,
+    program::Program,
+    servers::Setup,
+    stack::Stack,
+    testing::{DEADLINE, eventually},
+};
 use sqlx::{Connection, PgConnection};
-use support::{Apis, DEADLINE, eventually, payload};
+use support::{Apis, payload};
 use tokio_util::sync::CancellationToken;
 
 const SETUP: Setup = Setup {

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use devstack::{folder::Folder, ports, program::Program};
+use devstack::{folder::Folder, ports, program::Program, testing::client};
 use reqwest::StatusCode;
 
 const PROGRAMS: [&str; 4] = ["person-api", "outbox-relay", "score-projector", "score-api"];
@@ -26,7 +26,7 @@ async fn the_apis_ask_for_a_key() {
     let folder = Folder::temporary().unwrap();
     let keys = folder.path().join("keys");
     std::fs::write(&keys, format!("shop:{SECRET}\n")).unwrap();
-    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(20)).build().unwrap();
+    let client = client();
     for name in APIS {
         let mut program = program(&folder, name, ports::free()).env("API_KEYS_FILE", keys.to_str().unwrap());
         program.start().await.unwrap();
@@ -77,10 +77,6 @@ async fn until_it_listens(client: &reqwest::Client, program: &Program) {
         }
     };
     tokio::time::timeout(Duration::from_mins(1), listens).await.unwrap();
-}
-
-fn client() -> reqwest::Client {
-    reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(20)).build().unwrap()
 }
 
 /// A page of somebody else's could reach it under its own name (DNS rebinding).

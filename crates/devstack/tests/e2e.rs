@@ -6,7 +6,10 @@ mod support;
 
 use std::{collections::BTreeMap, fmt::Write, time::Instant};
 
-use devstack::stack::{Addresses, Stack};
+use devstack::{
+    stack::{Addresses, Stack},
+    testing::{DEADLINE, eventually},
+};
 use futures_util::StreamExt;
 use lapin::{
     Channel, Connection, ConnectionProperties, Consumer, ExchangeKind,
@@ -16,7 +19,7 @@ use lapin::{
 };
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
-use support::{Answer, Apis, DEADLINE, eventually, payload, stack};
+use support::{Answer, Apis, payload, stack};
 use tokio_util::sync::CancellationToken;
 
 const CPF: u64 = 11111;

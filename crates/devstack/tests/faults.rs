@@ -10,10 +10,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devstack::{program::Program, stack::Stack};
+use devstack::{
+    program::Program,
+    stack::Stack,
+    testing::{DEADLINE, eventually},
+};
 use serde_json::json;
 use sqlx::{PgPool, postgres::PgPoolOptions};
-use support::{Apis, DEADLINE, eventually, payload, stack};
+use support::{Apis, payload, stack};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;

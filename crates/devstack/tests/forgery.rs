@@ -9,6 +9,7 @@ use std::{fs, path::Path};
 
 use devstack::{
     stack::Stack,
+    testing::{DEADLINE, client, eventually},
     users::{self, PERSON_RELAY, PROJECTOR, REPLAY},
 };
 use lapin::{
@@ -19,7 +20,7 @@ use lapin::{
 };
 use serde_json::{Value, json};
 use sqlx::{Connection as _, PgConnection};
-use support::{Apis, eventually, payload, stack};
+use support::{Apis, payload, stack};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -28,7 +29,7 @@ const STRANGER: &str = "stranger";
 
 async fn permissions(stack: &Stack) -> Value {
     let url = format!("{}/api/permissions", stack.servers.rabbitmq.management_url());
-    let mut all: Value = reqwest::get(url).await.unwrap().json().await.unwrap();
+    let mut all: Value = client().get(url).send().await.unwrap().json().await.unwrap();
     all.as_array_mut().unwrap().sort_by_key(|row| row["user"].to_string());
     all
 }
@@ -145,6 +146,6 @@ async fn what_a_stranger_publishes_changes_nothing() {
     let database = [("DATABASE_URL", addresses.score_database_url.as_str())];
     let drop = ["rejected", "drop", "--reason", "wrong-user", "--yes"];
     stack.score_projector.command(&drop, &database).await.unwrap();
-    stack.score_projector.ready(support::DEADLINE).await.unwrap();
+    stack.score_projector.ready(DEADLINE).await.unwrap();
     stack.stop(&CancellationToken::new()).await;
 }

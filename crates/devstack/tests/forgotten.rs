@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 
 use devstack::{
     stack::{Addresses, Stack},
-    testing::tables_with,
+    testing::{DEADLINE, client, eventually, tables_with},
 };
 use sqlx::{Connection, PgConnection};
-use support::{Apis, eventually, stack};
+use support::{Apis, stack};
 use tokio_util::sync::CancellationToken;
 
 /// Digits, and words that nothing else contains.
@@ -127,7 +127,7 @@ async fn who_is_deleted_while_others_write_leaves_no_trace() {
         if projector == "is stopped" {
             stack.score_projector.start().await.unwrap();
         }
-        stack.score_projector.ready(support::DEADLINE).await.unwrap();
+        stack.score_projector.ready(DEADLINE).await.unwrap();
         eventually("the score side has heard of everything", async || {
             let (written, heard): (Vec<_>, Vec<_>) = (
                 chains(&addresses.person_database_url, SOURCE_CHAINS).await,
@@ -191,7 +191,7 @@ async fn metrics(addresses: &Addresses) -> String {
         &addresses.score_relay_url,
         &addresses.score_url,
     ] {
-        let answer = reqwest::get(format!("{url}/metrics")).await.unwrap();
+        let answer = client().get(format!("{url}/metrics")).send().await.unwrap();
         assert!(answer.status().is_success(), "{url}");
         all += &answer.text().await.unwrap();
     }

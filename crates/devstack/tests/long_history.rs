@@ -5,9 +5,9 @@
 
 mod support;
 
-use devstack::testing::tables_with;
+use devstack::testing::{eventually, tables_with};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
-use support::{Apis, eventually, stack};
+use support::{Apis, stack};
 use tokio_util::sync::CancellationToken;
 
 const CPF: u64 = 52_998_224_725;

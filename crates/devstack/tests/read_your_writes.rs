@@ -9,10 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devstack::stack::Stack;
+use devstack::{stack::Stack, testing::DEADLINE};
 use rand::{RngExt as _, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
-use support::{Answer, Apis, DEADLINE, payload, stack};
+use support::{Answer, Apis, payload, stack};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 

@@ -11,10 +11,11 @@ use devstack::{
     binary::find,
     program::Program,
     stack::{Addresses, Stack},
+    testing::{DEADLINE, client, eventually},
     users::{self, REPLAY, Rights, SOURCES},
 };
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
-use support::{Apis, DEADLINE, eventually, payload, stack};
+use support::{Apis, payload, stack};
 use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
@@ -138,7 +139,7 @@ async fn lost_events(used: &mut Used) {
     used.income().await;
     let management = used.stack.servers.rabbitmq.management_url();
     let queue = format!("{management}/api/queues/%2f/score");
-    let client = reqwest::Client::new();
+    let client = client();
     eventually("both wait in the queue", async || {
         let found: serde_json::Value = client.get(&queue).send().await.unwrap().json().await.unwrap();
         if found["messages"].as_i64() == Some(2) { Ok(()) } else { Err(found["messages"].to_string()) }

@@ -7,10 +7,19 @@ mod support;
 
 use std::time::Duration;
 
-use devstack::{binary::find, folder::Folder, ports, program::Program, roles, servers::Setup, stack::Stack};
+use devstack::{
+    binary::find,
+    folder::Folder,
+    ports,
+    program::Program,
+    roles,
+    servers::Setup,
+    stack::Stack,
+    testing::{DEADLINE, eventually},
+};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
-use support::{DEADLINE, eventually, payload};
+use support::payload;
 use tokio::{process::Command, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 

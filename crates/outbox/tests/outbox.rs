@@ -5,10 +5,11 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use chrono::{DateTime, Utc};
+use devstack::testing::until;
 use outbox::{AppendError, CHANNEL, NewEvent, Source, Waker, append, install, migrator, source};
 use serde_json::{json, value::RawValue};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgListener};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -35,14 +36,6 @@ fn event(aggregate: &str, version: i64) -> NewEvent {
 
 async fn count(pool: &PgPool) -> i64 {
     sqlx::query_scalar("SELECT count(*) FROM outbox.event").fetch_one(pool).await.unwrap()
-}
-
-async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    let deadline = Instant::now() + LIMIT;
-    while !condition().await {
-        assert!(Instant::now() < deadline, "waited in vain until {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 #[tokio::test]

@@ -5,10 +5,10 @@ use std::{
     net::TcpListener,
     path::PathBuf,
     process::{ExitStatus, Output, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use devstack::testing::Place;
+use devstack::testing::{self, DEADLINE, Place, client};
 use futures_util::StreamExt;
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind,
@@ -26,8 +26,6 @@ use tokio::{
 };
 use uuid::Uuid;
 
-/// What did not happen by then never will.
-const DEADLINE: Duration = Duration::from_mins(1);
 pub(crate) const EXCHANGE: &str = "event_dispatcher";
 /// What a relay's user may configure, write and read, as `rabbitmq.sh` beside it grants it.
 const RIGHTS: &str = include_str!("../../../deploy/permissions/relay");
@@ -59,16 +57,9 @@ macro_rules! assert_told {
     }};
 }
 
-/// Asks again and again until there is an answer; a minute without one fails the test.
+/// Asks until there is an answer.
 pub(crate) async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
-    let end = Instant::now() + DEADLINE;
-    loop {
-        if let Some(answer) = ask().await {
-            return answer;
-        }
-        assert!(Instant::now() < end, "this never happened: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    testing::eventually(what, async || ask().await.ok_or_else(|| "nothing".to_owned())).await
 }
 
 /// A database with an outbox of the source `person`, and a virtual host.
@@ -161,7 +152,7 @@ impl Stack {
         body: Option<Value>,
     ) -> reqwest::Result<Value> {
         let url = format!("{}/api/{path}", self.place.management);
-        let mut request = reqwest::Client::new().request(method, url);
+        let mut request = client().request(method, url);
         if let Some(body) = body {
             request = request.json(&body);
         }

@@ -2,7 +2,7 @@
 
 use std::{
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use devstack::{
@@ -10,25 +10,26 @@ use devstack::{
     ports,
     postgres::Postgres,
     servers::{Servers, Setup},
-    testing::Place,
+    testing::{Place, client},
 };
-use futures_util::{StreamExt, stream};
 use lapin::{
-    BasicProperties, Confirmation, Connection, ConnectionProperties,
+    BasicProperties, Channel, Connection, ConnectionProperties,
     options::{BasicPublishOptions, ConfirmSelectOptions},
 };
 use reqwest::Method;
 use serde_json::Value;
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::stack::{PROGRAM, PUBLISHER, Stack, id, item, person, properties, until};
+use crate::stack::{DEADLINE, PROGRAM, PUBLISHER, Stack, id, item, person, properties, until};
 
 /// Persons whose events are published under load.
 const PERSONS: u32 = 20;
 /// How many confirms are awaited at once.
 const WINDOW: usize = 50;
+/// How long the broker may take to answer a window.
+const ANSWER: Duration = Duration::from_secs(10);
 
 pub(crate) struct Field {
     pub(crate) stack: Stack,
@@ -56,7 +57,7 @@ impl Drop for Program {
 
 impl Program {
     pub(crate) async fn ready(&self) -> Option<(u16, String)> {
-        let answer = reqwest::get(format!("http://{}/ready", self.listen)).await.ok()?;
+        let answer = client().get(format!("http://{}/ready", self.listen)).send().await.ok()?;
         Some((answer.status().as_u16(), answer.text().await.ok()?))
     }
 
@@ -83,48 +84,62 @@ pub(crate) fn event_id(n: u32, version: i64) -> Uuid {
     id((1 << 64) + 1_000_000 * u128::from(n) + u128::try_from(version).unwrap())
 }
 
-/// Publishes events in their order, again until each is confirmed.
+/// Publishes events in their order, again until each is confirmed. A broker that goes away in the middle of a call
+/// may leave it without an answer, so each connection's window has an end.
 pub(crate) async fn publish(amqp: &str, events: impl Iterator<Item = (u32, i64)>) {
     let mut events = events.collect::<Vec<_>>();
     events.reverse();
+    let (mut left, mut taken) = (events.len(), Instant::now());
     while !events.is_empty() {
-        if publish_some(amqp, &mut events).await.is_err() {
+        if !publish_some(amqp, &mut events).await {
+            assert!(taken.elapsed() < DEADLINE, "the broker took no event within {DEADLINE:?}");
             tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        if events.len() < left {
+            (left, taken) = (events.len(), Instant::now());
         }
     }
 }
 
-/// One connection's life: takes from the end what is confirmed.
-async fn publish_some(amqp: &str, events: &mut Vec<(u32, i64)>) -> lapin::Result<()> {
-    let connection = Connection::connect(amqp, ConnectionProperties::default()).await?;
-    let channel = connection.create_channel().await?;
-    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+/// One connection's life: takes from the end what is confirmed, and says whether that is all.
+async fn publish_some(amqp: &str, events: &mut Vec<(u32, i64)>) -> bool {
+    let open = async {
+        let connection = Connection::connect(amqp, ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        lapin::Result::Ok((connection, channel))
+    };
+    let Ok(Ok((_connection, channel))) = timeout(ANSWER, open).await else { return false };
     while !events.is_empty() {
         let window: Vec<_> = events.iter().rev().take(WINDOW).copied().collect();
-        let mut confirms = Vec::new();
-        for (n, version) in &window {
-            let (type_, properties, body) = event(*n, *version);
-            let body = body.to_string();
-            let publish = channel.basic_publish(
-                "event_dispatcher".into(),
-                type_.into(),
-                BasicPublishOptions::default(),
-                body.as_bytes(),
-                properties,
-            );
-            confirms.push(publish.await?);
+        match timeout(ANSWER, confirmed(&channel, &window)).await {
+            Ok(Ok(true)) => events.truncate(events.len() - window.len()),
+            _ => return false,
         }
-        let confirmed = stream::iter(confirms).then(|confirm| confirm).collect::<Vec<_>>();
-        let confirmed = tokio::time::timeout(Duration::from_secs(5), confirmed).await;
-        let confirmed = confirmed.unwrap_or_default();
-        if confirmed.len() < window.len()
-            || !confirmed.iter().all(|c| c.as_ref().is_ok_and(Confirmation::is_ack))
-        {
-            break;
-        }
-        events.truncate(events.len() - window.len());
     }
-    Ok(())
+    true
+}
+
+/// Publishes events; whether the broker took all of them.
+async fn confirmed(channel: &Channel, window: &[(u32, i64)]) -> lapin::Result<bool> {
+    let mut confirms = Vec::new();
+    for (n, version) in window {
+        let (type_, properties, body) = event(*n, *version);
+        let body = body.to_string();
+        let publish = channel.basic_publish(
+            "event_dispatcher".into(),
+            type_.into(),
+            BasicPublishOptions::default(),
+            body.as_bytes(),
+            properties,
+        );
+        confirms.push(publish.await?);
+    }
+    let mut all = true;
+    for confirm in confirms {
+        all &= confirm.await?.is_ack();
+    }
+    Ok(all)
 }
 
 /// Persons change until it is enough.
@@ -200,7 +215,9 @@ impl Field {
 
     pub(crate) async fn stop(&mut self, load: Load) {
         load.enough.cancel();
-        self.versions = load.task.await.unwrap();
+        let ended = timeout(DEADLINE, load.task).await;
+        self.versions =
+            ended.unwrap_or_else(|_| panic!("publishing did not end within {DEADLINE:?}")).unwrap();
     }
 
     /// Waits until some projector says `reason`, not being ready.
@@ -219,7 +236,7 @@ impl Field {
 
     /// Waits until everything is in the read model, once and in order, and all projectors are ready.
     pub(crate) async fn whole(&self, fault: &str) {
-        let begin = std::time::Instant::now();
+        let begin = Instant::now();
         let versions = self.versions;
         until(&format!("{fault}: everybody is at version {versions}"), async || {
             // While the server comes up, there is no answer.
@@ -266,7 +283,7 @@ impl Field {
     /// Calls the management API.
     pub(crate) async fn manage(&self, method: Method, path: &str) -> Value {
         let url = format!("{}/api/{path}", self.place.management);
-        let answer = reqwest::Client::new().request(method, url).send().await;
+        let answer = client().request(method, url).send().await;
         match answer {
             Ok(answer) => answer.json().await.unwrap_or_default(),
             Err(_) => Value::Null,
@@ -303,7 +320,7 @@ impl Field {
                     let mut url: reqwest::Url = self.place.management.parse().unwrap();
                     let name = connection["name"].as_str().unwrap();
                     url.path_segments_mut().unwrap().extend(["api", "connections", name]);
-                    let answer = reqwest::Client::new().delete(url).send().await.unwrap();
+                    let answer = client().delete(url).send().await.unwrap();
                     closed += usize::from(answer.status().is_success());
                 }
             }

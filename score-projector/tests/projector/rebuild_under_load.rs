@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     rebuild::{start, until_level},
-    stack::{PROGRAM, Program, Stack, id, item, person, until},
+    stack::{PROGRAM, Program, Stack, client, id, item, person, until},
 };
 
 const PERSONS: u128 = 8;
@@ -29,7 +29,11 @@ async fn score_api(stack: &Stack) -> (Program, String) {
     command.args(["run", "--listen", &listen]).env("DATABASE_URL", &stack.admin).stderr(Stdio::null());
     let program = Program(command.spawn().unwrap());
     until("score-api is ready", async || {
-        reqwest::get(format!("http://{listen}/ready")).await.is_ok_and(|answer| answer.status().is_success())
+        client()
+            .get(format!("http://{listen}/ready"))
+            .send()
+            .await
+            .is_ok_and(|answer| answer.status().is_success())
     })
     .await;
     (program, listen)
@@ -69,7 +73,7 @@ async fn reads_never_stop_and_subscribers_see_neither_fork_nor_hole() {
     for n in 0..PERSONS {
         let (enough, listen, reads) = (enough.clone(), listen.clone(), reads.clone());
         readers.spawn(async move {
-            let (client, mut last) = (reqwest::Client::new(), 0);
+            let (client, mut last) = (client(), 0);
             while !enough.is_cancelled() {
                 let url = format!("http://{listen}/{}/score", 100 + n);
                 let answer = client.get(url).send().await.unwrap();

@@ -4,7 +4,6 @@ use std::{
     fmt::Write,
     process::{Child, Command, Stdio},
     sync::Mutex,
-    time::Duration,
 };
 
 use devstack::{
@@ -20,13 +19,12 @@ use serde_json::{Value, json};
 use sqlx::{PgPool, postgres::PgConnectOptions};
 use uuid::Uuid;
 
+pub(crate) use devstack::testing::{DEADLINE, client, until};
+
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_score-projector");
 
 /// As whom events are published: the administrator of the private servers.
 pub(crate) const PUBLISHER: &str = "devstack";
-
-/// How long anything may take on a busy machine.
-pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
 
 pub(crate) struct Stack {
     /// As the administrator, who publishes the events.
@@ -102,7 +100,7 @@ impl Stack {
                 .unwrap(),
         );
         until("the program is ready", async || {
-            let answer = reqwest::get(format!("http://{listen}/ready")).await;
+            let answer = client().get(format!("http://{listen}/ready")).send().await;
             answer.is_ok_and(|answer| answer.status().is_success())
         })
         .await;
@@ -176,7 +174,7 @@ impl Stack {
     pub(crate) async fn queues(&self) -> Vec<String> {
         let vhost = self.amqp.rsplit('/').next().unwrap();
         let url = format!("{}/api/queues/{vhost}", devstack::testing::Place::around().management);
-        let queues: Value = reqwest::get(url).await.unwrap().json().await.unwrap();
+        let queues: Value = client().get(url).send().await.unwrap().json().await.unwrap();
         let mut names: Vec<String> =
             queues.as_array().unwrap().iter().map(|q| q["name"].as_str().unwrap().to_owned()).collect();
         names.sort();
@@ -259,15 +257,6 @@ pub(crate) fn properties(id: Uuid, type_: &str, person: Uuid, version: i64, body
         .with_timestamp(1_767_225_600)
         .with_delivery_mode(2)
         .with_headers(headers)
-}
-
-/// Waits until `condition` holds.
-pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + DEADLINE;
-    while !condition().await {
-        assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 /// The id of the n-th record of a test.

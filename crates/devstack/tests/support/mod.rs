@@ -8,31 +8,14 @@ use devstack::{
     folder::Folder,
     servers::Setup,
     stack::{Addresses, Stack},
+    testing::eventually,
 };
 use serde_json::Value;
-use tokio::time::Instant;
-
-/// How long anything may take on a busy machine.
-pub(crate) const DEADLINE: Duration = Duration::from_mins(2);
 
 /// A stack of this test's own.
 pub(crate) async fn stack() -> Stack {
     let folder = Folder::temporary().unwrap();
     Box::pin(Stack::start(folder, Setup::QUIET)).await.unwrap_or_else(|error| panic!("{error:#}"))
-}
-
-/// Asks again until there is an answer; says what was `awaited`, and what was seen last, when there is none.
-pub(crate) async fn eventually<T>(awaited: &str, mut ask: impl AsyncFnMut() -> Result<T, String>) -> T {
-    let end = Instant::now() + DEADLINE;
-    loop {
-        match ask().await {
-            Ok(answer) => return answer,
-            Err(seen) => {
-                assert!(Instant::now() < end, "not within {DEADLINE:?}: {awaited}; last seen: {seen}");
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
 }
 
 /// An HTTP answer.

@@ -18,6 +18,8 @@ use sqlx::{PgPool, Postgres, Transaction, postgres::PgPoolOptions};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
+pub(crate) use devstack::testing::until;
+
 /// A fresh database with the inbox and the subscriber's own table.
 pub(crate) async fn database(name: &str) -> PgPool {
     let url = devstack::testing::database(name).await;
@@ -223,13 +225,4 @@ pub(crate) async fn tables(pool: &PgPool, consumer: &str) -> String {
         }
     }
     text
-}
-
-/// Waits until `condition` holds.
-pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
-    while !condition().await {
-        assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }

@@ -13,9 +13,10 @@ use outbox::Waker;
 use person_api::{api::Api, schema, store::Store};
 use poem::{Endpoint, EndpointExt, Request, Response};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
-use tokio::{sync::OnceCell, time::Instant};
+use tokio::sync::OnceCell;
 use web::front::Keys;
 
+pub(crate) use devstack::testing::until;
 pub(crate) use http::{exchange, plain, post, raw_request, with};
 pub(crate) use process::{Program, answer, command, finished, post_request};
 pub(crate) use proxy::Proxy;
@@ -152,14 +153,5 @@ impl App {
         assert_eq!(response.status().as_u16(), 201, "{path} {body}");
         let header = |name| response.headers()[name].to_str().unwrap().to_owned();
         (header("location"), header("etag"))
-    }
-}
-
-/// Waits for a condition, at most 20 s.
-pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !condition().await {
-        assert!(Instant::now() < deadline, "waited in vain until {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

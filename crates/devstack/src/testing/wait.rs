@@ -1,0 +1,45 @@
+//! Waits of tests. Each has an end, also where the question itself is never answered.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout_at};
+
+/// How long a test waits for anything, on a machine that does much else.
+pub const DEADLINE: Duration = Duration::from_mins(2);
+/// How often a test asks.
+const INTERVAL: Duration = Duration::from_millis(10);
+
+/// Asks until there is an answer.
+///
+/// # Panics
+/// When there is none within [`DEADLINE`]: with what was `awaited` and what was seen last.
+pub async fn eventually<T>(awaited: &str, mut ask: impl AsyncFnMut() -> Result<T, String>) -> T {
+    let end = Instant::now() + DEADLINE;
+    let mut seen = "nothing, the first question was not answered".to_owned();
+    loop {
+        let Ok(answer) = timeout_at(end, ask()).await else {
+            panic!("not within {DEADLINE:?}: {awaited}; last seen: {seen}");
+        };
+        match answer {
+            Ok(answer) => return answer,
+            Err(answer) => seen = answer,
+        }
+        sleep(INTERVAL).await;
+    }
+}
+
+/// Asks until `condition` holds.
+///
+/// # Panics
+/// When it does not within [`DEADLINE`]: with what was `awaited`.
+pub async fn until(awaited: &str, mut condition: impl AsyncFnMut() -> bool) {
+    eventually(awaited, async || if condition().await { Ok(()) } else { Err("not yet".to_owned()) }).await;
+}
+
+/// An HTTP client that waits for no answer for longer than 20 s, so that whoever asks can ask again.
+///
+/// # Panics
+/// When there is no TLS, which is a fault of the build.
+pub fn client() -> reqwest::Client {
+    reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(20)).build().expect("the build has TLS")
+}
