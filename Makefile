@@ -24,6 +24,8 @@ env: ## Print the running stack's addresses as export lines for a shell
 	@cargo build --quiet --workspace
 	@exec $(DEVSTACK) env
 
+test test-faults schemathesis: export TMPDIR := $(shell crates/devstack/scratch)
+
 test: ## Run all tests but the slow fault suite
 	@crates/devstack/install tests
 	cargo build --workspace
