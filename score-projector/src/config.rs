@@ -15,6 +15,7 @@ use crate::{
     command::{held::HeldArgs, rejected::RejectedArgs},
     digest::DigestArgs,
     rebuild::RebuildArgs,
+    republish::RepublishArgs,
     verify::VerifyArgs,
 };
 
@@ -42,6 +43,8 @@ pub enum Command {
     Rejected(RejectedArgs),
     /// Build a second read model beside the live one, and replace the live one with it.
     Rebuild(RebuildArgs),
+    /// Publish the whole score of persons once more, as baselines, for subscribers to `score.*`.
+    Republish(RepublishArgs),
     /// Recompute every score from its entries, and compare the read model with the inbox. Exit code 3 when
     /// something differs.
     Verify(VerifyArgs),

@@ -49,7 +49,7 @@ pub(crate) struct Consumers {
     /// The readiness of the live model's consumer.
     pub(crate) health: [Part; 4],
     /// What an operator should look at in its inbox.
-    pub(crate) attention: [Part; 3],
+    pub(crate) attention: [Part; 5],
 }
 
 /// A running consumer.
@@ -189,7 +189,7 @@ impl Running {
 async fn mirror(
     mut status: watch::Receiver<inbox::Status>,
     parts: [Part; 4],
-    attention: [Part; 3],
+    attention: [Part; 5],
     stop: CancellationToken,
 ) {
     loop {
@@ -201,7 +201,9 @@ async fn mirror(
                 Err(reason) => part.waiting(reason),
             }
         }
-        for (part, reason) in attention.iter().zip([now.holes, now.forks, now.limits]) {
+        for (part, reason) in
+            attention.iter().zip([now.holes, now.forks, now.incarnations, now.queue, now.limits])
+        {
             match reason {
                 Some(reason) => part.attention(reason),
                 None => part.ready(),

@@ -15,6 +15,7 @@ pub mod model;
 pub mod projection;
 mod publish;
 pub mod rebuild;
+pub mod republish;
 pub mod schema;
 pub mod score;
 mod store;
@@ -60,8 +61,8 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let nodes = broker::nodes(&args.broker, args.database.require_tls)?;
     let identity = Identity::of("score-projector").with("queue", &args.queue).at(&options);
     let health = Health::of(identity);
-    let [database, broker, consuming, sources, holes, forks, limits] =
-        ["database", "broker", "consuming", "sources", "holes", "forks", "limits"]
+    let [database, broker, consuming, sources, holes, forks, incarnations, queue, limits] =
+        ["database", "broker", "consuming", "sources", "holes", "forks", "incarnations", "queue", "limits"]
             .map(|name| health.part(name));
     probes::serve(&shutdown, args.listen, &args.probes, &health, metrics)?;
 
@@ -93,7 +94,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
         waker: waker.clone(),
         known: health,
         health: [database, broker, consuming, sources],
-        attention: [holes, forks, limits],
+        attention: [holes, forks, incarnations, queue, limits],
     };
     let until = stop.clone();
     shutdown.spawn("waker", async move {

@@ -12,7 +12,7 @@ use daemon::{
 use score_projector::{
     command::{held, rejected},
     config::{Cli, Command, RunArgs},
-    digest, rebuild, verify,
+    digest, rebuild, republish, verify,
 };
 
 #[tokio::main]
@@ -42,6 +42,10 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Rebuild(args) => {
             telemetry::start(&args.common.telemetry)?;
             return rebuild::rebuild(&args).await;
+        }
+        Command::Republish(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return republish::republish(&args).await;
         }
         Command::Verify(args) => {
             telemetry::start(&args.common.telemetry)?;

@@ -136,6 +136,8 @@ async fn remove_consumer(conn: &mut PgConnection, consumer: &str) -> anyhow::Res
          WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox.rejected WHERE consumer = $1 LIMIT $2))",
         "DELETE FROM inbox.aggregate
          WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox.aggregate WHERE consumer = $1 LIMIT $2))",
+        "DELETE FROM inbox.source
+         WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox.source WHERE consumer = $1 LIMIT $2))",
     ] {
         loop {
             let rows = again(async || sqlx::query(sql).bind(consumer).bind(BATCH).execute(&mut *conn).await)

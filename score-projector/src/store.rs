@@ -1,13 +1,13 @@
 //! All SQL that reads and writes the tables of a read model, in bulk. The tables have no schema here: the connection's
 //! `search_path` selects the model.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
 use events::{Cpf, ItemKind};
 use inbox::HandlerError;
 use rust_decimal::Decimal;
-use sqlx::{FromRow, Postgres, Row, Transaction, postgres::PgRow};
+use sqlx::{AssertSqlSafe, FromRow, Postgres, Row, Transaction, postgres::PgRow};
 use uuid::Uuid;
 
 use crate::batch::{
@@ -144,4 +144,30 @@ fn ids(set: &BTreeSet<Uuid>) -> Vec<Uuid> {
 
 fn column<T, C>(rows: &[T], value: impl Fn(&T) -> C) -> Vec<C> {
     rows.iter().map(value).collect()
+}
+
+/// A person and their entries in one of the models.
+pub(crate) type Score = (Person, BTreeMap<Uuid, Entry>);
+
+/// Reads the whole scores of persons from the model in `schema`.
+pub(crate) async fn scores(
+    tx: &mut Transaction<'_, Postgres>,
+    schema: &str,
+    ids: &[Uuid],
+) -> sqlx::Result<BTreeMap<Uuid, Score>> {
+    let persons =
+        format!("SELECT id, cpf, created_at, version, total FROM {schema}.person WHERE id = ANY ($1)");
+    let persons: Vec<Person> = sqlx::query_as(AssertSqlSafe(persons)).bind(ids).fetch_all(&mut **tx).await?;
+    let entries = format!(
+        "SELECT id, person_id, type, value, score, created_at FROM {schema}.entry WHERE person_id = ANY ($1)"
+    );
+    let mut scores: BTreeMap<Uuid, Score> =
+        persons.into_iter().map(|person| (person.id, (person, BTreeMap::new()))).collect();
+    for row in sqlx::query(AssertSqlSafe(entries)).bind(ids).fetch_all(&mut **tx).await? {
+        let (person, entry): (Uuid, Entry) = (row.try_get("person_id")?, Entry::from_row(&row)?);
+        if let Some((_, entries)) = scores.get_mut(&person) {
+            entries.insert(entry.id, entry);
+        }
+    }
+    Ok(scores)
 }

@@ -24,6 +24,8 @@ pub struct VerifyArgs {
 const PAGE: i64 = 1_000;
 /// How many mismatches are named.
 const NAMED: usize = 100;
+/// How many persons of earlier incarnations are counted.
+const LEFT_BEHIND: i32 = 10_001;
 /// For one page, and for a person with very many entries.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -73,9 +75,29 @@ pub async fn verify(args: &VerifyArgs) -> anyhow::Result<Verdict> {
     {
         last = end;
     }
+    left_behind(&mut conn, &mut report).await.context("the inbox could not be read")?;
     conn.close().await?;
     args.common.answer(&report, || text(&report))?;
     Ok(if report.mismatches == 0 { Verdict::Ok } else { Verdict::Attention })
+}
+
+/// Persons whose chain belongs to an earlier incarnation of their source. They are right for themselves, but the source
+/// may not have them any more.
+async fn left_behind(conn: &mut PgConnection, report: &mut Report) -> sqlx::Result<()> {
+    let left: Vec<(String, String)> = sqlx::query_as(
+        "SELECT aggregate_id, inbox.spell(source_name, incarnation)
+         FROM inbox.some_left_behind((SELECT consumer FROM score.model WHERE role = 'live'), $1)
+         WHERE aggregate_type = $2 AND version > 0",
+    )
+    .bind(LEFT_BEHIND)
+    .bind(events::AGGREGATE_PERSON)
+    .fetch_all(conn)
+    .await?;
+    for (person, source) in left {
+        let what = format!("it is from {source}, and its source has begun a newer incarnation since");
+        report.add(Mismatch { person: person.parse().unwrap_or_default(), entry: None, what });
+    }
+    Ok(())
 }
 
 /// Reads one page and returns its last person. The rows are streamed, since a person may have very many.

@@ -157,6 +157,37 @@ pub struct Score {
     pub created_at: DateTime<Utc>,
 }
 
+/// The body of `score.baseline`: a person's whole score at the event's version.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScoreBaseline {
+    /// The person's id, which names the aggregate.
+    pub id: Uuid,
+    /// The person's cpf.
+    pub cpf: Cpf,
+    /// As in [`Score::total`].
+    #[serde(with = "rust_decimal::serde::arbitrary_precision")]
+    pub total: Decimal,
+    /// All entries, in the order of their ids.
+    pub entries: Vec<ScoreBaselineEntry>,
+}
+
+/// An entry inside a baseline, which does not repeat the person.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScoreBaselineEntry {
+    /// As in [`Score::id`].
+    pub id: Uuid,
+    /// As in [`Score::kind`].
+    #[serde(rename = "type")]
+    pub kind: ItemKind,
+    /// As in [`Score::value`].
+    #[serde(with = "rust_decimal::serde::arbitrary_precision")]
+    pub value: Decimal,
+    /// As in [`Score::score`].
+    pub score: i64,
+    /// As in [`Score::created_at`].
+    pub created_at: DateTime<Utc>,
+}
+
 /// An event of a person's aggregate, parsed by its type.
 #[derive(Clone, Debug, PartialEq)]
 pub enum PersonEvent {

@@ -8,7 +8,8 @@ mod body;
 mod cpf;
 
 pub use body::{
-    Baseline, BaselineItem, Deleted, Item, ItemKind, ParseError, Person, PersonEvent, Score, Status,
+    Baseline, BaselineItem, Deleted, Item, ItemKind, ParseError, Person, PersonEvent, Score, ScoreBaseline,
+    ScoreBaselineEntry, Status,
 };
 pub use cpf::{Cpf, InvalidCpf};
 
@@ -31,6 +32,9 @@ pub const SCORE_NEW: &str = "score.new";
 /// What a score entry adds has changed. An entry whose item is gone is published a last time, with
 /// value and score 0.
 pub const SCORE_CHANGED: &str = "score.changed";
+
+/// A person's whole score at its version: what the receiver had is replaced.
+pub const SCORE_BASELINE: &str = "score.baseline";
 
 /// A person's score has ended, with all of its entries, because the person is gone. Its body is the
 /// person's id alone: like `person.deleted` it ends its aggregate, so receivers may jump to it, and that

@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic in a test is the report")]
 
-use events::{Deleted, PersonEvent, Score};
+use events::{Deleted, PersonEvent, Score, ScoreBaseline};
 use serde_json::Value;
 
 const DOCUMENT: &str = include_str!("../../../docs/events.md");
@@ -28,6 +28,8 @@ fn every_sample_is_what_the_types_write() {
         let type_ = label.split(' ').next().unwrap();
         let again = if type_ == events::SCORE_DELETED {
             written(serde_json::from_str::<Deleted>(sample).unwrap())
+        } else if type_ == events::SCORE_BASELINE {
+            written(serde_json::from_str::<ScoreBaseline>(sample).unwrap())
         } else if type_.starts_with("score.") {
             written(serde_json::from_str::<Score>(sample).unwrap())
         } else {
@@ -55,6 +57,7 @@ fn every_sample_is_what_the_types_write() {
     person.deleted: 1 fields
     score.deleted: 1 fields
     person.baseline: 10 fields
+    score.baseline: 4 fields
     person.changed erased: 2 fields
     ");
 }

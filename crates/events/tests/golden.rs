@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is the report of a test")]
 
-use events::{Deleted, PersonEvent, Score};
+use events::{Deleted, PersonEvent, Score, ScoreBaseline};
 use serde_json::Value;
 
 fn golden() -> Vec<(String, String)> {
@@ -26,6 +26,9 @@ fn again(type_: &str, body: &str) -> Value {
     }
     if type_ == "score.deleted" {
         return value(serde_json::from_str::<Deleted>(body).unwrap());
+    }
+    if type_ == "score.baseline" {
+        return value(serde_json::from_str::<ScoreBaseline>(body).unwrap());
     }
     if type_.starts_with("score.") {
         return value(serde_json::from_str::<Score>(body).unwrap());

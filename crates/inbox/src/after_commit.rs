@@ -14,6 +14,15 @@ impl<H: Handler> Sequencer<H> {
         }
         let outcome = plan.outcome;
         self.log_refused(&outcome);
+        for (source, (before, incarnation)) in &plan.taken {
+            tracing::info!(
+                consumer = self.consumer,
+                source,
+                incarnation,
+                before,
+                "a new incarnation of the source begins"
+            );
+        }
         let count = |name: &'static str, n: u64| {
             metrics::counter!(name, "consumer" => self.consumer.clone()).increment(n);
         };
@@ -25,6 +34,8 @@ impl<H: Handler> Sequencer<H> {
         count("inbox_foreign_total", outcome.foreign);
         count("inbox_wrong_user_total", outcome.wrong_user);
         count("inbox_forks_total", outcome.forks);
+        count("inbox_superseded_total", outcome.superseded);
+        count("inbox_unrelated_total", outcome.unrelated);
         if outcome.applied > 0 {
             let mut streaks = self.streaks();
             for event in events {
@@ -47,10 +58,24 @@ impl<H: Handler> Sequencer<H> {
 
     /// One line a transaction, since any user may send any number of such messages.
     fn log_refused(&self, outcome: &Outcome) {
-        let Outcome { foreign, wrong_user, .. } = *outcome;
+        let Outcome { foreign, wrong_user, superseded, unrelated, .. } = *outcome;
         let consumer = &self.consumer;
         if foreign > 0 {
             tracing::warn!(consumer, messages = foreign, "messages of sources that are not followed");
+        }
+        if superseded > 0 {
+            tracing::warn!(
+                consumer,
+                messages = superseded,
+                "messages of an earlier incarnation of a source are kept in inbox.rejected and not applied"
+            );
+        }
+        if unrelated > 0 {
+            tracing::error!(
+                consumer,
+                messages = unrelated,
+                "messages of an unrelated incarnation of a source are kept in inbox.rejected and not applied"
+            );
         }
         if wrong_user > 0 {
             tracing::error!(
@@ -63,7 +88,8 @@ impl<H: Handler> Sequencer<H> {
     }
 
     fn log_rejected(&self, rejected: &RejectedMessage<'_>) {
-        if matches!(rejected.reason, Rejection::Foreign | Rejection::WrongUser) {
+        use Rejection::{Foreign, Superseded, Unrelated, WrongUser};
+        if matches!(rejected.reason, Foreign | WrongUser | Superseded | Unrelated) {
             return;
         }
         let (consumer, detail) = (&self.consumer, &rejected.detail);

@@ -1,6 +1,6 @@
 //! What an operator should look at while consuming goes on: missing versions, suspected forks, limits.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{cmp::Ordering, collections::BTreeSet, time::Duration};
 
 use serde_json::Value;
 use sqlx::PgPool;
@@ -11,11 +11,11 @@ use crate::{
 };
 
 /// How many findings a text names. The rest is counted.
-const NAMED: usize = 3;
+pub(crate) const NAMED: usize = 3;
 /// How many holes are logged at most, each of them once.
 const LOGGED: i64 = 100;
 /// The highest number that is counted.
-const COUNTED: i64 = 10_000;
+pub(crate) const COUNTED: i64 = 10_000;
 
 /// Versions that an aggregate waits for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, sqlx::FromRow)]
@@ -36,6 +36,8 @@ pub(crate) struct Findings {
     pub(crate) holes: Option<String>,
     pub(crate) forks: Option<String>,
     pub(crate) forged: Option<String>,
+    /// What is of another incarnation of a source than the newest one.
+    pub(crate) incarnations: Option<String>,
     /// Which limit is reached.
     pub(crate) limits: Option<String>,
     /// The limit of events that wait for missing versions is reached.
@@ -82,18 +84,24 @@ impl<'a> Alarms<'a> {
             holes: self.holes(count("gap")).await?,
             forks: self.forks(count(Rejection::Fork.as_str())).await?,
             forged: self.forged(count(Rejection::WrongUser.as_str())).await?,
+            incarnations: self
+                .incarnations(count(Rejection::Unrelated.as_str()), count(Rejection::Superseded.as_str()))
+                .await?,
             limits: self.limits(&counts),
             full: reached(self.caps.gaps, count("gap")),
         })
     }
 
-    /// Counts what is held and rejected, by reason.
+    /// Counts what is held and rejected, by reason. What is held of earlier incarnations waits for nothing.
     async fn count(&self) -> sqlx::Result<Vec<(String, i64)>> {
         let held = ["gap", "behind", "trying", "poison"].map(|reason| ("inbox_held_events", reason));
         let rejected = REASONS.map(|reason| ("inbox_rejected_messages", reason));
         let counts: Vec<(String, i64)> = sqlx::query_as(
             "SELECT reason, (SELECT count(*) FROM (SELECT FROM inbox.held
-                                                   WHERE consumer = $1 AND reason = r.reason LIMIT $2) AS counted)
+                                                   WHERE consumer = $1 AND reason = r.reason
+                                                     AND source <> ALL (ARRAY(SELECT e.source FROM inbox.earlier_source e
+                                                                              WHERE e.consumer = $1))
+                                                   LIMIT $2) AS counted)
              FROM unnest($3::text[]) AS r (reason)
              UNION ALL
              SELECT reason, (SELECT count(*) FROM (SELECT FROM inbox.rejected
@@ -166,7 +174,8 @@ impl<'a> Alarms<'a> {
         )))
     }
 
-    /// The oldest first, by the index; then one look at each aggregate.
+    /// The oldest first, by the index; then one look at each aggregate. A first version that is held waits for a baseline:
+    /// its chain has to begin anew.
     async fn open_holes(&self) -> sqlx::Result<Vec<Hole>> {
         sqlx::query_as(
             "SELECT source, aggregate_type, aggregate_id, a.version + 1 AS first, held.version - 1 AS last,
@@ -175,15 +184,17 @@ impl<'a> Alarms<'a> {
                    FROM (SELECT source, aggregate_type, aggregate_id, first_at FROM inbox.held
                          WHERE consumer = $1 AND reason = 'gap'
                            AND first_at < now() - make_interval(secs => $2)
+                           AND source <> ALL (ARRAY(SELECT e.source FROM inbox.earlier_source e WHERE e.consumer = $1))
                          ORDER BY first_at LIMIT $3) AS waiting
                    GROUP BY 1, 2, 3) AS aggregate
              JOIN inbox.aggregate a USING (source, aggregate_type, aggregate_id),
-                  LATERAL (SELECT version FROM inbox.held h
+                  LATERAL (SELECT version, reason FROM inbox.held h
                            WHERE (h.consumer, h.source, h.aggregate_type, h.aggregate_id)
                                = (a.consumer, a.source, a.aggregate_type, a.aggregate_id)
                              AND h.version > a.version
                            ORDER BY h.version LIMIT 1) AS held
-             WHERE a.consumer = $1 AND held.version - 1 > a.version
+             WHERE a.consumer = $1
+               AND (held.version - 1 > a.version OR a.version = 0 AND held.version = 1 AND held.reason = 'gap')
              ORDER BY since, aggregate_id LIMIT $4",
         )
         .bind(self.consumer)
@@ -251,8 +262,11 @@ impl Hole {
     fn describe(&self) -> String {
         let (aggregate, source, Self { first, last, .. }) =
             (self.aggregate(), escape::line(&self.source), self);
-        let versions =
-            if first == last { format!("version {first}") } else { format!("versions {first} to {last}") };
+        let versions = match first.cmp(last) {
+            Ordering::Less => format!("versions {first} to {last}"),
+            Ordering::Equal => format!("version {first}"),
+            Ordering::Greater => "a baseline".to_owned(),
+        };
         format!("{aggregate} of {source} lacks {versions}")
     }
 
@@ -262,12 +276,12 @@ impl Hole {
 }
 
 /// A count as far as it goes.
-fn counted(count: i64) -> String {
+pub(crate) fn counted(count: i64) -> String {
     if count > COUNTED { format!("more than {COUNTED}") } else { count.to_string() }
 }
 
 /// The rest of those that are not named.
-fn more(count: i64) -> String {
+pub(crate) fn more(count: i64) -> String {
     let more = count - i64::try_from(NAMED).unwrap_or(0);
     match more {
         ..=0 => String::new(),

@@ -11,7 +11,8 @@ use std::{
 };
 
 use crate::{
-    Handler, Sequencer, attempt::NEVER_CAME_BACK, chain::Key, rollback::Rollback, sources::name, work::Mode,
+    Handler, Sequencer, attempt::NEVER_CAME_BACK, chain::Key, incarnation::name, rollback::Rollback,
+    work::Mode,
 };
 
 /// How many sources are remembered at most, where every source is followed.
@@ -94,7 +95,8 @@ impl<H: Handler> Sequencer<H> {
     }
 
     /// Why no more may be held, when more than `limit` events of followed sources are poison or wait behind it.
-    /// A gap does not count: it is filled from the queue alone.
+    /// A gap does not count: it is filled from the queue alone. Nor does
+    /// an earlier incarnation of a source: nothing of it is applied any more.
     pub(crate) async fn overfull(&self, limit: u32) -> sqlx::Result<Option<String>> {
         if limit == 0 {
             return Ok(None);
@@ -103,6 +105,8 @@ impl<H: Handler> Sequencer<H> {
         let count: i64 = sqlx::query_scalar(
             "SELECT count(*) FROM (SELECT FROM inbox.held
                                    WHERE consumer = $1 AND reason IN ('poison', 'behind')
+                                     AND source <> ALL (ARRAY(SELECT e.source FROM inbox.earlier_source e
+                                                              WHERE e.consumer = $1))
                                      AND ($3::text[] IS NULL OR split_part(source, '~', 1) = ANY ($3))
                                    LIMIT $2) AS counted",
         )
@@ -116,6 +120,7 @@ impl<H: Handler> Sequencer<H> {
         }
         let error: Option<String> = sqlx::query_scalar(
             "SELECT error FROM inbox.held WHERE consumer = $1 AND reason = 'poison'
+               AND source <> ALL (ARRAY(SELECT e.source FROM inbox.earlier_source e WHERE e.consumer = $1))
                AND ($2::text[] IS NULL OR split_part(source, '~', 1) = ANY ($2))
              ORDER BY first_at DESC LIMIT 1",
         )
@@ -157,6 +162,7 @@ impl<H: Handler> Sequencer<H> {
             "SELECT source, aggregate_type, aggregate_id
              FROM (SELECT source, aggregate_type, aggregate_id, last_at FROM inbox.held
                    WHERE consumer = $1 AND reason = 'poison' AND error <> $2
+                     AND source <> ALL (ARRAY(SELECT e.source FROM inbox.earlier_source e WHERE e.consumer = $1))
                      AND ($4::text[] IS NULL OR split_part(source, '~', 1) = ANY ($4))
                    ORDER BY first_at DESC LIMIT $3) AS refused
              ORDER BY last_at LIMIT 1",

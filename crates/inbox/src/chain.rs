@@ -2,15 +2,9 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use chrono::TimeDelta;
 use uuid::Uuid;
 
-use crate::{Event, message::made_at};
-
-/// How much later an event must have been made than the last one applied to contradict it with a lower
-/// version. Clocks of two writers differ, and ids of one millisecond have no order; a real fork that
-/// hides below this shows itself when its chain comes to the version applied last.
-const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(10);
+use crate::{Event, recent::Recent};
 
 /// An aggregate of a source: the key of a chain of versions.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, sqlx::FromRow)]
@@ -102,13 +96,30 @@ pub(crate) struct Held<'a> {
     pub(crate) received: Option<&'a Event>,
 }
 
-/// An aggregate's state, as of this transaction.
-#[derive(Debug)]
-pub(crate) struct Chain<'a> {
+/// How far a chain is.
+#[derive(Clone, Debug)]
+pub(crate) struct Reached {
     /// The last version applied; 0 when there is none.
     pub(crate) version: i64,
     /// The event that brought it there.
     pub(crate) last_event_id: Option<Uuid>,
+    /// The ids of the last events.
+    pub(crate) recent: Recent,
+}
+
+/// What there is of an aggregate in earlier incarnations of its source, while its chain in this one has not begun.
+#[derive(Debug, Default)]
+pub(crate) struct Earlier {
+    /// The sources that have a chain of it.
+    pub(crate) sources: Vec<String>,
+    /// Whether one of the chains has begun and not ended, so that the handler has a state of it.
+    pub(crate) has_state: bool,
+}
+
+/// An aggregate's state, as of this transaction.
+#[derive(Debug)]
+pub(crate) struct Chain<'a> {
+    pub(crate) reached: Reached,
     /// The version that is stored.
     pub(crate) stored: i64,
     /// The held events by version: all up to `horizon`, and above it those of the received versions.
@@ -116,6 +127,9 @@ pub(crate) struct Chain<'a> {
     pub(crate) horizon: i64,
     /// The version with which the aggregate ends in this transaction.
     pub(crate) ended: Option<i64>,
+    /// The handler has no state of the aggregate: it was deleted.
+    pub(crate) over: bool,
+    earlier: Earlier,
 }
 
 /// What the table of [`Sequencer`](crate::Sequencer) says about an event.
@@ -139,27 +153,44 @@ pub(crate) enum Next<'c, 'a> {
 }
 
 impl<'a> Chain<'a> {
-    pub(crate) fn new(version: i64, last_event_id: Option<Uuid>) -> Self {
+    pub(crate) fn new(
+        version: i64,
+        last_event_id: Option<Uuid>,
+        recent: Recent,
+        over: bool,
+        earlier: Earlier,
+    ) -> Self {
         Self {
-            version,
-            last_event_id,
+            reached: Reached { version, last_event_id, recent },
             stored: version,
             held: BTreeMap::new(),
             horizon: i64::MAX,
             ended: None,
+            over,
+            earlier,
         }
+    }
+
+    /// The last version applied; 0 when there is none.
+    pub(crate) fn version(&self) -> i64 {
+        self.reached.version
+    }
+
+    /// The version that continues it.
+    pub(crate) fn next_version(&self) -> i64 {
+        self.reached.version.saturating_add(1)
     }
 
     /// What to do with an event that has arrived.
     pub(crate) fn decide(&self, event: &Event) -> Decision {
-        let next = self.version.saturating_add(1);
-        if event.version < next {
-            return match self.contradiction(event) {
-                Some(detail) => Decision::Fork(detail),
-                None => Decision::Duplicate,
+        if event.version <= self.version() {
+            return if self.contradicts(event) {
+                Decision::Fork("another event of this version was applied")
+            } else {
+                Decision::Duplicate
             };
         }
-        let due = event.version == next || event.jumps();
+        let due = self.takes(event);
         match self.held.get(&event.version) {
             Some(held) if held.id != event.id => {
                 Decision::Fork("another event of this version is held already")
@@ -173,10 +204,30 @@ impl<'a> Chain<'a> {
         }
     }
 
+    /// Whether an event above the last version may be applied. Over a state of an earlier incarnation, the chain begins
+    /// only with an event that says what the aggregate is now: an unmarked first event may be from the lost time.
+    pub(crate) fn takes(&self, event: &Event) -> bool {
+        event.jumps()
+            || event.version == self.next_version() && (!self.begins_anew() || event.is_chain_start())
+    }
+
+    /// Whether the next event begins the chain over a state of an earlier incarnation.
+    pub(crate) fn begins_anew(&self) -> bool {
+        self.version() == 0 && self.earlier.has_state
+    }
+
+    /// The sources of the earlier chains that this one replaces, once it has begun in this transaction.
+    pub(crate) fn replaces(&self) -> &[String] {
+        let begun = self.stored == 0 && self.version() > 0;
+        if begun { &self.earlier.sources } else { &[] }
+    }
+
     /// What is held for the next version.
     pub(crate) fn next(&self) -> Next<'_, 'a> {
-        let next = self.version.saturating_add(1);
+        let next = self.next_version();
         match self.held.get(&next) {
+            // It would have been tried, if it could begin the chain.
+            Some(held) if self.begins_anew() && !held.reason.blocks() => Next::Nothing,
             Some(held) => Next::Event(held),
             None if next > self.horizon => Next::Unknown,
             None => Next::Nothing,
@@ -185,8 +236,20 @@ impl<'a> Chain<'a> {
 
     /// The event `id` is applied: it is where the chain stands now.
     pub(crate) fn advance(&mut self, version: i64, id: Uuid) {
-        self.version = version;
-        self.last_event_id = Some(id);
+        let jumped = version != self.next_version();
+        self.reached.recent.push(id, jumped);
+        self.reached.version = version;
+        self.reached.last_event_id = Some(id);
+    }
+
+    /// The event was applied: whether the handler has a state of the aggregate now.
+    pub(crate) fn applied(&mut self, event: &Event) {
+        if event.ends() {
+            self.ended = Some(event.version);
+        }
+        if !event.is_erased() {
+            self.over = event.ends();
+        }
     }
 
     /// What those wait for that are held above where the chain stands.
@@ -202,13 +265,12 @@ impl<'a> Chain<'a> {
         self.held.values().any(|held| held.received.is_none())
     }
 
-    /// Why an event at or below the version applied last cannot be a mere duplicate.
-    fn contradiction(&self, event: &Event) -> Option<&'static str> {
-        let last = self.last_event_id?;
-        if event.version == self.version {
-            return (event.id != last).then_some("another event of this version was applied");
+    /// Whether another event than this one is known to have been applied at its version.
+    fn contradicts(&self, event: &Event) -> bool {
+        let Reached { version, last_event_id, recent } = &self.reached;
+        if event.version == *version {
+            return *last_event_id != Some(event.id);
         }
-        let later = made_at(event.id)? > made_at(last)? + CLOCK_TOLERANCE;
-        later.then_some("it was made later than an event of a higher version that was applied")
+        recent.contradicts(version - event.version, event.id)
     }
 }

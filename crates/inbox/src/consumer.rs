@@ -232,6 +232,9 @@ impl<H: Handler> Consumer<H> {
             self.ask_held().await?;
             let name = &self.config.connection_name;
             let connection = self.config.nodes.connect(name, reconnect).await?;
+            if answer(self.config.topology.lacks_queue(&connection)).await? {
+                self.ask_applied().await?;
+            }
             let channel = answer(connection.create_channel()).await?;
             answer(self.config.topology.declare(&channel)).await?;
             answer(channel.close(200, "bye".into())).await?;
@@ -282,6 +285,33 @@ impl<H: Handler> Consumer<H> {
         answer.map_err(Trouble::Database)
     }
 
+    /// The queue will be new: says so where events were applied before.
+    async fn ask_applied(&self) -> Result<(), Trouble> {
+        let Sequencer { consumer, pool, .. } = &self.sequencer;
+        let question = sqlx::query_scalar(
+            "SELECT EXISTS (SELECT FROM inbox.aggregate WHERE consumer = $1 AND version > 0)",
+        );
+        let applied: bool = match tokio::time::timeout(ANSWER, question.bind(consumer).fetch_one(pool)).await
+        {
+            Ok(applied) => applied.map_err(|error| Trouble::Database(describe(&error)))?,
+            Err(_) => {
+                return Err(Trouble::Database(format!("the database did not answer within {ANSWER:?}")));
+            }
+        };
+        if applied {
+            let lost = format!(
+                "the queue {} did not exist, although events had been applied: the broker lost its data, or the queue \
+                 was deleted. What lay in it is lost, and so is what was published while it did not exist. Have each \
+                 source replay its events, from before that time on, to this queue. What was applied is ignored. This \
+                 message ends when the program is restarted",
+                self.config.topology.queue()
+            );
+            tracing::warn!(consumer, reason = lost, "the queue did not exist any more");
+            self.status.send_modify(|status| status.queue = Some(lost));
+        }
+        Ok(())
+    }
+
     /// An idle consumer notices, too, that it could do nothing if a message came.
     async fn watch_database(&self, stop: &CancellationToken) -> Result<(), Trouble> {
         while stop.run_until_cancelled(tokio::time::sleep(DATABASE_CHECK)).await.is_some() {
@@ -308,13 +338,15 @@ impl<H: Handler> Consumer<H> {
         let mut alarms = Alarms::new(consumer, pool, queue, self.config.hole_after, caps);
         while stop.run_until_cancelled(tokio::time::sleep(ALARMS)).await.is_some() {
             match alarms.look().await {
-                Ok(Findings { holes, forks, forged, limits, full }) => {
+                Ok(Findings { holes, forks, forged, incarnations, limits, full }) => {
                     self.sequencer.limits.set_full(full);
                     self.set(|status| &mut status.sources, forged.map_or(Ok(()), Err));
                     self.status.send_if_modified(|status| {
-                        let modified =
-                            (&status.holes, &status.forks, &status.limits) != (&holes, &forks, &limits);
-                        (status.holes, status.forks, status.limits) = (holes, forks, limits);
+                        let shown = (holes, forks, incarnations, limits);
+                        let Status { holes, forks, incarnations, limits, .. } = status;
+                        let modified = (&*holes, &*forks, &*incarnations, &*limits)
+                            != (&shown.0, &shown.1, &shown.2, &shown.3);
+                        (*holes, *forks, *incarnations, *limits) = shown;
                         modified
                     });
                 }

@@ -1,6 +1,6 @@
 //! What a transaction reads from the schema `inbox`: the chains that it locks, and their held events.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 use sqlx::{Postgres, Transaction};
@@ -39,83 +39,6 @@ pub(crate) fn columns<'k>(keys: impl Iterator<Item = &'k Key>) -> Columns<'k> {
 }
 
 impl<'a> Ledger<'a> {
-    /// Locks the chains of `keys`, new ones included. Two statements, both in the order of the key: one
-    /// alone would miss a row that another transaction has just committed, and to lock first and make what is
-    /// missing then would be out of order.
-    ///
-    /// Each row is found by the primary key. For a join, the planner reads all of the consumer's rows while a growing
-    /// table has no statistics yet.
-    pub(crate) async fn lock(
-        tx: &mut Transaction<'_, Postgres>,
-        consumer: &'a str,
-        keys: &BTreeSet<Key>,
-    ) -> sqlx::Result<Self> {
-        if keys.is_empty() {
-            return Ok(Self { consumer, chains: BTreeMap::new(), unreadable: Vec::new() });
-        }
-        let (sources, types, ids) = columns(keys.iter());
-        sqlx::query(
-            "INSERT INTO inbox.aggregate (consumer, source, aggregate_type, aggregate_id)
-             SELECT $1, k.source, k.aggregate_type, k.aggregate_id
-             FROM unnest($2::text[], $3::text[], $4::text[]) AS k (source, aggregate_type, aggregate_id)
-             ORDER BY k.source, k.aggregate_type, k.aggregate_id
-             ON CONFLICT DO NOTHING",
-        )
-        .bind(consumer)
-        .bind(&sources)
-        .bind(&types)
-        .bind(&ids)
-        .execute(&mut **tx)
-        .await?;
-        let locked: Vec<(String, String, String, i64, Option<Uuid>)> = sqlx::query_as(
-            "SELECT k.source, k.aggregate_type, k.aggregate_id, a.version, a.last_event_id
-             FROM (SELECT * FROM unnest($2::text[], $3::text[], $4::text[])
-                                 AS k (source, aggregate_type, aggregate_id)
-                   ORDER BY source, aggregate_type, aggregate_id) k
-             CROSS JOIN LATERAL (
-                 SELECT version, last_event_id FROM inbox.aggregate
-                 WHERE (consumer, source, aggregate_type, aggregate_id)
-                     = ($1, k.source, k.aggregate_type, k.aggregate_id)
-                 FOR UPDATE) a",
-        )
-        .bind(consumer)
-        .bind(&sources)
-        .bind(&types)
-        .bind(&ids)
-        .fetch_all(&mut **tx)
-        .await?;
-        let chains = locked
-            .into_iter()
-            .map(|(source, aggregate_type, aggregate_id, version, last_event_id)| {
-                (Key { source, aggregate_type, aggregate_id }, Chain::new(version, last_event_id))
-            })
-            .collect();
-        Ok(Self { consumer, chains, unreadable: Vec::new() })
-    }
-
-    /// Which of `keys` have a row.
-    pub(crate) async fn known(
-        tx: &mut Transaction<'_, Postgres>,
-        consumer: &str,
-        keys: &BTreeSet<Key>,
-    ) -> sqlx::Result<BTreeSet<Key>> {
-        let (sources, types, ids) = columns(keys.iter());
-        let known: Vec<Key> = sqlx::query_as(
-            "SELECT k.source, k.aggregate_type, k.aggregate_id
-             FROM unnest($2::text[], $3::text[], $4::text[]) AS k (source, aggregate_type, aggregate_id)
-             WHERE EXISTS (SELECT FROM inbox.aggregate
-                           WHERE (consumer, source, aggregate_type, aggregate_id)
-                               = ($1, k.source, k.aggregate_type, k.aggregate_id))",
-        )
-        .bind(consumer)
-        .bind(sources)
-        .bind(types)
-        .bind(ids)
-        .fetch_all(&mut **tx)
-        .await?;
-        Ok(known.into_iter().collect())
-    }
-
     /// Reads what is held: of each chain the lowest versions, and those of `events`. Only under the
     /// locks. LATERAL with a limit stops at the first of perhaps very many; with `OFFSET 0` it cannot become a
     /// join that reads all that is held.
@@ -128,7 +51,7 @@ impl<'a> Ledger<'a> {
             return Ok(());
         }
         let (sources, types, ids) = columns(self.chains.keys());
-        let reached: Vec<i64> = self.chains.values().map(|chain| chain.version).collect();
+        let reached: Vec<i64> = self.chains.values().map(Chain::version).collect();
         let of_events: Vec<Key> = events.iter().map(|event| Key::from(*event)).collect();
         let (event_sources, event_types, event_ids) = columns(of_events.iter());
         let versions: Vec<i64> = events.iter().map(|event| event.version).collect();
@@ -292,9 +215,7 @@ impl<'a> Ledger<'a> {
 
     /// Records an applied event.
     pub(crate) fn applied(&mut self, event: &Event) -> sqlx::Result<()> {
-        if event.ends() {
-            self.chain(&Key::from(event))?.ended = Some(event.version);
-        }
+        self.chain(&Key::from(event))?.applied(event);
         Ok(())
     }
 
@@ -347,6 +268,7 @@ impl HeldRow {
             occurred_at: self.occurred_at,
             headers: headers.unwrap_or_default(),
             payload: self.payload,
+            begins_anew: false,
         };
         (event, readable)
     }

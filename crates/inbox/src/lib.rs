@@ -4,6 +4,11 @@
 //! acknowledgement, or a second consumer cannot apply it twice. An event that comes too early, or that its handler
 //! refuses, waits in `inbox.held`; later events of its aggregate wait behind it, and no other aggregate waits.
 //!
+//! A source that was restored from a backup begins a new incarnation. The inbox takes it if it follows the newest one
+//! known, and applies nothing of an earlier one any more. An event that begins an aggregate's chain anew arrives with
+//! [`Event::begins_anew`]: the handler first ends its state of the aggregate. The view `inbox.left_behind` lists
+//! the aggregates that the new incarnation has not begun.
+//!
 //! A subscriber writes a [`Handler`] and passes it to a [`Consumer`], which declares the queue, consumes, reconnects
 //! and drains. The [`Sequencer`] between them also works without a broker. [`held`] and [`rejected`] list the events
 //! that wait and the messages that cannot be applied. [`Sequencer::redrive`] applies held events again, and
@@ -23,14 +28,19 @@ mod handling;
 mod headers;
 pub mod held;
 mod identifiers;
+mod incarnation;
+mod incarnation_alarm;
 mod ledger;
 mod limits;
+mod lock;
 mod malformed;
 mod message;
+mod newest;
 mod outcome;
 mod parsed;
 mod plan;
 mod queues;
+mod recent;
 mod redrive;
 pub mod rejected;
 mod rejection;

@@ -3,7 +3,7 @@ use lapin::{BasicProperties, message::Delivery, types::AMQPValue};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::{headers, malformed::Malformed};
+use crate::{headers, incarnation::Incarnation, malformed::Malformed};
 
 /// A message as the broker delivered it.
 #[derive(Clone, Debug)]
@@ -37,6 +37,10 @@ pub struct Event {
     pub headers: Map<String, Value>,
     /// The body as it was published.
     pub payload: Vec<u8>,
+    /// It begins the aggregate's chain in a new incarnation of the source, and the handler has a state of the aggregate
+    /// from an earlier one. That state is of a history that was lost: end it first, then apply the event. The sequencer
+    /// sets this; a parsed message does not have it.
+    pub begins_anew: bool,
 }
 
 /// The largest body of an event, as the outbox has it: RabbitMQ's own default for a message from 4.0 on.
@@ -47,6 +51,10 @@ const AGGREGATE_HEADERS: [&str; 3] = ["aggregate_type", "aggregate_id", "aggrega
 const TEXT: &str = "a text of 1 to 255 bytes without NUL";
 /// Without the largest integer, so that every version has a next one.
 const VERSION: &str = "an integer from 1 to 2^63 - 2";
+const SOURCE: &str = "a name, or a name, `~` and the number of an incarnation";
+const INCARNATION: &str = "an integer from 1 to 2^63 - 1";
+const CHAIN_START: &str = "chain_start";
+const SOURCE_PARENT: &str = "source_parent";
 
 impl From<Delivery> for Envelope {
     fn from(delivery: Delivery) -> Self {
@@ -89,14 +97,21 @@ impl Envelope {
             return Err(Malformed::Large);
         }
         // A flag of another type would be a jump or an erasure that is overlooked.
-        for name in ["baseline", "erased", "replayed"] {
+        for name in ["baseline", "erased", "replayed", CHAIN_START] {
             if !matches!(headers.inner().get(name), None | Some(AMQPValue::Boolean(_))) {
                 return Err(Malformed::Invalid(name, "a boolean"));
             }
         }
+        if headers.inner().get(SOURCE_PARENT).is_some_and(|parent| number(parent).is_none()) {
+            return Err(Malformed::Invalid(SOURCE_PARENT, INCARNATION));
+        }
+        let source = property("app_id", properties.app_id())?;
+        if Incarnation::parse(&source).is_none() {
+            return Err(Malformed::Invalid("app_id", SOURCE));
+        }
         Ok(Event {
             id: Uuid::try_parse(id.as_str()).map_err(|_| Malformed::Invalid("message_id", "a UUID"))?,
-            source: property("app_id", properties.app_id())?,
+            source,
             aggregate_type: header_text("aggregate_type")?,
             aggregate_id: header_text("aggregate_id")?,
             version: version(header("aggregate_version")?)?,
@@ -113,6 +128,7 @@ impl Envelope {
                 .map(|(name, value)| (name.as_str().to_owned(), headers::to_json(value)))
                 .collect(),
             payload: self.body.clone(),
+            begins_anew: false,
         })
     }
 
@@ -156,6 +172,7 @@ impl Event {
     /// #     occurred_at: None,
     /// #     headers: serde_json::Map::new(),
     /// #     payload: b"{}".to_vec(),
+    /// #     begins_anew: false,
     /// # };
     /// let mut event = event;
     /// assert!(!event.is_baseline());
@@ -179,6 +196,7 @@ impl Event {
     /// #     occurred_at: None,
     /// #     headers: serde_json::Map::new(),
     /// #     payload: b"{}".to_vec(),
+    /// #     begins_anew: false,
     /// # };
     /// let mut event = event;
     /// assert!(!event.is_erased());
@@ -202,6 +220,7 @@ impl Event {
     /// #     occurred_at: None,
     /// #     headers: serde_json::Map::new(),
     /// #     payload: b"{}".to_vec(),
+    /// #     begins_anew: false,
     /// # };
     /// let mut event = event;
     /// assert!(!event.is_replayed());
@@ -210,6 +229,60 @@ impl Event {
     /// ```
     pub fn is_replayed(&self) -> bool {
         self.flag("replayed")
+    }
+
+    /// Whether its aggregate was created after the incarnation of the source had begun, with this event. Only events of
+    /// version 1 have it, and none of a source's first incarnation.
+    ///
+    /// ```
+    /// # let event = inbox::Event {
+    /// #     id: uuid::Uuid::nil(),
+    /// #     source: "shop".to_owned(),
+    /// #     aggregate_type: "order".to_owned(),
+    /// #     aggregate_id: "7".to_owned(),
+    /// #     version: 1,
+    /// #     type_: "order.new".to_owned(),
+    /// #     occurred_at: None,
+    /// #     headers: serde_json::Map::new(),
+    /// #     payload: b"{}".to_vec(),
+    /// #     begins_anew: false,
+    /// # };
+    /// let mut event = event;
+    /// assert!(!event.is_chain_start());
+    /// event.headers.insert("chain_start".to_owned(), true.into());
+    /// assert!(event.is_chain_start());
+    /// ```
+    pub fn is_chain_start(&self) -> bool {
+        self.flag(CHAIN_START)
+    }
+
+    /// The incarnation that the event's incarnation of the source follows. None for a source's first incarnation, and
+    /// where it is not known.
+    ///
+    /// ```
+    /// # let event = inbox::Event {
+    /// #     id: uuid::Uuid::nil(),
+    /// #     source: "shop".to_owned(),
+    /// #     aggregate_type: "order".to_owned(),
+    /// #     aggregate_id: "7".to_owned(),
+    /// #     version: 1,
+    /// #     type_: "order.new".to_owned(),
+    /// #     occurred_at: None,
+    /// #     headers: serde_json::Map::new(),
+    /// #     payload: b"{}".to_vec(),
+    /// #     begins_anew: false,
+    /// # };
+    /// let mut event = event;
+    /// assert_eq!(event.source_parent(), None);
+    /// event.source = "shop~1764426123456".to_owned();
+    /// event.headers.insert("source_parent".to_owned(), 1.into());
+    /// assert_eq!(event.source_parent(), Some(1));
+    /// ```
+    pub fn source_parent(&self) -> Option<i64> {
+        match self.headers.get(SOURCE_PARENT)? {
+            Value::String(digits) => digits.parse().ok(),
+            number => number.as_i64(),
+        }
     }
 
     /// Its trace (W3C Trace Context).
@@ -225,6 +298,7 @@ impl Event {
     /// #     occurred_at: None,
     /// #     headers: serde_json::Map::new(),
     /// #     payload: b"{}".to_vec(),
+    /// #     begins_anew: false,
     /// # };
     /// assert_eq!(event.traceparent(), None);
     /// ```
@@ -277,8 +351,14 @@ fn text(name: &'static str, bytes: &[u8]) -> Result<String, Malformed> {
     }
 }
 
-/// Clients without typed headers send the version as digits.
 fn version(value: &AMQPValue) -> Result<i64, Malformed> {
+    number(value)
+        .filter(|version| *version < i64::MAX)
+        .ok_or(Malformed::Invalid("aggregate_version", VERSION))
+}
+
+/// A number from 1 on. Clients without typed headers send it as digits.
+fn number(value: &AMQPValue) -> Option<i64> {
     let digits = match value {
         AMQPValue::LongString(digits) => Some(digits.as_bytes()),
         AMQPValue::ByteArray(digits) => Some(digits.as_slice()),
@@ -286,6 +366,5 @@ fn version(value: &AMQPValue) -> Result<i64, Malformed> {
     };
     digits
         .map_or_else(|| headers::integer(value), |d| std::str::from_utf8(d).ok()?.parse().ok())
-        .filter(|version| (1..i64::MAX).contains(version))
-        .ok_or(Malformed::Invalid("aggregate_version", VERSION))
+        .filter(|number| *number >= 1)
 }

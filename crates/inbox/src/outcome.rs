@@ -19,6 +19,10 @@ pub struct Outcome {
     pub wrong_user: u64,
     /// Rejected: suspected forks.
     pub forks: u64,
+    /// Rejected: of an incarnation that a later one of the source has superseded.
+    pub superseded: u64,
+    /// Rejected: of a newer incarnation that does not follow the newest known one.
+    pub unrelated: u64,
 }
 
 impl AddAssign for Outcome {
@@ -31,6 +35,8 @@ impl AddAssign for Outcome {
         self.foreign += other.foreign;
         self.wrong_user += other.wrong_user;
         self.forks += other.forks;
+        self.superseded += other.superseded;
+        self.unrelated += other.unrelated;
     }
 }
 

@@ -1,14 +1,15 @@
 //! What one transaction will do, decided in memory before anything is called or written.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
     Event, Outcome,
-    chain::{Decision, Held, Key, Next, Reason},
+    chain::{Decision, Held, Key, Next, Reached, Reason},
     ledger::Ledger,
+    newest::Refusal,
     parsed::ParsedMessage,
     rejection::Rejection,
     rollback::Rollback,
@@ -31,7 +32,9 @@ pub(crate) struct Due<'a> {
     /// The reason and the attempts, if it is held.
     pub(crate) held: Option<(Reason, i32)>,
     /// Its chain's state before, to restore when it is refused.
-    before: (i64, Option<Uuid>),
+    before: Reached,
+    /// It begins its chain over a state of an earlier incarnation.
+    begins_anew: bool,
 }
 
 /// The decisions of one transaction.
@@ -48,6 +51,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) unfinished: Vec<Key>,
     pub(crate) rejected: Vec<RejectedMessage<'a>>,
     pub(crate) outcome: Outcome,
+    /// The sources that go on to another incarnation, each with the one before it and the new one.
+    pub(crate) taken: BTreeMap<String, (i64, i64)>,
 }
 
 impl<'a> Plan<'a> {
@@ -61,11 +66,16 @@ impl<'a> Plan<'a> {
             unfinished: Vec::new(),
             rejected: Vec::new(),
             outcome: Outcome::default(),
+            taken: BTreeMap::new(),
         }
     }
 
-    /// Decides about a received message.
-    pub(crate) fn message(&mut self, message: &'a ParsedMessage<'a>) -> Result<(), Rollback> {
+    /// Decides about a received message. `refused`: its incarnation is not taken.
+    pub(crate) fn message(
+        &mut self,
+        message: &'a ParsedMessage<'a>,
+        refused: Option<Refusal>,
+    ) -> Result<(), Rollback> {
         let event = match &message.event {
             Ok(event) => event,
             Err((reason, detail)) => {
@@ -78,6 +88,14 @@ impl<'a> Plan<'a> {
                 return Ok(());
             }
         };
+        if let Some((reason, detail)) = refused {
+            *match reason {
+                Rejection::Superseded => &mut self.outcome.superseded,
+                _ => &mut self.outcome.unrelated,
+            } += 1;
+            self.reject(message, Some(event), reason, detail);
+            return Ok(());
+        }
         let key = Key::from(event);
         if self.full && !self.ledger.chains.contains_key(&key) {
             self.outcome.rejected += 1;
@@ -113,7 +131,7 @@ impl<'a> Plan<'a> {
         let mode = self.mode;
         loop {
             let chain = self.ledger.chain(key)?;
-            let version = chain.version.saturating_add(1);
+            let version = chain.next_version();
             let (id, received) = match chain.next() {
                 Next::Nothing => return Ok(()),
                 Next::Event(held) if !mode.takes(held.reason) => return Ok(()),
@@ -134,11 +152,11 @@ impl<'a> Plan<'a> {
 
     fn apply(&mut self, key: &Key, version: i64, id: Uuid, received: Option<&'a Event>) -> sqlx::Result<()> {
         let chain = self.ledger.chain(key)?;
-        let before = (chain.version, chain.last_event_id);
+        let (before, begins_anew) = (chain.reached.clone(), chain.begins_anew());
         let held = chain.held.get(&version).filter(|held| held.received.is_none());
         let held = held.map(|held| (held.reason, held.attempts));
         chain.advance(version, id);
-        self.due.push(Due { key: key.clone(), version, id, received, held, before });
+        self.due.push(Due { key: key.clone(), version, id, received, held, before, begins_anew });
         Ok(())
     }
 
@@ -163,9 +181,12 @@ impl<'a> Plan<'a> {
         let mut held = self.ledger.events(tx, &held).await?;
         self.due
             .iter()
-            .map(|due| match due.received {
-                Some(event) => Ok(event.clone()),
-                None => held.remove(&(due.key.clone(), due.version)).ok_or(sqlx::Error::RowNotFound),
+            .map(|due| {
+                let event = match due.received {
+                    Some(event) => event.clone(),
+                    None => held.remove(&(due.key.clone(), due.version)).ok_or(sqlx::Error::RowNotFound)?,
+                };
+                Ok(Event { begins_anew: due.begins_anew, ..event })
             })
             .collect()
     }
@@ -188,7 +209,7 @@ impl<'a> Plan<'a> {
     pub(crate) fn refused(&mut self, attempts: i32) -> sqlx::Result<()> {
         for due in self.due.drain(..) {
             let chain = self.ledger.chain(&due.key)?;
-            (chain.version, chain.last_event_id) = due.before;
+            chain.reached = due.before;
             let held = Held { id: due.id, reason: Reason::Poison, attempts, received: None };
             chain.held.insert(due.version, held);
             self.unfinished.retain(|key| *key != due.key);

@@ -17,6 +17,7 @@ use crate::{
     handler::describe,
     held::Filter,
     ledger::{Ledger, UNREADABLE},
+    newest::Newest,
     rollback::Rollback,
     schema::BEGIN,
 };
@@ -106,6 +107,9 @@ pub enum RedriveError {
     /// The event was applied, skipped or erased meanwhile.
     #[error("it is not held any more")]
     Gone,
+    /// The event is of an earlier incarnation of its source. It is deleted when its aggregate begins in the newest one.
+    #[error("its source has begun a newer incarnation; the event is deleted when its aggregate begins there")]
+    Superseded,
     /// Only the event that stops its aggregate can be skipped.
     #[error("its aggregate is at version {0}, and does not wait for this event")]
     NotNext(i64),
@@ -182,7 +186,12 @@ impl<H: Handler> Sequencer<H> {
             let page = due(&mut conn, &self.consumer, &redrive.filter, after.as_ref(), PAGE).await?;
             drop(conn);
             for key in &page {
-                all.add(self.bring_on(key, redrive.batch, redrive.dry_run).await?);
+                match self.bring_on(key, redrive.batch, redrive.dry_run).await {
+                    Ok(one) => all.add(one),
+                    // Its source has gone on meanwhile.
+                    Err(RedriveError::Superseded) => continue,
+                    Err(error) => return Err(error),
+                }
                 progress(&all);
             }
             match page.into_iter().next_back() {
@@ -232,6 +241,9 @@ impl<H: Handler> Sequencer<H> {
         let mut tx =
             self.pool.begin_with(BEGIN).await.map_err(|error| RedriveError::Transient(describe(&error)))?;
         self.handler.begin(&mut tx).await.map_err(Rollback::from)?;
+        if Newest::of(&mut tx, &self.consumer, &key.source).await?.supersedes(&key.source) {
+            return Err(RedriveError::Superseded);
+        }
         let mut ledger = Ledger::lock(&mut tx, &self.consumer, &BTreeSet::from([key.clone()])).await?;
         ledger.read_held(&mut tx, &[]).await?;
         Ok((tx, ledger))
@@ -252,10 +264,14 @@ impl<H: Handler> Sequencer<H> {
         let mut refused = None;
         while applied < batch.max(1) {
             let Some(version) = turn(ledger.chain(key)?) else { break };
-            let Some(event) = ledger.events(tx, &[(key, version)]).await?.into_values().next() else { break };
-            if version > ledger.chain(key)?.version.saturating_add(1) && !event.jumps() {
+            let Some(mut event) = ledger.events(tx, &[(key, version)]).await?.into_values().next() else {
+                break;
+            };
+            let chain = ledger.chain(key)?;
+            if !chain.takes(&event) {
                 break;
             }
+            event.begins_anew = chain.begins_anew();
             let readable = mem::take(&mut ledger.unreadable).is_empty();
             let handled = if readable {
                 self.handle_alone(tx, &event).await
@@ -293,7 +309,7 @@ impl<H: Handler> Sequencer<H> {
         ledger.save(tx).await?;
         let chain = ledger.chain(key)?;
         let unfinished = refused.is_none() && !matches!(chain.next(), Next::Nothing);
-        let to = chain.version;
+        let to = chain.version();
         let held = ledger.count(tx, key).await?;
         let applied = applied as u64;
         Ok(RedrivenAggregate { aggregate: key.clone(), from, to, applied, held, refused, unfinished })
@@ -329,7 +345,7 @@ pub(crate) async fn within<T>(
 
 /// The held event to try: the next one, or else the first that was refused, which may jump.
 fn turn(chain: &Chain<'_>) -> Option<i64> {
-    let next = chain.version.saturating_add(1);
+    let next = chain.next_version();
     if chain.held.contains_key(&next) {
         return Some(next);
     }
@@ -337,7 +353,7 @@ fn turn(chain: &Chain<'_>) -> Option<i64> {
 }
 
 /// At most `limit` aggregates after `after` that a redrive can advance: one of their events was tried, or is next and was
-/// left by a process that died.
+/// left by a process that died. Those of earlier incarnations are left out.
 async fn due(
     conn: &mut PgConnection,
     consumer: &str,
@@ -355,6 +371,7 @@ async fn due(
         "SELECT source, aggregate_type, aggregate_id FROM inbox.held h
          WHERE consumer = $1 AND (source, aggregate_type, aggregate_id) > ($2, $3, $4)
            AND ($5::text IS NULL OR (aggregate_type, aggregate_id) = ($5, $6))
+           AND source <> ALL (ARRAY(SELECT e.source FROM inbox.earlier_source e WHERE e.consumer = $1))
            AND ($7::text IS NULL OR reason = $7) AND ($8::text IS NULL OR position($8 IN error) > 0)
            AND (reason IN ('poison', 'trying') OR version - 1 = (
                 SELECT a.version FROM inbox.aggregate a

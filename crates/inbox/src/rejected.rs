@@ -8,9 +8,16 @@ use sqlx::PgConnection;
 use crate::{held::text, rejection::Rejection};
 
 /// The reasons for which a message is rejected.
-pub const REASONS: [&str; 4] = {
-    let [malformed, fork, foreign, wrong_user] = Rejection::ALL;
-    [malformed.as_str(), fork.as_str(), foreign.as_str(), wrong_user.as_str()]
+pub const REASONS: [&str; 6] = {
+    let [malformed, fork, foreign, wrong_user, superseded, unrelated] = Rejection::ALL;
+    [
+        malformed.as_str(),
+        fork.as_str(),
+        foreign.as_str(),
+        wrong_user.as_str(),
+        superseded.as_str(),
+        unrelated.as_str(),
+    ]
 };
 
 /// How many messages one statement deletes.

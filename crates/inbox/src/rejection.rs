@@ -7,10 +7,15 @@ pub(crate) enum Rejection {
     Foreign,
     /// Its source is followed, and published by another user.
     WrongUser,
+    /// Its source has gone on to a later incarnation.
+    Superseded,
+    /// Its incarnation does not follow the newest known one.
+    Unrelated,
 }
 
 impl Rejection {
-    pub(crate) const ALL: [Self; 4] = [Self::Malformed, Self::Fork, Self::Foreign, Self::WrongUser];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Malformed, Self::Fork, Self::Foreign, Self::WrongUser, Self::Superseded, Self::Unrelated];
 
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
@@ -18,6 +23,8 @@ impl Rejection {
             Self::Fork => "fork",
             Self::Foreign => "foreign",
             Self::WrongUser => "wrong-user",
+            Self::Superseded => "superseded",
+            Self::Unrelated => "unrelated",
         }
     }
 }

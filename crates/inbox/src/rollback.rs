@@ -15,6 +15,8 @@ pub(crate) enum Rollback {
     Unreadable(Vec<(Key, i64)>),
     /// A limit of time was exceeded. Smaller parts of the work may succeed.
     TooLong(String),
+    /// A newer incarnation of a source begins, and its row has to be locked for that.
+    NewIncarnation,
 }
 
 impl Rollback {
@@ -32,6 +34,7 @@ impl Rollback {
             | Self::Failed(reason)
             | Self::TooLong(reason) => reason,
             Self::Unreadable(_) => UNREADABLE.to_owned(),
+            Self::NewIncarnation => "a newer incarnation of a source begins".to_owned(),
         }
     }
 }

@@ -10,11 +10,14 @@ use crate::{
 };
 
 impl Ledger<'_> {
-    /// Stores the chains' versions, deletes their held events at or below them, erases the content of aggregates that
-    /// ended, holds the events that wait, and updates the reasons of the others.
+    /// Stores the chains' versions, ends the chains of earlier incarnations that they replace, deletes held events that
+    /// were applied or replaced, erases the content of aggregates that ended, holds the events that wait, and updates the
+    /// reasons of the others.
     pub(crate) async fn save(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
         self.save_versions(tx).await?;
-        self.drop_applied(tx).await?;
+        let replaced = self.replaced();
+        self.end_replaced(tx, &replaced).await?;
+        self.drop_done(tx, &replaced).await?;
         self.erase_ended(tx).await?;
         self.hold(tx).await?;
         self.save_reasons(tx).await
@@ -39,22 +42,26 @@ impl Ledger<'_> {
     }
 
     async fn save_versions(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
-        let moved = || self.chains.iter().filter(|(_, chain)| chain.version > chain.stored);
+        let moved = || self.chains.iter().filter(|(_, chain)| chain.version() > chain.stored);
         if moved().next().is_none() {
             return Ok(());
         }
         let (sources, types, ids) = columns(moved().map(|(key, _)| key));
-        let versions: Vec<i64> = moved().map(|(_, chain)| chain.version).collect();
-        let last: Vec<Option<Uuid>> = moved().map(|(_, chain)| chain.last_event_id).collect();
+        let versions: Vec<i64> = moved().map(|(_, chain)| chain.version()).collect();
+        let recent: Vec<Vec<u8>> = moved().map(|(_, chain)| chain.reached.recent.bytes()).collect();
+        let ended: Vec<bool> = moved().map(|(_, chain)| chain.over).collect();
+        let last: Vec<Option<Uuid>> = moved().map(|(_, chain)| chain.reached.last_event_id).collect();
         // Every one of them is there and locked, so each is an update, found by the primary key. A joined UPDATE
         // would be planned by what the server believes to be in the table.
         sqlx::query(
-            "INSERT INTO inbox.aggregate (consumer, source, aggregate_type, aggregate_id, version, last_event_id)
-             SELECT $1, k.source, k.aggregate_type, k.aggregate_id, k.version, k.last_event_id
-             FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::uuid[])
-                  AS k (source, aggregate_type, aggregate_id, version, last_event_id)
+            "INSERT INTO inbox.aggregate (consumer, source, aggregate_type, aggregate_id, version, last_event_id, recent,
+                                          ended)
+             SELECT $1, k.source, k.aggregate_type, k.aggregate_id, k.version, k.last_event_id, k.recent, k.ended
+             FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::uuid[], $7::bytea[], $8::boolean[])
+                  AS k (source, aggregate_type, aggregate_id, version, last_event_id, recent, ended)
              ON CONFLICT (consumer, source, aggregate_type, aggregate_id) DO UPDATE
-             SET version = excluded.version, last_event_id = excluded.last_event_id, updated_at = now()",
+             SET version = excluded.version, last_event_id = excluded.last_event_id, recent = excluded.recent,
+                 ended = excluded.ended, updated_at = now()",
         )
         .bind(self.consumer)
         .bind(sources)
@@ -62,18 +69,52 @@ impl Ledger<'_> {
         .bind(ids)
         .bind(versions)
         .bind(last)
+        .bind(recent)
+        .bind(ended)
         .execute(&mut **tx)
         .await?;
         Ok(())
     }
 
-    async fn drop_applied(&self, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
-        let freed = || self.chains.iter().filter(|(_, c)| c.version > c.stored && c.has_stored());
-        if freed().next().is_none() {
+    /// The chains of earlier incarnations whose aggregates begin anew.
+    fn replaced(&self) -> Vec<Key> {
+        let all =
+            self.chains.iter().flat_map(|(key, chain)| chain.replaces().iter().map(move |by| (key, by)));
+        all.map(|(key, source)| Key { source: source.clone(), ..key.clone() }).collect()
+    }
+
+    /// Ends the chains that are replaced. The handler has ended their state.
+    async fn end_replaced(&self, tx: &mut Transaction<'_, Postgres>, replaced: &[Key]) -> sqlx::Result<()> {
+        if replaced.is_empty() {
             return Ok(());
         }
-        let (sources, types, ids) = columns(freed().map(|(key, _)| key));
-        let versions: Vec<i64> = freed().map(|(_, chain)| chain.version).collect();
+        let (sources, types, ids) = columns(replaced.iter());
+        sqlx::query(
+            "UPDATE inbox.aggregate SET ended = true WHERE ctid = ANY (ARRAY(
+                 SELECT a.ctid
+                 FROM unnest($2::text[], $3::text[], $4::text[]) AS k (source, aggregate_type, aggregate_id),
+                      LATERAL (SELECT ctid FROM inbox.aggregate
+                               WHERE (consumer, source, aggregate_type, aggregate_id)
+                                   = ($1, k.source, k.aggregate_type, k.aggregate_id) AND NOT ended OFFSET 0) AS a))",
+        )
+        .bind(self.consumer)
+        .bind(sources)
+        .bind(types)
+        .bind(ids)
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
+    }
+
+    async fn drop_done(&self, tx: &mut Transaction<'_, Postgres>, replaced: &[Key]) -> sqlx::Result<()> {
+        let applied = self.chains.iter().filter(|(_, c)| c.version() > c.stored && c.has_stored());
+        let applied = applied.map(|(key, chain)| (key, chain.version()));
+        let replaced = replaced.iter().map(|key| (key, i64::MAX));
+        let (keys, versions): (Vec<&Key>, Vec<i64>) = applied.chain(replaced).unzip();
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let (sources, types, ids) = columns(keys.into_iter());
         sqlx::query(
             "DELETE FROM inbox.held WHERE ctid = ANY (ARRAY(
                  SELECT h.ctid
@@ -102,7 +143,7 @@ impl Ledger<'_> {
             let waits = chain.waits().as_str();
             for event in chain.held.values().filter_map(|held| held.received) {
                 // What was received too early may have had its turn since.
-                if event.version > chain.version {
+                if event.version > chain.version() {
                     keys.push(key);
                     reasons.push(waits);
                     events.push(event);
@@ -145,7 +186,7 @@ impl Ledger<'_> {
             let waits = chain.waits();
             chain
                 .held
-                .range(chain.version.saturating_add(1)..)
+                .range(chain.next_version()..)
                 .any(|(_, held)| held.received.is_none() && !held.reason.blocks() && held.reason != waits)
         };
         let other = || self.chains.iter().filter(|(_, chain)| differs(chain));

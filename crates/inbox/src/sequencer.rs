@@ -20,12 +20,18 @@ use crate::{
 ///
 /// | case | action |
 /// |---|---|
-/// | *v* ≤ *n* | a duplicate: ignored. Another id at *v* = *n*, or an event below *n* that was created later, is a suspected fork: stored, with an alarm |
+/// | *v* ≤ *n* | a duplicate: ignored. Another id than the one applied at *v* is a suspected fork: stored, with an alarm. The last 16 ids of each aggregate are known |
 /// | *v* = *n* + 1 | applied, and then the held events that continue it |
 /// | *v* > *n* + 1 | held. A baseline or the aggregate's own deletion is applied instead |
 /// | the handler refuses it | held with the error; later events wait behind it |
 /// | the database or the handler fails transiently | nothing changes; the event has to be delivered again |
 /// | not an event, or from a source or user that is not followed | stored as rejected |
+/// | of an earlier incarnation of the source than the newest one known | stored as rejected, with the reason `superseded` |
+/// | of a newer incarnation whose parent is the newest one known | that incarnation is the newest one from now on |
+/// | of a newer incarnation with another parent | stored as rejected, with the reason `unrelated` |
+/// | of a chain in a new incarnation that has not begun, over a state of an earlier one | held, except a baseline, the aggregate's own deletion, or a version 1 that [starts its chain](crate::Event::is_chain_start). One of these is applied, with [`begins_anew`](crate::Event::begins_anew), and ends the earlier chain and its held events |
+///
+/// The first incarnation of a source that arrives is taken, whatever it is.
 ///
 /// `consumer` is part of every key. Consumers with different names are independent; any number of processes with the
 /// same name share the work.

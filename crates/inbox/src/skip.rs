@@ -76,14 +76,15 @@ impl<H: Handler> Sequencer<H> {
         let chain = ledger.chain(key)?;
         let held = chain.held.get(&version).filter(|held| held.id == skip.event.event_id);
         let Some(held) = held else { return Err(RedriveError::Gone) };
-        if version != chain.version.saturating_add(1) || !held.reason.blocks() {
-            return Err(RedriveError::NotNext(chain.version));
+        if version != chain.next_version() || !held.reason.blocks() {
+            return Err(RedriveError::NotNext(chain.version()));
         }
+        let begins_anew = chain.begins_anew();
         let event = ledger.events(&mut tx, &[(key, version)]).await?.into_values().next();
         let Some(event) = event else { return Err(RedriveError::Gone) };
         // Its erased form needs no headers.
         ledger.unreadable.clear();
-        match self.handle_alone(&mut tx, &erased(&event)).await {
+        match self.handle_alone(&mut tx, &erased(&event, begins_anew)).await {
             Ok(()) => {}
             Err(HandlerError::Conflict(reason)) => return Err(RedriveError::Conflict(reason)),
             Err(HandlerError::Transient(reason) | HandlerError::TooLong(reason)) => {
@@ -100,12 +101,12 @@ impl<H: Handler> Sequencer<H> {
 }
 
 /// The erased form of an event, as the contract has it: a version without content.
-fn erased(event: &Event) -> Event {
+fn erased(event: &Event, begins_anew: bool) -> Event {
     // Of an item it is the item's own id, where the body can be read.
     let body: Option<Value> = serde_json::from_slice(&event.payload).ok();
     let id = body.and_then(|body| body.get("id").cloned()).filter(Value::is_string);
     let id = id.unwrap_or_else(|| event.aggregate_id.clone().into());
-    let mut erased = event.clone();
+    let mut erased = Event { begins_anew, ..event.clone() };
     erased.headers.insert("erased".to_owned(), true.into());
     erased.payload = json!({"id": id, "erased": true}).to_string().into_bytes();
     erased

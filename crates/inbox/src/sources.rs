@@ -8,7 +8,7 @@ use std::{
 
 use lapin::types::ShortString;
 
-use crate::{Envelope, rejection::Rejection};
+use crate::{Envelope, incarnation::name, rejection::Rejection};
 
 /// The sources that a consumer follows, and the broker users that publish each of them.
 ///
@@ -98,11 +98,6 @@ impl Sources {
         let right = users.iter().map(String::as_str).collect::<Vec<_>>().join(" or ");
         Some((Rejection::WrongUser, format!("{who}, and {:?} is published by {right}", name(source))))
     }
-}
-
-/// A source's name without its incarnation.
-pub(crate) fn name(source: &str) -> &str {
-    source.split_once('~').map_or(source, |(name, _)| name)
 }
 
 #[cfg(test)]

@@ -19,6 +19,12 @@ pub struct Status {
     pub holes: Option<String>,
     /// Events that contradict the applied ones (suspected forks), if any. Consuming goes on.
     pub forks: Option<String>,
+    /// What is of another incarnation of a source than the newest one, if anything: messages that were not applied, and
+    /// aggregates that wait for a baseline. Consuming goes on.
+    pub incarnations: Option<String>,
+    /// The queue was new although events had been applied, so what lay in it is lost. This stays until the process ends.
+    /// Consuming goes on.
+    pub queue: Option<String>,
     /// The limits of stored messages and held events that are reached, if any. Consuming goes on.
     pub limits: Option<String>,
 }
@@ -54,6 +60,8 @@ impl Status {
             applying: Ok(()),
             holes: None,
             forks: None,
+            incarnations: None,
+            queue: None,
             limits: None,
         }
     }

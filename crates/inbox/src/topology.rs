@@ -1,9 +1,10 @@
 use lapin::{
-    Channel, ExchangeKind,
+    Channel, Connection, ErrorKind, ExchangeKind,
     options::{
         ExchangeBindOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions,
         QueueDeclareOptions, QueueDeleteOptions,
     },
+    protocol::{AMQPErrorKind, AMQPSoftError},
     types::{AMQPValue, FieldTable, ShortString},
 };
 
@@ -88,6 +89,22 @@ impl Topology {
     /// The queue of its dead letters.
     pub(crate) fn dead(&self) -> &ShortString {
         &self.dead
+    }
+
+    /// Whether the subscriber's queue does not exist. The refusal closes the channel, so it is one of its own.
+    pub(crate) async fn lacks_queue(&self, connection: &Connection) -> lapin::Result<bool> {
+        let channel = connection.create_channel().await?;
+        let options = QueueDeclareOptions { passive: true, ..Default::default() };
+        match channel.queue_declare(self.queue.clone(), options, FieldTable::default()).await {
+            Ok(_) => channel.close(200, "bye".into()).await.map(|()| false),
+            Err(error) => match error.kind() {
+                // Whatever else it is, the declaration says so.
+                ErrorKind::ProtocolError(amqp) => {
+                    Ok(amqp.kind() == &AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND))
+                }
+                _ => Err(error),
+            },
+        }
     }
 
     /// Declares everything, the source of each arrow before the arrow.

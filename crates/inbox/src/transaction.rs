@@ -11,6 +11,7 @@ use crate::{
     failpoint,
     handler::describe,
     ledger::Ledger,
+    newest::Newest,
     plan::Plan,
     rollback::Rollback,
     schema::BEGIN,
@@ -24,7 +25,7 @@ const BEGIN_LIMIT: Duration = Duration::from_secs(10);
 
 impl<H: Handler> Sequencer<H> {
     /// Does the work and commits. Returns the aggregates that are not finished.
-    pub(crate) async fn transaction(&self, work: Work<'_>) -> Result<(Outcome, Vec<Key>), Rollback> {
+    pub(crate) async fn transaction(&self, mut work: Work<'_>) -> Result<(Outcome, Vec<Key>), Rollback> {
         let mut attempts = outbox::database::Attempts::default();
         loop {
             match self.once(work).await {
@@ -44,6 +45,8 @@ impl<H: Handler> Sequencer<H> {
                         return Ok((Outcome { poison: 1, ..Outcome::default() }, Vec::new()));
                     }
                 }
+                // Nothing was called or written yet.
+                Err(Rollback::NewIncarnation) if !work.exclusive => work.exclusive = true,
                 done => return done,
             }
         }
@@ -112,29 +115,35 @@ impl<H: Handler> Sequencer<H> {
         Ok((plan.outcome, plan.unfinished))
     }
 
-    /// Locks the chains of the work, and decides what becomes of each message.
+    /// Locks the sources and the chains of the work, and decides what becomes of each message.
     async fn decide<'a>(
         &'a self,
         tx: &mut Transaction<'_, Postgres>,
         work: Work<'a>,
     ) -> Result<Plan<'a>, Rollback> {
-        let received: Vec<&Event> = work.messages.iter().filter_map(|m| m.event.as_ref().ok()).collect();
+        let waiting = |error: sqlx::Error| Rollback::from(error).of_waiting();
+        let mut newest = Newest::lock(tx, &self.consumer, work).await.map_err(waiting)?;
+        let refused = newest.refuse(work.messages)?;
+        newest.store(tx).await?;
+        let taken = work.messages.iter().zip(&refused).filter(|(_, refused)| refused.is_none());
+        let received: Vec<&Event> = taken.filter_map(|(message, _)| message.event.as_ref().ok()).collect();
+        // What is held of an earlier incarnation is never applied.
+        let resume: Vec<&Key> = work.resume.iter().filter(|key| !newest.supersedes(&key.source)).collect();
         let mut keys: BTreeSet<Key> =
-            received.iter().map(|event| Key::from(*event)).chain(work.resume.iter().cloned()).collect();
+            received.iter().map(|event| Key::from(*event)).chain(resume.iter().copied().cloned()).collect();
         let full = self.limits.is_full();
         if full {
             self.leave_out(tx, &mut keys, &received).await?;
         }
-        let mut ledger = Ledger::lock(tx, &self.consumer, &keys)
-            .await
-            .map_err(|error| Rollback::from(error).of_waiting())?;
+        let mut ledger = Ledger::lock(tx, &self.consumer, &keys).await.map_err(waiting)?;
         ledger.read_held(tx, &received).await?;
 
         let mut plan = Plan::new(ledger, work.mode, work.budget, full);
-        for message in work.messages {
-            plan.message(message)?;
+        plan.taken = newest.taken;
+        for (message, refused) in work.messages.iter().zip(refused) {
+            plan.message(message, refused)?;
         }
-        for key in work.resume {
+        for key in resume {
             plan.drain(key)?;
         }
         Ok(plan)

@@ -43,32 +43,48 @@ pub(crate) struct Work<'a> {
     pub(crate) budget: usize,
     /// Hold the event for this reason, without calling its handler again.
     pub(crate) refuse: Option<&'a str>,
+    /// Lock the rows of the sources for itself, because one of them begins a newer incarnation.
+    pub(crate) exclusive: bool,
 }
 
 impl<'a> Work<'a> {
     /// Messages, and the held events that they free.
     pub(crate) fn messages(messages: &'a [ParsedMessage<'a>]) -> Self {
-        Self { messages, resume: &[], mode: Mode::Together, budget: NEAR, refuse: None }
+        Self { messages, resume: &[], mode: Mode::Together, budget: NEAR, refuse: None, exclusive: false }
     }
 
     /// One message, to find out whether it is at fault, without the held events that it frees.
     pub(crate) fn alone(message: &'a ParsedMessage<'a>) -> Self {
-        Self { messages: slice::from_ref(message), resume: &[], mode: Mode::Alone, budget: 0, refuse: None }
+        Self {
+            messages: slice::from_ref(message),
+            resume: &[],
+            mode: Mode::Alone,
+            budget: 0,
+            refuse: None,
+            exclusive: false,
+        }
     }
 
     /// One message whose handler may end the process.
     pub(crate) fn suspect(message: &'a ParsedMessage<'a>) -> Self {
-        Self { messages: slice::from_ref(message), resume: &[], mode: Mode::Attempt, budget: 0, refuse: None }
+        Self {
+            messages: slice::from_ref(message),
+            resume: &[],
+            mode: Mode::Attempt,
+            budget: 0,
+            refuse: None,
+            exclusive: false,
+        }
     }
 
     /// The next held event of one of the aggregates, in a mode that takes one alone.
     pub(crate) fn one_held(resume: &'a [Key], mode: Mode) -> Self {
-        Self { messages: &[], resume, mode, budget: 1, refuse: None }
+        Self { messages: &[], resume, mode, budget: 1, refuse: None, exclusive: false }
     }
 
     /// The next held events of some aggregates, at most `budget` of them.
     pub(crate) fn held(resume: &'a [Key], budget: usize) -> Self {
         let mode = if budget == 1 { Mode::Alone } else { Mode::Together };
-        Self { messages: &[], resume, mode, budget, refuse: None }
+        Self { messages: &[], resume, mode, budget, refuse: None, exclusive: false }
     }
 }

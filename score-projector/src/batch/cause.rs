@@ -10,6 +10,8 @@ pub(crate) struct Cause {
     pub(crate) person: Uuid,
     pub(crate) version: i64,
     pub(crate) trace: Option<String>,
+    /// It begins the person's chain anew: the read model's state of the person is of a history that was lost.
+    pub(crate) begins_anew: bool,
     pub(crate) body: PersonEvent,
 }
 
@@ -27,7 +29,8 @@ impl Cause {
         if subject(&body).is_some_and(|subject| subject != person) {
             return Err(HandlerError::poison("the body is about another person than the aggregate's id"));
         }
-        Ok(Self { person, version: event.version, trace: event.traceparent().map(str::to_owned), body })
+        let trace = event.traceparent().map(str::to_owned);
+        Ok(Self { person, version: event.version, trace, begins_anew: event.begins_anew, body })
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use events::{BaselineItem, Cpf, Deleted, Item, ItemKind, Score};
+use events::{BaselineItem, Cpf, Deleted, Item, ItemKind, Score, ScoreBaseline};
 use rust_decimal::Decimal;
 use serde::Serialize;
 use serde_json::{Map, Value, value::RawValue};
@@ -123,6 +123,12 @@ impl ScoreEvent {
     /// The person was deleted, and the score with it.
     pub(crate) fn deleted(person: Uuid, trace: Option<&str>) -> Result<Self, Refusal> {
         Self::new(person, events::SCORE_DELETED, &Deleted { id: person }, trace)
+    }
+
+    /// The whole score, as an operator asked for it.
+    pub(crate) fn baseline(body: &ScoreBaseline) -> Result<Self, Refusal> {
+        let event = Self::new(body.id, events::SCORE_BASELINE, body, None)?;
+        Ok(Self { headers: Some(Map::from_iter([("baseline".to_owned(), true.into())])), ..event })
     }
 
     /// In the trace of the event that caused it.

@@ -24,6 +24,12 @@ impl Needs {
         let mut needs = Self::default();
         for cause in causes {
             needs.persons.insert(cause.person);
+            if cause.begins_anew {
+                needs.whole.insert(cause.person);
+                if !matches!(cause.body, PersonEvent::New(_) | PersonEvent::Baseline(_)) {
+                    needs.ended.insert(cause.person);
+                }
+            }
             match &cause.body {
                 PersonEvent::Deleted(_) => {
                     needs.ended.insert(cause.person);

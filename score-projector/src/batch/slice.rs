@@ -103,6 +103,14 @@ impl Slice {
     /// Applies one event. After a refusal the slice must not be used.
     pub(crate) fn apply(&mut self, cause: &Cause) -> Result<(), Refusal> {
         let id = cause.person;
+        if cause.begins_anew {
+            match &cause.body {
+                PersonEvent::New(person) => return self.begin_anew(cause, person),
+                // Each of these replaces the state in any case.
+                PersonEvent::Baseline(_) | PersonEvent::Deleted(_) => {}
+                _ => self.delete(cause)?,
+            }
+        }
         match &cause.body {
             PersonEvent::New(person) => {
                 if self.persons.contains_key(&id) {
@@ -170,6 +178,18 @@ impl Slice {
         if self.published.contains(&id) {
             self.events.push(ScoreEvent::deleted(id, cause.trace.as_deref())?);
         }
+        Ok(())
+    }
+
+    /// Replaces a person of a history that was lost by a new one without items. The score goes on.
+    fn begin_anew(&mut self, cause: &Cause, person: &events::Person) -> Result<(), Refusal> {
+        let before = self.entries.get(&cause.person).cloned().unwrap_or_default();
+        if self.persons.contains_key(&cause.person) {
+            self.change(cause, changes(&before, &BTreeMap::new(), false))?;
+            // The row is written anew, with the time of creation.
+            self.written.persons_gone.insert(cause.person);
+        }
+        self.insert(person, cause.version);
         Ok(())
     }
 

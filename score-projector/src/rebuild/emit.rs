@@ -4,20 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Context;
 use rust_decimal::Decimal;
-use sqlx::{AssertSqlSafe, FromRow, Postgres, Row, Transaction};
+use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    batch::{
-        entry::{Change, Entry, ScoreEvent, changes},
-        slice::Person,
-    },
+    batch::entry::{Change, ScoreEvent, changes},
     publish,
+    store::{self, Score},
 };
 
 type Tx<'a, 'tx> = &'a mut Transaction<'tx, Postgres>;
-/// A person and their entries in one of the models.
-type Score = (Person, BTreeMap<Uuid, Entry>);
 
 /// Persons whose scores are compared in memory at a time.
 const PAGE: i64 = 500;
@@ -50,8 +46,8 @@ pub(super) async fn differences(tx: Tx<'_, '_>) -> anyhow::Result<u64> {
                 .await?;
         let Some(end) = page.last() else { return Ok(appended) };
         last = *end;
-        let mut live = load(tx, "score", &page).await?;
-        let mut shadow = load(tx, "score_shadow", &page).await?;
+        let mut live = store::scores(tx, "score", &page).await?;
+        let mut shadow = store::scores(tx, "score_shadow", &page).await?;
         let published = publish::published(tx, &page.iter().copied().collect::<BTreeSet<_>>()).await?;
         let mut events = Vec::new();
         for id in page {
@@ -60,24 +56,6 @@ pub(super) async fn differences(tx: Tx<'_, '_>) -> anyhow::Result<u64> {
         appended += events.len() as u64;
         publish::append(tx, events).await.context("what differs could not be published")?;
     }
-}
-
-async fn load(tx: Tx<'_, '_>, schema: &str, ids: &[Uuid]) -> sqlx::Result<BTreeMap<Uuid, Score>> {
-    let persons =
-        format!("SELECT id, cpf, created_at, version, total FROM {schema}.person WHERE id = ANY ($1)");
-    let persons: Vec<Person> = sqlx::query_as(AssertSqlSafe(persons)).bind(ids).fetch_all(&mut **tx).await?;
-    let entries = format!(
-        "SELECT id, person_id, type, value, score, created_at FROM {schema}.entry WHERE person_id = ANY ($1)"
-    );
-    let mut scores: BTreeMap<Uuid, Score> =
-        persons.into_iter().map(|person| (person.id, (person, BTreeMap::new()))).collect();
-    for row in sqlx::query(AssertSqlSafe(entries)).bind(ids).fetch_all(&mut **tx).await? {
-        let (person, entry): (Uuid, Entry) = (row.try_get("person_id")?, Entry::from_row(&row)?);
-        if let Some((_, entries)) = scores.get_mut(&person) {
-            entries.insert(entry.id, entry);
-        }
-    }
-    Ok(scores)
 }
 
 /// The events that lead from `live` to `shadow` for one person, of whom something was `published` before

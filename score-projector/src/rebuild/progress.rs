@@ -4,28 +4,25 @@ use serde::Serialize;
 use sqlx::PgConnection;
 
 /// Every aggregate of the live model, with the shadow's version. `excused` are those that the shadow does not need, and
-/// whose row it takes over as it is:
+/// whose row it takes over:
 ///
-/// - the chain of an earlier incarnation of the source, when live has gone on to a later one;
+/// - the chain of an earlier incarnation than the newest one of its source, also of an aggregate that the newest one has
+///   not begun: the source has lost it, and neither history nor baselines have it;
 /// - an aggregate that has ended in the live model and that the shadow has not received. Neither model has rows of it; a
 ///   replay of pruned history and baselines of all persons leave it out.
 pub(super) const COMPARED: &str = r"
-WITH source AS (
-    SELECT a.*, regexp_replace(source, '~[0-9]{1,9}$', '') AS name,
-           coalesce(substring(source FROM '~([0-9]{1,9})$')::int, 1) AS incarnation
-    FROM inbox.aggregate a
-    WHERE consumer = $1 AND version > 0
-), live AS (
-    SELECT s.*, max(incarnation) OVER (PARTITION BY name, aggregate_type, aggregate_id) AS newest FROM source s
-), compared AS (
-    SELECT l.source, l.aggregate_type, l.aggregate_id, l.version, l.last_event_id,
+WITH compared AS (
+    SELECT l.source, l.aggregate_type, l.aggregate_id, l.version, l.last_event_id, l.recent, l.ended,
            coalesce(s.version, 0) AS shadow,
-           l.incarnation < l.newest OR coalesce(s.version, 0) = 0 AND p.id IS NULL AS excused
-    FROM live l
+           e.source IS NOT NULL OR coalesce(s.version, 0) = 0 AND p.id IS NULL AS excused,
+           e.source IS NOT NULL AS earlier
+    FROM inbox.aggregate l
+         LEFT JOIN inbox.earlier_source e ON e.consumer = $1 AND e.source = l.source
          LEFT JOIN inbox.aggregate s
              ON s.consumer = $2 AND (s.source, s.aggregate_type, s.aggregate_id)
                                   = (l.source, l.aggregate_type, l.aggregate_id)
          LEFT JOIN score.person p ON p.id::text = l.aggregate_id
+    WHERE l.consumer = $1 AND l.version > 0
 )";
 
 /// Counts of aggregates.

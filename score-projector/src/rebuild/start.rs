@@ -3,7 +3,7 @@ use daemon::{command::Verdict, config::broker::BrokerArgs};
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
 
-use super::{RebuildArgs, config};
+use super::{RebuildArgs, carry, config};
 use crate::model;
 
 /// Creates the shadow, and the queue from which running programs then consume for it.
@@ -40,6 +40,9 @@ pub(super) async fn start(
         .bind(&queue)
         .execute(&mut *tx)
         .await?;
+    // So that the shadow does not begin with an event of an earlier incarnation.
+    let live = model::live(&mut tx).await?;
+    carry::sources(&mut tx, &live.consumer, &consumer).await?;
     tx.commit().await?;
     // Only now, so that an abort knows of it; and from now on it misses nothing, so it may be filled.
     if let Err(reason) = inbox::declare(&config).await {

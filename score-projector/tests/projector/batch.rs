@@ -43,6 +43,7 @@ fn event(type_: &str, person: Uuid, version: i64, body: &Value) -> Event {
         occurred_at: None,
         headers: serde_json::Map::new(),
         payload: body.to_string().into_bytes(),
+        begins_anew: false,
     }
 }
 

@@ -7,6 +7,7 @@ mod batch;
 mod by_hand;
 mod cli;
 mod hostile;
+mod incarnations;
 mod projection;
 mod rebuild;
 mod rebuild_under_load;

@@ -112,6 +112,31 @@ impl Stack {
         self.confirmed().await;
     }
 
+    /// In the incarnation `number` of the source, which follows the first one; with these flags.
+    pub(crate) async fn publish_in(
+        &self,
+        number: i64,
+        flags: &[&str],
+        (type_, person, version, body): (&str, Uuid, i64, Value),
+    ) {
+        let properties = properties(Uuid::now_v7(), type_, person, version, &body);
+        let mut headers = properties.headers().clone().unwrap();
+        headers.insert("source_parent".into(), AMQPValue::LongLongInt(1));
+        for flag in flags {
+            headers.insert((*flag).into(), AMQPValue::Boolean(true));
+        }
+        let properties = properties.with_headers(headers).with_app_id(format!("person~{number}").into());
+        let message = Message { properties, body: body.to_string() };
+        self.log.lock().unwrap().push(message.clone());
+        deliver(&self.channel, "event_dispatcher", type_, message).await;
+        self.confirmed().await;
+    }
+
+    /// Leaves what was published so far out of a replay, as an outbox that was restored does.
+    pub(crate) fn forget_all(&self) {
+        self.log.lock().unwrap().clear();
+    }
+
     /// As fast as the broker takes them.
     pub(crate) async fn publish_all(&self, events: &[(&str, Uuid, i64, Value)]) {
         for (type_, person, version, body) in events {

@@ -3,15 +3,42 @@
 use std::time::Duration;
 
 use inbox::{Config, Status};
+use lapin::options::QueueDeleteOptions;
 
 use crate::{
     consumer::{Running, World},
-    support::{Recorder, event, forked},
+    support::{Recorder, event, forked, until},
 };
 
 async fn says(running: &mut Running, what: impl FnMut(&Status) -> bool) -> Status {
     let waited = running.status.wait_for(what);
     tokio::time::timeout(Duration::from_secs(30), waited).await.unwrap().unwrap().clone()
+}
+
+#[tokio::test]
+async fn a_queue_that_was_lost_is_told_of() {
+    let world = World::new("lost_queue").await;
+    let mut running = world.start(Recorder::new("things"));
+    running.until_consuming().await;
+    assert_eq!(running.status.borrow().queue, None, "the first queue is new, and nothing was lost");
+    world.publish(event("a", 1, "")).await;
+    world.publish(event("b", 1, "")).await;
+    until("both are applied", async || {
+        let applied = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM applied");
+        applied.fetch_one(&world.pool).await.unwrap() == 2
+    })
+    .await;
+    running.stop().await;
+
+    let mut running = world.start(Recorder::new("things"));
+    running.until_consuming().await;
+    assert_eq!(running.status.borrow().queue, None, "the queue was there");
+    // As when the broker lost its data.
+    world.channel.queue_delete("things".into(), QueueDeleteOptions::default()).await.unwrap();
+    let status = says(&mut running, |status| status.queue.is_some() && status.consuming.is_ok()).await;
+    assert_eq!(status.waiting(), Vec::<String>::new(), "work goes on");
+    insta::assert_snapshot!(status.queue.unwrap());
+    running.stop().await;
 }
 
 #[tokio::test]

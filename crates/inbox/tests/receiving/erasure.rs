@@ -6,7 +6,7 @@ use inbox::{Envelope, Redrive, Sequencer, held::Filter};
 use lapin::BasicProperties;
 use sqlx::PgPool;
 
-use crate::support::{Recorder, database, event, forked, tables, typed};
+use crate::support::{Recorder, database, event, forked, in_incarnation, tables, typed};
 
 const ENDED: &str = "018f0000-0000-7000-8000-00000000000a";
 const OTHER: &str = "018f0000-0000-7000-8000-00000000000b";
@@ -56,14 +56,16 @@ async fn an_end_erases_what_any_consumer_holds_or_rejected_of_it() {
     ];
     sequencer.apply(&messages).await.unwrap();
     replaced.apply(&messages).await.unwrap();
-    // The same from the time before a restore.
-    let mut before = event(ENDED, 7, "Ada, of the first incarnation");
-    before.properties = before.properties.with_app_id("things~0".into());
-    sequencer.apply(&[before]).await.unwrap();
+    // A consumer that holds something of the time before a restore, and does not run any more.
+    let stopped = Sequencer::new("stopped", pool.clone(), Recorder::new("stopped"));
+    let early = in_incarnation(event(ENDED, 12, "Ada, of the second incarnation"), 2, Some(1));
+    stopped.apply(&[early]).await.unwrap();
     assert!(traces(&pool, "Ada").await > 0);
     let of_others = traces(&pool, "Grace").await;
 
     sequencer.apply(&[typed("thing.deleted", ENDED, 9, "delete", &[])]).await.unwrap();
+    let end = in_incarnation(typed("thing.deleted", ENDED, 9, "delete", &[]), 3, Some(1));
+    sequencer.apply(&[end]).await.unwrap();
 
     assert_eq!(traces(&pool, "Ada").await, 0);
     assert_eq!(traces(&pool, "Grace").await, of_others, "others keep what they have");

@@ -31,8 +31,8 @@ pub(crate) async fn database(name: &str) -> PgPool {
         .unwrap();
     inbox::migrator().run(&pool).await.unwrap();
     sqlx::raw_sql(
-        "CREATE TABLE applied (n bigint GENERATED ALWAYS AS IDENTITY, consumer text, aggregate text,
-                               version bigint, type text, UNIQUE (consumer, aggregate, version));
+        "CREATE TABLE applied (n bigint GENERATED ALWAYS AS IDENTITY, consumer text, source text, aggregate text,
+                               version bigint, type text, anew boolean, UNIQUE (consumer, source, aggregate, version));
          CREATE TABLE state (consumer text, aggregate text, sum bigint, PRIMARY KEY (consumer, aggregate));
          CREATE TABLE twin (of bigint UNIQUE DEFERRABLE INITIALLY DEFERRED);
          INSERT INTO twin VALUES (1)",
@@ -60,17 +60,34 @@ impl Recorder {
     pub(crate) fn new(consumer: &str) -> Self {
         Self { consumer: consumer.to_owned(), ..Self::default() }
     }
+
+    /// Ends its state of an aggregate.
+    async fn delete(&self, event: &Event, tx: &mut Transaction<'_, Postgres>) -> sqlx::Result<()> {
+        sqlx::query("DELETE FROM state WHERE consumer = $1 AND aggregate = $2")
+            .bind(&self.consumer)
+            .bind(&event.aggregate_id)
+            .execute(&mut **tx)
+            .await?;
+        Ok(())
+    }
 }
 
 impl Handler for Recorder {
     async fn handle(&self, event: &Event, tx: &mut Transaction<'_, Postgres>) -> Result<(), HandlerError> {
-        sqlx::query("INSERT INTO applied (consumer, aggregate, version, type) VALUES ($1, $2, $3, $4)")
+        let sql = "INSERT INTO applied (consumer, source, aggregate, version, type, anew)
+                   VALUES ($1, $2, $3, $4, $5, $6)";
+        sqlx::query(sql)
             .bind(&self.consumer)
+            .bind(&event.source)
             .bind(&event.aggregate_id)
             .bind(event.version)
             .bind(&event.type_)
+            .bind(event.begins_anew)
             .execute(&mut **tx)
             .await?;
+        if event.begins_anew {
+            self.delete(event, tx).await?;
+        }
         match std::str::from_utf8(&event.payload).unwrap() {
             "poison" => return Err(HandlerError::poison("it does not taste\0 good")),
             "panic" => panic!("as the event asked for"),
@@ -80,13 +97,7 @@ impl Handler for Recorder {
             "broken" if !self.passed.load(Ordering::Relaxed) => {
                 return Err(HandlerError::poison("the handler is broken"));
             }
-            "delete" => {
-                sqlx::query("DELETE FROM state WHERE consumer = $1 AND aggregate = $2")
-                    .bind(&self.consumer)
-                    .bind(&event.aggregate_id)
-                    .execute(&mut **tx)
-                    .await?;
-            }
+            "delete" => self.delete(event, tx).await?,
             "hang" => {
                 self.hanging.notify_one();
                 std::future::pending::<()>().await;
@@ -179,6 +190,26 @@ pub(crate) fn from(mut envelope: Envelope, source: &str, user: &str) -> Envelope
     envelope
 }
 
+/// The same message in an incarnation of its source, which follows `parent`; under an id of its own.
+pub(crate) fn in_incarnation(mut envelope: Envelope, number: i64, parent: Option<i64>) -> Envelope {
+    let mut headers = envelope.properties.headers().clone().unwrap_or_default();
+    if let Some(parent) = parent {
+        headers.insert("source_parent".into(), AMQPValue::LongLongInt(parent));
+    }
+    let id: Uuid = envelope.properties.message_id().as_ref().unwrap().as_str().parse().unwrap();
+    let id = Uuid::from_u128(id.as_u128() ^ u128::from(number.cast_unsigned()) << 8);
+    let source = match number {
+        1 => "things".to_owned(),
+        number => format!("things~{number}"),
+    };
+    envelope.properties = envelope
+        .properties
+        .with_headers(headers)
+        .with_message_id(id.to_string().into())
+        .with_app_id(source.into());
+    envelope
+}
+
 /// The sources that these texts name.
 pub(crate) fn sources(publishers: &[&str]) -> Sources {
     publishers.iter().map(|publisher| publisher.parse::<Publisher>().unwrap()).collect()
@@ -197,11 +228,13 @@ pub(crate) async fn tables(pool: &PgPool, consumer: &str) -> String {
     let sections = [
         (
             "applied",
-            "SELECT aggregate || ' ' || version || ' ' || type FROM applied WHERE consumer = $1 ORDER BY n",
+            "SELECT concat_ws(' ', aggregate, version, type, CASE WHEN anew THEN 'anew' END)
+             FROM applied WHERE consumer = $1 ORDER BY n",
         ),
         (
             "inbox.aggregate",
-            "SELECT concat_ws(' ', source, aggregate_type || '/' || aggregate_id, version, last_event_id)
+            "SELECT concat_ws(' ', source, aggregate_type || '/' || aggregate_id, version, last_event_id,
+                              CASE WHEN ended THEN 'ended' END)
              FROM inbox.aggregate WHERE consumer = $1 ORDER BY source, aggregate_type, aggregate_id",
         ),
         (

@@ -19,7 +19,13 @@ fn item(n: u128, of: u128, value: u64) -> Value {
 
 fn apply(slice: &mut Slice, type_: &str, of: u128, version: i64, body: &Value) -> Result<(), Refusal> {
     let body = PersonEvent::parse(type_, body.to_string().as_bytes()).unwrap();
-    slice.apply(&Cause { person: id(of), version, trace: None, body })
+    slice.apply(&Cause { person: id(of), version, trace: None, begins_anew: false, body })
+}
+
+/// As the first event of a new incarnation.
+fn begin_anew(slice: &mut Slice, type_: &str, of: u128, version: i64, body: &Value) -> Result<(), Refusal> {
+    let body = PersonEvent::parse(type_, body.to_string().as_bytes()).unwrap();
+    slice.apply(&Cause { person: id(of), version, trace: None, begins_anew: true, body })
 }
 
 /// What is published: type, entry, total.
@@ -62,4 +68,41 @@ fn nobody_is_revived_and_an_item_keeps_its_person() {
     assert_eq!(slice.persons_gone(), [id(1)]);
     assert_eq!(slice.persons_written().iter().map(|person| person.id).collect::<Vec<_>>(), [id(2)]);
     assert_eq!(slice.entries_written().iter().map(|(owner, _)| *owner).collect::<Vec<_>>(), [id(2)]);
+}
+
+/// A key that recurs after a restore: the read model knows the person of the lost history.
+#[test]
+fn a_new_person_replaces_one_of_a_lost_history() {
+    let mut slice = Slice::default();
+    apply(&mut slice, "person.new", 1, 1, &person(1, 1)).unwrap();
+    apply(&mut slice, "asset.new", 1, 2, &item(10, 1, 100)).unwrap();
+    apply(&mut slice, "debt.new", 1, 3, &item(11, 1, 40)).unwrap();
+    published(&mut slice);
+
+    begin_anew(&mut slice, "person.new", 1, 1, &person(1, 2)).unwrap();
+    assert_eq!(published(&mut slice), ["score.changed 0 -2 of 1", "score.changed 0 0 of 1"]);
+    let now = slice.person(id(1)).unwrap();
+    assert_eq!((now.version, now.cpf.get(), now.total), (1, 2, Decimal::ZERO));
+    assert_eq!(slice.persons_gone(), [id(1)], "the row is written anew");
+    assert!(slice.entries_written().is_empty());
+    apply(&mut slice, "asset.new", 1, 2, &item(10, 1, 60)).unwrap();
+    assert_eq!(published(&mut slice), ["score.new 3 3 of 1"]);
+}
+
+#[test]
+fn a_lost_history_ends_whatever_begins_the_chain_anew() {
+    for (type_, body) in [("person.deleted", json!({"id": id(1)})), ("person.married", json!({}))] {
+        let mut slice = Slice::default();
+        apply(&mut slice, "person.new", 1, 1, &person(1, 1)).unwrap();
+        apply(&mut slice, "asset.new", 1, 2, &item(10, 1, 100)).unwrap();
+        published(&mut slice);
+        begin_anew(&mut slice, type_, 1, 1, &body).unwrap();
+        assert_eq!(slice.take_events().len(), 1, "the end of the score, by {type_}");
+        assert!(slice.person(id(1)).is_none(), "{type_}");
+    }
+    // An event that needs a person finds none.
+    let mut slice = Slice::default();
+    apply(&mut slice, "person.new", 1, 1, &person(1, 1)).unwrap();
+    let refused = begin_anew(&mut slice, "asset.new", 1, 1, &item(10, 1, 100));
+    assert_eq!(refused, Err(Refusal::PersonUnknown));
 }
