@@ -1,6 +1,12 @@
 //! The connection to RabbitMQ: one connection with one channel that publishes, in confirm mode.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use amqp::{Nodes, Reconnect};
 use lapin::{
@@ -32,6 +38,8 @@ pub struct Broker {
     pub declare: bool,
     /// The connection's name in the management interface.
     pub name: String,
+    /// Set when the exchange does not exist, also when it is declared then.
+    pub was_missing: Arc<AtomicBool>,
 }
 
 /// An open connection with its publishing channel.
@@ -69,6 +77,9 @@ impl Broker {
         let said = Said::of(&connection);
         let condition = said.condition.clone();
 
+        if self.declare {
+            self.look_for_exchange(&connection).await.map_err(away)?;
+        }
         let options = ExchangeDeclareOptions { passive: !self.declare, durable: true, ..Default::default() };
         let channel = connection.create_channel().await.map_err(away)?;
         let declared = channel.exchange_declare(
@@ -81,6 +92,7 @@ impl Broker {
             return Err(match error.kind() {
                 ErrorKind::ProtocolError(amqp) => match amqp.kind() {
                     AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => {
+                        self.was_missing.store(true, Ordering::Relaxed);
                         BrokerError::NoExchange(self.exchange.to_string())
                     }
                     AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) if !self.declare => {
@@ -104,6 +116,29 @@ impl Broker {
         identity::prove(&connection, &self.exchange, &user, said).await?;
         confirming(&channel).await.map_err(away)?;
         Ok(Link { channel, user, condition, connection })
+    }
+}
+
+impl Broker {
+    /// Notes whether the exchange is missing. A declaration alone does not tell: it makes it, or finds it. The refusal
+    /// closes the channel, so it is one of its own.
+    async fn look_for_exchange(&self, connection: &Connection) -> lapin::Result<()> {
+        let channel = connection.create_channel().await?;
+        let options = ExchangeDeclareOptions { passive: true, ..Default::default() };
+        let (exchange, none) = (self.exchange.clone(), FieldTable::default());
+        match channel.exchange_declare(exchange, ExchangeKind::Topic, options, none).await {
+            Ok(()) => channel.close(200, ShortString::default()).await,
+            Err(error) => match error.kind() {
+                ErrorKind::ProtocolError(amqp) => {
+                    if amqp.kind() == &AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) {
+                        self.was_missing.store(true, Ordering::Relaxed);
+                    }
+                    // Whatever else it is, the declaration says so.
+                    Ok(())
+                }
+                _ => Err(error),
+            },
+        }
     }
 }
 

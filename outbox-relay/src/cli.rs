@@ -6,7 +6,7 @@ use crate::{
     command::{
         digest::DigestArgs, doctor::DoctorArgs, erasures::ErasuresArgs, forget::ForgetArgs,
         new_incarnation::NewIncarnationArgs, parked::ParkedArgs, pause::PauseArgs, prune::PruneArgs,
-        replay::ReplayArgs, status::StatusArgs, trace::TraceArgs,
+        recover::RecoverArgs, replay::ReplayArgs, status::StatusArgs, trace::TraceArgs,
     },
     config::{HealthArgs, MigrateArgs, RunArgs},
 };
@@ -51,7 +51,11 @@ pub enum Command {
     },
     /// Go on after `pause`.
     Resume(PauseArgs),
-    /// After a restore or a failover that lost commits: publish under a new incarnation of the source.
+    /// After a restore or a failover: say what is to be done, do it step by step, and say when nothing is left. Exit code
+    /// 3 while something is.
+    Recover(RecoverArgs),
+    /// After a restore or a failover that lost commits: publish under a new incarnation of the source. `recover` does it
+    /// too.
     NewIncarnation(NewIncarnationArgs),
     /// Empty partitions of the outbox whose events are old enough, and needed by nobody.
     Prune(PruneArgs),

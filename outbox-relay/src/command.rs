@@ -4,10 +4,12 @@ pub mod digest;
 pub mod doctor;
 pub mod erasures;
 pub mod forget;
+mod left_behind;
 pub mod new_incarnation;
 pub mod parked;
 pub mod pause;
 pub mod prune;
+pub mod recover;
 pub mod replay;
 pub mod state;
 pub mod status;
@@ -29,6 +31,11 @@ use crate::session::schema;
 /// A time for people.
 pub(crate) fn time(at: Option<DateTime<Utc>>) -> String {
     at.map_or_else(|| "an unknown time".to_owned(), |at| at.format("%Y-%m-%d %H:%M:%S UTC").to_string())
+}
+
+/// So many events, as what something was done to.
+pub(crate) fn were(count: i64) -> String {
+    format!("{} {}", many(count, "event"), if count == 1 { "was" } else { "were" })
 }
 
 /// Why a change failed: `nothing` says that there is none. When the connection ended, it may have been stored.

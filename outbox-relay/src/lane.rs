@@ -23,6 +23,7 @@ use crate::{
     broker::{Broker, Link},
     condition::{BrokerError, Condition},
     lease::{self, Lease},
+    message::Origin,
     publish::{Fate, Guards, OnStall, Published, Sender, publish},
     queue::{Route, Window},
 };
@@ -56,8 +57,8 @@ pub struct Lane {
     pub broker: Broker,
     /// The exchange that it publishes to: that of the broker, or one that leads to fewer queues.
     pub exchange: ShortString,
-    /// Who publishes, as `app_id` spells it.
-    pub source: String,
+    /// Who publishes.
+    pub origin: Origin,
     /// Until when it may publish.
     pub lease: Lease,
     /// Where it tells what happened, with its number.
@@ -217,7 +218,7 @@ impl Lane {
     }
 
     fn sender<'a>(&'a self, link: &'a Link) -> Sender<'a> {
-        Sender { link, exchange: &self.exchange, source: &self.source }
+        Sender { link, exchange: &self.exchange, origin: &self.origin }
     }
 
     fn note_confirm(&self, sent: u64) {

@@ -41,11 +41,19 @@ const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_se
 const ASK_PERMITS: usize = 2;
 /// Lanes close their connections in good order for at most this long.
 const CLOSE: Duration = Duration::from_secs(2);
+/// How often the leader looks where the database is, and where its sequence stands.
+const LOCATE: Duration = Duration::from_secs(30);
 /// While something waits in memory, how often the relay looks whether it waits for too long.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// How often the relay looks whether what is due may go out, besides when something under way has ended.
 const GATED_LOOK: Duration = Duration::from_millis(100);
+
+/// What is to be done when the database is elsewhere.
+pub(crate) const ELSEWHERE: &str = "the database was restored, or its server failed over or was replaced. If commits \
+                                    may have been lost, subscribers keep what this database does not have: \
+                                    outbox-relay recover leads through it. If none were lost: outbox-relay recover \
+                                    --nothing-lost";
 
 /// A leadership at work.
 pub(crate) struct Lead<'a> {
@@ -76,6 +84,8 @@ pub(crate) struct Lead<'a> {
     counted: Instant,
     /// When to look for those of either that are due.
     load_at: Instant,
+    /// When to look where the database is.
+    locate_at: Instant,
     /// Kinds of events that had a row, and are taken again.
     flowing: HashSet<EventKind>,
 }
@@ -95,7 +105,7 @@ impl<'a> Lead<'a> {
                     number,
                     broker: relay.broker.clone(),
                     exchange: relay.broker.exchange.clone(),
-                    source: session.source.clone(),
+                    origin: session.origin.clone(),
                     lease: session.lease(),
                     reports: report.clone(),
                     stop: stop.clone(),
@@ -126,6 +136,7 @@ impl<'a> Lead<'a> {
             waiting: WaitingCounts::new(),
             counted: now,
             load_at: now,
+            locate_at: now,
             flowing: HashSet::new(),
         }
     }
@@ -151,6 +162,7 @@ impl<'a> Lead<'a> {
             }
             self.report_health();
             self.save_if_due().await?;
+            self.locate_if_due().await?;
 
             // No more than half of what may be in memory, so that reads are few and large.
             let limits = self.relay.limits;
@@ -255,6 +267,32 @@ impl<'a> Lead<'a> {
         metrics::gauge!("outbox_relay_low_water").set(health::position(positions.low_water()));
         metrics::gauge!("outbox_relay_high").set(health::position(positions.high()));
         Ok((found, more))
+    }
+
+    /// Says at `/ready` when the database is somewhere else than where it was last known to have lost nothing. It stops
+    /// no event: whether commits were lost, only an operator knows. And when the sequence was set back meanwhile: the
+    /// writers notice that, and nothing else here does.
+    async fn locate_if_due(&mut self) -> Result<(), SessionError> {
+        if self.locate_at <= Instant::now() {
+            self.locate_at = Instant::now() + LOCATE;
+            let look = self.session.look().await?;
+            if look.is_elsewhere {
+                self.relay.server_health.attention(ELSEWHERE);
+            } else {
+                self.relay.server_health.ready();
+            }
+            if look.last_position < look.used_position {
+                self.relay.sequence_health.waiting(format!(
+                    "the sequence outbox.position stands at {}, behind {}, which is stored or published already. \
+                     Writers fail at each position that is taken, and what they write at a free one is not \
+                     published. See: outbox-relay recover --sequence",
+                    look.last_position, look.used_position
+                ));
+            } else {
+                self.relay.sequence_health.ready();
+            }
+        }
+        Ok(())
     }
 
     /// Gives each lane that can publish as much as it takes.

@@ -69,13 +69,18 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         exchange: args.exchange.clone(),
         declare: args.declare_exchange,
         name: format!("outbox-relay {} {identity}", args.name),
+        was_missing: Arc::default(),
     };
     let health = Health::of(Identity::of("outbox-relay").with("relay", &args.name).at(&database));
     let (events_health, paused_health) = (health.part("events"), health.part("paused"));
     let partitions_health = health.part("partitions");
     let erasures_health = health.part("erasures");
+    let server_health = health.part("server");
+    let sequence_health = health.part("sequence");
+    let exchange_health = health.part("exchange");
     // There is nothing to wait for before there is an event, or a pause.
-    for part in [&events_health, &paused_health, &partitions_health, &erasures_health] {
+    let others = [&partitions_health, &erasures_health, &server_health, &sequence_health, &exchange_health];
+    for part in [&events_health, &paused_health].into_iter().chain(others) {
         part.ready();
     }
     let wake = Arc::new(Notify::new());
@@ -104,6 +109,9 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         broker_health: health.part("broker"),
         events_health,
         paused_health,
+        server_health,
+        sequence_health,
+        exchange_health,
         // The rest is for closing the connections.
         grace: args.shutdown.drain_timeout * 3 / 4,
     };

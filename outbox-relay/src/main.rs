@@ -12,8 +12,8 @@ use daemon::{
 use outbox_relay::{
     cli::{Cli, Command},
     command::{
-        Verdict, digest, doctor, erasures, forget, new_incarnation, parked, pause, prune, replay, status,
-        trace,
+        Verdict, digest, doctor, erasures, forget, new_incarnation, parked, pause, prune, recover, replay,
+        status, trace,
     },
 };
 
@@ -67,6 +67,10 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Trace(args) => {
             telemetry::start(&args.common.telemetry)?;
             return trace::trace(&args).await;
+        }
+        Command::Recover(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return recover::recover(&args).await;
         }
         Command::NewIncarnation(args) => {
             telemetry::start(&args.common.telemetry)?;

@@ -1,17 +1,52 @@
 //! An event as AMQP carries it: its routing key, its properties and its headers.
 
+use std::fmt;
+
 use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable, ShortString},
 };
 use serde_json::Value;
 
-use outbox::{MAX_HEADERS, MAX_PAYLOAD};
+use outbox::{MAX_HEADERS, MAX_PAYLOAD, Source};
 
 use crate::event::Event;
 
+/// Who publishes, as messages carry it.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    app_id: String,
+    parent: Option<i64>,
+    began_at_position: i64,
+}
+
+impl From<&Source> for Origin {
+    fn from(source: &Source) -> Self {
+        Self {
+            app_id: source.to_string(),
+            parent: source.parent,
+            began_at_position: source.began_at_position,
+        }
+    }
+}
+
+impl Origin {
+    /// Whether an event starts the chain of its aggregate also for who knows a chain of an earlier incarnation. A version 1
+    /// from before the incarnation began may have been published once, before the database went back in time.
+    fn starts_chain(&self, event: &Event) -> bool {
+        self.parent.is_some() && event.version == 1 && event.position > self.began_at_position
+    }
+}
+
+/// As `app_id` spells it.
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.app_id)
+    }
+}
+
 /// The routing key and properties of an event; an error says why AMQP cannot carry it.
-pub fn message(event: &Event, source: &str) -> Result<(ShortString, BasicProperties), String> {
+pub fn message(event: &Event, origin: &Origin) -> Result<(ShortString, BasicProperties), String> {
     let short = |what: &str, text: &str| {
         ShortString::try_new(text).map_err(|_| format!("{what} is longer than 255 bytes"))
     };
@@ -37,11 +72,17 @@ pub fn message(event: &Event, source: &str) -> Result<(ShortString, BasicPropert
     headers.insert("aggregate_type".into(), bounded("the aggregate's type", &event.aggregate_type)?);
     headers.insert("aggregate_id".into(), bounded("the aggregate's id", &event.aggregate_id)?);
     headers.insert("aggregate_version".into(), AMQPValue::LongLongInt(event.version));
+    if let Some(parent) = origin.parent {
+        headers.insert("source_parent".into(), AMQPValue::LongLongInt(parent));
+    }
+    if origin.starts_chain(event) {
+        headers.insert("chain_start".into(), AMQPValue::Boolean(true));
+    }
     let key = short("the type", &event.type_)?;
     let mut properties = BasicProperties::default()
         .with_message_id(event.id.to_string().as_str().into())
         .with_type(key.clone())
-        .with_app_id(short("the source", source)?)
+        .with_app_id(short("the source", &origin.app_id)?)
         .with_content_type("application/json".into())
         // Persistent.
         .with_delivery_mode(2)

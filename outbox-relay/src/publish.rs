@@ -14,7 +14,13 @@ use futures_util::{
 };
 use lapin::{Channel, Confirmation, options::BasicPublishOptions, types::ShortString};
 
-use crate::{broker::Link, condition::BrokerError, event::Event, failpoint, frame, message::message};
+use crate::{
+    broker::Link,
+    condition::BrokerError,
+    event::Event,
+    failpoint, frame,
+    message::{Origin, message},
+};
 
 use confirms::{Confirms, broker_error, mark_returned};
 
@@ -120,8 +126,8 @@ pub struct Sender<'a> {
     pub link: &'a Link,
     /// The exchange.
     pub exchange: &'a ShortString,
-    /// Who publishes, as `app_id` spells it.
-    pub source: &'a str,
+    /// Who publishes.
+    pub origin: &'a Origin,
 }
 
 impl Sender<'_> {
@@ -169,7 +175,7 @@ pub async fn publish(
 }
 
 async fn publish_window(
-    Sender { link, exchange, source }: Sender<'_>,
+    Sender { link, exchange, origin }: Sender<'_>,
     channel: &Channel,
     window: &[&Event],
     guards: &Guards<'_>,
@@ -178,7 +184,7 @@ async fn publish_window(
     let mut outstanding = VecDeque::with_capacity(window.len());
     let (mut ended, mut stuck) = (None, false);
     for (n, (event, fate)) in window.iter().zip(&mut fates).enumerate() {
-        let carried = message(event, source).and_then(|(key, properties)| {
+        let carried = message(event, origin).and_then(|(key, properties)| {
             let message = (key, properties.with_user_id(link.user.clone()));
             match frame::headers(&message.1) {
             size if size > link.frame_max() => Err(format!(

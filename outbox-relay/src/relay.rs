@@ -62,6 +62,12 @@ pub struct Relay {
     pub events_health: Part,
     /// An operator's pause.
     pub paused_health: Part,
+    /// Whether the database is where it was.
+    pub server_health: Part,
+    /// Whether the sequence is behind.
+    pub sequence_health: Part,
+    /// Whether the exchange was lost.
+    pub exchange_health: Part,
     /// How long what is under way may go on once the process is to end.
     pub grace: Duration,
 }

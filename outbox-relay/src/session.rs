@@ -48,8 +48,8 @@ pub enum SessionError {
     #[error(
         "the sequence outbox.position stands at {last_value}, behind {mark}, which is stored or published \
          already (logical replication and some restores do not carry sequences). Nothing is published, \
-         since new events would be skipped. If no published event was lost, run: \
-         SELECT setval('outbox.position', {mark}); otherwise begin a new incarnation"
+         since new events would be skipped. To set it right, and to have published what was written \
+         meanwhile, see: outbox-relay recover --sequence"
     )]
     SequenceBehind {
         /// Where the sequence stands.
@@ -122,6 +122,7 @@ fn needs() -> Needs {
         ("outbox.parked", "DELETE"),
         ("outbox.lock_holder", "SELECT"),
         ("outbox.leader_session", "SELECT"),
+        ("outbox.overview", "SELECT"),
     ];
     Needs { schemas: vec![schema()], writes: true, rights: RIGHTS }
 }

@@ -52,8 +52,8 @@ async fn lead(relay: &Relay, pause: &mut Backoff, stop: &CancellationToken) -> R
     while !candidate.ask().await? {
         relay.pulse.renew(lease::now());
         // Healthy: somebody publishes, and this one stands by.
-        for part in [&relay.database_health, &relay.broker_health, &relay.events_health, &relay.paused_health]
-        {
+        let leaders = [&relay.events_health, &relay.paused_health, &relay.sequence_health];
+        for part in [&relay.database_health, &relay.broker_health].into_iter().chain(leaders) {
             part.ready();
         }
         pause.reset();

@@ -19,11 +19,15 @@ pub fn migrator() -> Migrator {
 pub struct Source {
     /// The publishing service, for example `shop`.
     pub name: String,
-    /// 1, or more after a restore that lost commits.
-    pub incarnation: i32,
+    /// 1, or after a restore or a failover that lost commits the time at which it was raised, in milliseconds since 1970.
+    pub incarnation: i64,
+    /// The incarnation that this one follows; none for the first.
+    pub parent: Option<i64>,
+    /// The last position that was handed out when the incarnation began; 0 for the first.
+    pub began_at_position: i64,
 }
 
-/// As AMQP's `app_id` spells it: `shop`, and `shop~2` from the second incarnation on.
+/// As AMQP's `app_id` spells it: `shop`, and `shop~1764426123456` from the second incarnation on.
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)?;
@@ -84,10 +88,12 @@ pub async fn install(conn: &mut PgConnection, name: &str) -> Result<Source, Sour
     require_utf8(conn).await?;
     sqlx::query("SET standard_conforming_strings = on").execute(&mut *conn).await?;
     migrator().run(&mut *conn).await?;
-    sqlx::query("INSERT INTO outbox.source (name) VALUES ($1) ON CONFLICT DO NOTHING")
-        .bind(name)
-        .execute(&mut *conn)
-        .await?;
+    sqlx::query(
+        "INSERT INTO outbox.source (name, server) VALUES ($1, outbox.server()) ON CONFLICT DO NOTHING",
+    )
+    .bind(name)
+    .execute(&mut *conn)
+    .await?;
     let stored = source(conn).await?;
     if stored.name == name {
         Ok(stored)
@@ -105,7 +111,7 @@ pub async fn require_utf8(conn: &mut PgConnection) -> Result<(), SourceError> {
 
 /// Reads who publishes from this database.
 pub async fn source(conn: &mut PgConnection) -> Result<Source, SourceError> {
-    sqlx::query_as("SELECT name, incarnation FROM outbox.source")
+    sqlx::query_as("SELECT name, incarnation, parent, began_at_position FROM outbox.source")
         .fetch_optional(conn)
         .await?
         .ok_or(SourceError::Missing)

@@ -179,7 +179,9 @@ async fn a_source_is_named_once_for_good() {
     said.push(source(&mut conn).await.unwrap_err().to_string());
     for name in ["person", "person"] {
         let stored = install(&mut conn, name).await.unwrap();
-        assert_eq!(stored, Source { name: "person".to_owned(), incarnation: 1 });
+        let expected =
+            Source { name: "person".to_owned(), incarnation: 1, parent: None, began_at_position: 0 };
+        assert_eq!(stored, expected);
     }
     said.push(install(&mut conn, "score").await.unwrap_err().to_string());
     said.push(source(&mut conn).await.unwrap().to_string());

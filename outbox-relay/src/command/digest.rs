@@ -18,7 +18,7 @@ use self::{
     compare::{Difference, Findings, TypeComparison, differing},
     snapshot::{Digest, Inbox, Snapshot},
 };
-use super::{CommandArgs, Verdict, connect, many};
+use super::{CommandArgs, Verdict, connect, left_behind::LeftBehind, many};
 
 /// A digest is one pass over everything.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
@@ -73,18 +73,20 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
     let inbox_of = Inbox { consumer: consumer.clone(), source: source.clone() };
     let mut comparison = Comparison { args, inbox_of, buckets: args.buckets.unwrap_or(BUCKETS) };
     let findings = comparison.settle(&mut start, &mut inbox, &mut end).await?;
-    let wrong = findings.wrong();
+    let left = comparison.left_behind(&mut end, &mut inbox).await?;
+    let agrees = findings.wrong() == 0 && left.is_empty();
     let document = json!({
-        "source": source, "consumer": consumer, "agrees": wrong == 0, "types": findings.types,
+        "source": source, "consumer": consumer, "agrees": agrees, "types": findings.types,
         "buckets": comparison.buckets, "gone_through": findings.gone_through,
         "behind": findings.of(Difference::Behind), "missing": findings.of(Difference::Missing),
         "ahead": findings.of(Difference::Ahead), "unknown": findings.of(Difference::Unknown),
         "retired": findings.of(Difference::Retired), "named": findings.named,
+        "not_begun": left.behind.len(), "lost": left.lost.len(),
     });
     let name =
         if asked == consumer { consumer.clone() } else { format!("{consumer}, which has replaced {asked},") };
-    args.common.answer(&document, || text(&findings, &name, &source))?;
-    Ok(if wrong == 0 { Verdict::Ok } else { Verdict::Attention })
+    args.common.answer(&document, || text(&findings, &left, &name, &source))?;
+    Ok(if agrees { Verdict::Ok } else { Verdict::Attention })
 }
 
 /// The outbox's own.
@@ -186,6 +188,17 @@ impl Comparison<'_> {
         }
     }
 
+    /// What the consumer still has of earlier incarnations of the source. There is none before the second one.
+    async fn left_behind(&self, outbox: &mut Snapshot, inbox: &mut Snapshot) -> anyhow::Result<LeftBehind> {
+        outbox.look().await?;
+        let source = outbox.incarnation().await?;
+        if source.incarnation == 1 {
+            return Ok(LeftBehind::default());
+        }
+        inbox.look().await?;
+        LeftBehind::look(outbox.conn(), inbox.conn(), &self.inbox_of.consumer, &source).await
+    }
+
     fn types(&self, theirs: &Digest) -> BTreeSet<String> {
         let present = theirs.keys().map(|(type_, _)| type_);
         let told = &self.args.aggregate_type;
@@ -221,8 +234,9 @@ impl Comparison<'_> {
     }
 }
 
-fn text(findings: &Findings, consumer: &str, source: &str) -> String {
-    let wrong = i64::try_from(findings.wrong()).unwrap_or(i64::MAX);
+fn text(findings: &Findings, left: &LeftBehind, consumer: &str, source: &str) -> String {
+    let left_behind = i64::try_from(left.behind.len() + left.lost.len()).unwrap_or(i64::MAX);
+    let wrong = i64::try_from(findings.wrong()).unwrap_or(i64::MAX).saturating_add(left_behind);
     let mut text = if wrong == 0 {
         let nothing = if findings.types.is_empty() { ", which is nothing" } else { "" };
         format!("{consumer} has what {source} published{nothing}\n")
@@ -238,6 +252,18 @@ fn text(findings: &Findings, consumer: &str, source: &str) -> String {
             type_.versions,
             type_.applied_versions
         );
+    }
+    for (title, aggregates) in
+        [("not begun anew", &left.behind), ("without a baseline, or of the lost time", &left.lost)]
+    {
+        if !aggregates.is_empty() {
+            let count = many(i64::try_from(aggregates.len()).unwrap_or(i64::MAX), "aggregate");
+            let _ = writeln!(text, "{title}: {count}");
+            for aggregate in aggregates.iter().take(findings.limit) {
+                let _ = writeln!(text, "  {}", escape::line(&aggregate.text()));
+            }
+            text.push_str("  -> outbox-relay recover --consumer NAME leads through it\n");
+        }
     }
     let mut differences =
         Difference::ALL.into_iter().filter(|difference| findings.of(*difference) > 0).peekable();

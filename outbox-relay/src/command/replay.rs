@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{CommandArgs, Verdict, connect, many, state};
-use crate::{config::relay_name, event::Event, relay::exchange};
+use crate::{config::relay_name, event::Event, message::Origin, relay::exchange};
 
 pub use history::Range;
 use history::{History, Read};
@@ -67,7 +67,7 @@ pub struct ReplayArgs {
 pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
     let mut conn = connect(&args.common, "replay", STATEMENT_TIMEOUT).await?;
     state::known(&mut conn, &args.name).await?;
-    let source = outbox::source(&mut conn).await?.to_string();
+    let origin = Origin::from(&outbox::source(&mut conn).await?);
     let (id, from) = (Uuid::now_v7(), args.range.from.unwrap_or(0));
     // At most ten seconds' worth of events at once: a replay that stores no progress for a minute counts as dead.
     let most = usize::try_from(args.rate)?.saturating_mul(10);
@@ -77,7 +77,7 @@ pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
     let mut registration = Registration::none(&mut conn);
     let mut publisher = None;
     if !args.dry_run {
-        publisher = Some(Publisher::open(args, source, id).await?);
+        publisher = Some(Publisher::open(args, origin, id).await?);
         let target = args
             .to_queue
             .as_ref()

@@ -1,5 +1,7 @@
 //! What the relay says of itself at `/ready` and in its metrics.
 
+use std::sync::atomic::Ordering;
+
 use super::Lead;
 use crate::{evidence::PublishFailure, lease, rules::Unroutable};
 
@@ -9,6 +11,7 @@ impl Lead<'_> {
         let relay = self.relay;
         relay.pulse.renew(lease::now());
         self.report_broker();
+        self.report_exchange();
         match &self.session.paused {
             None => relay.paused_health.ready(),
             Some(paused) => {
@@ -36,6 +39,26 @@ impl Lead<'_> {
                 away.len(),
                 lanes.len()
             )),
+        }
+    }
+
+    /// An exchange that is missing after events were settled was lost with everything that its queues had. It stays said
+    /// until the process ends: nothing tells whether a replay has brought back what was lost.
+    fn report_exchange(&self) {
+        let relay = self.relay;
+        let low_water = self.session.positions().low_water();
+        if relay.broker.was_missing.swap(false, Ordering::Relaxed) && low_water > 0 {
+            let lost = format!(
+                "the exchange {:?} did not exist, although everything up to position {low_water} is settled: RabbitMQ \
+                 lost its data, or the exchange was deleted. What lay in queues and was not consumed is lost with \
+                 them. When the subscribers' queues exist again, publish it again: outbox-relay replay --from \
+                 POSITION, where each subscriber had consumed everything below that position; if that is unknown: \
+                 outbox-relay replay --all. Subscribers ignore what they have. This message ends when the relay is \
+                 restarted",
+                relay.broker.exchange.as_str()
+            );
+            tracing::warn!(low_water, reason = lost, "the exchange did not exist any more");
+            relay.exchange_health.attention(lost);
         }
     }
 

@@ -6,7 +6,7 @@ use daemon::config::database::{Database, shared};
 use sqlx::{Connection, PgConnection};
 
 use super::{Begin, LeaderSession, SessionError, needs, within_timeout};
-use crate::{lease::Lease, position::Positions, reader::Reader};
+use crate::{lease::Lease, message::Origin, position::Positions, reader::Reader};
 
 /// A relay's row as a leadership begins: its epoch, `low_water`, `high`, the ends of its open ranges, and those of what
 /// was dropped by hand above `low_water`.
@@ -109,7 +109,8 @@ impl CandidateSession {
     pub async fn lead(mut self) -> Result<LeaderSession, SessionError> {
         let begin = sqlx::query_as(
             "UPDATE outbox.relay
-             SET epoch = epoch + 1, leader = $2, leader_since = now(), heartbeat_at = now(), waiting = '[]'
+             SET epoch = epoch + 1, leader = $2, leader_since = now(), heartbeat_at = now(), waiting = '[]',
+                 incarnation = (SELECT incarnation FROM outbox.source)
              WHERE id = $1
              RETURNING epoch, low_water, high,
                        ARRAY(SELECT lower(r) FROM unnest(open) r), ARRAY(SELECT upper(r) - 1 FROM unnest(open) r),
@@ -120,7 +121,7 @@ impl CandidateSession {
             within_timeout(begin.bind(self.relay_id).bind(&self.identity).fetch_one(&mut self.conn)).await?;
         // After the epoch was raised: whoever begins a new incarnation raises the epoch as well, so that a
         // source that was read before would be fenced off.
-        let source = within_timeout(outbox::source(&mut self.conn)).await?.to_string();
+        let origin = Origin::from(&within_timeout(outbox::source(&mut self.conn)).await?);
 
         let (last_value, stored): (i64, i64) = within_timeout(
             sqlx::query_as(
@@ -138,7 +139,7 @@ impl CandidateSession {
         }
 
         let open: Vec<(i64, i64)> = from.into_iter().zip(to).collect();
-        tracing::info!(relay = self.name, source, epoch, low_water, high, open = open.len(), "leading");
+        tracing::info!(relay = self.name, source = %origin, epoch, low_water, high, open = open.len(), "leading");
         let mut leader = LeaderSession {
             conn: self.conn,
             reader: Reader::new(Positions::restore(high, open.iter().copied())),
@@ -149,7 +150,7 @@ impl CandidateSession {
             dropped: Vec::new(),
             dropped_by_hand: dropped_from.into_iter().zip(dropped_to).map(|(from, to)| from..to).collect(),
             lease: Lease::new(self.lease),
-            source,
+            origin,
             paused: None,
         };
         leader.save("[]").await?;

@@ -8,6 +8,7 @@ use super::{SessionError, within_timeout};
 use crate::{
     evidence::PublishFailure,
     lease::{self, Lease},
+    message::Origin,
     parked::{self, ParkedQuery, Parking},
     position::Positions,
     reader::{self, Batch, Budget, Reader},
@@ -35,10 +36,21 @@ pub struct LeaderSession {
     /// What an operator had dropped when the leadership began, and may not be settled yet.
     pub(super) dropped_by_hand: Vec<Range<i64>>,
     pub(super) lease: Lease,
-    /// Who publishes from this database, as `app_id` spells it.
-    pub source: String,
+    /// Who publishes from this database.
+    pub origin: Origin,
     /// An operator paused this relay name, as of the last save: since when, and who.
     pub paused: Option<String>,
+}
+
+/// What no statement of the leader notices by itself.
+#[derive(Debug, sqlx::FromRow)]
+pub struct Look {
+    /// The database is somewhere else than where it was last known to have lost nothing.
+    pub is_elsewhere: bool,
+    /// The highest position that is stored or was read.
+    pub used_position: i64,
+    /// Where the sequence stands.
+    pub last_position: i64,
 }
 
 impl LeaderSession {
@@ -232,6 +244,15 @@ impl LeaderSession {
         self.dropped.clear();
         self.paused = paused;
         Ok(())
+    }
+
+    /// Where the database is, and where its sequence stands.
+    pub async fn look(&mut self) -> Result<Look, SessionError> {
+        // In one statement: what was used is of its snapshot, and the sequence is read after that, and only goes on.
+        let sql = sqlx::query_as(
+            "SELECT coalesce(is_elsewhere, false) AS is_elsewhere, used_position, last_position FROM outbox.overview",
+        );
+        within_timeout(sql.fetch_one(&mut self.conn)).await
     }
 
     /// Gives up leadership, so that another relay can take it at once.

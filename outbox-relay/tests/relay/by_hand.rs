@@ -1,9 +1,9 @@
 //! What an operator does by hand: pausing, tracing, looking after what was set aside, and beginning anew.
 
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 use sqlx::Executor;
 
-use crate::stack::{Relay, Stack, eventually, output};
+use crate::stack::{Message, Relay, Stack, eventually, output};
 
 /// The command's answers, with what differs from run to run taken out.
 async fn said(stack: &Stack, commands: &[&str]) -> String {
@@ -23,6 +23,7 @@ macro_rules! assert_told {
         insta::with_settings!({filters => vec![
             (r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?( UTC|Z)", "TIME"),
             (r"[0-9a-f]{8}-[0-9a-f-]{27}", "ID"),
+            (r"\b\d{13}\b", "INCARNATION"),
             (r"operator@\S+", "operator@HOST"),
             (r"tried \d+ times?", "tried N times"),
             (r#""attempts": \d+"#, r#""attempts": N"#),
@@ -173,18 +174,31 @@ async fn a_new_incarnation() {
     let (_, database) = stack.database_url.rsplit_once('/').unwrap();
     let mut program = stack.command("new-incarnation");
     let program = program.arg("--yes").env("DATABASE_URL", format!("{admin}/{database}"));
+    // What the leader has, it publishes under the old name until it is told; what it says here is true at once.
     let done = output(program).await;
-    eventually("the leader is deposed", async || {
-        let again = "SELECT epoch > 2 AND heartbeat_at IS NOT NULL FROM outbox.relay";
-        sqlx::query_scalar::<_, bool>(again).fetch_one(&stack.admin).await.unwrap().then_some(())
-    })
-    .await;
-    relay.is_ready().await;
+    let new: i64 =
+        sqlx::query_scalar("SELECT incarnation FROM outbox.source").fetch_one(&stack.admin).await.unwrap();
     stack.append(10..20, 1, &["thing.new"]).await;
-    let messages = subscriber.complete(20).await;
+    let start = "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+                 VALUES ('thing', 'later', 1, 'thing.new', '{\"n\": 20}')";
+    stack.writer.execute(start).await.unwrap();
+    let messages = subscriber.complete(21).await;
     let sources: Vec<_> =
         messages.iter().map(|m| m.properties.app_id().clone().unwrap().to_string()).collect();
     assert!(sources[..10].iter().all(|source| source == "person"), "{sources:?}");
-    assert!(sources[10..].iter().all(|source| source == "person~2"), "{sources:?}");
-    assert_told!([forbidden, done].join("\n\n"));
+    assert!(sources[10..].iter().all(|source| *source == format!("person~{new}")), "{sources:?}");
+    let header =
+        |m: &Message, name: &str| m.properties.headers().as_ref().unwrap().inner().get(name).cloned();
+    for (message, source) in messages.iter().zip(&sources) {
+        let n = message.number();
+        let parent = (source != "person").then_some(AMQPValue::LongLongInt(1));
+        assert_eq!(header(message, "source_parent"), parent, "{n}");
+        // The other chain began before the incarnation did, also where it comes again from version 1 on.
+        let starts = (n == 20).then_some(AMQPValue::Boolean(true));
+        assert_eq!(header(message, "chain_start"), starts, "{n}");
+    }
+    // Used by now: the next one follows it.
+    let again = output(program).await;
+    relay.is_ready().await;
+    assert_told!([forbidden, done, again].join("\n\n"));
 }

@@ -22,6 +22,7 @@ async fn help() {
         "replay",
         "pause",
         "resume",
+        "recover",
         "new-incarnation",
         "prune",
         "forget",

@@ -94,14 +94,15 @@ async fn every_command_tries_again() {
         assert!(said.starts_with("exit code: 0\n"), "{command}: {said}");
         assert!(met(admin).await > 3, "{command} wrote nothing: {said}");
     }
-    let (incarnation, relays, parked, first): (i32, i64, i64, i64) = sqlx::query_as(
+    let (incarnation, relays, parked, first): (i64, i64, i64, i64) = sqlx::query_as(
         "SELECT incarnation, (SELECT count(*) FROM outbox.relay), (SELECT count(*) FROM outbox.parked),
                 (SELECT count(*) FROM outbox.event_1) FROM outbox.source",
     )
     .fetch_one(admin)
     .await
     .unwrap();
-    assert_eq!((incarnation, relays, parked, first), (2, 1, 0, 0));
+    assert!(incarnation > 1, "{incarnation}");
+    assert_eq!((relays, parked, first), (1, 0, 0));
 }
 
 /// What was dropped by hand and the note of it are one transaction: `trace` tells of both or of none.

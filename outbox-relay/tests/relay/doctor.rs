@@ -49,6 +49,26 @@ async fn a_stack_with_several_problems() {
     assert_told!("doctor of fewer problems, as JSON", doctor(&stack, &["--name", "default", "--json"]).await);
 }
 
+/// What `roles.sql` takes from PUBLIC in a database of persons; a restore brings back the rights on functions alone.
+#[tokio::test]
+async fn a_restore_opens_the_database_to_every_role() {
+    let stack = Stack::new("doctor_connect").await;
+    let connect = async || {
+        let said = doctor(&stack, &[]).await;
+        let (_, said) = said.split_once(" connect: ").unwrap();
+        said.split_once("\nok ").unwrap().0.to_owned()
+    };
+    let before = connect().await;
+    assert!(before.contains("as by PostgreSQL's default"), "{before}");
+    stack.admin.execute("REVOKE EXECUTE ON FUNCTION pg_advisory_lock(bigint) FROM PUBLIC").await.unwrap();
+    let said = connect().await;
+    assert_told!("doctor after a restore that opened the database", &said);
+    let at = said.find("REVOKE CONNECT").unwrap();
+    stack.admin.execute(sqlx::AssertSqlSafe(said[at..].to_owned())).await.unwrap();
+    let after = connect().await;
+    assert!(after.contains("only roles that were granted it may connect"), "{after}");
+}
+
 #[tokio::test]
 async fn a_database_that_is_not_ready() {
     let stack = Stack::new("doctor_bare").await;

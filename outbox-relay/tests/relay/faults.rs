@@ -94,6 +94,42 @@ async fn without_a_listener_polling_goes_on() {
     sender.await.unwrap();
 }
 
+/// Deleting the exchange stands for a broker that lost its data directory.
+#[tokio::test]
+async fn a_broker_that_lost_its_data_is_told_of() {
+    let stack = Stack::without_exchange("relay_lost_broker").await;
+    stack.permit("^event_dispatcher$").await;
+    let start = async || Relay::ready(stack.command("run").arg("--declare-exchange")).await;
+    let mut relay = start().await;
+    let mut subscriber = stack.subscribe("#").await;
+    stack.append(0..5, 5, &["person.new"]).await;
+    subscriber.complete(5).await;
+    stack.settled("default", 5).await;
+    let attention = async |relay: &Relay| {
+        let (status, body) = relay.get("ready").await.unwrap();
+        let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+        let said = body["attention"].as_array().into_iter().flatten().find(|said| said["part"] == "exchange");
+        (status, said.map(|said| said["reason"].as_str().unwrap().to_owned()))
+    };
+    assert_eq!(attention(&relay).await, (200, None), "an exchange that was new before all events");
+    assert!(relay.terminate().await.success());
+    relay = start().await;
+    assert_eq!(attention(&relay).await, (200, None), "an exchange that was there");
+    assert!(relay.terminate().await.success());
+
+    let path = format!("exchanges/{}/{EXCHANGE}", stack.vhost);
+    stack.manage(reqwest::Method::DELETE, &path, None).await;
+    relay = start().await;
+    let said = eventually("the relay tells of it", async || attention(&relay).await.1).await;
+    insta::assert_snapshot!(said);
+    assert!(relay.log().contains("did not exist, although everything up to position 5"), "{}", relay.log());
+    // The subscribers' queues exist again, and what the message says brings back what was lost.
+    let mut again = stack.subscribe("person.*").await;
+    let replayed = output(stack.command("replay").arg("--all")).await;
+    assert!(replayed.contains("5 events replayed"), "{replayed}");
+    again.complete(5).await;
+}
+
 #[tokio::test]
 async fn another_node_is_taken_when_the_first_is_dead() {
     let stack = Stack::new("relay_nodes").await;

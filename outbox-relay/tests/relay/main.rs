@@ -26,5 +26,6 @@ mod publishing;
 mod repairs;
 mod replay;
 mod rows;
+mod sequence;
 mod status;
 mod systemd;

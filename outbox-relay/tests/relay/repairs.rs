@@ -126,7 +126,13 @@ async fn what_doctor_prints_cures() {
     )
     .await;
     used.cured("ALTER SEQUENCE outbox.position CACHE 10", "sequence cache", "ALTER SEQUENCE", ", and").await;
-    used.cured("SELECT setval('outbox.position', 7)", "sequence", "SELECT setval", "; otherwise").await;
+    used.cured(
+        "SELECT setval('outbox.position', 7)",
+        "sequence",
+        "outbox-relay recover --sequence --yes",
+        "\n",
+    )
+    .await;
     used.cured("SELECT setval('outbox.position', 8999999999999999999)", "sequence", "SELECT setval", "\n")
         .await;
     used.cured("ALTER TABLE outbox.parked ENABLE ROW LEVEL SECURITY", "row security", "ALTER TABLE", ", or")
@@ -176,7 +182,13 @@ async fn what_the_programs_print_about_the_sequence_cures() {
     used.run("SELECT setval('outbox.position', 7)").await;
     let refused = output(used.stack.command("run").env("LISTEN", "127.0.0.1:0")).await;
     assert!(refused.starts_with("exit code: 1"), "{refused}");
-    used.run(&printed(&refused, ";")).await;
+    assert!(refused.contains("see: outbox-relay recover --sequence"), "{refused}");
+    let mut program = used.stack.command("recover");
+    let said = output(program.arg("--sequence").env("DATABASE_URL", &used.owner)).await;
+    assert!(said.starts_with("exit code: 3"), "{said}");
+    let mut program = used.stack.command("recover");
+    let said = output(program.args(["--sequence", "--yes"]).env("DATABASE_URL", &used.owner)).await;
+    assert!(said.starts_with("exit code: 0"), "{said}");
     used.works().await;
 
     // Also when everything that was stored is retired: the highest position in use is a relay's then.

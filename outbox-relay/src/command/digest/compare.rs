@@ -110,7 +110,7 @@ pub(super) struct Findings {
     /// How many buckets no hash settled.
     pub(super) gone_through: usize,
     counts: [u64; Difference::ALL.len()],
-    limit: usize,
+    pub(super) limit: usize,
 }
 
 impl Findings {

@@ -73,7 +73,17 @@ impl Snapshot {
         if standby {
             bail!("the server is in recovery and may be behind its primary: connect to the primary");
         }
-        Ok(outbox::source(&mut self.conn).await?.to_string())
+        Ok(self.incarnation().await?.to_string())
+    }
+
+    /// The source with its incarnation.
+    pub(super) async fn incarnation(&mut self) -> anyhow::Result<outbox::Source> {
+        Ok(outbox::source(&mut self.conn).await?)
+    }
+
+    /// The session, in the middle of a look.
+    pub(super) fn conn(&mut self) -> &mut PgConnection {
+        &mut self.conn
     }
 
     /// Of the outbox, or of an inbox.

@@ -1,5 +1,7 @@
 //! What `doctor` asks the broker.
 
+use std::sync::Arc;
+
 use amqp::{Nodes, Reconnect};
 use daemon::config::{SettingError, broker::BrokerArgs};
 use lapin::types::ShortString;
@@ -27,7 +29,8 @@ pub(super) async fn checks(nodes: Option<Nodes>, exchange: &ShortString) -> Vec<
             .into();
     };
     let name = "outbox-relay doctor".to_owned();
-    let broker = Broker { nodes, exchange: exchange.clone(), declare: false, name };
+    let broker =
+        Broker { nodes, exchange: exchange.clone(), declare: false, name, was_missing: Arc::default() };
     match broker.connect(&mut Reconnect::default()).await {
         Ok(link) => {
             let blocked = link.condition().ok().flatten();

@@ -10,6 +10,7 @@ use sqlx::PgConnection;
 use super::{Check, positions, relays, settings, versions};
 use crate::{
     command::{span, state},
+    lead::ELSEWHERE,
     session::schema,
 };
 
@@ -17,9 +18,10 @@ use crate::{
 const CLOCKS: f64 = 5.0;
 
 /// The checks that need the schema.
-const NEED_SCHEMA: [&str; 11] = [
+const NEED_SCHEMA: [&str; 12] = [
     "permissions",
     "source",
+    "place",
     "sequence",
     "sequence cache",
     "default partition",
@@ -68,6 +70,7 @@ pub(super) async fn database(
         finding("session", settings::session(conn, second).await)?,
         finding("server", recovery(conn).await)?,
         finding("writes", settings::writes(conn).await)?,
+        finding("connect", settings::connect(conn).await)?,
         finding("clock", clock(conn).await)?,
     ];
     let (schema, usable) = schema_check(conn).await?;
@@ -80,6 +83,7 @@ pub(super) async fn database(
     }
     checks.push(finding("permissions", permissions(conn).await)?);
     checks.push(source(conn).await?);
+    checks.push(finding("place", place(conn).await)?);
     checks.push(finding("sequence", positions::sequence(conn).await)?);
     checks.push(finding("sequence cache", positions::cache(conn).await)?);
     checks.push(finding("default partition", positions::default_partition(conn).await)?);
@@ -211,6 +215,23 @@ async fn statistics(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
             writer of every missing position",
             "let a superuser run: GRANT pg_read_all_stats TO ROLE",
         )
+    })
+}
+
+/// A restore or a failover may have lost commits, which no check of the database itself can see.
+async fn place(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
+    let elsewhere: Option<bool> =
+        sqlx::query_scalar("SELECT is_elsewhere FROM outbox.overview").fetch_one(conn).await?;
+    Ok(match elsewhere {
+        None => Check::skipped("place", "it is not known where the database was: run outbox-relay migrate"),
+        Some(false) => {
+            Check::ok("place", "the database is where it was when it last was known to have lost nothing")
+        }
+        Some(true) => Check::warning(
+            "place",
+            "the database is on another server, on another timeline of it, or is another database there",
+            ELSEWHERE,
+        ),
     })
 }
 

@@ -4,7 +4,7 @@
 use sqlx::PgConnection;
 
 use super::Check;
-use crate::command::{many, state};
+use crate::command::{many, state, were};
 
 /// A transaction that holds the outbox lock for more seconds is worth a look.
 const LONG: f64 = 60.0;
@@ -18,7 +18,7 @@ const MOST: i64 = 8_000_000_000_000_000_000;
 pub(super) async fn sequence(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
     // In one statement: what was used is of its snapshot, and the sequence is read after that, and only goes on.
     let sql = "SELECT used_position, last_position FROM outbox.overview";
-    let (used, mark): (i64, i64) = sqlx::query_as(sql).fetch_one(conn).await?;
+    let (used, mark): (i64, i64) = sqlx::query_as(sql).fetch_one(&mut *conn).await?;
     if mark > MOST {
         return Ok(Check::problem(
             "sequence",
@@ -34,12 +34,30 @@ pub(super) async fn sequence(conn: &mut PgConnection) -> Result<Check, sqlx::Err
     }
     Ok(Check::problem(
         "sequence",
-        format!("outbox.position stands at {mark}, behind {used}, which is stored or published already"),
         format!(
-            "no relay leads meanwhile. If no published event was lost, run: SELECT setval('outbox.position', \
-             {used}); otherwise begin a new incarnation"
+            "outbox.position stands at {mark}, behind {used}, which is stored or published already. {}",
+            written_meanwhile(conn).await
         ),
+        "writers fail at each position that is taken, and no relay begins to lead. As the owner of the schema, run: \
+         outbox-relay recover --sequence --yes",
     ))
+}
+
+/// How many events no relay publishes because the sequence is behind. To count them is one pass over the events.
+async fn written_meanwhile(conn: &mut PgConnection) -> String {
+    let sql =
+        "SELECT count(*) FROM (SELECT FROM outbox.reissued_event(1) WHERE is_latest LIMIT 10001) AS counted";
+    match sqlx::query_scalar::<_, i64>(sql).fetch_one(conn).await {
+        Ok(0) => "No event was written meanwhile".to_owned(),
+        Ok(count @ ..=10_000) => {
+            format!("At most {} written meanwhile, and no relay publishes what lies there", were(count))
+        }
+        Ok(_) => {
+            "More than 10000 events were written meanwhile, and no relay publishes what lies there".to_owned()
+        }
+        // The finding itself stands.
+        Err(_) => "How many events were written meanwhile could not be counted".to_owned(),
+    }
 }
 
 pub(super) async fn cache(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {

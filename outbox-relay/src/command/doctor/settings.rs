@@ -48,6 +48,38 @@ pub(super) async fn writes(conn: &mut PgConnection) -> Result<Check, sqlx::Error
     ))
 }
 
+/// `pg_dump` carries the rights on functions and none on the database. So where the advisory locks were taken from
+/// PUBLIC and CONNECT was not, as roles.sql does both, the database was restored and lost what closed it. Where both are
+/// PUBLIC's, nobody has closed the database, which is PostgreSQL's default and no finding.
+pub(super) async fn connect(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
+    let name = "connect";
+    let sql = "SELECT quote_ident(d.datname),
+                      EXISTS (SELECT FROM aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
+                              WHERE a.grantee = 0 AND a.privilege_type = 'CONNECT'),
+                      EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+                              WHERE a.grantee = 0)
+               FROM pg_database d, pg_proc p
+               WHERE d.datname = current_database()
+                 AND p.oid = 'pg_catalog.pg_advisory_lock(bigint)'::regprocedure";
+    let (database, may_connect, may_lock): (String, bool, bool) = sqlx::query_as(sql).fetch_one(conn).await?;
+    Ok(match (may_connect, may_lock) {
+        (false, _) => Check::ok(name, "only roles that were granted it may connect to this database"),
+        (true, true) => Check::ok(
+            name,
+            "every role of the server may connect to this database, as by PostgreSQL's default",
+        ),
+        (true, false) => Check::warning(
+            name,
+            "every role of the server may connect to this database, although its advisory locks were taken from \
+             PUBLIC: a restore with pg_restore loses the rights on the database",
+            format!(
+                "let a superuser run deploy/permissions/roles.sql in it again, or grant CONNECT to each program's role \
+                 and run: REVOKE CONNECT, TEMPORARY ON DATABASE {database} FROM PUBLIC"
+            ),
+        ),
+    })
+}
+
 /// Rows that a role does not see are events that are never published.
 pub(super) async fn row_security(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
     let sql = "SELECT relname::text FROM pg_class

@@ -29,6 +29,7 @@ use crate::{
     event::Event,
     lane::{Lane, Report},
     lease::Lease,
+    message::Origin,
     publish::{Fate, Proof, Published},
     queue::{Route, Window},
 };
@@ -65,12 +66,13 @@ struct Round {
 
 impl Publisher {
     /// Checks that the broker and the queue are there, and starts the lane.
-    pub(super) async fn open(args: &ReplayArgs, source: String, id: Uuid) -> anyhow::Result<Self> {
+    pub(super) async fn open(args: &ReplayArgs, origin: Origin, id: Uuid) -> anyhow::Result<Self> {
         let broker = Broker {
             nodes: args.broker.nodes(args.common.database.require_tls)?,
             exchange: args.exchange.clone(),
             declare: false,
             name: "outbox-relay replay".to_owned(),
+            was_missing: Arc::default(),
         };
         let queue = args.to_queue.as_deref().map(ShortString::try_new).transpose();
         let queue = queue.ok().context("--to-queue: a queue's name has at most 255 bytes")?;
@@ -89,7 +91,7 @@ impl Publisher {
                 .as_ref()
                 .map_or_else(|| args.exchange.clone(), |queue| queue.exchange.clone()),
             broker,
-            source,
+            origin,
             // Any number of replays may publish.
             lease: Lease::new(Duration::MAX),
             reports: report,
