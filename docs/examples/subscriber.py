@@ -24,12 +24,14 @@ SCHEMA = """
 -- The last version applied, and by which event. It never expires, so neither does deduplication.
 CREATE TABLE IF NOT EXISTS follows (
     source text, aggregate_type text, aggregate_id text, version bigint NOT NULL, event_id text,
-    PRIMARY KEY (source, aggregate_type, aggregate_id));
+    PRIMARY KEY (aggregate_type, aggregate_id, source));
+-- The newest incarnation of each source that was seen: what is below it is of a database that lost commits.
+CREATE TABLE IF NOT EXISTS newest (source text PRIMARY KEY, incarnation bigint NOT NULL);
 -- Events that wait: for an earlier one, or, where there is an error, for a program that can apply them.
 CREATE TABLE IF NOT EXISTS held (
-    source text, aggregate_type text, aggregate_id text, version bigint, id text, type text, baseline boolean,
-    erased boolean, body bytea, error text,
-    PRIMARY KEY (source, aggregate_type, aggregate_id, version));
+    source text, aggregate_type text, aggregate_id text, version bigint, id text, type text, parent bigint,
+    starts boolean, baseline boolean, erased boolean, body bytea, error text,
+    PRIMARY KEY (aggregate_type, aggregate_id, source, version));
 CREATE TABLE IF NOT EXISTS contact (id uuid PRIMARY KEY, name text NOT NULL, address text)
 """
 
@@ -41,17 +43,24 @@ for publisher in filter(None, os.environ.get("SOURCE", "").split(",")):
     SOURCES.setdefault(source, set()).add(user)
 
 AGGREGATE = "(source, aggregate_type, aggregate_id) = (%s, %s, %s)"
+EARLIER = "split_part(source, '~', 1) = %s AND source <> %s AND (aggregate_type, aggregate_id) = (%s, %s)"
 
-Event = namedtuple("Event", "source aggregate_type aggregate_id version id type baseline erased body")
+Event = namedtuple("Event", "source aggregate_type aggregate_id version id type parent starts baseline erased body")
 
 
 def aggregate(event):
     return event[:3]
 
 
+def incarnation(source):
+    """The name and the number in person~1764426123456; the first incarnation has the name alone."""
+    name, _, number = source.partition("~")
+    return name, int(number or 1)
+
+
 def refused(properties):
-    """Why a message is not believed; None when it is. All incarnations of a source (person~2) are its own."""
-    source = (properties.app_id or "").split("~")[0]
+    """Why a message is not believed; None when it is. All incarnations of a source are its own."""
+    source, _ = incarnation(properties.app_id or "")
     if not SOURCES or properties.user_id in SOURCES.get(source, ()):
         return None
     if source in SOURCES:
@@ -62,29 +71,54 @@ def refused(properties):
 def read(properties, body):
     """The event in a message. What is none raises an error, which ends the program: nothing is skipped."""
     headers = properties.headers
-    flags = (headers.get(name, False) for name in ("baseline", "erased"))
+    flags = (headers.get(name, False) for name in ("chain_start", "baseline", "erased"))
     return Event(properties.app_id, headers["aggregate_type"], headers["aggregate_id"],
-                 int(headers["aggregate_version"]), properties.message_id, properties.type, *flags, body)
+                 int(headers["aggregate_version"]), properties.message_id, properties.type,
+                 headers.get("source_parent"), *flags, body)
+
+
+def superseded(cursor, event):
+    """Whether the event is of an incarnation that a later one has replaced. One that follows the newest is taken."""
+    name, number = incarnation(event.source)
+    cursor.execute("INSERT INTO newest VALUES (%s, %s) ON CONFLICT DO NOTHING", (name, number))
+    cursor.execute("SELECT incarnation FROM newest WHERE source = %s FOR SHARE", (name,))
+    newest, = cursor.fetchone()
+    if number > newest:
+        if event.parent != newest:
+            raise RuntimeError(f"{event.source} does not follow {newest}, the newest incarnation known: who is it?")
+        cursor.execute("UPDATE newest SET incarnation = %s WHERE source = %s", (number, name))
+    return number < newest
 
 
 def receive(cursor, event):
     """The sequencer: one event, in a transaction that the caller commits."""
+    if superseded(cursor, event):
+        return print(f"{event.id} is of an earlier incarnation, and was not applied", file=sys.stderr)
     # Two statements: one alone would not see a row that somebody else has just inserted.
     cursor.execute("INSERT INTO follows VALUES (%s, %s, %s, 0) ON CONFLICT DO NOTHING", aggregate(event))
     cursor.execute(f"SELECT version, event_id FROM follows WHERE {AGGREGATE} FOR UPDATE", aggregate(event))
     version, last = cursor.fetchone()
+    # The same aggregate in earlier incarnations. A new chain replaces it only from its whole state on.
+    earlier, anew = (incarnation(event.source)[0], event.source, *event[1:3]), False
+    if version == 0:
+        cursor.execute(f"SELECT EXISTS (SELECT FROM follows WHERE {EARLIER} AND version > 0)", earlier)
+        anew, = cursor.fetchone()
     if event.version == version and event.id != last:
         raise RuntimeError(f"{aggregate(event)}: two events of version {version}: the source lost history")
     if event.version <= version:
         return  # A duplicate.
     while event:
         jumps = not event.erased and (event.baseline or event.type == event.aggregate_type + ".deleted")
-        if event.version != version + 1 and not jumps:
+        if not jumps and (event.version != version + 1 or anew and not event.starts):
             return hold(cursor, event, None)
         error = attempt(cursor, event)
         if error:
             return hold(cursor, event, error)
         version = event.version
+        if anew:
+            anew = False
+            for table in ("follows", "held"):
+                cursor.execute(f"DELETE FROM {table} WHERE {EARLIER}", earlier)
         cursor.execute(f"UPDATE follows SET version = %s, event_id = %s WHERE {AGGREGATE}",
                        (version, event.id, *aggregate(event)))
         cursor.execute(f"DELETE FROM held WHERE {AGGREGATE} AND version <= %s", (*aggregate(event), version))
@@ -92,7 +126,7 @@ def receive(cursor, event):
 
 
 def hold(cursor, event, error):
-    cursor.execute("""INSERT INTO held VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+    cursor.execute("""INSERT INTO held VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
                       ON CONFLICT (source, aggregate_type, aggregate_id, version)
                       DO UPDATE SET error = coalesce(excluded.error, held.error)""", (*event, error))
 

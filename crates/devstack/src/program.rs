@@ -72,6 +72,11 @@ impl Program {
         self.env.push((name.to_owned(), value.to_owned()));
     }
 
+    /// A variable of its environment, as it was set last.
+    pub fn variable(&self, name: &str) -> Option<&str> {
+        self.env.iter().rev().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
     /// What it is called.
     pub fn name(&self) -> &str {
         &self.name
