@@ -30,6 +30,7 @@ fn help_of_every_command() {
     insta::assert_snapshot!("help_digest", help(&["digest"]));
     insta::assert_snapshot!("help_rebuild", help(&["rebuild"]));
     insta::assert_snapshot!("help_rebuild_swap", help(&["rebuild", "swap"]));
+    insta::assert_snapshot!("help_republish", help(&["republish"]));
     insta::assert_snapshot!("help_verify", help(&["verify"]));
     insta::assert_snapshot!("help_health", help(&["health"]));
 }
