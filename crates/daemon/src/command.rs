@@ -39,7 +39,7 @@ impl From<Verdict> for ExitCode {
 }
 
 /// What every command takes.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct CommandArgs {
     /// The database.
     #[command(flatten)]

@@ -58,6 +58,49 @@ pub struct DigestArgs {
 /// Prints the outbox's digest, or compares it with a consumer's.
 pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
     let Some(asked) = &args.consumer else { return print(args).await };
+    let compared = compare(args, asked).await?;
+    let agrees = compared.agrees();
+    let Compared { consumer, source, buckets, findings, left } = compared;
+    let document = json!({
+        "source": source, "consumer": consumer, "agrees": agrees, "types": findings.types,
+        "buckets": buckets, "gone_through": findings.gone_through,
+        "behind": findings.of(Difference::Behind), "missing": findings.of(Difference::Missing),
+        "ahead": findings.of(Difference::Ahead), "unknown": findings.of(Difference::Unknown),
+        "retired": findings.of(Difference::Retired), "named": findings.named,
+        "not_begun": left.behind.len(), "lost": left.lost.len(),
+    });
+    let name = if *asked == consumer {
+        consumer.clone()
+    } else {
+        format!("{consumer}, which has replaced {asked},")
+    };
+    args.common.answer(&document, || text(&findings, &left, &name, &source))?;
+    Ok(if agrees { Verdict::Ok } else { Verdict::Attention })
+}
+
+/// What a comparison came to.
+pub(super) struct Compared {
+    consumer: String,
+    pub(super) source: String,
+    buckets: i32,
+    findings: Findings,
+    left: LeftBehind,
+}
+
+impl Compared {
+    /// Whether the consumer has what the outbox has, and nothing else.
+    pub(super) fn agrees(&self) -> bool {
+        self.wrong() == 0
+    }
+
+    /// How many aggregates differ.
+    pub(super) fn wrong(&self) -> i64 {
+        wrong(&self.findings, &self.left)
+    }
+}
+
+/// Compares with a consumer, by its name or that of one that it has replaced.
+pub(super) async fn compare(args: &DigestArgs, asked: &str) -> anyhow::Result<Compared> {
     let inbox = database::options(
         "INBOX_DATABASE_URL",
         args.inbox_database_url_file.as_ref(),
@@ -67,26 +110,19 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
     let mut start = Snapshot::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
     let mut end = Snapshot::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
     let mut inbox = Snapshot::new(CommandArgs::reach_at(inbox).await.context("the inbox")?).await?;
-    let consumer = &inbox.current(asked).await?;
+    let consumer = inbox.current(asked).await?;
     start.look().await?;
     let source = start.source().await?;
     let inbox_of = Inbox { consumer: consumer.clone(), source: source.clone() };
     let mut comparison = Comparison { args, inbox_of, buckets: args.buckets.unwrap_or(BUCKETS) };
     let findings = comparison.settle(&mut start, &mut inbox, &mut end).await?;
     let left = comparison.left_behind(&mut end, &mut inbox).await?;
-    let agrees = findings.wrong() == 0 && left.is_empty();
-    let document = json!({
-        "source": source, "consumer": consumer, "agrees": agrees, "types": findings.types,
-        "buckets": comparison.buckets, "gone_through": findings.gone_through,
-        "behind": findings.of(Difference::Behind), "missing": findings.of(Difference::Missing),
-        "ahead": findings.of(Difference::Ahead), "unknown": findings.of(Difference::Unknown),
-        "retired": findings.of(Difference::Retired), "named": findings.named,
-        "not_begun": left.behind.len(), "lost": left.lost.len(),
-    });
-    let name =
-        if asked == consumer { consumer.clone() } else { format!("{consumer}, which has replaced {asked},") };
-    args.common.answer(&document, || text(&findings, &left, &name, &source))?;
-    Ok(if agrees { Verdict::Ok } else { Verdict::Attention })
+    Ok(Compared { consumer, source, buckets: comparison.buckets, findings, left })
+}
+
+fn wrong(findings: &Findings, left: &LeftBehind) -> i64 {
+    let left = i64::try_from(left.behind.len() + left.lost.len()).unwrap_or(i64::MAX);
+    i64::try_from(findings.wrong()).unwrap_or(i64::MAX).saturating_add(left)
 }
 
 /// The outbox's own.
@@ -235,8 +271,7 @@ impl Comparison<'_> {
 }
 
 fn text(findings: &Findings, left: &LeftBehind, consumer: &str, source: &str) -> String {
-    let left_behind = i64::try_from(left.behind.len() + left.lost.len()).unwrap_or(i64::MAX);
-    let wrong = i64::try_from(findings.wrong()).unwrap_or(i64::MAX).saturating_add(left_behind);
+    let wrong = wrong(findings, left);
     let mut text = if wrong == 0 {
         let nothing = if findings.types.is_empty() { ", which is nothing" } else { "" };
         format!("{consumer} has what {source} published{nothing}\n")

@@ -44,11 +44,6 @@ pub(crate) struct LeftBehind {
 }
 
 impl LeftBehind {
-    /// Whether nothing is left behind.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.behind.is_empty() && self.lost.is_empty()
-    }
-
     /// Looks until nothing is behind any more, for at most `wait`.
     pub(crate) async fn settle(
         outbox: &mut PgConnection,

@@ -23,6 +23,7 @@ use self::{
 };
 use super::{
     CommandArgs, Verdict, connect,
+    digest::{self, DigestArgs},
     left_behind::{LeftBehind, current_consumer, newest_known},
     many,
     new_incarnation::{TakeOver, begin, taken_over},
@@ -111,6 +112,9 @@ pub async fn recover(args: &RecoverArgs) -> anyhow::Result<Verdict> {
                 overview.source
             ),
         ));
+        if let Some(consumer) = &args.consumer {
+            steps.push(comparison(args, consumer, &overview).await?);
+        }
     } else {
         walk(&mut conn, args, &overview, &mut steps).await?;
     }
@@ -162,12 +166,19 @@ async fn walk(
             "the database is on another server, on another timeline of it, or is another database there: it was \
              restored, or a standby was promoted. What it published after the moment to which it went back, \
              subscribers still have",
-            "if commits may have been lost, run: outbox-relay recover --yes (every subscriber begins anew, with a \
-             baseline of each aggregate). If none were lost: outbox-relay recover --nothing-lost",
+            "if commits may have been lost, run: outbox-relay recover --consumer NAME --yes, with the URL of that \
+             subscriber's inbox in INBOX_DATABASE_URL (every subscriber begins anew, with a baseline of each \
+             aggregate). If none were lost: outbox-relay recover --nothing-lost",
         ));
         return Ok(());
     }
-    steps.push(Step::done("incarnation", format!("{source} began {}", time(Some(overview.since)))));
+    steps.push(Step::done(
+        "incarnation",
+        format!(
+            "{source} began {}; if the database went back in time after that: outbox-relay new-incarnation --yes",
+            time(Some(overview.since))
+        ),
+    ));
     steps.push(match taken_over(conn, source.incarnation).await? {
         TakeOver::Done => Step::done("relay", format!("it publishes as {source}")),
         TakeOver::NoLeader => {
@@ -218,6 +229,39 @@ async fn walk(
     Ok(())
 }
 
+/// Whether the consumer has what the database has, whatever was said before: a database that was put back by hand is where
+/// it was, and one that was said to have lost nothing may have.
+async fn comparison(args: &RecoverArgs, consumer: &str, overview: &Overview) -> anyhow::Result<Step> {
+    let digest = DigestArgs {
+        common: args.common.clone(),
+        buckets: None,
+        aggregate_type: Vec::new(),
+        consumer: Some(consumer.to_owned()),
+        inbox_database_url_file: args.inbox_database_url_file.clone(),
+        wait: args.wait,
+        limit: args.limit,
+    };
+    let compared = digest::compare(&digest, consumer).await?;
+    Ok(if compared.agrees() {
+        Step::done(
+            "comparison",
+            format!("{consumer} is at the last version of everything that {} published", compared.source),
+        )
+    } else {
+        Step::next(
+            "comparison",
+            format!("{consumer} differs from {} in {}", compared.source, many(compared.wrong(), "aggregate")),
+            format!(
+                "outbox-relay digest --consumer {} names them. Where it is behind, wait or see what it holds. Where it is \
+                 ahead, or has what the outbox does not know, this database went back in time after {}: outbox-relay \
+                 new-incarnation --yes, then the baselines, and this again",
+                escape::shell_word(consumer),
+                time(Some(overview.since))
+            ),
+        )
+    })
+}
+
 /// What the consumer has that the source has not published anew.
 async fn left_behind(
     conn: &mut PgConnection,
@@ -254,5 +298,8 @@ async fn left_behind(
         return Ok(());
     }
     steps.extend(subscriber::steps(&found, consumer, args.limit));
+    if steps.is_finished() {
+        steps.push(comparison(args, consumer, overview).await?);
+    }
     Ok(())
 }

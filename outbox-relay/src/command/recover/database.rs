@@ -40,7 +40,7 @@ impl Overview {
         )
         .fetch_one(conn)
         .await
-        .context("the outbox could not be looked at; nothing was changed")?;
+        .map_err(owner_only)?;
         Ok(Self { source, since, last_position, used_position, elsewhere })
     }
 }
