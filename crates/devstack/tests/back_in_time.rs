@@ -122,23 +122,7 @@ impl System {
 
     /// Runs a line as the page prints it; how it ended, and what it said.
     async fn run(&self, line: &str) -> (Option<i32>, String) {
-        let mut words = line.split_whitespace();
-        let program = words.next().unwrap();
-        let database = match program {
-            "score-projector" => &self.addresses.score_database_url,
-            _ => &self.addresses.person_database_url,
-        };
-        let output = Command::new(find(program).unwrap())
-            .args(words)
-            .env("DATABASE_URL", database)
-            .env("INBOX_DATABASE_URL", &self.addresses.score_database_url)
-            .env("AMQP_URL", &self.addresses.replay_amqp_url)
-            .env("LOG", "off")
-            .output()
-            .await
-            .unwrap();
-        let said = [output.stdout, output.stderr].concat();
-        (output.status.code(), String::from_utf8_lossy(&said).into_owned())
+        support::run(&self.addresses, line).await
     }
 
     /// The programs go on at another server.

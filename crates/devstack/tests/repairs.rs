@@ -8,7 +8,6 @@
 mod support;
 
 use devstack::{
-    binary::find,
     program::Program,
     stack::{Addresses, Stack},
     testing::{DEADLINE, client, eventually},
@@ -16,7 +15,6 @@ use devstack::{
 };
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use support::{Apis, payload, stack};
-use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
 const CPF: u64 = 11111;
@@ -66,23 +64,7 @@ impl Used {
     /// Runs a line as it is printed, and returns how it ended and what it said. Of which database it is, and as which
     /// user of the broker, an operator knows.
     async fn run(&self, line: &str) -> (Option<i32>, String) {
-        let mut words = line.split_whitespace();
-        let program = words.next().unwrap();
-        let database = match program {
-            "score-projector" => &self.addresses.score_database_url,
-            _ => &self.addresses.person_database_url,
-        };
-        let output = Command::new(find(program).unwrap())
-            .args(words)
-            .env("DATABASE_URL", database)
-            .env("INBOX_DATABASE_URL", &self.addresses.score_database_url)
-            .env("AMQP_URL", &self.addresses.replay_amqp_url)
-            .env("LOG", "off")
-            .output()
-            .await
-            .unwrap();
-        let said = [output.stdout, output.stderr].concat();
-        (output.status.code(), String::from_utf8_lossy(&said).into_owned())
+        support::run(&self.addresses, line).await
     }
 
     async fn done(&self, line: &str) -> String {

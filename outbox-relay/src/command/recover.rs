@@ -195,13 +195,18 @@ async fn walk(
     }
     let missing = database::without_baseline(conn).await?;
     steps.push(if missing == 0 {
-        Step::done("baselines", "every aggregate that was there when the incarnation began has an event since")
+        Step::done(
+            "baselines",
+            "every aggregate that was there when the incarnation began has an event since",
+        )
     } else {
         Step::next(
             "baselines",
-            format!("{} of those that were there when the incarnation began have no event since", many(missing, "aggregate")),
-            "have the service append a baseline of everything that it has (for the persons of the example: person-api \
-             republish --all), and then run this again",
+            format!(
+                "{} of those that were there when the incarnation began have no event since",
+                many(missing, "aggregate")
+            ),
+            "have the service append a baseline of everything that it has, and then run this again",
         )
     });
     if !steps.is_finished() {

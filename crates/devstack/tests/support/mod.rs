@@ -5,17 +5,41 @@
 use std::{fmt::Write, time::Duration};
 
 use devstack::{
+    binary::find,
     folder::Folder,
     servers::Setup,
     stack::{Addresses, Stack},
     testing::eventually,
 };
 use serde_json::Value;
+use tokio::process::Command;
 
 /// A stack of this test's own.
 pub(crate) async fn stack() -> Stack {
     let folder = Folder::temporary().unwrap();
     Box::pin(Stack::start(folder, Setup::QUIET)).await.unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// Runs a line as it is printed, and returns how it ended and what it said. Of which database it is, and as which user of
+/// the broker, an operator knows.
+pub(crate) async fn run(addresses: &Addresses, line: &str) -> (Option<i32>, String) {
+    let mut words = line.split_whitespace();
+    let program = words.next().unwrap();
+    let database = match program {
+        "score-projector" => &addresses.score_database_url,
+        _ => &addresses.person_database_url,
+    };
+    let output = Command::new(find(program).unwrap())
+        .args(words)
+        .env("DATABASE_URL", database)
+        .env("INBOX_DATABASE_URL", &addresses.score_database_url)
+        .env("AMQP_URL", &addresses.replay_amqp_url)
+        .env("LOG", "off")
+        .output()
+        .await
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8_lossy(&said).into_owned())
 }
 
 /// An HTTP answer.
