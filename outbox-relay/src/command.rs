@@ -24,7 +24,7 @@ use daemon::config::database::Failure;
 use sqlx::PgConnection;
 
 pub use daemon::command::{CommandArgs, Verdict};
-pub(crate) use daemon::command::{bar, many, operator, span};
+pub(crate) use daemon::command::{many, operator, span};
 
 use crate::session::schema;
 

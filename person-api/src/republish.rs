@@ -4,14 +4,15 @@ pub(crate) mod baseline;
 
 use std::{
     fmt::Write,
-    io::{IsTerminal, Read},
+    io::Read,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, anyhow, bail};
 use daemon::{
-    command::{CommandArgs, Verdict, bar, many, operator},
+    command::{CommandArgs, Verdict, many, operator},
     config::SettingError,
+    progress::Progress as Said,
     shutdown::Shutdown,
 };
 use events::Cpf;
@@ -32,8 +33,6 @@ const MOMENT: Duration = Duration::from_millis(50);
 const LOCK_TIMEOUT: &str = "SET lock_timeout = '250ms'";
 /// After how many failed waits in a row the command gives up.
 const ATTEMPTS: usize = 40;
-/// How often the command prints its progress.
-const REPORT: Duration = Duration::from_secs(1);
 /// Counting all persons reads a whole index.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(5);
 /// The largest number of persons that the result names as too large for an event. The log names all.
@@ -223,7 +222,7 @@ impl Run<'_> {
         progress: &mut Progress,
         stop: &CancellationToken,
     ) -> anyhow::Result<bool> {
-        let (began, mut reported) = (Instant::now(), Instant::now());
+        let (began, said) = (Instant::now(), Said::new("republishing", "person"));
         // Several batches a second, even at a low rate.
         let most = BATCH.min(i64::from(self.args.rate / 10)).max(1);
         let (mut size, mut attempts) = (1, 0);
@@ -260,11 +259,8 @@ impl Run<'_> {
                     self.too_large.push(person);
                 }
             }
-            if reported.elapsed() >= REPORT && std::io::stderr().is_terminal() {
-                reported = Instant::now();
-                let done = (progress.persons + progress.too_large, progress.total);
-                eprint!("\r{}", bar(done, self.now, "person", began.elapsed()));
-            }
+            let way = |persons| u64::try_from(persons).unwrap_or(0);
+            said.along((way(progress.persons + progress.too_large), way(progress.total)), self.now);
             // The time that so many persons should have taken.
             let due =
                 Duration::from_secs_f64(f64::from(u32::try_from(self.now)?) / f64::from(self.args.rate));

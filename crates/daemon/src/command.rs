@@ -142,40 +142,9 @@ pub fn span(seconds: f64) -> String {
     }
 }
 
-/// A progress bar: `[######              ]  30 %  3000 events, 1000/s, 7.0 s left`.
-pub fn bar((done, all): (i64, i64), count: u64, noun: &str, took: Duration) -> String {
-    const WIDTH: usize = 20;
-    let percent =
-        u32::try_from((i128::from(done) * 100).checked_div(all.into()).unwrap_or(100)).unwrap_or(0).min(100);
-    let filled = "#".repeat(percent as usize * WIDTH / 100);
-    let text = format!("[{filled:<WIDTH$}] {percent:>3} %  {}", many(count, noun));
-    if percent == 0 {
-        return text;
-    }
-    #[expect(clippy::cast_precision_loss, reason = "for a rate it is exact enough")]
-    let count = count as f64;
-    let seconds = took.as_secs_f64().max(0.001);
-    let left = span(seconds * f64::from(100 - percent) / f64::from(percent));
-    // The blanks cover the rest of the line before.
-    format!("{text}, {:.0}/s, {left} left    ", count / seconds)
-}
-
 /// The user who runs the command, for the audit: `user@host`.
 pub fn operator() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let user = std::env::var("USER").unwrap_or_else(|_| "somebody".to_owned());
     format!("{user}@{}", if host.trim().is_empty() { "localhost" } else { host.trim() })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_bar_says_how_far_it_is() {
-        let took = Duration::from_secs(3);
-        insta::assert_snapshot!(bar((300, 1_000), 3_000, "event", took), @"[######              ]  30 %  3000 events, 1000/s, 7.0 s left");
-        insta::assert_snapshot!(bar((0, 1_000), 0, "event", took), @"[                    ]   0 %  0 events");
-        insta::assert_snapshot!(bar((0, 0), 1, "event", took), @"[####################] 100 %  1 event, 0/s, 0.0 s left");
-    }
 }

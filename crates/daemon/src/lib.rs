@@ -8,6 +8,7 @@ pub mod config;
 pub mod health;
 pub mod host;
 pub mod probes;
+pub mod progress;
 pub mod shutdown;
 pub mod telemetry;
 

@@ -8,12 +8,11 @@ mod registration;
 
 use std::{
     fmt::Write,
-    io::IsTerminal,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
-use daemon::{config::broker::BrokerArgs, shutdown::Shutdown};
+use daemon::{config::broker::BrokerArgs, progress::Progress as Said, shutdown::Shutdown};
 use lapin::types::ShortString;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -29,8 +28,6 @@ use registration::Registration;
 
 /// How many events in a row the broker may refuse for themselves before the replay ends.
 const REFUSED: u64 = 100;
-/// How often the replay says where it is.
-const REPORT: Duration = Duration::from_secs(1);
 /// Finding the first event of a time may read an index over everything.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(5);
 
@@ -129,7 +126,8 @@ async fn pages(
     progress: &mut Progress,
     stop: &CancellationToken,
 ) -> anyhow::Result<bool> {
-    let (began, mut reported, mut first) = (Instant::now(), Instant::now(), None);
+    let (began, mut first) = (Instant::now(), None);
+    let said = Said::new(if publisher.is_some() { "replaying" } else { "counting" }, "event");
     while !stop.is_cancelled() {
         let read = history.read(registration.conn, progress.next).await?;
         let Some(Read { positions: (from, last), events, unreadable }) = read else { return Ok(true) };
@@ -154,11 +152,8 @@ async fn pages(
             let due = Duration::from_secs_f64(count(progress.events) / f64::from(rate));
             stop.run_until_cancelled(tokio::time::sleep(due.saturating_sub(began.elapsed()))).await;
         }
-        if reported.elapsed() >= REPORT && std::io::stderr().is_terminal() {
-            reported = Instant::now();
-            let done = (last - first, history.to - first);
-            eprint!("\r{}", super::bar(done, progress.events, "event", began.elapsed()));
-        }
+        let way = |to: i64| u64::try_from(to - first).unwrap_or(0);
+        said.along((way(last), way(history.to)), progress.events);
     }
     Ok(false)
 }

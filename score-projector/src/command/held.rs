@@ -3,13 +3,10 @@
 mod skip;
 mod text;
 
-use std::{
-    fmt::Write,
-    io::IsTerminal,
-    time::{Duration, Instant},
-};
+use std::fmt::Write;
 
 use anyhow::{Context, bail};
+use daemon::progress::Progress;
 use escape::line as escaped;
 use inbox::{
     Redrive, RedriveSummary, Sequencer,
@@ -25,9 +22,6 @@ use self::{
 };
 use super::{CommandArgs, STATEMENT_TIMEOUT, Verdict, WhichModel, aggregate, batch, connect, time};
 use crate::{model::Model, projection::Projection};
-
-/// How often a long redrive reports its progress.
-const REPORT: Duration = Duration::from_secs(1);
 
 /// Settings of `held`.
 #[derive(Debug, clap::Args)]
@@ -163,18 +157,10 @@ fn request(args: &RedriveArgs) -> Redrive {
     Redrive { filter, batch: args.batch, dry_run: args.dry_run }
 }
 
-/// Reports progress to a terminal, once a second.
+/// Reports progress.
 fn progress() -> impl FnMut(&RedriveSummary) {
-    let mut reported = Instant::now();
-    move |all| {
-        if reported.elapsed() >= REPORT && std::io::stderr().is_terminal() {
-            reported = Instant::now();
-            eprint!(
-                "\r{} aggregates, {} events applied, {} refused",
-                all.aggregates, all.applied, all.refused
-            );
-        }
-    }
+    let progress = Progress::new("applying again", "event");
+    move |all| progress.count(all.applied)
 }
 
 async fn list_events(

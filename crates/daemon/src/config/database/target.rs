@@ -35,9 +35,12 @@ const RELIED_ON: [(&str, &str); 15] = [
     ("tcp_user_timeout", "10s"),
 ];
 
-/// A setting that PostgreSQL has from 17 on, and one that may be stricter than ours: `remote_apply` stays, `off`
-/// would lose in a crash what was reported or acknowledged.
+/// A setting that not every system has (a statement ends soon after its client was killed, and does not run on for
+/// minutes); one that PostgreSQL has from 17 on; and one that may be stricter than ours: `remote_apply` stays, `off` would
+/// lose in a crash what was reported or acknowledged.
 const CONDITIONAL: &str = "\
+    CASE WHEN version() ~ '(linux|darwin|bsd)'
+         THEN set_config('client_connection_check_interval', '1s', false) END,
     CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
          THEN set_config('transaction_timeout', '0', false) END,
     CASE WHEN current_setting('synchronous_commit') = 'off'
