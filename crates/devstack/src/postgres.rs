@@ -141,6 +141,8 @@ impl Postgres {
             "unix_socket_directories=".to_owned(),
             "max_connections=300".to_owned(),
             "max_prepared_transactions=20".to_owned(),
+            // Its shared memory lies with its data, so that nothing stays when the server is killed.
+            "dynamic_shared_memory_type=mmap".to_owned(),
             format!("fsync={durable}"),
             format!("full_page_writes={durable}"),
             format!("cluster_name=devstack-{}", self.port),

@@ -1,6 +1,7 @@
 //! The person database goes back in time, for real: a backup is restored, also twice, an old primary wakes up, and a standby
-//! is promoted that lacked the last commits, all of it also while clients write. After the procedure as the page prints it, every score is what the person tables say, computed here by SQL, and both sides
-//! have the same persons.
+//! is promoted that lacked the last commits, all of it also while clients write; and the broker loses its data. After the
+//! procedure as the page prints it, every score is what the person tables say, computed here by SQL, and both sides have the
+//! same persons.
 
 #![expect(clippy::unwrap_used, reason = "a panic in a test is the report")]
 
@@ -14,6 +15,7 @@ use devstack::{
     postgres::Postgres,
     stack::{Addresses, Stack},
     testing::{DEADLINE, eventually},
+    users,
 };
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use support::{Apis, stack};
@@ -246,6 +248,57 @@ async fn a_standby_is_promoted_that_lacked_commits() {
     let (code, said) = system.run("outbox-relay recover --consumer score").await;
     assert_eq!(code, Some(0), "{said}");
     the_score_service_begins_anew(&system).await;
+    system.stack.stop(&hurry).await;
+}
+
+/// What the broker had confirmed is gone, with its users, its exchange and the queues.
+#[tokio::test]
+async fn the_broker_loses_its_data() {
+    let mut system = System::new().await;
+    let hurry = CancellationToken::new();
+    for cpf in 1..=20 {
+        system.person(cpf).await;
+        system.income(cpf, 1_000).await;
+    }
+    arrives(&system).await;
+    system.stack.score_projector.stop(&hurry).await;
+    for cpf in 1..=5 {
+        system.delete(cpf).await;
+        system.person(cpf).await;
+        system.income(cpf + 10, 7_000).await;
+    }
+    eventually("the broker has taken everything", async || {
+        let (code, said) = system.run("outbox-relay status --json").await;
+        if code == Some(0) && said.contains(r#""events": 0"#) { Ok(()) } else { Err(said) }
+    })
+    .await;
+    system.stack.servers.rabbitmq.kill().await;
+    system.stack.servers.rabbitmq.forget().unwrap();
+    system.stack.servers.rabbitmq.start().await.unwrap();
+    users::make_all(&system.stack.servers.rabbitmq, "%2f").await.unwrap();
+    system.stack.score_projector.start().await.unwrap();
+    for program in [&mut system.stack.person_relay, &mut system.stack.score_projector] {
+        program.ready(DEADLINE).await.unwrap();
+    }
+    assert!(system.agrees().await.is_err(), "the lost events do not come by themselves");
+
+    let (code, said) = system.run("outbox-relay digest --consumer score").await;
+    assert_eq!(code, Some(3), "{said}");
+    let (code, said) = system.run("outbox-relay replay --all --to-queue score").await;
+    assert_eq!(code, Some(0), "{said}");
+    arrives(&system).await;
+    for program in system.stack.programs() {
+        program.stop(&hurry).await;
+        program.start().await.unwrap();
+    }
+    for program in system.stack.programs() {
+        program.ready(DEADLINE).await.unwrap();
+    }
+    for line in ["outbox-relay digest --consumer score", "score-projector verify"] {
+        let (code, said) = system.run(line).await;
+        assert_eq!(code, Some(0), "{line}: {said}");
+    }
+    system.agrees().await.unwrap();
     system.stack.stop(&hurry).await;
 }
 
