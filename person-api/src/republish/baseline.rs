@@ -10,6 +10,17 @@ use uuid::Uuid;
 pub(crate) const LOCK: &str = "
 SELECT id FROM person.person WHERE id > $1 AND id <= $2 AND cpf IS NOT NULL ORDER BY id LIMIT $3 FOR UPDATE";
 
+/// The next persons, unlocked: those that [`READ_AHEAD`] reads.
+pub(crate) const NEXT: &str = "
+SELECT id FROM person.person WHERE id > $1 AND id <= $2 AND cpf IS NOT NULL ORDER BY id LIMIT $3";
+
+/// Brings the items of the persons `$1` into the server's memory, before anything is locked. A column that no index has
+/// makes it read the rows; all persons at once make it ask the disk for many of them at a time.
+pub(crate) const READ_AHEAD: &str = "
+SELECT (SELECT count(type) FROM person.income WHERE person_id = ANY ($1))
+     + (SELECT count(type) FROM person.asset WHERE person_id = ANY ($1))
+     + (SELECT count(value) FROM person.debt WHERE person_id = ANY ($1))";
+
 pub(crate) const WRITE: &str = include_str!("baseline.sql");
 
 /// An item takes at least 90 bytes, so this number of items of a kind exceeds the largest event.
@@ -33,6 +44,18 @@ pub(super) async fn lock(
     limit: i64,
 ) -> sqlx::Result<Vec<Uuid>> {
     sqlx::query_scalar(LOCK).bind(after).bind(to).bind(limit).fetch_all(&mut **tx).await
+}
+
+/// Reads what the next batch needs into the server's memory, so that its locks do not wait for the disk.
+pub(super) async fn read_ahead(
+    conn: &mut PgConnection,
+    (after, to): (Uuid, Uuid),
+    limit: i64,
+) -> sqlx::Result<()> {
+    let next: Vec<Uuid> =
+        sqlx::query_scalar(NEXT).bind(after).bind(to).bind(limit).fetch_all(&mut *conn).await?;
+    sqlx::query(READ_AHEAD).bind(next).execute(conn).await?;
+    Ok(())
 }
 
 /// Locks one person, by id or cpf, unless there is none.

@@ -4,7 +4,7 @@ use events::ItemKind;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, SqlSafeStr};
 
 use super::{erase, idempotency, items::ItemSql, persons};
-use crate::republish::baseline::{LOCK, WRITE};
+use crate::republish::baseline::{LOCK, NEXT, READ_AHEAD, WRITE};
 
 /// A connection to a new database with the schemas.
 async fn connect(database: &str) -> PgConnection {
@@ -87,6 +87,13 @@ async fn statements_use_indexes_only() {
         ("find a stored response", idempotency::FIND, "text, text, text, bytea", "'c', '/', 'k', ''"),
         ("remove old stored responses", idempotency::REMOVE, "interval, bigint", "'24 hours', 1000"),
         ("lock for baselines", LOCK, "uuid, uuid, bigint", "gen_random_uuid(), gen_random_uuid(), 100"),
+        (
+            "find the next for baselines",
+            NEXT,
+            "uuid, uuid, bigint",
+            "gen_random_uuid(), gen_random_uuid(), 100",
+        ),
+        ("read ahead for baselines", READ_AHEAD, "uuid[]", "ARRAY[gen_random_uuid()]"),
         ("write baselines", WRITE, "uuid[], integer, integer", "ARRAY[gen_random_uuid()], 1000, 1000"),
     ];
     let mut plans = Vec::new();

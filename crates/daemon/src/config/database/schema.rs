@@ -27,7 +27,9 @@ pub enum SchemaError {
         version: i64,
     },
     /// The role may not look.
-    #[error("this role may not read {schema}.migration: connect as one that may, or grant it to this one: {command}, with its option")]
+    #[error(
+        "this role may not read {schema}.migration: connect as one that may, or grant it to this one: {command}, with its option"
+    )]
     Forbidden {
         /// The schema.
         schema: &'static str,
