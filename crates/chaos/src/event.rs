@@ -1,7 +1,11 @@
 //! An event, as it is stored and as it is delivered.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash, Hasher},
+};
 
+use serde_json::Value;
 use uuid::Uuid;
 
 /// The aggregate types of the SQL writers. Both have the same event types, `note.new` and `note.changed`, so that only the exchange by
@@ -26,6 +30,8 @@ pub(crate) struct EventSummary {
     pub(crate) erased: bool,
     /// Of an event of a score.
     pub(crate) entry: Option<ScoreEntry>,
+    /// Of a baseline of a score.
+    pub(crate) score: Option<WholeScore>,
 }
 
 /// The numbers in an event of a score, as they are written.
@@ -35,10 +41,50 @@ pub(crate) struct ScoreEntry {
     pub(crate) total: String,
 }
 
-pub(crate) fn hash(body: &[u8]) -> u64 {
+/// The numbers in a baseline of a score, as they are written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct WholeScore {
+    pub(crate) total: String,
+    /// What each entry adds, by its id.
+    pub(crate) entries: BTreeMap<String, String>,
+}
+
+impl EventSummary {
+    /// Of an event with this body.
+    pub(crate) fn new(
+        id: Uuid,
+        type_: String,
+        aggregate_type: &str,
+        bytes: &[u8],
+        erased: bool,
+    ) -> anyhow::Result<Self> {
+        let body: Value = serde_json::from_slice(bytes)?;
+        let number = |value: &Value| value.as_number().map(ToString::to_string);
+        let of_score = aggregate_type == "score";
+        let entry = number(&body["score"]).zip(number(&body["total"])).filter(|_| of_score);
+        let entries = body["entries"].as_array().filter(|_| of_score).map(|entries| {
+            let entry = |entry: &Value| Some((entry["id"].as_str()?.to_owned(), number(&entry["score"])?));
+            entries.iter().filter_map(entry).collect()
+        });
+        let score = number(&body["total"]).zip(entries).map(|(total, entries)| WholeScore { total, entries });
+        let record = body["id"].as_str().unwrap_or_default().to_owned();
+        let entry = entry.map(|(score, total)| ScoreEntry { score, total });
+        Ok(Self { id, type_, hash: hash(bytes), record, erased, entry, score })
+    }
+}
+
+fn hash(body: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
     body.hash(&mut hasher);
     hasher.finish()
+}
+
+/// An incarnation of a source.
+pub(crate) type Incarnation = i64;
+
+/// The source that publishes the events of this type of aggregate.
+pub(crate) fn source_of(aggregate_type: &str) -> &'static str {
+    if aggregate_type == "score" { "score" } else { "person" }
 }
 
 /// The positions that a fault may have affected.

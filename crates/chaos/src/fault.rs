@@ -173,6 +173,10 @@ pub enum Fault {
     DatabaseCrashed,
     /// PostgreSQL is killed while its WAL writer is suspended, so asynchronous commits are lost. Not in random plans.
     CommitsLost,
+    /// A backup of the person database is taken when the fault begins, and takes the place of the database when it ends.
+    Restored,
+    /// A standby follows until the fault begins, and takes the place of the server when it ends.
+    FailedOver,
     /// Every session of the programs is ended (`pg_terminate_backend`).
     SessionsEnded,
     /// A transaction stays open. At the end it is committed (`true`) or rolled back.
@@ -208,6 +212,8 @@ impl Fault {
             Self::ReadOnly(_) => "a read-only database",
             Self::DatabaseCrashed => "PostgreSQL stopped (immediate)",
             Self::CommitsLost => "PostgreSQL killed, with commits lost",
+            Self::Restored => "a backup restored, with the procedure",
+            Self::FailedOver => "a failover that lost commits, with the procedure",
             Self::SessionsEnded => "all sessions ended",
             Self::Transaction(OpenTransaction::Reading | OpenTransaction::ReadingElsewhere, _) => {
                 "a long transaction"
@@ -222,6 +228,40 @@ impl Fault {
         }
     }
 
+    /// Whether it leaves something in a database, or in a queue that is filled from one, which has to be repaired before a
+    /// copy of the database is taken or replaced. It waits for a procedure that is under way.
+    pub(crate) fn needs_repair(self) -> bool {
+        match self {
+            Self::ScoreUnbound
+            | Self::NotesUnbound
+            | Self::MemosUnbound
+            | Self::QueueFull
+            | Self::TypeDenied
+            | Self::BodyTooLarge
+            | Self::RowUnsendable
+            | Self::ForeignSender
+            | Self::ReadOnly(_)
+            | Self::DatabaseCrashed
+            | Self::CommitsLost
+            | Self::SessionsEnded
+            | Self::Transaction(..) => true,
+            Self::Killed(_)
+            | Self::Stopped(_)
+            | Self::BrokerKilled
+            | Self::BrokerApp
+            | Self::BrokerStopped
+            | Self::BrokerBlocked
+            | Self::ConnectionsClosed
+            | Self::ChannelsClosed
+            | Self::Slow(..)
+            | Self::Cut(_)
+            | Self::HalfOpen(..)
+            // They wait themselves.
+            | Self::Restored
+            | Self::FailedOver => false,
+        }
+    }
+
     /// The part that has at most one fault at a time, and its recovery time after the fault in milliseconds. `None`: any
     /// number of them may overlap.
     pub(crate) fn subject(self) -> Option<(String, u64)> {
@@ -232,6 +272,8 @@ impl Fault {
             Self::ConnectionsClosed | Self::ChannelsClosed => ("broker".to_owned(), 1_000),
             Self::ScoreUnbound | Self::ForeignSender => ("score".to_owned(), 1_000),
             Self::NotesUnbound | Self::MemosUnbound | Self::TypeDenied => ("notes".to_owned(), 1_000),
+            // The procedure needs about so long.
+            Self::Restored | Self::FailedOver => ("time".to_owned(), 15_000),
             Self::DatabaseCrashed | Self::CommitsLost | Self::SessionsEnded | Self::ReadOnly(_) => {
                 ("database".to_owned(), 3_000)
             }

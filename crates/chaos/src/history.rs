@@ -9,6 +9,8 @@ use super::model::Person;
 pub(crate) struct AcknowledgedWrite {
     pub(crate) person: Uuid,
     pub(crate) version: i64,
+    /// The highest version that it may have: a write that was in doubt may have come before or after a baseline.
+    pub(crate) at_most: i64,
     /// The type of its event.
     pub(crate) type_: String,
     /// The id of the person or item that was written.
@@ -19,6 +21,8 @@ pub(crate) struct AcknowledgedWrite {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct History {
     pub(crate) acknowledged: Vec<AcknowledgedWrite>,
+    /// How many more were acknowledged, and are forgotten since a database went back in time.
+    pub(crate) forgotten: usize,
     /// Requests that were repeated.
     pub(crate) retries: u64,
     /// Writes whose outcome was unknown for a while.
@@ -30,9 +34,16 @@ pub(crate) struct History {
 }
 
 impl History {
+    /// The counts without what they count.
+    pub(crate) fn forget(self) -> Self {
+        let forgotten = self.forgotten + self.acknowledged.len();
+        Self { acknowledged: Vec::new(), persons: Vec::new(), forgotten, ..self }
+    }
+
     /// Adds the history of another client.
     pub(crate) fn merge(&mut self, other: Self) {
         self.acknowledged.extend(other.acknowledged);
+        self.forgotten += other.forgotten;
         self.retries += other.retries;
         self.in_doubt += other.in_doubt;
         self.reads += other.reads;

@@ -7,7 +7,8 @@
 //! 2. `testbed` starts the servers and the programs, with a `proxy` on each link between two of them; `supervisor` keeps
 //!    the programs running.
 //! 3. `workload` writes and records a `history`; `subscriber` records what is delivered.
-//! 4. `nemesis` carries the plan out.
+//! 4. `nemesis` carries the plan out. When a database goes back in time, all writers stop at a `barrier`, an operator follows
+//!    the documented procedure, and `lost_time` records what has to be forgotten.
 //! 5. `quiescence` waits until everything has arrived.
 //! 6. `oracle` compares history, databases and deliveries, and adds to the [`violation`]s.
 //! 7. [`report`] shows what was found.
@@ -24,9 +25,11 @@ pub mod settings;
 pub mod violation;
 
 mod addresses;
+mod barrier;
 mod broker;
 mod event;
 mod history;
+mod lost_time;
 mod model;
 mod nemesis;
 mod oracle;

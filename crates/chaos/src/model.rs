@@ -109,6 +109,12 @@ impl Person {
         format!("\"{}.{}\"", self.id, self.version)
     }
 
+    /// How many baselines lead from `self` to `found`, if nothing else does.
+    pub(crate) fn baselines_to(&self, found: &Self, at_most: u64) -> Option<u64> {
+        let raised = u64::try_from(found.version - self.version).ok().filter(|raised| *raised <= at_most)?;
+        (Self { version: found.version, ..self.clone() } == *found).then_some(raised)
+    }
+
     pub(crate) fn score(&self) -> i64 {
         self.items.values().map(Item::points).sum()
     }
@@ -233,6 +239,19 @@ impl Change {
         (self.apply(before, id).as_ref() == found).then_some(id)
     }
 
+    /// The same, although up to `baselines` baselines may have raised the version before or after it. Also how many did.
+    pub(crate) fn leads_beside(
+        &self,
+        before: Option<&Person>,
+        found: Option<&Person>,
+        baselines: u64,
+    ) -> Option<(Uuid, i64)> {
+        (0..=i64::try_from(baselines).unwrap_or(0)).find_map(|raised| {
+            let without = found.map(|person| Person { version: person.version - raised, ..person.clone() });
+            Some((self.leads(before, without.as_ref())?, raised))
+        })
+    }
+
     /// The type of its event.
     pub(crate) fn event(&self, before: Option<&Person>) -> String {
         match self {
@@ -285,11 +304,17 @@ mod tests {
         let person = create.apply(None, id).unwrap();
         assert_eq!(create.leads(None, Some(&person)), Some(id));
         let item = Item { kind: ItemKind::Debt, type_: None, value: Amount(1) };
+        let add = Change::Add(item.clone());
         let more = Change::Add(item.clone()).apply(Some(&person), Uuid::from_u128(2)).unwrap();
         assert_eq!(Change::Add(item.clone()).leads(Some(&person), Some(&more)), Some(Uuid::from_u128(2)));
         let twice = Change::Add(item.clone()).apply(Some(&more), Uuid::from_u128(3)).unwrap();
         assert_eq!(Change::Add(item).leads(Some(&person), Some(&twice)), None, "two are not one");
         assert_eq!(Change::Delete.leads(Some(&person), None), Some(id));
         assert_eq!(Change::Delete.leads(Some(&person), Some(&person)), None);
+        let raised = Person { version: more.version + 1, ..more.clone() };
+        assert_eq!(add.leads_beside(Some(&person), Some(&raised), 0), None, "nobody republishes");
+        assert_eq!(add.leads_beside(Some(&person), Some(&raised), 1), Some((Uuid::from_u128(2), 1)));
+        assert_eq!((more.baselines_to(&raised, 1), more.baselines_to(&raised, 0)), (Some(1), None));
+        assert_eq!(person.baselines_to(&raised, 2), None, "a baseline changes the version alone");
     }
 }

@@ -1,33 +1,95 @@
 //! Injects the faults of a plan: each begins at its time, and is undone at its end.
 
+mod back_in_time;
 mod bindings;
 mod broker;
 mod database;
 mod foreign_sender;
+mod recovery;
 mod retry;
 mod transactions;
 mod unpublishable;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use anyhow::Context;
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::{
     event::PositionRange,
     fault::{Fault, Instance, Link, ScheduledFault},
+    history::History,
+    lost_time::LostTime,
+    model::Person,
+    oracle::{self, Outbox},
     proxy::LinkState,
     testbed::Testbed,
+    violation::{Violation, Violations},
 };
 
 /// What was injected.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Injected {
     /// How often each kind of fault.
     pub(crate) counts: BTreeMap<&'static str, usize>,
     /// Where notes may have been parked, and so published out of order.
     pub(crate) parked_notes: Vec<PositionRange>,
+    /// What was lost when databases went back in time.
+    pub(crate) losses: Vec<LostTime>,
+    /// What the clients did before, counted.
+    pub(crate) forgotten: History,
+}
+
+/// What has been injected so far.
+#[derive(Debug)]
+struct Records<'a> {
+    injected: Mutex<Injected>,
+    violations: &'a Violations,
+}
+
+impl Records<'_> {
+    fn lock(&self) -> MutexGuard<'_, Injected> {
+        self.injected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often a database has gone back in time.
+    fn count(&self) -> usize {
+        self.lock().losses.len()
+    }
+
+    /// Compares what the clients did with what is stored before a database goes back in time.
+    fn judge(&self, outbox: &Outbox, persons: &BTreeMap<Uuid, Person>, history: &History) {
+        oracle::check_writes((outbox, persons), history, &self.lock().losses, self.violations);
+    }
+
+    /// A database has gone back in time. What the clients did, and where notes were parked in the lost time, is forgotten.
+    fn lost(&self, mut lost: LostTime, history: History) {
+        let mut injected = self.lock();
+        lost.parked_notes.clone_from(&injected.parked_notes);
+        let last = lost.person.restored_position;
+        for range in &mut injected.parked_notes {
+            range.through = range.through.min(last);
+        }
+        injected.forgotten.merge(history.forget());
+        injected.losses.push(lost);
+    }
+
+    /// The procedure after the last lost time of this source has ended.
+    fn recovered(&self, source: &str, incarnation: i64, from_position: i64, last: i64) {
+        let mut injected = self.lock();
+        let Some(loss) = injected.losses.last_mut().and_then(|lost| lost.of_mut(source)) else { return };
+        (loss.incarnation, loss.from_position, loss.recovered_position) = (incarnation, from_position, last);
+    }
+
+    fn not_recovered(&self, why: String) {
+        self.violations.add(Violation::NotRecovered, why);
+    }
 }
 
 /// Injects all faults of the plan. Returns when all are undone.
@@ -35,37 +97,54 @@ pub(crate) async fn carry_out(
     testbed: &Testbed,
     plan: &[ScheduledFault],
     begin: Instant,
+    violations: &Violations,
     say: fn(&str),
 ) -> anyhow::Result<Injected> {
     let mut injected = Injected::default();
     for fault in plan {
         *injected.counts.entry(fault.fault.kind()).or_default() += 1;
     }
+    let records = Records { injected: Mutex::new(injected), violations };
     let faults = plan.iter().enumerate().map(async |(number, fault)| {
         tokio::time::sleep_until(begin + Duration::from_millis(fault.at)).await;
+        let _one_kind_at_a_time = match fault.fault.needs_repair() {
+            true => Some(back_in_time::REPAIRS.read().await),
+            false => None,
+        };
         say(&fault.to_string());
-        let done = inject(testbed, *fault, number).await;
+        let done = inject(testbed, &records, *fault, number).await;
         done.with_context(|| format!("this fault went wrong: {fault}"))
     });
-    injected.parked_notes = try_join_all(faults).await?.into_iter().flatten().collect();
-    Ok(injected)
+    try_join_all(faults).await?;
+    Ok(records.injected.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Injects one fault, and returns the positions of the notes that may have been parked, if any.
+/// After the last lost time: an operator drops what a subscriber has rejected of it since.
+pub(crate) async fn drop_rejected(testbed: &Testbed) -> anyhow::Result<()> {
+    recovery::drop_rejected(testbed).await
+}
+
+/// Injects one fault.
 async fn inject(
     testbed: &Testbed,
+    records: &Records<'_>,
     fault: ScheduledFault,
     number: usize,
-) -> anyhow::Result<Option<PositionRange>> {
+) -> anyhow::Result<()> {
     let lasts = Duration::from_millis(fault.lasts);
-    match fault.fault {
-        Fault::NotesUnbound => bindings::notes_unbound(testbed, lasts).await.map(Some),
-        Fault::MemosUnbound => bindings::memos_unbound(testbed, lasts).await.map(Some),
-        Fault::TypeDenied => {
-            bindings::positions_during(testbed, unpublishable::type_denied(testbed, lasts)).await.map(Some)
+    let parked_notes = match fault.fault {
+        Fault::Restored | Fault::FailedOver => {
+            return Box::pin(back_in_time::back_in_time(testbed, records, fault.fault, lasts)).await;
         }
-        _ => inject_other(testbed, fault, number).await.map(|()| None),
-    }
+        Fault::NotesUnbound => bindings::notes_unbound(testbed, lasts).await?,
+        Fault::MemosUnbound => bindings::memos_unbound(testbed, lasts).await?,
+        Fault::TypeDenied => {
+            bindings::positions_during(testbed, unpublishable::type_denied(testbed, lasts)).await?
+        }
+        _ => return inject_other(testbed, fault, number).await,
+    };
+    records.lock().parked_notes.push(parked_notes);
+    Ok(())
 }
 
 async fn inject_other(testbed: &Testbed, fault: ScheduledFault, number: usize) -> anyhow::Result<()> {
@@ -110,7 +189,11 @@ async fn inject_other(testbed: &Testbed, fault: ScheduledFault, number: usize) -
         Fault::ForeignSender => foreign_sender::foreign_sender(testbed).await,
         Fault::ReadOnly(database) => database::read_only(testbed, database, lasts).await,
         // See `inject`.
-        Fault::NotesUnbound | Fault::MemosUnbound | Fault::TypeDenied => Ok(()),
+        Fault::NotesUnbound
+        | Fault::MemosUnbound
+        | Fault::TypeDenied
+        | Fault::Restored
+        | Fault::FailedOver => Ok(()),
     }
 }
 

@@ -10,10 +10,10 @@ mod writes;
 use std::collections::BTreeMap;
 
 use super::{
-    addresses::Addresses, event::PositionRange, fault::Instance, history::History, subscriber::Subscriber,
-    supervisor::Health, violation::Violations,
+    addresses::Addresses, event::PositionRange, fault::Instance, history::History, lost_time::LostTime,
+    subscriber::Subscriber, supervisor::Health, violation::Violations,
 };
-pub(crate) use stored::Stored;
+pub(crate) use stored::{Outbox, Stored, persons};
 
 /// What was observed from outside during the run.
 #[derive(Debug)]
@@ -23,6 +23,8 @@ pub(crate) struct Observations<'a> {
     pub(crate) subscriber: &'a Subscriber,
     /// Where notes may have been parked, and so published out of order.
     pub(crate) parked_notes: &'a [PositionRange],
+    /// What was lost when databases went back in time.
+    pub(crate) losses: &'a [LostTime],
 }
 
 /// How much there was, for the report.
@@ -35,6 +37,8 @@ pub(crate) struct Totals {
     pub(crate) dead_rows: i64,
 }
 
+pub(crate) use writes::check as check_writes;
+
 /// Checks every promise, and adds to the violations.
 pub(crate) async fn check(
     addresses: &Addresses,
@@ -42,10 +46,11 @@ pub(crate) async fn check(
     violations: &Violations,
 ) -> anyhow::Result<Totals> {
     let stored = Stored::load(addresses).await?;
-    writes::check(&stored, observations.history, violations);
-    events::check(&stored, observations.subscriber, observations.parked_notes, violations);
-    read_model::check(&stored, violations);
-    leftovers::check(&stored, observations.health, violations);
+    let Observations { history, subscriber, parked_notes, losses, health } = observations;
+    check_writes((&stored.person, &stored.persons), history, losses, violations);
+    events::check(&stored, subscriber, (parked_notes, losses), violations);
+    read_model::check(&stored, losses, violations);
+    leftovers::check(&stored, health, violations);
     let events = || stored.person.events.values().chain(stored.score.events.values());
     Ok(Totals {
         person_events: stored.person.events.len(),

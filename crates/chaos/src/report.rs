@@ -53,6 +53,8 @@ pub struct ProgramReport {
 pub struct Numbers {
     /// Writes that were acknowledged.
     pub acknowledged: usize,
+    /// Of these, those that were forgotten when a database went back in time, after they had been compared.
+    pub forgotten: usize,
     /// Requests that clients repeated.
     pub retries: u64,
     /// Writes whose outcome was unknown for a while.
@@ -71,6 +73,8 @@ pub struct Numbers {
     pub deliveries: u64,
     /// Of these, repeated ones.
     pub repeated: u64,
+    /// Deliveries of an incarnation after those of a later one.
+    pub superseded: u64,
     /// Dead rows of the outboxes.
     pub dead_rows: i64,
     /// Seconds from the last write until everything had arrived.
@@ -82,7 +86,8 @@ pub struct Numbers {
 impl Numbers {
     pub(crate) fn new(history: &History, totals: &Totals, deliveries: &Deliveries, quiet: Duration) -> Self {
         Self {
-            acknowledged: history.acknowledged.len(),
+            acknowledged: history.acknowledged.len() + history.forgotten,
+            forgotten: history.forgotten,
             retries: history.retries,
             in_doubt: history.in_doubt,
             reads: history.reads,
@@ -92,6 +97,7 @@ impl Numbers {
             persons: totals.persons,
             deliveries: deliveries.total,
             repeated: deliveries.repeated,
+            superseded: deliveries.superseded,
             dead_rows: totals.dead_rows,
             quiet: quiet.as_secs_f64(),
             seconds: 0,
@@ -167,10 +173,13 @@ impl Report {
         let n = &self.numbers;
         let _never = write!(
             text,
-            "\n{} writes acknowledged ({} requests sent again, {} writes in doubt for a while), {} own writes read; \
-             {} events of persons and notes, {} of scores, {} erased; {} deliveries, {} of them repeated; \
+            "\n{} writes acknowledged ({} before a database went back in time, {} requests sent again, \
+             {} writes in doubt for a while), {} own writes read; \
+             {} events of persons and notes, {} of scores, {} erased; {} deliveries, {} of them repeated, \
+             {} superseded; \
              {} dead rows in the outboxes; everything had arrived {:.1} s after the end.\n",
             n.acknowledged,
+            n.forgotten,
             n.retries,
             n.in_doubt,
             n.reads,
@@ -179,6 +188,7 @@ impl Report {
             n.erased,
             n.deliveries,
             n.repeated,
+            n.superseded,
             n.dead_rows,
             n.quiet,
         );

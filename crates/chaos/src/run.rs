@@ -7,7 +7,8 @@ use tokio::{task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    nemesis,
+    fault::Fault,
+    nemesis::{self, Injected},
     oracle::{self, Observations},
     quiescence,
     report::{Numbers, Report},
@@ -65,10 +66,15 @@ async fn run_on(testbed: &Arc<Testbed>, settings: &Settings, say: fn(&str)) -> a
     let _ending =
         [stop.clone(), give_up.clone(), stop_sql_writers.clone()].map(CancellationToken::drop_guard);
     let (clients, sql_writers) = settings.sabotage.map_or((CLIENTS, SqlWriters::USUAL), Sabotage::load);
+    let plan = settings.plan();
+    let replacements = plan.iter().filter(|fault| matches!(fault.fault, Fault::Restored | Fault::FailedOver));
+    let writers = usize::try_from(clients + sql_writers.writers)?;
+    testbed.barrier.expect(writers, replacements.count());
     let mut sql_writing = JoinSet::new();
     for number in 0..sql_writers.writers {
-        let (addresses, stop) = (Arc::clone(&testbed.addresses), stop_sql_writers.clone());
-        sql_writing.spawn(sql_writers.write(addresses, settings.seed.wrapping_add(number), stop));
+        let shared = (Arc::clone(&testbed.addresses), Arc::clone(&testbed.barrier));
+        let stop = stop_sql_writers.clone();
+        sql_writing.spawn(sql_writers.write(shared, settings.seed.wrapping_add(number), stop));
     }
     let mut watching = JoinSet::new();
     watching.spawn({
@@ -84,9 +90,8 @@ async fn run_on(testbed: &Arc<Testbed>, settings: &Settings, say: fn(&str)) -> a
     });
 
     let workload = Workload { clients, seed: settings.seed, end: begin + settings.length };
-    let plan = settings.plan();
     let faults = async {
-        let injected = nemesis::carry_out(testbed, &plan, begin, say).await?;
+        let injected = nemesis::carry_out(testbed, &plan, begin, &violations, say).await?;
         let (give_up, end) = (give_up.clone(), workload.end.max(Instant::now()) + FINISH_TIMEOUT);
         tokio::spawn(async move {
             tokio::time::sleep_until(end).await;
@@ -94,8 +99,10 @@ async fn run_on(testbed: &Arc<Testbed>, settings: &Settings, say: fn(&str)) -> a
         });
         anyhow::Ok(injected)
     };
-    let (history, injected) =
-        tokio::try_join!(workload.run(&testbed.addresses, &violations, &give_up), faults)?;
+    let shared = (&testbed.addresses, &testbed.barrier);
+    let (mut history, injected) = tokio::try_join!(workload.run(shared, &violations, &give_up), faults)?;
+    let Injected { counts, parked_notes, losses, forgotten } = injected;
+    history.merge(forgotten);
     stop_sql_writers.cancel();
     while let Some(writer) = sql_writing.join_next().await {
         writer?;
@@ -106,6 +113,9 @@ async fn run_on(testbed: &Arc<Testbed>, settings: &Settings, say: fn(&str)) -> a
     quiescence::ready(testbed, no_progress, say).await;
     quiescence::arrived(testbed, &subscriber, no_progress, say).await?;
     let quiet = quiet.elapsed();
+    if !losses.is_empty() {
+        nemesis::drop_rejected(testbed).await?;
+    }
     quiescence::ready(testbed, no_progress, say).await;
     stop.cancel();
     while let Some(watch) = watching.join_next().await {
@@ -117,12 +127,13 @@ async fn run_on(testbed: &Arc<Testbed>, settings: &Settings, say: fn(&str)) -> a
         history: &history,
         health: &health,
         subscriber: &subscriber,
-        parked_notes: &injected.parked_notes,
+        parked_notes: &parked_notes,
+        losses: &losses,
     };
     let totals = oracle::check(&testbed.addresses, observations, &violations).await?;
     let deliveries = subscriber.deliveries();
     let numbers = Numbers::new(&history, &totals, &deliveries, quiet);
-    Ok(Report::new(settings, injected.counts, &health, violations.all(), numbers))
+    Ok(Report::new(settings, counts, &health, violations.all(), numbers))
 }
 
 fn keep_logs(from: &Path, to: &Path) -> std::io::Result<()> {

@@ -14,9 +14,41 @@ const PAUSE: std::ops::Range<u64> = 900..3_600;
 /// The first fault begins after so many milliseconds, when every client has written.
 const FIRST: u64 = 3_000;
 
+/// Faults that send a database back in time are in runs from this length on, in milliseconds: one of the two kinds.
+const ONE_LOST_TIME: u64 = 60_000;
+/// Both kinds.
+const BOTH_LOST_TIMES: u64 = 120_000;
+/// They come within so much of the run, so that a copy of the database takes seconds.
+const EARLY: u64 = 10 * 60_000;
+
 /// The plan of a run of this length, in the order of time. 90 seconds have nearly every kind of fault.
 pub fn plan(seed: u64, length: Duration) -> Vec<ScheduledFault> {
-    plan_from(&TEMPLATES, PAUSE, seed, length)
+    let mut plan = plan_from(&TEMPLATES, PAUSE, seed, length);
+    plan.extend(lost_times(seed, length));
+    plan.sort_unstable();
+    plan
+}
+
+/// When databases go back in time: each kind once, if the run is long enough.
+fn lost_times(seed: u64, length: Duration) -> Vec<ScheduledFault> {
+    let length = u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
+    // Numbers of their own, so that the other faults do not depend on them.
+    let mut random = Xoshiro256PlusPlus::seed_from_u64(!seed);
+    let mut kinds = [Fault::Restored, Fault::FailedOver];
+    kinds.shuffle(&mut random);
+    // Where they begin, and how long they last, in hundredths of the length.
+    let places = match length {
+        ..ONE_LOST_TIME => vec![],
+        ONE_LOST_TIME..BOTH_LOST_TIMES => vec![20..40],
+        _ => vec![10..25, 50..65],
+    };
+    let early = length.min(EARLY);
+    let lost_time = |(fault, place): (Fault, std::ops::Range<u64>)| ScheduledFault {
+        at: early * random.random_range(place) / 100,
+        lasts: early * random.random_range(8..15) / 100,
+        fault,
+    };
+    kinds.into_iter().zip(places).map(lost_time).collect()
 }
 
 /// A plan from these templates: they are shuffled and used one after the other, then shuffled again. `pause` is the time
@@ -170,12 +202,32 @@ mod tests {
     fn a_minute_and_a_half_sees_every_kind() {
         let all: BTreeSet<_> =
             plan(0, Duration::from_mins(30)).iter().map(|fault| fault.fault.kind()).collect();
-        assert_eq!(all.len(), 25);
+        assert_eq!(all.len(), 27);
         for seed in 0..20 {
             let kinds: BTreeSet<_> =
                 plan(seed, Duration::from_secs(90)).iter().map(|fault| fault.fault.kind()).collect();
             assert!(kinds.len() >= 14, "seed {seed} has only {kinds:?}");
         }
+    }
+
+    #[test]
+    fn databases_go_back_in_time_once_in_each_way() {
+        let kinds = |seed, seconds| {
+            let plan = plan(seed, Duration::from_secs(seconds));
+            plan.into_iter()
+                .map(|fault| fault.fault)
+                .filter(|fault| matches!(fault, Fault::Restored | Fault::FailedOver))
+        };
+        let mut short = BTreeSet::new();
+        for seed in 0..20 {
+            assert_eq!(kinds(seed, 59).count(), 0);
+            assert_eq!(kinds(seed, 60).count(), 1);
+            short.extend(kinds(seed, 90));
+            for seconds in [120, 7_200] {
+                assert_eq!(kinds(seed, seconds).collect::<BTreeSet<_>>().len(), 2, "seed {seed}");
+            }
+        }
+        assert_eq!(short.len(), 2, "the seed chooses");
     }
 
     #[test]

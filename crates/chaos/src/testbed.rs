@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     addresses::Addresses,
+    barrier::Barrier,
     fault::{Instance, Link},
     proxy::{LinkState, Proxy},
     supervisor::Supervisor,
@@ -37,6 +38,8 @@ pub(crate) struct Testbed {
     /// The projector's commands.
     pub(crate) score_operator: Program,
     pub(crate) addresses: Arc<Addresses>,
+    /// Where the writers stop while a database is replaced.
+    pub(crate) barrier: Arc<Barrier>,
     proxies: BTreeMap<Link, Proxy>,
     // Dropped last, because it ends every process that is left.
     folder: Folder,
@@ -112,6 +115,7 @@ impl Testbed {
             operator: Program::new(&folder, "operator", "outbox-relay", ports::free())?,
             score_operator: Program::new(&folder, "score-operator", "score-projector", ports::free())?,
             addresses: Arc::new(addresses),
+            barrier: Arc::default(),
             proxies,
             folder,
         })
@@ -122,6 +126,11 @@ impl Testbed {
         if let Some(proxy) = self.proxies.get(&link) {
             proxy.set(state);
         }
+    }
+
+    /// The folder with everything.
+    pub(crate) fn folder(&self) -> &Folder {
+        &self.folder
     }
 
     /// The folder with the logs of programs and servers.

@@ -52,11 +52,14 @@ pub enum Violation {
     Memory,
     /// A client could not learn the outcome of a write.
     Unfinished,
+    /// The documented procedure after a database went back in time did not end with its checks green, or something had no
+    /// new beginning after it.
+    NotRecovered,
 }
 
 impl Violation {
     /// All of them, in the order of the table.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::WriteLost,
         Self::WriteDoubled,
         Self::WriteWrong,
@@ -76,6 +79,7 @@ impl Violation {
         Self::DeadRows,
         Self::Memory,
         Self::Unfinished,
+        Self::NotRecovered,
     ];
 
     /// Its row of the table.
@@ -100,6 +104,7 @@ impl Violation {
             Self::DeadRows => "dead rows of the outbox beyond erasures and rollbacks",
             Self::Memory => "programs above their memory limit",
             Self::Unfinished => "clients that could not finish",
+            Self::NotRecovered => "procedures after a lost time that did not end green",
         }
     }
 
@@ -120,6 +125,7 @@ impl Violation {
             }
             Self::LeftOver => "outbox.parked, inbox.held and inbox.rejected: reason and error",
             Self::NotReady | Self::Ended | Self::Memory => "the program's own log",
+            Self::NotRecovered => "log/procedure.log: each command of the operator, and what it said",
             Self::DeadRows => "who updates or deletes in outbox.event",
         }
     }

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use self::client::{Client, MAX_IN_FLIGHT, Slot};
 use super::{
     addresses::Addresses,
+    barrier::Barrier,
     history::History,
     model::{Change, Item, ItemKind},
     violation::{Violation, Violations},
@@ -37,14 +38,19 @@ impl Workload {
     /// Writes until the end, and then waits until every client knows the outcome of its writes, or until `give_up`.
     pub(crate) async fn run(
         self,
-        addresses: &Arc<Addresses>,
+        (addresses, barrier): (&Arc<Addresses>, &Arc<Barrier>),
         violations: &Arc<Violations>,
         give_up: &CancellationToken,
     ) -> anyhow::Result<History> {
         let mut clients = JoinSet::new();
         for number in 0..self.clients {
             let seed = self.seed.wrapping_mul(1_000).wrapping_add(number);
-            let client = Client::new(Arc::clone(addresses), Arc::clone(violations), seed, give_up.clone())?;
+            let client = Client::new(
+                (Arc::clone(addresses), Arc::clone(barrier)),
+                Arc::clone(violations),
+                seed,
+                give_up.clone(),
+            )?;
             clients.spawn(self.one(number, client, Arc::clone(violations)));
         }
         let mut history = History::default();
@@ -57,10 +63,14 @@ impl Workload {
     async fn one(self, number: u64, mut client: Client, violations: Arc<Violations>) -> History {
         let first = i64::try_from(number).unwrap_or(0) * PERSONS + 1;
         let mut slots: Vec<Slot> = (first..first + PERSONS)
-            .map(|cpf| Slot { cpf, person: None, in_doubt: None, unanswered_post: None })
+            .map(|cpf| Slot { cpf, person: None, in_doubt: None, unanswered_post: None, baselines: 0 })
             .collect();
         let mut names = 0;
-        while Instant::now() < self.end {
+        // A database that is still to be replaced is replaced under writes.
+        while Instant::now() < self.end || client.barrier.is_expected() {
+            if client.barrier.is_closed() {
+                client.rest(&mut slots).await;
+            }
             let n = client.random.random_range(0..slots.len());
             let slot = &mut slots[n];
             match slot.in_doubt {
@@ -69,7 +79,8 @@ impl Workload {
                     let change = choose(slot, &mut client, names);
                     let safe = client.random.random_ratio(2, 3) || self.end < Instant::now() + MAX_IN_FLIGHT;
                     client.write(slot, change, safe).await;
-                    if client.random.random_ratio(1, 8) && slot.in_doubt.is_none() {
+                    let reads = client.random.random_ratio(1, 8);
+                    if reads && slot.in_doubt.is_none() && !client.barrier.is_recovering() {
                         client.read_score(slot).await;
                     }
                 }

@@ -231,6 +231,24 @@ impl Postgres {
         self.port
     }
 
+    /// Listens at another port from the next start on: another server's address moves to it.
+    pub fn listen_at(&mut self, port: u16) {
+        self.port = port;
+    }
+
+    /// Runs a client program that comes with it (`pg_dump`) to its end, at most a minute, as the superuser.
+    pub async fn tool(&self, name: &str, args: &[&str]) -> anyhow::Result<()> {
+        let file = self.program(name)?;
+        Launch::new(name, &file, None, Signal::KILL, &self.mark, self.log.clone())
+            .env("PGPASSWORD", &self.password)
+            .env("PGHOST", "127.0.0.1")
+            .env("PGPORT", self.port.to_string())
+            .env("PGUSER", "postgres")
+            .args(args)
+            .run()
+            .await
+    }
+
     /// A program that comes with it. The server may be a link from elsewhere.
     pub fn program(&self, name: &str) -> anyhow::Result<PathBuf> {
         let postgres = self.bin.join("postgres");

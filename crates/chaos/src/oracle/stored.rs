@@ -3,13 +3,12 @@
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::Context;
-use serde_json::Value;
 use sqlx::{Connection, Executor, PgConnection};
 use uuid::Uuid;
 
 use crate::{
     addresses::Addresses,
-    event::{AggregateKey, EventSummary, ScoreEntry, hash},
+    event::{AggregateKey, EventSummary, Incarnation},
     model::{Amount, Item, ItemKind, Person},
 };
 
@@ -30,6 +29,8 @@ pub(crate) struct Outbox {
     pub(crate) chains: HashMap<AggregateKey, (i64, usize)>,
     /// The last position, whether or not its transaction was committed.
     pub(crate) last_position: i64,
+    /// The present incarnation of its source.
+    pub(crate) incarnation: Incarnation,
     pub(crate) low_water: i64,
     pub(crate) parked: Vec<String>,
     pub(crate) dead_rows: i64,
@@ -48,6 +49,8 @@ pub(crate) struct ScoreRow {
 #[derive(Clone, Debug)]
 pub(crate) struct InboxRow {
     pub(crate) source: String,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) ended: bool,
     pub(crate) key: AggregateKey,
     pub(crate) version: i64,
     pub(crate) last_event: Option<Uuid>,
@@ -106,7 +109,8 @@ impl Stored {
 type EventRow = (i64, Uuid, String, String, i64, String, String, bool);
 
 impl Outbox {
-    async fn load(conn: &mut PgConnection) -> anyhow::Result<Self> {
+    /// Reads it.
+    pub(crate) async fn load(conn: &mut PgConnection) -> anyhow::Result<Self> {
         let rows: Vec<EventRow> = sqlx::query_as(
             "SELECT position, id, aggregate_type, aggregate_id, version, type, payload::text,
                     coalesce(headers @> '{\"erased\": true}', false)
@@ -117,27 +121,19 @@ impl Outbox {
         let (mut events, mut duplicates) = (BTreeMap::new(), Vec::new());
         let mut chains: HashMap<AggregateKey, (i64, usize)> = HashMap::new();
         for (position, id, aggregate_type, aggregate_id, version, type_, payload, erased) in rows {
-            let body: Value = serde_json::from_str(&payload).context("a body is not JSON")?;
-            let number = |name: &str| body[name].as_number().map(ToString::to_string);
-            let entry = number("score").zip(number("total")).filter(|_| aggregate_type == "score");
+            let summary = EventSummary::new(id, type_, &aggregate_type, payload.as_bytes(), erased)
+                .context("a body is not JSON")?;
             let key = (aggregate_type, aggregate_id);
             let (last, count) = chains.entry(key.clone()).or_default();
             (*last, *count) = (version.max(*last), *count + 1);
-            let summary = EventSummary {
-                id,
-                type_,
-                hash: hash(payload.as_bytes()),
-                record: body["id"].as_str().unwrap_or_default().to_owned(),
-                erased,
-                entry: entry.map(|(score, total)| ScoreEntry { score, total }),
-            };
             if events.insert((key.clone(), version), Event { position, summary }).is_some() {
                 duplicates.push((key, version));
             }
         }
-        let (last_position, low_water): (i64, i64) = sqlx::query_as(
+        let (last_position, low_water, incarnation): (i64, i64, i64) = sqlx::query_as(
             "SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM outbox.position),
-                    coalesce((SELECT min(low_water) FROM outbox.relay), 0)",
+                    coalesce((SELECT min(low_water) FROM outbox.relay), 0),
+                    (SELECT incarnation FROM outbox.source)",
         )
         .fetch_one(&mut *conn)
         .await?;
@@ -153,7 +149,7 @@ impl Outbox {
         )
         .fetch_one(&mut *conn)
         .await?;
-        Ok(Self { events, duplicates, chains, last_position, low_water, parked, dead_rows })
+        Ok(Self { events, duplicates, chains, last_position, incarnation, low_water, parked, dead_rows })
     }
 
     /// The last position that is stored.
@@ -162,7 +158,8 @@ impl Outbox {
     }
 }
 
-async fn persons(conn: &mut PgConnection) -> anyhow::Result<BTreeMap<Uuid, Person>> {
+/// Reads the persons.
+pub(crate) async fn persons(conn: &mut PgConnection) -> anyhow::Result<BTreeMap<Uuid, Person>> {
     type Row = (Uuid, i64, i64, String, Option<String>, bool);
     let rows: Vec<Row> =
         sqlx::query_as("SELECT id, cpf, version, name, address, status = 'active' FROM person.person")
@@ -217,14 +214,22 @@ async fn scores(conn: &mut PgConnection) -> anyhow::Result<BTreeMap<Uuid, ScoreR
 }
 
 async fn applied(conn: &mut PgConnection) -> anyhow::Result<Vec<InboxRow>> {
-    let rows: Vec<(String, String, String, i64, Option<Uuid>)> = sqlx::query_as(
-        "SELECT source, aggregate_type, aggregate_id, version, last_event_id
+    type Row = (String, i64, bool, String, String, i64, Option<Uuid>);
+    let rows: Vec<Row> = sqlx::query_as(
+        "SELECT split_part(source, '~', 1), inbox.incarnation(source), ended, aggregate_type, aggregate_id, version, last_event_id
          FROM inbox.aggregate WHERE consumer = 'score'",
     )
     .fetch_all(conn)
     .await?;
-    let applied = rows.into_iter().map(|(source, aggregate_type, aggregate_id, version, last_event)| {
-        InboxRow { source, key: (aggregate_type, aggregate_id), version, last_event }
-    });
+    let applied = rows.into_iter().map(
+        |(source, incarnation, ended, aggregate_type, aggregate_id, version, last_event)| InboxRow {
+            source,
+            incarnation,
+            ended,
+            key: (aggregate_type, aggregate_id),
+            version,
+            last_event,
+        },
+    );
     Ok(applied.collect())
 }

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::{
     addresses::Addresses,
+    barrier::Barrier,
     history::{AcknowledgedWrite, History},
     model::{Change, Person, Request},
     violation::{Violation, Violations},
@@ -32,6 +33,8 @@ pub(crate) struct Slot {
     pub(crate) in_doubt: Option<(Change, Instant)>,
     /// When the last `POST` without a response was sent. It must not reach a new person with the same cpf.
     pub(crate) unanswered_post: Option<Instant>,
+    /// How many republishings of all persons this model allows for. Each raises the version once.
+    pub(crate) baselines: u64,
 }
 
 /// One client.
@@ -39,6 +42,7 @@ pub(crate) struct Slot {
 pub(crate) struct Client {
     http: reqwest::Client,
     addresses: Arc<Addresses>,
+    pub(crate) barrier: Arc<Barrier>,
     violations: Arc<Violations>,
     pub(crate) random: Xoshiro256PlusPlus,
     pub(crate) history: History,
@@ -75,14 +79,14 @@ enum Outcome {
 
 impl Client {
     pub(crate) fn new(
-        addresses: Arc<Addresses>,
+        (addresses, barrier): (Arc<Addresses>, Arc<Barrier>),
         violations: Arc<Violations>,
         seed: u64,
         give_up: CancellationToken,
     ) -> anyhow::Result<Self> {
         let http = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().build()?;
         let random = Xoshiro256PlusPlus::seed_from_u64(seed);
-        Ok(Self { http, addresses, violations, random, history: History::default(), give_up })
+        Ok(Self { http, addresses, barrier, violations, random, history: History::default(), give_up })
     }
 
     /// Writes, and repeats the request until its outcome is known. A request that is not `safe` to repeat stays in doubt
@@ -113,6 +117,8 @@ impl Client {
                     slot.in_doubt = Some((change, Instant::now()));
                     return self.find_out(slot).await;
                 }
+                // A baseline has raised the version.
+                Outcome::Refused(412) if self.is_raised(slot).await => return,
                 Outcome::Unavailable => {}
                 Outcome::Unknown => {
                     if !unknown {
@@ -148,11 +154,20 @@ impl Client {
         self.history.acknowledged.push(AcknowledgedWrite {
             person,
             version,
+            at_most: version,
             type_: type_.clone(),
             record: id,
         });
         slot.person = change.apply(before.as_ref(), id);
-        if version != expected {
+        if before.is_none() {
+            slot.baselines = self.barrier.republishings().1;
+        }
+        let raised = u64::try_from(version - expected).ok().filter(|raised| *raised <= self.baselines(slot));
+        if let (Some(raised), Some(person)) = (raised, &mut slot.person) {
+            slot.baselines += raised;
+            person.version = version;
+        }
+        if raised.is_none() {
             let doubled = version > expected;
             let found = if doubled { Violation::WriteDoubled } else { Violation::WriteLost };
             self.violations.add(
@@ -172,16 +187,23 @@ impl Client {
     pub(crate) async fn find_out(&mut self, slot: &mut Slot) {
         let Some(found) = self.read(slot.cpf).await else { return };
         let Some((change, _)) = slot.in_doubt.take() else { return };
-        let before = slot.person.as_ref();
-        if let Some(record) = change.leads(before, found.as_ref()) {
-            let version = found.as_ref().or(before).map_or(0, |person| person.version);
+        let (before, baselines) = (slot.person.as_ref(), self.baselines(slot));
+        let mut raised = 0;
+        if let Some((record, found_raised)) = change.leads_beside(before, found.as_ref(), baselines) {
+            // A deletion hides the baselines before it.
+            raised = if found.is_none() { i64::try_from(baselines).unwrap_or(0) } else { found_raised };
+            let version = before.map_or(1, |person| person.version + 1);
             self.history.acknowledged.push(AcknowledgedWrite {
                 person: found.as_ref().or(before).map(|person| person.id).unwrap_or_default(),
-                // A deletion has a version of its own, one above the last state.
-                version: version + i64::from(found.is_none()),
+                version,
+                at_most: version + raised,
                 type_: change.event(before),
                 record,
             });
+        } else if let (Some(before), Some(found)) = (before, &found)
+            && let Some(baselines) = before.baselines_to(found, baselines)
+        {
+            raised = i64::try_from(baselines).unwrap_or(0);
         } else if found.as_ref() != before {
             let id = before.or(found.as_ref()).map(|person| person.id).unwrap_or_default();
             self.violations.add(
@@ -194,7 +216,60 @@ impl Client {
                 ),
             );
         }
+        if before.is_none() {
+            slot.baselines = self.barrier.republishings().1;
+        }
+        slot.baselines += u64::try_from(raised).unwrap_or(0);
         slot.person = found;
+    }
+
+    /// How many baselines may have raised the person's version since the last write.
+    fn baselines(&self, slot: &Slot) -> u64 {
+        self.barrier.republishings().0.saturating_sub(slot.baselines)
+    }
+
+    /// Whether baselines alone have raised the person's version, which is learned then.
+    async fn is_raised(&self, slot: &mut Slot) -> bool {
+        if self.baselines(slot) == 0 {
+            return false;
+        }
+        let found = self.read(slot.cpf).await.flatten();
+        let at_most = self.baselines(slot);
+        let (Some(person), Some(found)) = (&mut slot.person, found) else { return false };
+        let Some(raised) = person.baselines_to(&found, at_most).filter(|raised| *raised > 0) else {
+            return false;
+        };
+        slot.baselines += raised;
+        *person = found;
+        true
+    }
+
+    /// Stops while a database is replaced, and goes on with what the new one has.
+    pub(crate) async fn rest(&mut self, slots: &mut [Slot]) {
+        let barrier = Arc::clone(&self.barrier);
+        barrier.finished().await;
+        for slot in &mut *slots {
+            if slot.in_doubt.is_some() {
+                self.find_out(slot).await;
+            }
+            if slot.in_doubt.is_some() {
+                let id = slot.person.as_ref().map(|person| person.id).unwrap_or_default();
+                self.violations
+                    .add(Violation::Unfinished, format!("the outcome of a write to {id} stayed unknown"));
+            }
+        }
+        let mut history = std::mem::take(&mut self.history);
+        history.persons = slots.iter().filter_map(|slot| slot.person.clone()).collect();
+        let persons = barrier.resolved(history).await;
+        for slot in slots {
+            *slot = Slot {
+                cpf: slot.cpf,
+                person: persons.get(&slot.cpf).cloned(),
+                in_doubt: None,
+                unanswered_post: None,
+                baselines: barrier.republishings().1,
+            };
+        }
     }
 
     /// Reads a person, and retries until there is a response. `None`: there was none until the end.

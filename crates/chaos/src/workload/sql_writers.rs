@@ -10,7 +10,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     addresses::Addresses,
+    barrier::Barrier,
     event::{MEMO, NOTE},
+    history::History,
 };
 
 /// After so many versions, a writer goes on with another note.
@@ -63,25 +65,35 @@ impl SqlWriters {
     pub(crate) const USUAL: Self = Self { writers: 4, notes: 4, pause: 700, hold: 300 };
 
     /// Writes until `stop`, and connects again after each crash.
-    pub(crate) async fn write(self, addresses: Arc<Addresses>, seed: u64, stop: CancellationToken) {
+    pub(crate) async fn write(
+        self,
+        (addresses, barrier): (Arc<Addresses>, Arc<Barrier>),
+        seed: u64,
+        stop: CancellationToken,
+    ) {
         let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
         while !stop.is_cancelled() {
             // A crash ends the session. The next one begins with what is stored.
-            let _crashed = self.session(&addresses, &mut random, &stop).await;
+            let _crashed = self.session((&addresses, &barrier), &mut random, &stop).await;
+            if barrier.is_closed() {
+                barrier.finished().await;
+                // They keep nothing in memory.
+                barrier.resolved(History::default()).await;
+            }
             stop.run_until_cancelled(tokio::time::sleep(Duration::from_millis(100))).await;
         }
     }
 
     async fn session(
         self,
-        addresses: &Addresses,
+        (addresses, barrier): (&Addresses, &Barrier),
         random: &mut Xoshiro256PlusPlus,
         stop: &CancellationToken,
     ) -> anyhow::Result<()> {
         let mut conn = addresses.connect("person").await?;
         conn.execute("SET synchronous_commit = off; SET statement_timeout = '10s'").await?;
         let mut generation = 0;
-        while !stop.is_cancelled() {
+        while !stop.is_cancelled() && !barrier.is_closed() {
             let number = random.random_range(0..self.notes);
             let kind = if number % 2 == 0 { NOTE } else { MEMO };
             let mut tx = conn.begin().await?;
