@@ -72,9 +72,9 @@ impl Records<'_> {
     fn lost(&self, mut lost: LostTime, history: History) {
         let mut injected = self.lock();
         lost.parked_notes.clone_from(&injected.parked_notes);
-        let last = lost.person.restored_position;
+        let restored = lost.person.restored_position;
         for range in &mut injected.parked_notes {
-            range.through = range.through.min(last);
+            range.through = range.through.min(restored);
         }
         injected.forgotten.merge(history.forget());
         injected.losses.push(lost);
@@ -107,10 +107,8 @@ pub(crate) async fn carry_out(
     let records = Records { injected: Mutex::new(injected), violations };
     let faults = plan.iter().enumerate().map(async |(number, fault)| {
         tokio::time::sleep_until(begin + Duration::from_millis(fault.at)).await;
-        let _one_kind_at_a_time = match fault.fault.needs_repair() {
-            true => Some(back_in_time::REPAIRS.read().await),
-            false => None,
-        };
+        let _no_procedure =
+            if fault.fault.needs_repair() { Some(back_in_time::REPAIRS.read().await) } else { None };
         say(&fault.to_string());
         let done = inject(testbed, &records, *fault, number).await;
         done.with_context(|| format!("this fault went wrong: {fault}"))

@@ -36,15 +36,15 @@ fn lost_times(seed: u64, length: Duration) -> Vec<ScheduledFault> {
     let mut random = Xoshiro256PlusPlus::seed_from_u64(!seed);
     let mut kinds = [Fault::Restored, Fault::FailedOver];
     kinds.shuffle(&mut random);
-    // Where they begin, and how long they last, in hundredths of the length.
-    let places = match length {
-        ..ONE_LOST_TIME => vec![],
-        ONE_LOST_TIME..BOTH_LOST_TIMES => vec![20..40],
-        _ => vec![10..25, 50..65],
+    // Where they begin, in hundredths of the length.
+    let places: &[(u64, u64)] = match length {
+        ..ONE_LOST_TIME => &[],
+        ONE_LOST_TIME..BOTH_LOST_TIMES => &[(20, 40)],
+        _ => &[(10, 25), (50, 65)],
     };
     let early = length.min(EARLY);
-    let lost_time = |(fault, place): (Fault, std::ops::Range<u64>)| ScheduledFault {
-        at: early * random.random_range(place) / 100,
+    let lost_time = |(fault, (from, to)): (Fault, &(u64, u64))| ScheduledFault {
+        at: early * random.random_range(*from..*to) / 100,
         lasts: early * random.random_range(8..15) / 100,
         fault,
     };

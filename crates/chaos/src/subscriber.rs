@@ -1,7 +1,7 @@
 //! A subscriber past all proxies. It has a durable queue for every event, and records each delivery.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet, btree_map::Entry},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -186,8 +186,8 @@ impl Subscriber {
         }
         let chain = deliveries.chains.entry(key.clone()).or_default();
         let behind = chain.last_key_value().is_some_and(|(last, _)| *last > version);
-        if !chain.contains_key(&version) {
-            chain.insert(version, seen);
+        if let Entry::Vacant(first) = chain.entry(version) {
+            first.insert(seen);
             // The broker may redeliver out of order.
             if behind && !redelivered {
                 deliveries.inversions.push((key, version));

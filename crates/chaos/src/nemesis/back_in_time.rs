@@ -39,7 +39,7 @@ pub(crate) async fn back_in_time(
         let _none_is_open = REPAIRS.write().await;
         match fault {
             Fault::Restored => Copied::Backup(backup(testbed).await?),
-            _ => Copied::Standby(standby(testbed).await?),
+            _ => Copied::Standby(Box::new(standby(testbed).await?)),
         }
     };
     tokio::time::sleep(lasts).await;
@@ -66,7 +66,7 @@ pub(crate) async fn back_in_time(
     try_join_all(sessions.into_iter().map(Connection::close)).await?;
     match copied {
         Copied::Backup(_) => rename(testbed, records.count() + 1).await?,
-        Copied::Standby(standby) => promote(testbed, standby).await?,
+        Copied::Standby(standby) => promote(testbed, *standby).await?,
     }
     let mut losses = Vec::new();
     let mut after = Vec::new();
@@ -104,7 +104,7 @@ pub(crate) async fn back_in_time(
 /// Where a database can go back to.
 enum Copied {
     Backup(PathBuf),
-    Standby(Postgres),
+    Standby(Box<Postgres>),
 }
 
 /// A backup of the database of persons.
@@ -188,10 +188,14 @@ async fn promote(testbed: &Testbed, mut standby: Postgres) -> anyhow::Result<()>
 /// sessions.
 async fn sever(testbed: &Testbed) -> anyhow::Result<()> {
     let links = [Link::Clients, Link::Database(Instance::PersonApi)];
-    links.iter().for_each(|link| testbed.set_link(*link, LinkState::Cut));
+    for link in links {
+        testbed.set_link(link, LinkState::Cut);
+    }
     testbed.supervisor.kill(Instance::PersonApi, Duration::ZERO).await?;
     end_sessions(testbed, "usename = 'person_api'").await?;
-    links.iter().for_each(|link| testbed.set_link(*link, LinkState::Up));
+    for link in links {
+        testbed.set_link(link, LinkState::Up);
+    }
     Ok(())
 }
 

@@ -102,10 +102,21 @@ fn scores(stored: &Stored, violations: &Violations) {
         let events = chains.remove(id.to_string().as_str()).unwrap_or_default();
         let mut published: BTreeMap<&str, &str> = BTreeMap::new();
         let mut total = "0";
+        // What came before an end has lost its content.
+        let ends = events.iter().filter(|event| event.summary.type_ == "score.deleted");
+        let ended = ends.map(|event| event.position).max().unwrap_or(0);
         for event in events {
             if let Some(whole) = &event.summary.score {
                 published = whole.entries.iter().map(|(id, score)| (id.as_str(), score.as_str())).collect();
                 total = &whole.total;
+                continue;
+            }
+            // A deletion of the lost time has come back, and the chain goes on.
+            if event.summary.type_ == "score.deleted" {
+                (published, total) = (BTreeMap::new(), "0");
+                continue;
+            }
+            if event.position < ended {
                 continue;
             }
             let Some(entry) = &event.summary.entry else {
@@ -142,7 +153,9 @@ fn erased(stored: &Stored, violations: &Violations) {
             let last = outbox.chains.get(key).map_or(0, |(last, _)| *last);
             let ends =
                 outbox.events.get(&(key.clone(), last)).is_some_and(|event| event.summary.type_ == end);
-            if ends && *version < last && !event.summary.erased {
+            // The end says the id alone. A procedure may have ended it once more.
+            let content = !event.summary.erased && event.summary.type_ != end;
+            if ends && *version < last && content {
                 violations.add(
                     Violation::LeftOver,
                     format!("{}/{} has ended, and version {version} still has its content", key.0, key.1),
