@@ -5,7 +5,12 @@ use std::{path::PathBuf, time::Duration};
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 
-use crate::{report::Report, run, sabotage::Sabotage, settings::Settings};
+use crate::{
+    report::Report,
+    run,
+    sabotage::Sabotage,
+    settings::{LostTime, Settings},
+};
 use devstack::{say, show, shutdown::Shutdown};
 
 /// The arguments of `chaos`.
@@ -29,6 +34,10 @@ pub struct ChaosArgs {
     /// from a copy of the sources.
     #[arg(long, value_name = "GUARD", value_parser = guards, conflicts_with_all = ["minutes", "seconds"])]
     pub sabotage: Option<Guards>,
+    /// Inject one fault alone, between a quarter and a half of the time: a backup is restored, or a standby is promoted
+    /// that lacked the last commits. The documented procedure follows.
+    #[arg(long, value_name = "FAULT", conflicts_with = "sabotage")]
+    pub only: Option<LostTime>,
     /// Print the plan of faults, and start nothing.
     #[arg(long)]
     pub plan: bool,
@@ -55,12 +64,12 @@ pub async fn run(args: &ChaosArgs) -> anyhow::Result<u8> {
     // Short, so that people can type it again.
     let seed = args.seed.unwrap_or_else(|| rand::random_range(0..1_000_000));
     let length = Duration::from_secs(args.seconds.unwrap_or(args.minutes * 60));
-    let mut runs = vec![Settings { seed, length, sabotage: None }];
+    let mut runs = vec![Settings { seed, length, sabotage: None, only: args.only }];
     if let Some(Guards(guards)) = &args.sabotage {
         if !cfg!(debug_assertions) {
             bail!("only debug builds can be sabotaged: run make chaos");
         }
-        let run = |one: &Sabotage| Settings { seed, length: one.length(), sabotage: Some(*one) };
+        let run = |one: &Sabotage| Settings { seed, length: one.length(), sabotage: Some(*one), only: None };
         runs = guards.iter().map(run).collect();
     }
     if args.plan {
@@ -89,7 +98,7 @@ pub async fn run(args: &ChaosArgs) -> anyhow::Result<u8> {
 
 /// One run, and whether it ended as expected.
 async fn one(settings: &Settings, shutdown: &Shutdown) -> anyhow::Result<(Report, bool)> {
-    let Settings { seed, length, sabotage } = settings;
+    let Settings { seed, length, sabotage, .. } = settings;
     let name = sabotage.map_or_else(|| seed.to_string(), |sabotage| format!("{seed}-{}", sabotage.name()));
     let logs = devstack::command::data()?.join(format!("chaos-{name}"));
     let without = sabotage.map(|sabotage| format!(", without a guard: the program {}", sabotage.words()));

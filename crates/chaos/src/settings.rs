@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
-use super::{fault::ScheduledFault, sabotage::Sabotage, schedule};
+use super::{
+    fault::{Fault, ScheduledFault},
+    sabotage::Sabotage,
+    schedule,
+};
 
 /// The settings of a run.
 #[derive(Clone, Debug)]
@@ -13,23 +17,53 @@ pub struct Settings {
     pub length: Duration,
     /// A guard to remove. The plan then has the faults that this guard is for.
     pub sabotage: Option<Sabotage>,
+    /// A way back in time. The plan then has this fault alone.
+    pub only: Option<LostTime>,
+}
+
+/// A way in which a database goes back in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LostTime {
+    /// A backup is restored.
+    Restore,
+    /// A standby is promoted that lacked the last commits.
+    Failover,
+}
+
+impl LostTime {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Restore => "restore",
+            Self::Failover => "failover",
+        }
+    }
+
+    fn fault(self) -> Fault {
+        match self {
+            Self::Restore => Fault::Restored,
+            Self::Failover => Fault::FailedOver,
+        }
+    }
 }
 
 impl Settings {
     /// The command that runs it again.
     pub fn command(&self) -> String {
-        let what = match self.sabotage {
-            Some(sabotage) => format!("--sabotage {}", sabotage.name()),
-            None => format!("--seconds {}", self.length.as_secs()),
+        let seconds = format!("--seconds {}", self.length.as_secs());
+        let what = match (self.sabotage, self.only) {
+            (Some(sabotage), _) => format!("--sabotage {}", sabotage.name()),
+            (None, Some(only)) => format!("{seconds} --only {}", only.name()),
+            (None, None) => seconds,
         };
         format!("make chaos CHAOS_ARGS=\"--seed {} {what}\"", self.seed)
     }
 
     /// Its plan of faults.
     pub fn plan(&self) -> Vec<ScheduledFault> {
-        match self.sabotage {
-            Some(sabotage) => sabotage.plan(self.seed),
-            None => schedule::plan(self.seed, self.length),
+        match (self.sabotage, self.only) {
+            (Some(sabotage), _) => sabotage.plan(self.seed),
+            (None, Some(only)) => schedule::alone(only.fault(), self.length),
+            (None, None) => schedule::plan(self.seed, self.length),
         }
     }
 }

@@ -87,17 +87,10 @@ impl System {
         sqlx::query_scalar(AssertSqlSafe(sql.to_owned())).fetch_one(&mut conn).await.unwrap()
     }
 
-    /// A server's program for backups.
-    async fn tool(&self, program: &str, args: &[&str]) {
-        let program = self.stack.servers.postgres.program(program).unwrap();
-        let ended = Command::new(&program).args(args).output().await.unwrap();
-        assert!(ended.status.success(), "{}: {}", program.display(), String::from_utf8_lossy(&ended.stderr));
-    }
-
     async fn backup(&self) -> PathBuf {
         let file = self.stack.folder().path().join("person.dump");
-        let url = format!("{}/person", self.stack.servers.postgres.url());
-        self.tool("pg_dump", &["-Fc", "-f", file.to_str().unwrap(), &url]).await;
+        let args = ["-Fc", "-f", file.to_str().unwrap(), "person"];
+        self.stack.servers.postgres.tool("pg_dump", &args).await.unwrap();
         file
     }
 
@@ -107,7 +100,8 @@ impl System {
         let server = self.stack.servers.postgres.url();
         let mut conn = PgConnection::connect(&format!("{server}/postgres")).await.unwrap();
         conn.execute("CREATE DATABASE restored").await.unwrap();
-        self.tool("pg_restore", &["-d", &format!("{server}/restored"), backup.to_str().unwrap()]).await;
+        let args = ["-d", "restored", backup.to_str().unwrap()];
+        self.stack.servers.postgres.tool("pg_restore", &args).await.unwrap();
         for sql in [
             "ALTER DATABASE person ALLOW_CONNECTIONS false",
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'person'",
