@@ -14,8 +14,8 @@ use crate::{
 };
 
 /// How long a step may need, however often: another fault may take away the broker or a relay meanwhile.
-const STEP_TIMEOUT: Duration = Duration::from_mins(3);
-/// How long one command may take. `recover` waits half a minute for the relay, and as long for the subscriber.
+const STEP_TIMEOUT: Duration = Duration::from_mins(5);
+/// How long one command may take before it is ended and repeated. `recover` waits half a minute for the relay, and as long for the subscriber.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(100);
 /// The pause before a step is repeated.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -216,11 +216,14 @@ async fn run(testbed: &Testbed, database: &str, line: &str) -> anyhow::Result<Sa
         .env("LOG", "off")
         .kill_on_drop(true);
     let began = Instant::now();
-    let output = tokio::time::timeout(COMMAND_TIMEOUT, command.output()).await;
-    let output =
-        output.with_context(|| format!("{line} had not ended after {} s", COMMAND_TIMEOUT.as_secs()))??;
-    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    let said = Said { code: output.status.code(), text };
+    let said = match tokio::time::timeout(COMMAND_TIMEOUT, command.output()).await {
+        Ok(output) => {
+            let output = output?;
+            let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+            Said { code: output.status.code(), text }
+        }
+        Err(_) => Said { code: None, text: format!("had not ended after {} s\n", COMMAND_TIMEOUT.as_secs()) },
+    };
     let mut log =
         std::fs::File::options().create(true).append(true).open(testbed.logs().join("procedure.log"))?;
     let code = said.code.unwrap_or(-1);

@@ -1,12 +1,12 @@
 //! The versions of each aggregate have no holes, and each event was delivered to the subscriber, in order and as it was
 //! committed. In each incarnation of its source on its own; what was lost with a database is the exception.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use super::stored::{Event, Outbox, Stored};
 use crate::{
     event::{AggregateKey, EventSummary, Incarnation, MEMO, NOTE, PositionRange, UNPUBLISHABLE, source_of},
-    lost_time::{LostEvent, LostTime},
+    lost_time::{Loss, LostEvent, LostTime},
     subscriber::{Chain, Deliveries, Subscriber},
     violation::{Violation, Violations},
 };
@@ -45,7 +45,7 @@ struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    fn losses(self) -> impl DoubleEndedIterator<Item = (&'a LostTime, &'a crate::lost_time::Loss)> {
+    fn losses(self) -> impl DoubleEndedIterator<Item = (&'a LostTime, &'a Loss)> {
         self.losses.iter().filter_map(move |lost| Some((lost, lost.of(self.name)?)))
     }
 
@@ -66,10 +66,7 @@ impl<'a> Source<'a> {
         self.losses().find_map(|(lost, loss)| Some((lost, loss.events.get(&event.id)?)))
     }
 
-    fn chains(
-        self,
-        deliveries: &Deliveries,
-    ) -> impl Iterator<Item = (&Chain, &std::collections::BTreeMap<i64, EventSummary>)> {
+    fn chains(self, deliveries: &Deliveries) -> impl Iterator<Item = (&Chain, &BTreeMap<i64, EventSummary>)> {
         deliveries.chains.iter().filter(move |((_, key), _)| source_of(&key.0) == self.name)
     }
 
