@@ -34,10 +34,10 @@ pub struct ChaosArgs {
     /// from a copy of the sources.
     #[arg(long, value_name = "GUARD", value_parser = guards, conflicts_with_all = ["minutes", "seconds"])]
     pub sabotage: Option<Guards>,
-    /// Inject one fault alone, between a quarter and a half of the time: a backup is restored, or a standby is promoted
-    /// that lacked the last commits. The documented procedure follows.
+    /// Inject this fault alone: a backup is restored, or a standby is promoted that lacked the last commits. The
+    /// documented procedure follows. May be repeated; the faults come in this order.
     #[arg(long, value_name = "FAULT", conflicts_with = "sabotage")]
-    pub only: Option<LostTime>,
+    pub only: Vec<LostTime>,
     /// Print the plan of faults, and start nothing.
     #[arg(long)]
     pub plan: bool,
@@ -64,12 +64,13 @@ pub async fn run(args: &ChaosArgs) -> anyhow::Result<u8> {
     // Short, so that people can type it again.
     let seed = args.seed.unwrap_or_else(|| rand::random_range(0..1_000_000));
     let length = Duration::from_secs(args.seconds.unwrap_or(args.minutes * 60));
-    let mut runs = vec![Settings { seed, length, sabotage: None, only: args.only }];
+    let mut runs = vec![Settings { seed, length, sabotage: None, only: args.only.clone() }];
     if let Some(Guards(guards)) = &args.sabotage {
         if !cfg!(debug_assertions) {
             bail!("only debug builds can be sabotaged: run make chaos");
         }
-        let run = |one: &Sabotage| Settings { seed, length: one.length(), sabotage: Some(*one), only: None };
+        let run =
+            |one: &Sabotage| Settings { seed, length: one.length(), sabotage: Some(*one), only: Vec::new() };
         runs = guards.iter().map(run).collect();
     }
     if args.plan {

@@ -28,10 +28,12 @@ pub fn plan(seed: u64, length: Duration) -> Vec<ScheduledFault> {
     plan
 }
 
-/// One fault, in the second quarter of a run.
-pub(crate) fn alone(fault: Fault, length: Duration) -> Vec<ScheduledFault> {
-    let quarter = u64::try_from(length.as_millis() / 4).unwrap_or(u64::MAX);
-    vec![ScheduledFault { at: quarter, lasts: quarter, fault }]
+/// Nothing but these faults: each in the second quarter of its share of the run.
+pub(crate) fn alone(faults: &[Fault], length: Duration) -> Vec<ScheduledFault> {
+    let shares = u64::try_from(faults.len()).unwrap_or(1).max(1);
+    let share = u64::try_from(length.as_millis()).unwrap_or(u64::MAX) / shares;
+    let at = (0..shares).map(|number| number * share + share / 4);
+    faults.iter().zip(at).map(|(fault, at)| ScheduledFault { at, lasts: share / 4, fault: *fault }).collect()
 }
 
 /// When databases go back in time: each kind once, if the run is long enough.

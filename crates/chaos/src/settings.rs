@@ -17,8 +17,8 @@ pub struct Settings {
     pub length: Duration,
     /// A guard to remove. The plan then has the faults that this guard is for.
     pub sabotage: Option<Sabotage>,
-    /// A way back in time. The plan then has this fault alone.
-    pub only: Option<LostTime>,
+    /// Ways back in time. If there are any, the plan has these faults alone.
+    pub only: Vec<LostTime>,
 }
 
 /// A way in which a database goes back in time.
@@ -50,20 +50,23 @@ impl Settings {
     /// The command that runs it again.
     pub fn command(&self) -> String {
         let seconds = format!("--seconds {}", self.length.as_secs());
-        let what = match (self.sabotage, self.only) {
-            (Some(sabotage), _) => format!("--sabotage {}", sabotage.name()),
-            (None, Some(only)) => format!("{seconds} --only {}", only.name()),
-            (None, None) => seconds,
+        let only: String = self.only.iter().map(|only| format!(" --only {}", only.name())).collect();
+        let what = match self.sabotage {
+            Some(sabotage) => format!("--sabotage {}", sabotage.name()),
+            None => seconds + &only,
         };
         format!("make chaos CHAOS_ARGS=\"--seed {} {what}\"", self.seed)
     }
 
     /// Its plan of faults.
     pub fn plan(&self) -> Vec<ScheduledFault> {
-        match (self.sabotage, self.only) {
-            (Some(sabotage), _) => sabotage.plan(self.seed),
-            (None, Some(only)) => schedule::alone(only.fault(), self.length),
-            (None, None) => schedule::plan(self.seed, self.length),
+        match self.sabotage {
+            Some(sabotage) => sabotage.plan(self.seed),
+            None if self.only.is_empty() => schedule::plan(self.seed, self.length),
+            None => {
+                let faults: Vec<Fault> = self.only.iter().map(|only| only.fault()).collect();
+                schedule::alone(&faults, self.length)
+            }
         }
     }
 }

@@ -57,6 +57,11 @@ fn the_plan_is_shown_and_nothing_is_started() {
     let of = |args: &[&str]| run(&[&["--plan"], args].concat());
     assert_eq!(of(&["--seed", "5"]), of(&["--seed", "5", "--minutes", "5"]));
     assert_ne!(of(&["--seed", "5"]), of(&["--seed", "6"]));
+    insta::assert_snapshot!(of(&["--only", "restore", "--only", "failover", "--seconds", "40"]), @r"
+    exit code 0
+        5.0 s  for  5.0 s  a backup restored, with the procedure
+       25.0 s  for  5.0 s  a failover that lost commits, with the procedure
+    ");
     insta::assert_snapshot!(of(&["--seed", "1", "--seconds", "10"]), @r"
     exit code 0
         3.0 s  for  3.4 s  a half-open link: person-api to PostgreSQL, FromServer
