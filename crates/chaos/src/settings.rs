@@ -50,7 +50,7 @@ impl Settings {
     /// The command that runs it again.
     pub fn command(&self) -> String {
         let seconds = format!("--seconds {}", self.length.as_secs());
-        let only: String = self.only.iter().map(|only| format!(" --only {}", only.name())).collect();
+        let only = self.only.iter().flat_map(|only| [" --only ", only.name()]).collect::<String>();
         let what = match self.sabotage {
             Some(sabotage) => format!("--sabotage {}", sabotage.name()),
             None => seconds + &only,

@@ -1,8 +1,6 @@
 //! A run whose only fault is a restored backup, under writes, with the documented procedure. Short runs leave it out, and
 //! `crates/devstack/tests/back_in_time.rs` has the cases one by one.
 
-#![expect(clippy::unwrap_used, reason = "a panic in a test is the report")]
-
 use std::{path::Path, process::Command};
 
 #[test]
