@@ -1,0 +1,25 @@
+-- What person-api has appended, and the relay has published.
+SELECT pg_temp.partitions(pg_temp.events());
+BEGIN;
+-- In the transaction that empties the tables, rows need no log (wal_level minimal).
+TRUNCATE outbox.event;
+SELECT pg_temp.bare(VARIADIC ARRAY(SELECT ('outbox.' || name)::regclass FROM outbox.partition));
+INSERT INTO outbox.event (position, id, aggregate_type, aggregate_id, version, type, payload, created_at)
+SELECT pos, pg_temp.event_id(pos), 'person', id, version, kind || '.new',
+       (CASE kind WHEN 'person' THEN body ELSE format(
+            '{"id":"%s","person_id":"%s",%s"value":%s,"created_at":%s,"person":%s}', pg_temp.item_id(pos), id,
+            CASE kind WHEN 'income' THEN '"type":"renting",' WHEN 'asset' THEN '"type":"apartment",' END,
+            pg_temp.value(person, kind), to_json(at), body) END)::json,
+       at
+FROM (SELECT pos, person, version, id, kind, pg_temp.at(pg_temp.ms(pos)) AS at, format(
+          '{"id":"%s","cpf":%s,"name":"%s","address":"%s","date_of_birth":%s,"created_at":%s,"status":"active"}',
+          id, pg_temp.cpf(person), pg_temp.name(person), pg_temp.address(person), to_json(pg_temp.born(person)),
+          to_json(pg_temp.created_at(person))) AS body
+      FROM (SELECT pos, person, version, pg_temp.person_id(person) AS id, pg_temp.kind(version) AS kind
+            FROM (SELECT pos, person, pg_temp.version_at(pos, person) AS version
+                  FROM (SELECT pos, pg_temp.person_at(pos) AS person
+                        FROM generate_series(1, pg_temp.events()) pos OFFSET 0) a OFFSET 0) b OFFSET 0) c OFFSET 0) d;
+SELECT pg_temp.dress();
+SELECT setval('outbox.position', pg_temp.events());
+INSERT INTO outbox.relay (name, low_water, high, incarnation) VALUES ('default', pg_temp.events(), pg_temp.events(), 1);
+COMMIT;
