@@ -28,23 +28,20 @@ pub(crate) fn write(report: &Report, folder: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Puts the table where a page has the two marks for it.
-pub(crate) fn write_into(report: &Report, page: &Path) -> anyhow::Result<()> {
+/// Puts what `command` has measured where a page has the two marks for it: `<!-- make bench -->` and `<!-- /make bench -->`.
+pub(crate) fn write_into(command: &str, new: &str, page: &Path) -> anyhow::Result<()> {
     let text = fs::read_to_string(page).with_context(|| format!("cannot read {}", page.display()))?;
-    let text = between(&text, &format!("{}\n{}\n", report.table(), report.measured_on()));
-    let text = text.with_context(|| format!("{} has not the lines {BEGIN} and {END}", page.display()))?;
+    let text = between(&text, command, new);
+    let text = text.with_context(|| format!("{} has not the marks of {command}", page.display()))?;
     fs::write(page, text).with_context(|| format!("cannot write {}", page.display()))
 }
 
-/// The lines of a page between which the table is.
-const BEGIN: &str = "<!-- make bench -->";
-const END: &str = "<!-- /make bench -->";
-
-/// A page with something new between its marks.
-fn between(page: &str, new: &str) -> Option<String> {
-    let (before, rest) = page.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}\n{new}{END}{after}"))
+/// A page with something new between a command's marks.
+fn between(page: &str, command: &str, new: &str) -> Option<String> {
+    let (begin, end) = (format!("<!-- {command} -->"), format!("<!-- /{command} -->"));
+    let (before, rest) = page.split_once(&begin)?;
+    let (_, after) = rest.split_once(&end)?;
+    Some(format!("{before}{begin}\n{new}{end}{after}"))
 }
 
 #[cfg(test)]
@@ -52,8 +49,8 @@ mod tests {
     #[test]
     fn what_is_between_the_marks_is_replaced() {
         let page = "a\n<!-- make bench -->\nold\n<!-- /make bench -->\nz\n";
-        let new = super::between(page, "new\n").unwrap();
+        let new = super::between(page, "make bench", "new\n").unwrap();
         assert_eq!(new, "a\n<!-- make bench -->\nnew\n<!-- /make bench -->\nz\n");
-        assert_eq!(super::between("no marks", "new"), None);
+        assert_eq!(super::between("no marks", "make bench", "new"), None);
     }
 }

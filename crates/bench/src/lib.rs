@@ -4,6 +4,7 @@
 pub mod command;
 pub mod figure;
 pub mod goal;
+pub mod history;
 pub mod report;
 pub mod scale;
 pub mod statistics;

@@ -1,5 +1,7 @@
 //! The peak memory of the relay, with many events waiting and with few.
 
+use std::fmt::Display;
+
 use anyhow::Context;
 use sqlx::{Connection, PgConnection};
 
@@ -95,10 +97,14 @@ impl Memory {
 
 /// Peak resident memory of a program, in megabytes.
 fn peak(program: &mut Program) -> anyhow::Result<f64> {
-    let pid = program.process().context("it runs")?.pid();
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    peak_of(program.process().context("it runs")?.pid()).context("no VmHWM")
+}
+
+/// Peak resident memory of a process, in megabytes; none when it has ended.
+pub(crate) fn peak_of(pid: impl Display) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     // VmHWM:     12345 kB
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
-    let kib: i64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(float(kib) * 1.024 / 1000.0)
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: i64 = line.trim().trim_end_matches(" kB").parse().ok()?;
+    Some(float(kib) * 1.024 / 1000.0)
 }

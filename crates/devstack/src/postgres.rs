@@ -74,6 +74,11 @@ impl Postgres {
         self
     }
 
+    /// Starts it with these settings from the next start on, instead of those of before.
+    pub fn set(&mut self, settings: &'static [&'static str]) {
+        self.settings = settings;
+    }
+
     /// A physical standby of this one, which runs: a copy that follows it once it is started.
     pub async fn standby(&self, folder: &Folder, port: u16) -> anyhow::Result<Self> {
         let (standby, _) = Self::place(folder, "standby", port, self.durable)?;

@@ -168,3 +168,7 @@ CREATE FUNCTION pg_temp.short(high bit(64), low bit(64)) RETURNS bytea LANGUAGE 
     RETURN pg_temp.short(((high << 29) | (high >> 35)) # low);
 CREATE FUNCTION pg_temp.short(id uuid) RETURNS bytea LANGUAGE sql IMMUTABLE
     RETURN pg_temp.short(('x' || left(translate(id::text, '-', ''), 16))::bit(64), ('x' || right(translate(id::text, '-', ''), 16))::bit(64));
+
+-- The event that is a person's baseline.
+CREATE FUNCTION pg_temp.baseline_id(person uuid) RETURNS uuid LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN pg_temp.v7(pg_temp.ms(pg_temp.events()), uuid_hash_extended(person, 0), 80);

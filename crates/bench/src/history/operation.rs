@@ -1,0 +1,107 @@
+//! A command or a request, and what is asked of it.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// A command or a request: how it is written, and what is asked of it.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Operation {
+    /// `outbox-relay status`, or `GET person-api/person/{ordinary.cpf}`. Names in braces stand for what the history has.
+    pub(crate) line: &'static str,
+    /// How it may grow with the history.
+    pub(crate) growth: Growth,
+    /// What is to be reached at ten million events.
+    pub(crate) reach: Option<Reach>,
+    /// A statement of the database that says how much of its work is done, for its rate.
+    #[serde(skip)]
+    pub(crate) count: Option<&'static str>,
+    /// It is interrupted after some time: its rate is known by then.
+    #[serde(skip)]
+    pub(crate) sampled: bool,
+    /// It is about the score service's database, and its program is of both.
+    pub(crate) score: bool,
+}
+
+/// How the buffers that an operation touches may grow with the history.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Growth {
+    /// Not at all.
+    Steady,
+    /// As the history does: it passes over it once.
+    Linear,
+    /// At most this part of what the outbox's events take.
+    Part(f64),
+}
+
+/// What is to be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Reach {
+    /// In seconds.
+    Time(f64),
+    /// Seconds for each partition.
+    TimePerPartition(f64),
+    /// A second.
+    Rate(f64),
+    /// The strongest lock is held for less than so many seconds.
+    Lock(f64),
+}
+
+impl fmt::Display for Reach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Time(seconds) => write!(f, "{seconds} s"),
+            Self::TimePerPartition(seconds) => write!(f, "{seconds} s a partition"),
+            Self::Rate(rate) => write!(f, "{rate}/s"),
+            Self::Lock(seconds) => write!(f, "lock < {seconds} s"),
+        }
+    }
+}
+
+impl Operation {
+    const fn new(line: &'static str, growth: Growth) -> Self {
+        Self { line, growth, reach: None, count: None, sampled: false, score: false }
+    }
+
+    /// One that does not grow with the history.
+    pub(crate) const fn steady(line: &'static str) -> Self {
+        Self::new(line, Growth::Steady)
+    }
+
+    /// One that passes over the history once.
+    pub(crate) const fn linear(line: &'static str) -> Self {
+        Self::new(line, Growth::Linear)
+    }
+
+    /// One that reads at most a part of the outbox.
+    pub(crate) const fn part(line: &'static str, part: f64) -> Self {
+        Self::new(line, Growth::Part(part))
+    }
+
+    pub(crate) const fn reach(self, reach: Reach) -> Self {
+        Self { reach: Some(reach), ..self }
+    }
+
+    pub(crate) const fn on_score(self) -> Self {
+        Self { score: true, ..self }
+    }
+
+    pub(crate) const fn counted(self, sql: &'static str) -> Self {
+        Self { count: Some(sql), ..self }
+    }
+
+    pub(crate) const fn sampled(self) -> Self {
+        Self { sampled: true, ..self }
+    }
+
+    /// Its first word: a program, or the method of a request.
+    pub(crate) fn program(&self) -> &'static str {
+        self.line.split(' ').next().unwrap_or_default()
+    }
+
+    pub(crate) fn is_request(&self) -> bool {
+        self.program().chars().all(|letter| letter.is_ascii_uppercase())
+    }
+}

@@ -1,0 +1,186 @@
+//! The result of a run, and what it is held against.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::{
+    alone::Statement,
+    operation::{Growth, Reach},
+    run::{End, Outcome},
+};
+use crate::statistics::{float, number};
+
+/// More than this and twice as many buffers as with the short history is growth.
+const SLACK: f64 = 200.0;
+/// What passes over the history once may touch so many times more buffers than the history is longer.
+const OVER: f64 = 1.5;
+/// How many of the statements that run by themselves the page shows.
+const SHOWN: usize = 12;
+
+/// One length of history.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Measured {
+    /// Events of ordinary persons.
+    pub(crate) scale: i64,
+    /// How long it took to fill, in seconds.
+    pub(crate) filled_in: f64,
+    /// Both databases, in bytes.
+    pub(crate) bytes: i64,
+    /// Blocks of the person service's events.
+    pub(crate) blocks: i64,
+    pub(crate) partitions: i64,
+    pub(crate) outcomes: Vec<Outcome>,
+    /// What the programs do by themselves: with nothing set aside, and with a hundredth of the scale.
+    pub(crate) alone: [Vec<Statement>; 2],
+    /// The peak of each program, in megabytes.
+    pub(crate) memory: Vec<(String, f64)>,
+}
+
+/// The report of a run.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Report {
+    pub(crate) quick: bool,
+    pub(crate) machine: Vec<(&'static str, String)>,
+    pub(crate) short: Measured,
+    pub(crate) long: Measured,
+}
+
+impl Report {
+    /// What does not hold, each with its reason. Times count where the run is long enough for them.
+    pub(crate) fn broken(&self) -> Vec<String> {
+        let mut broken = Vec::new();
+        for outcome in &self.long.outcomes {
+            let reasons = [self.guard(outcome), if self.quick { None } else { self.miss(outcome) }];
+            broken.extend(reasons.into_iter().flatten().map(|why| format!("{}: {why}", outcome.operation.line)));
+        }
+        for (long, short) in self.long.alone.iter().zip(&self.short.alone) {
+            for statement in long {
+                let why = statement.broken(short);
+                broken.extend(why.map(|why| format!("by itself, {}: {why}: {}", statement.role, statement.short())));
+            }
+        }
+        broken
+    }
+
+    fn before(&self, outcome: &Outcome) -> Option<&Outcome> {
+        self.short.outcomes.iter().find(|other| other.operation.line == outcome.operation.line && other.operation.score == outcome.operation.score)
+    }
+
+    /// How the buffers of an operation break the rule of its growth.
+    fn guard(&self, outcome: &Outcome) -> Option<String> {
+        match &outcome.end {
+            End::Failed(why) => return Some(format!("failed: {why}")),
+            // What its last statement has cost is not known.
+            End::Limit if self.quick && !outcome.operation.sampled => return Some("not done within the limit".to_owned()),
+            End::Limit => return None,
+            End::Done(_) => {}
+        }
+        let before = self.before(outcome).filter(|before| before.end != End::Limit)?;
+        let [now, before] = [outcome, before].map(|outcome| float(outcome.cost.buffers));
+        let most = match outcome.operation.growth {
+            Growth::Steady => 2.0 * before + SLACK,
+            Growth::Linear => OVER * before * float(self.long.scale) / float(self.short.scale) + SLACK,
+            Growth::Part(part) => part * float(self.long.blocks) + SLACK,
+        };
+        (now > most).then(|| format!("{} buffers, of {} at most", number(now), number(most)))
+    }
+
+    /// How it misses what is to be reached.
+    fn miss(&self, outcome: &Outcome) -> Option<String> {
+        let limited = outcome.end == End::Limit && !outcome.operation.sampled;
+        let missed = match outcome.operation.reach? {
+            Reach::Time(most) => limited || outcome.seconds > most,
+            Reach::TimePerPartition(most) => limited || outcome.seconds > most * float(self.long.partitions),
+            Reach::Rate(least) => outcome.rate.is_none_or(|rate| rate < least),
+            Reach::Lock(most) => limited || outcome.locks.relation.as_ref().is_some_and(|held| held.seconds > most),
+        };
+        missed.then(|| format!("{} is missed", outcome.operation.reach.map(|reach| reach.to_string()).unwrap_or_default()))
+    }
+
+    /// In Markdown.
+    pub(crate) fn page(&self) -> String {
+        let mut text = format!(
+            "{} events of persons, {} MB; next to {} events. Filled in {} s.\n\n\
+             | command or request | time | to reach | buffers | with the short history | strongest lock, held | longest write | a score late | silent | memory | |\n\
+             |---|---|---|---|---|---|---|---|---|---|---|\n",
+            number(float(self.long.scale) * 1.06),
+            number(float(self.long.bytes) / 1e6),
+            number(float(self.short.scale) * 1.06),
+            number(self.long.filled_in),
+        );
+        for outcome in &self.long.outcomes {
+            let _never = writeln!(text, "{}", self.row(outcome));
+        }
+        text.push_str("\nWhat the programs do by themselves, by buffers a call:\n\n| program | statement | calls | buffers | with the short history | longest | |\n|---|---|---|---|---|---|---|\n");
+        for (n, (long, short)) in self.long.alone.iter().zip(&self.short.alone).enumerate() {
+            for statement in long.iter().take(SHOWN) {
+                let before = short.iter().find(|other| other.query == statement.query && other.database == statement.database);
+                let _never = writeln!(
+                    text,
+                    "| {}{} | `{}` | {} | {} | {} | {} ms | {} |",
+                    statement.role,
+                    if n == 1 { ", much set aside" } else { "" },
+                    statement.short().replace('`', "'"),
+                    statement.calls,
+                    number(statement.buffers),
+                    before.map_or("–".to_owned(), |before| number(before.buffers)),
+                    number(statement.longest_ms),
+                    if statement.broken(short).is_some() { "grows" } else { "bounded" },
+                );
+            }
+        }
+        let memory = |measured: &Measured| {
+            measured.memory.iter().map(|(name, megabytes)| format!("{name} {}", number(*megabytes))).collect::<Vec<_>>().join(", ")
+        };
+        let _never = writeln!(
+            text,
+            "\nPeak memory of the programs, in MB: {}; with the short history {}.",
+            memory(&self.long),
+            memory(&self.short)
+        );
+        for (name, value) in &self.machine {
+            let _never = writeln!(text, "\n{name}: {value}");
+        }
+        text
+    }
+
+    fn row(&self, outcome: &Outcome) -> String {
+        let operation = outcome.operation;
+        let time = match (&outcome.end, outcome.rate) {
+            (End::Failed(_), _) => "failed".to_owned(),
+            (End::Limit, None) => format!("> {} s", number(outcome.seconds)),
+            (_, Some(rate)) => format!("{}/s, {} s", number(rate), number(outcome.seconds)),
+            (End::Done(_), None) => format!("{} s", number(outcome.seconds)),
+        };
+        let buffers = |outcome: &Outcome| {
+            let temporary = outcome.cost.temporary;
+            let more = if temporary > 0 { format!(" + {} temporary", number(float(temporary))) } else { String::new() };
+            let at_least = if outcome.end == End::Limit { "≥ " } else { "" };
+            format!("{at_least}{}{more}", number(float(outcome.cost.buffers)))
+        };
+        let before = self.before(outcome).map_or("–".to_owned(), |before| format!("{}, {} s", buffers(before), number(before.seconds)));
+        let lock = outcome.locks.relation.iter().chain(&outcome.locks.advisory);
+        let lock = lock.map(|held| format!("{}, {} s", held.lock, number(held.seconds))).collect::<Vec<_>>().join("; ");
+        let verdict = match (self.guard(outcome), self.miss(outcome)) {
+            (Some(_), _) if matches!(outcome.end, End::Failed(_)) => "failed",
+            (Some(_), _) => "grows",
+            (None, Some(_)) => "missed",
+            (None, None) if outcome.end == End::Limit && !operation.sampled => "not done",
+            (None, None) => "met",
+        };
+        format!(
+            "| `{}`{} | {time} | {} | {} | {before} | {lock} | {} s{} | {} s | {} | {} | {verdict}{} |",
+            operation.line,
+            if operation.score && operation.program() == "outbox-relay" { " (score)" } else { "" },
+            operation.reach.map_or("–".to_owned(), |reach| reach.to_string()),
+            buffers(outcome),
+            number(outcome.longest_write),
+            if outcome.failed_writes > 0 { format!(", {} failed", outcome.failed_writes) } else { String::new() },
+            number(outcome.score_late),
+            if outcome.silent > 0.0 { format!("{} s", number(outcome.silent)) } else { "–".to_owned() },
+            outcome.memory.map_or("–".to_owned(), |megabytes| format!("{} MB", number(megabytes))),
+            if outcome.left_behind > 0 { ", left a statement behind" } else { "" },
+        )
+    }
+}
