@@ -1,6 +1,6 @@
 # Everything that a developer calls; `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: up demo env test test-faults test-containers schemathesis bench chaos help
+.PHONY: up demo env test test-faults test-containers schemathesis bench bench-history chaos help
 
 # `run -- COMMAND` puts private servers around a command and leaves nothing of them. The binary and not
 # `cargo run -p devstack`: for one package alone cargo builds the dependencies again, with fewer features.
@@ -54,6 +54,17 @@ else
 	cargo build --release --workspace --exclude chaos $(PROGRAMS:%=--bin %)
 	cargo build --profile laboratory --workspace --bin bench --bin devstack
 	DEVSTACK_PROGRAMS=$(abspath $(TARGET))/release exec $(TARGET)/laboratory/bench $(BENCH_ARGS)
+endif
+
+bench-history: ## Run every command on ten million events, an hour; writes docs/proof/history.md; BENCH_ARGS="--quick --events N"
+	@crates/devstack/install
+ifneq ($(findstring --quick,$(BENCH_ARGS)),)
+	cargo build --workspace
+	exec $(TARGET)/debug/bench history $(BENCH_ARGS)
+else
+	cargo build --release --workspace --exclude chaos $(PROGRAMS:%=--bin %)
+	cargo build --profile laboratory --workspace --bin bench --bin devstack
+	DEVSTACK_PROGRAMS=$(abspath $(TARGET))/release exec $(TARGET)/laboratory/bench history $(BENCH_ARGS)
 endif
 
 chaos: ## Let everything go wrong at once and judge, 5 minutes; CHAOS_ARGS="--seed N --minutes N --json FILE"

@@ -22,7 +22,9 @@ use self::{
     table::{Measured, Report},
 };
 use crate::{files, machine::machine, memory::peak_of, testbed::Testbed, wait};
-use devstack::{folder::Folder, program::Program, say, servers::Setup, show, shutdown::Shutdown, stack::Stack};
+use devstack::{
+    folder::Folder, program::Program, say, servers::Setup, show, shutdown::Shutdown, stack::Stack,
+};
 
 /// The role whose statements are those of the operations.
 const OPERATOR: &str = "history_operator";
@@ -122,7 +124,11 @@ pub async fn run(args: &HistoryArgs) -> anyhow::Result<u8> {
 }
 
 /// One length of history, on servers of its own.
-async fn one(args: &HistoryArgs, scale: i64, load: &str) -> anyhow::Result<(Measured, Vec<(&'static str, String)>)> {
+async fn one(
+    args: &HistoryArgs,
+    scale: i64,
+    load: &str,
+) -> anyhow::Result<(Measured, Vec<(&'static str, String)>)> {
     let history = History::of(scale);
     let mut stack = Stack::prepare(Folder::temporary()?, FILLING).await?;
     let begin = Instant::now();
@@ -137,13 +143,14 @@ async fn one(args: &HistoryArgs, scale: i64, load: &str) -> anyhow::Result<(Meas
     }
     let limit = Duration::from_secs(args.limit.unwrap_or(if args.quick { 30 } else { 300 }));
     let length = Length {
-        limits: [limit, Duration::from_secs(if args.quick { 3 } else { 30 })],
-        alone: Duration::from_secs(if args.quick { 12 } else { 60 }),
+        limits: [limit, Duration::from_secs(if args.quick { 2 } else { 30 })],
+        alone: Duration::from_secs(if args.quick { 8 } else { 60 }),
     };
     let measured = Box::pin(measure(args, &mut stack, history, length)).await;
     if let Some(plans) = &args.plans {
         let log = stack.folder().path().join("log/postgres.log");
-        std::fs::copy(&log, plans).with_context(|| format!("cannot copy {} to {}", log.display(), plans.display()))?;
+        std::fs::copy(&log, plans)
+            .with_context(|| format!("cannot copy {} to {}", log.display(), plans.display()))?;
     }
     let mut testbed = Testbed { stack, size: crate::scale::Scale::QUICK, load: load.trim().to_owned() };
     let machine = machine(&testbed).await;
@@ -179,6 +186,7 @@ async fn measure(
         only: &args.only,
         done: Vec::new(),
     };
+    alone::begin(run.stack).await?;
     sequence::start(&mut run).await?;
     for program in [&mut run.apis.person, &mut run.apis.score] {
         program.start().await?;
@@ -205,9 +213,13 @@ async fn operator(stack: &Stack, plans: bool) -> anyhow::Result<(i64, i64, i64)>
     let role = format!("CREATE ROLE {OPERATOR} SUPERUSER LOGIN PASSWORD '{password}'");
     conn.execute(AssertSqlSafe(role)).await?;
     if plans {
-        for (name, value) in
-            [("log_min_duration", "500"), ("log_analyze", "on"), ("log_timing", "off"), ("log_buffers", "on"), ("log_nested_statements", "on")]
-        {
+        for (name, value) in [
+            ("log_min_duration", "500"),
+            ("log_analyze", "on"),
+            ("log_timing", "off"),
+            ("log_buffers", "on"),
+            ("log_nested_statements", "on"),
+        ] {
             conn.execute(AssertSqlSafe(format!("ALTER SYSTEM SET auto_explain.{name} = '{value}'"))).await?;
         }
         conn.execute("SELECT pg_reload_conf()").await?;

@@ -63,7 +63,10 @@ impl History {
         }
         for script in [FUNCTIONS, script] {
             let first = script.lines().next().unwrap_or_default();
-            sqlx::raw_sql(AssertSqlSafe(script)).execute(&mut conn).await.with_context(|| first.to_owned())?;
+            sqlx::raw_sql(AssertSqlSafe(script))
+                .execute(&mut conn)
+                .await
+                .with_context(|| first.to_owned())?;
         }
         Ok(conn.close().await?)
     }

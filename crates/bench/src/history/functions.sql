@@ -172,3 +172,11 @@ CREATE FUNCTION pg_temp.short(id uuid) RETURNS bytea LANGUAGE sql IMMUTABLE
 -- The event that is a person's baseline.
 CREATE FUNCTION pg_temp.baseline_id(person uuid) RETURNS uuid LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN pg_temp.v7(pg_temp.ms(pg_temp.events()), uuid_hash_extended(person, 0), 80);
+
+-- Full partitions are known to be full since then. `ratio`: events of persons for each position.
+CREATE FUNCTION pg_temp.ages(last bigint, ratio double precision) RETURNS void LANGUAGE sql AS $$
+    INSERT INTO outbox.partition_age (name, last_position, full_since)
+    SELECT p.name, p.upper - 1, pg_temp.at(pg_temp.ms((p.upper * ratio)::bigint)) FROM outbox.partition p
+    WHERE p.upper - 1 <= last
+    ON CONFLICT (name) DO UPDATE SET last_position = excluded.last_position, full_since = excluded.full_since
+$$;

@@ -33,6 +33,8 @@ pub(crate) enum Growth {
     Linear,
     /// At most this part of what the outbox's events take.
     Part(f64),
+    /// At most so many, where it stops by itself: at 1,000 items, at 10,000 events.
+    AtMost(f64),
 }
 
 /// What is to be reached.
@@ -78,6 +80,11 @@ impl Operation {
     /// One that reads at most a part of the outbox.
     pub(crate) const fn part(line: &'static str, part: f64) -> Self {
         Self::new(line, Growth::Part(part))
+    }
+
+    /// One that stops at so many buffers.
+    pub(crate) const fn at_most(line: &'static str, buffers: f64) -> Self {
+        Self::new(line, Growth::AtMost(buffers))
     }
 
     pub(crate) const fn reach(self, reach: Reach) -> Self {

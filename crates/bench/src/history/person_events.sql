@@ -21,5 +21,6 @@ FROM (SELECT pos, person, version, id, kind, pg_temp.at(pg_temp.ms(pos)) AS at, 
                         FROM generate_series(1, pg_temp.events()) pos OFFSET 0) a OFFSET 0) b OFFSET 0) c OFFSET 0) d;
 SELECT pg_temp.dress();
 SELECT setval('outbox.position', pg_temp.events());
+SELECT pg_temp.ages(pg_temp.events(), 1);
 INSERT INTO outbox.relay (name, low_water, high, incarnation) VALUES ('default', pg_temp.events(), pg_temp.events(), 1);
 COMMIT;

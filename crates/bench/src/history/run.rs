@@ -59,7 +59,9 @@ pub(crate) struct Outcome {
     pub(crate) operation: Operation,
     pub(crate) seconds: f64,
     pub(crate) end: End,
-    /// Units of its count a second.
+    /// Units of its count.
+    pub(crate) done: Option<i64>,
+    /// The same, a second.
     pub(crate) rate: Option<f64>,
     #[serde(flatten)]
     pub(crate) cost: Cost,
@@ -125,7 +127,10 @@ impl Run<'_> {
         };
         let before = count(&mut conn).await?;
         // It counts for all databases.
-        sqlx::query("SELECT pg_stat_statements_reset($1::regrole::oid)").bind(OPERATOR).execute(&mut conn).await?;
+        sqlx::query("SELECT pg_stat_statements_reset($1::regrole::oid)")
+            .bind(OPERATOR)
+            .execute(&mut conn)
+            .await?;
         let stop = CancellationToken::new();
         let locks = tokio::spawn({
             let (database, stop) = (database.clone(), stop.clone());
@@ -142,6 +147,10 @@ impl Run<'_> {
         let seconds = begin.elapsed().as_secs_f64();
         let waits = self.waits();
         stop.cancel();
+        if let Some(writers) = self.writers.as_ref().filter(|_| !operation.is_request()) {
+            writers.caught_up().await;
+        }
+        let late = waits.late.max(self.waits().late);
         let locks = locks.await??;
         let left_behind = left_behind(&mut conn, operation.is_request()).await?;
         let cost = cost(&mut conn).await?;
@@ -155,12 +164,13 @@ impl Run<'_> {
             operation,
             seconds,
             end,
+            done: operation.count.map(|_| done.abs()),
             rate: operation.count.map(|_| float(done.abs()) / seconds),
             cost,
             locks,
             longest_write: waits.longest,
             failed_writes: waits.failed,
-            score_late: waits.late,
+            score_late: late,
             memory,
             silent,
             left_behind,
@@ -198,12 +208,7 @@ impl Run<'_> {
         Ok(filled)
     }
 
-    async fn command(
-        &mut self,
-        line: &str,
-        operation: Operation,
-        database: &str,
-    ) -> anyhow::Result<Ended> {
+    async fn command(&mut self, line: &str, operation: Operation, database: &str) -> anyhow::Result<Ended> {
         let mut words = line.split(' ');
         let program = words.next().unwrap_or_default();
         let rabbitmq = &self.stack.servers.rabbitmq;
@@ -214,12 +219,15 @@ impl Run<'_> {
             _ => users::PERSON_RELAY,
         };
         let inbox = format!("{}/score", self.stack.servers.postgres.url_of(OPERATOR));
-        let mut child = Command::new(binary::find(program)?)
+        let mut command = Command::new(binary::find(program)?);
+        if program == "score-projector" {
+            command.env("SOURCE", users::SOURCES);
+        }
+        let mut child = command
             .args(words)
             .env("DATABASE_URL", database)
             .env("INBOX_DATABASE_URL", inbox)
             .env("AMQP_URL", format!("{}/%2f", rabbitmq.url_of(user)))
-            .env("SOURCE", users::SOURCES)
             .env("LISTEN", self.listens(program).trim_start_matches("http://"))
             .env("LOG_FORMAT", "human")
             .env(devstack::proc::MARK, self.stack.folder().mark())

@@ -19,6 +19,7 @@ FROM (SELECT score_pos, pos, person, version, pg_temp.person_id(person) AS id, p
       WHERE score_pos > 4 * pg_temp.persons() OFFSET 0) d;
 SELECT pg_temp.dress();
 SELECT setval('outbox.position', pg_temp.persons() / 10 * 96 - 101);
+SELECT pg_temp.ages(pg_temp.persons() / 10 * 96 - 101, 106.0 / 96);
 INSERT INTO outbox.relay (name, low_water, high, incarnation, dropped_by_rule)
 VALUES ('default', pg_temp.persons() / 10 * 96 - 101, pg_temp.persons() / 10 * 96 - 101, 1,
         int8multirange(int8range(1, pg_temp.persons() / 10 * 96 - 100)));

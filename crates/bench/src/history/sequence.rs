@@ -32,6 +32,10 @@ const fn part(line: &'static str, of: f64) -> Operation {
     Operation::part(line, of)
 }
 
+const fn at_most(line: &'static str, buffers: f64) -> Operation {
+    Operation::at_most(line, buffers)
+}
+
 /// The queue that history is replayed to.
 const QUEUE: &str = "history";
 
@@ -46,12 +50,13 @@ const LOOK: &[Operation] = &[
     steady("outbox-relay health"),
     steady("outbox-relay status"),
     steady("outbox-relay status").on_score(),
-    steady("outbox-relay doctor"),
-    steady("outbox-relay doctor").on_score(),
+    // It looks at the last 10,000 events.
+    at_most("outbox-relay doctor", 60_000.0),
+    at_most("outbox-relay doctor", 60_000.0).on_score(),
     steady("outbox-relay trace {event}"),
     steady("outbox-relay trace person/{ordinary}"),
     steady("outbox-relay trace person/{giant}"),
-    linear("outbox-relay trace person/{giant} --limit 10000"),
+    at_most("outbox-relay trace person/{giant} --limit 10000", 60_000.0),
     steady("outbox-relay erasures"),
     steady("outbox-relay erasures --finish"),
     steady("outbox-relay forget unused --yes"),
@@ -66,12 +71,12 @@ const LOOK: &[Operation] = &[
     part("outbox-relay replay --aggregate person/{giant} --dry-run", 0.3).reach(Time(10.0)),
     part("outbox-relay replay --since {since} --dry-run", 0.05).reach(Time(2.0)),
     linear("outbox-relay replay --all --dry-run").reach(Time(10.0)),
-    steady("outbox-relay replay --from {from} --to {to} --to-queue history --rate 100000").reach(Time(2.0)),
+    steady("outbox-relay replay --from {from} --to {to} --to-queue history --rate 100000").reach(Time(0.5)),
     linear("outbox-relay prune --keep 30d --dry-run").reach(TimePerPartition(5.0)),
     linear("person-api republish --all --dry-run"),
     steady("person-api republish --person {ordinary}"),
     linear("person-api republish --person {giant}"),
-    Operation::linear("person-api republish --all --rate 100000")
+    linear("person-api republish --all --rate 100000")
         .reach(Rate(2_000.0))
         .counted("SELECT coalesce(sum(persons), 0)::bigint FROM person.republish")
         .sampled(),
@@ -79,7 +84,7 @@ const LOOK: &[Operation] = &[
     linear("score-projector digest --shadow"),
     linear("score-projector verify").reach(Time(60.0)),
     steady("score-projector republish --person {ordinary}"),
-    Operation::linear("score-projector republish --all --rate 100000")
+    linear("score-projector republish --all --rate 100000")
         .counted("SELECT last_value FROM outbox.position")
         .sampled(),
     steady("score-projector held list"),
@@ -89,8 +94,9 @@ const LOOK: &[Operation] = &[
 /// What clients send, to a person with 10 events, with a 2000th of the scale, and with a hundredth of it.
 const REQUESTS: &[Operation] = &[
     steady("GET person-api/person/{ordinary.cpf}"),
-    steady("GET person-api/person/{large.cpf}"),
-    steady("GET person-api/person/{giant.cpf}"),
+    // At most 1,000 items of each kind.
+    at_most("GET person-api/person/{large.cpf}", 5_000.0),
+    at_most("GET person-api/person/{giant.cpf}", 5_000.0),
     steady("GET person-api/person/{giant.cpf}/income?limit=100"),
     steady("GET person-api/person/{giant.cpf}/income?limit=100&after={item}"),
     steady("GET person-api/person/{giant.cpf}/income/{item}"),
@@ -132,11 +138,12 @@ const SET_ASIDE: &[Operation] = &[
     linear("outbox-relay parked drop --all --yes"),
     linear("score-projector held list"),
     steady("score-projector held show {held}"),
-    steady("score-projector held skip {held} --why bench --yes"),
-    Operation::linear("score-projector held redrive --all --dry-run"),
-    Operation::linear("score-projector held redrive --all")
+    steady("score-projector held skip --event {held} --why bench --yes"),
+    linear("score-projector held redrive --all --dry-run").sampled(),
+    linear("score-projector held redrive --all")
         .reach(Rate(2_000.0))
-        .counted("SELECT count(*) FROM inbox.held"),
+        .counted("SELECT count(*) FROM inbox.held")
+        .sampled(),
     linear("score-projector rejected list"),
     linear("score-projector rejected drop --all --yes"),
 ];
@@ -163,7 +170,11 @@ const LEFT_OUT: [(&str, &str); 4] = [
 ];
 
 /// Does everything. Returns the statements that ran by themselves, with nothing and with much set aside.
-pub(crate) async fn all(run: &mut Run<'_>, history: History, length: Length) -> anyhow::Result<[Vec<Statement>; 2]> {
+pub(crate) async fn all(
+    run: &mut Run<'_>,
+    history: History,
+    length: Length,
+) -> anyhow::Result<[Vec<Statement>; 2]> {
     name(run, history).await?;
     say("watching what the programs do by themselves");
     let alone = alone::watch(run.stack, length.alone).await?;
@@ -177,6 +188,7 @@ pub(crate) async fn all(run: &mut Run<'_>, history: History, length: Length) -> 
     run.all(LOOK).await?;
     run.all(REQUESTS).await?;
     run.all(REBUILD).await?;
+    alone::begin(run.stack).await?;
     set_aside(run, history).await?;
     say("watching what the programs do by themselves, with much set aside");
     let burdened = alone::watch(run.stack, length.alone).await?;
@@ -216,14 +228,19 @@ pub(crate) async fn start(run: &mut Run<'_>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How many events are replayed to a queue.
+const REPLAYED: i64 = 5_000;
+
 /// Ends writers and programs, when everything that was written is applied.
 async fn pause(run: &mut Run<'_>) -> anyhow::Result<()> {
     if let Some(writers) = run.writers.take() {
         writers.stop().await;
     }
     let url = run.stack.servers.postgres.url();
-    let (mut person, mut score) =
-        tokio::try_join!(PgConnection::connect(&format!("{url}/person")), PgConnection::connect(&format!("{url}/score")))?;
+    let (mut person, mut score) = tokio::try_join!(
+        PgConnection::connect(&format!("{url}/person")),
+        PgConnection::connect(&format!("{url}/score"))
+    )?;
     wait::until("everything is published and applied", async || {
         let settled: bool = sqlx::query_scalar(
             "SELECT (SELECT min(low_water) FROM outbox.relay) >= (SELECT last_position FROM outbox.overview)",
@@ -281,7 +298,7 @@ async fn name(run: &mut Run<'_>, history: History) -> anyhow::Result<()> {
     .await?;
     conn.close().await?;
     let since = chrono::Utc::now() - Duration::from_hours(48);
-    let some = (history.scale / 2, history.scale / 2 + (history.scale / 4).min(20_000) - 1);
+    let some = (history.scale / 2, history.scale / 2 + REPLAYED - 1);
     run.names.extend([
         ("event", event),
         ("item", item),
@@ -336,10 +353,14 @@ async fn set_aside(run: &mut Run<'_>, history: History) -> anyhow::Result<()> {
     let url = run.stack.servers.postgres.url();
     let mut score = PgConnection::connect(&format!("{url}/score")).await?;
     let held: String =
-        sqlx::query_scalar("SELECT event_id::text FROM inbox.held ORDER BY aggregate_id OFFSET 10 LIMIT 1").fetch_one(&mut score).await?;
+        sqlx::query_scalar("SELECT event_id::text FROM inbox.held ORDER BY aggregate_id OFFSET 10 LIMIT 1")
+            .fetch_one(&mut score)
+            .await?;
     let mut person = PgConnection::connect(&format!("{url}/person")).await?;
     let parked: String =
-        sqlx::query_scalar("SELECT id::text FROM outbox.parked ORDER BY position OFFSET 10 LIMIT 1").fetch_one(&mut person).await?;
+        sqlx::query_scalar("SELECT id::text FROM outbox.parked ORDER BY position OFFSET 10 LIMIT 1")
+            .fetch_one(&mut person)
+            .await?;
     run.names.extend([("held", held), ("parked", parked)]);
     Ok(())
 }

@@ -52,19 +52,25 @@ impl Report {
         let mut broken = Vec::new();
         for outcome in &self.long.outcomes {
             let reasons = [self.guard(outcome), if self.quick { None } else { self.miss(outcome) }];
-            broken.extend(reasons.into_iter().flatten().map(|why| format!("{}: {why}", outcome.operation.line)));
+            broken.extend(
+                reasons.into_iter().flatten().map(|why| format!("{}: {why}", outcome.operation.line)),
+            );
         }
         for (long, short) in self.long.alone.iter().zip(&self.short.alone) {
             for statement in long {
                 let why = statement.broken(short);
-                broken.extend(why.map(|why| format!("by itself, {}: {why}: {}", statement.role, statement.short())));
+                broken.extend(
+                    why.map(|why| format!("by itself, {}: {why}: {}", statement.role, statement.short())),
+                );
             }
         }
         broken
     }
 
     fn before(&self, outcome: &Outcome) -> Option<&Outcome> {
-        self.short.outcomes.iter().find(|other| other.operation.line == outcome.operation.line && other.operation.score == outcome.operation.score)
+        self.short.outcomes.iter().find(|other| {
+            other.operation.line == outcome.operation.line && other.operation.score == outcome.operation.score
+        })
     }
 
     /// How the buffers of an operation break the rule of its growth.
@@ -72,14 +78,20 @@ impl Report {
         match &outcome.end {
             End::Failed(why) => return Some(format!("failed: {why}")),
             // What its last statement has cost is not known.
-            End::Limit if self.quick && !outcome.operation.sampled => return Some("not done within the limit".to_owned()),
-            End::Limit => return None,
-            End::Done(_) => {}
+            End::Limit if self.quick && !outcome.operation.sampled => {
+                return Some("not done within the limit".to_owned());
+            }
+            End::Limit if outcome.done.is_none() => return None,
+            End::Limit | End::Done(_) => {}
         }
-        let before = self.before(outcome).filter(|before| before.end != End::Limit)?;
-        let [now, before] = [outcome, before].map(|outcome| float(outcome.cost.buffers));
+        let before = self.before(outcome)?;
+        let [now, before] = [outcome, before]
+            .map(|outcome| float(outcome.cost.buffers) / float(outcome.done.unwrap_or(1).max(1)));
         let most = match outcome.operation.growth {
             Growth::Steady => 2.0 * before + SLACK,
+            // Of each unit.
+            Growth::Linear if outcome.done.is_some() => 2.0 * before + SLACK,
+            Growth::AtMost(most) => most,
             Growth::Linear => OVER * before * float(self.long.scale) / float(self.short.scale) + SLACK,
             Growth::Part(part) => part * float(self.long.blocks) + SLACK,
         };
@@ -93,9 +105,16 @@ impl Report {
             Reach::Time(most) => limited || outcome.seconds > most,
             Reach::TimePerPartition(most) => limited || outcome.seconds > most * float(self.long.partitions),
             Reach::Rate(least) => outcome.rate.is_none_or(|rate| rate < least),
-            Reach::Lock(most) => limited || outcome.locks.relation.as_ref().is_some_and(|held| held.seconds > most),
+            Reach::Lock(most) => {
+                limited || outcome.locks.relation.as_ref().is_some_and(|held| held.seconds > most)
+            }
         };
-        missed.then(|| format!("{} is missed", outcome.operation.reach.map(|reach| reach.to_string()).unwrap_or_default()))
+        missed.then(|| {
+            format!(
+                "{} is missed",
+                outcome.operation.reach.map(|reach| reach.to_string()).unwrap_or_default()
+            )
+        })
     }
 
     /// In Markdown.
@@ -115,7 +134,9 @@ impl Report {
         text.push_str("\nWhat the programs do by themselves, by buffers a call:\n\n| program | statement | calls | buffers | with the short history | longest | |\n|---|---|---|---|---|---|---|\n");
         for (n, (long, short)) in self.long.alone.iter().zip(&self.short.alone).enumerate() {
             for statement in long.iter().take(SHOWN) {
-                let before = short.iter().find(|other| other.query == statement.query && other.database == statement.database);
+                let before = short
+                    .iter()
+                    .find(|other| other.query == statement.query && other.database == statement.database);
                 let _never = writeln!(
                     text,
                     "| {}{} | `{}` | {} | {} | {} | {} ms | {} |",
@@ -131,7 +152,12 @@ impl Report {
             }
         }
         let memory = |measured: &Measured| {
-            measured.memory.iter().map(|(name, megabytes)| format!("{name} {}", number(*megabytes))).collect::<Vec<_>>().join(", ")
+            measured
+                .memory
+                .iter()
+                .map(|(name, megabytes)| format!("{name} {}", number(*megabytes)))
+                .collect::<Vec<_>>()
+                .join(", ")
         };
         let _never = writeln!(
             text,
@@ -155,18 +181,33 @@ impl Report {
         };
         let buffers = |outcome: &Outcome| {
             let temporary = outcome.cost.temporary;
-            let more = if temporary > 0 { format!(" + {} temporary", number(float(temporary))) } else { String::new() };
+            let more = if temporary > 0 {
+                format!(" + {} temporary", number(float(temporary)))
+            } else {
+                String::new()
+            };
             let at_least = if outcome.end == End::Limit { "≥ " } else { "" };
             format!("{at_least}{}{more}", number(float(outcome.cost.buffers)))
         };
-        let before = self.before(outcome).map_or("–".to_owned(), |before| format!("{}, {} s", buffers(before), number(before.seconds)));
+        let before = self
+            .before(outcome)
+            .map_or("–".to_owned(), |before| format!("{}, {} s", buffers(before), number(before.seconds)));
         let lock = outcome.locks.relation.iter().chain(&outcome.locks.advisory);
-        let lock = lock.map(|held| format!("{}, {} s", held.lock, number(held.seconds))).collect::<Vec<_>>().join("; ");
+        let lock = lock
+            .map(|held| {
+                if held.seconds < 0.02 {
+                    format!("{}, < 0.02 s", held.lock)
+                } else {
+                    format!("{}, {} s", held.lock, number(held.seconds))
+                }
+            })
+            .collect::<Vec<_>>()
+            .join("; ");
         let verdict = match (self.guard(outcome), self.miss(outcome)) {
             (Some(_), _) if matches!(outcome.end, End::Failed(_)) => "failed",
             (Some(_), _) => "grows",
             (None, Some(_)) => "missed",
-            (None, None) if outcome.end == End::Limit && !operation.sampled => "not done",
+            (None, None) if outcome.end == End::Limit && outcome.done.is_none() => "not done",
             (None, None) => "met",
         };
         format!(
@@ -176,7 +217,11 @@ impl Report {
             operation.reach.map_or("–".to_owned(), |reach| reach.to_string()),
             buffers(outcome),
             number(outcome.longest_write),
-            if outcome.failed_writes > 0 { format!(", {} failed", outcome.failed_writes) } else { String::new() },
+            if outcome.failed_writes > 0 {
+                format!(", {} failed", outcome.failed_writes)
+            } else {
+                String::new()
+            },
             number(outcome.score_late),
             if outcome.silent > 0.0 { format!("{} s", number(outcome.silent)) } else { "–".to_owned() },
             outcome.memory.map_or("–".to_owned(), |megabytes| format!("{} MB", number(megabytes))),

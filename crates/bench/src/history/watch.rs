@@ -82,7 +82,7 @@ pub(crate) async fn locks(database: &str, stop: CancellationToken) -> anyhow::Re
     while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
         let rows: Vec<(String, bool, String)> = sqlx::query_as(
             "SELECT DISTINCT l.mode, l.locktype = 'advisory',
-                    coalesce(c.oid::regclass::text, format('(%s, %s)', l.classid, l.objid))
+                    coalesce(c.oid::regclass::text, format('advisory (%s, %s)', l.classid, l.objid))
              FROM pg_locks l
              JOIN pg_stat_activity a ON a.pid = l.pid AND a.usename = $1
              LEFT JOIN pg_class c ON c.oid = l.relation AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -93,7 +93,10 @@ pub(crate) async fn locks(database: &str, stop: CancellationToken) -> anyhow::Re
         .fetch_all(&mut conn)
         .await?;
         let mode = |mode: &str| MODES.iter().position(|known| *known == mode).unwrap_or(0);
-        log.seen(Instant::now(), rows.into_iter().map(|(m, advisory, on)| (mode(&m), advisory, on)).collect());
+        log.seen(
+            Instant::now(),
+            rows.into_iter().map(|(m, advisory, on)| (mode(&m), advisory, on)).collect(),
+        );
     }
     conn.close().await?;
     Ok(Locks { relation: log.strongest(false), advisory: log.strongest(true) })

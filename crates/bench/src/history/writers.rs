@@ -13,9 +13,11 @@ use tokio_util::sync::CancellationToken;
 /// Between two writes.
 const APART: Duration = Duration::from_millis(10);
 /// Between two looks for a score.
-const LOOK: Duration = Duration::from_millis(200);
+const LOOK: Duration = Duration::from_millis(50);
 /// How long a write or a look may take.
 const TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the scores may take to catch up with the writes.
+const CATCH_UP: Duration = Duration::from_mins(2);
 /// As long as score-api waits at most.
 const WAIT: &str = "10s";
 
@@ -43,8 +45,20 @@ struct Seen {
     waits: Waits,
     /// Writes under way, by when they began.
     open: Vec<Instant>,
-    /// The last write: its person and its token.
+    /// The last write: its person, its token, and when it was there.
     last: Option<(i64, String, Instant)>,
+    /// When the last write was there that a score contained.
+    read: Option<Instant>,
+}
+
+impl Seen {
+    /// It was looked for what was there at `written`.
+    fn looked(&mut self, written: Instant, there: bool) {
+        self.waits.late = self.waits.late.max(written.elapsed().as_secs_f64());
+        if there {
+            self.read = Some(written);
+        }
+    }
 }
 
 impl Writers {
@@ -53,7 +67,13 @@ impl Writers {
         let client = reqwest::Client::builder().no_proxy().timeout(TIMEOUT).build()?;
         let (seen, stop) = (Arc::default(), CancellationToken::new());
         let mut tasks = JoinSet::new();
-        tasks.spawn(write(client.clone(), person.to_owned(), (cpf, persons), Arc::clone(&seen), stop.clone()));
+        tasks.spawn(write(
+            client.clone(),
+            person.to_owned(),
+            (cpf, persons),
+            Arc::clone(&seen),
+            stop.clone(),
+        ));
         tasks.spawn(look(client, score.to_owned(), Arc::clone(&seen), stop.clone()));
         Ok(Self { seen, stop, tasks })
     }
@@ -63,9 +83,16 @@ impl Writers {
         let mut seen = locked(&self.seen);
         // What is under way has waited for so long already.
         let open = seen.open.iter().map(|begin| begin.elapsed().as_secs_f64()).fold(0.0, f64::max);
-        let late = seen.last.as_ref().map_or(0.0, |_| seen.waits.late);
         let waits = std::mem::take(&mut seen.waits);
-        Waits { longest: waits.longest.max(open), late, ..waits }
+        Waits { longest: waits.longest.max(open), ..waits }
+    }
+
+    /// Waits until a score contains a write from after now, as long as that may take.
+    pub(crate) async fn caught_up(&self) {
+        let now = Instant::now();
+        while locked(&self.seen).read.is_none_or(|read| read < now) && now.elapsed() < CATCH_UP {
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Ends them, after the writes that are under way.
@@ -127,12 +154,11 @@ async fn look(client: reqwest::Client, url: String, seen: Arc<Mutex<Seen>>, stop
         loop {
             let request = client.get(format!("{url}/{cpf}/score?after={token}&wait={WAIT}")).send();
             let there = request.await.is_ok_and(|response| response.status().is_success());
-            let mut seen = locked(&seen);
-            seen.waits.late = seen.waits.late.max(written.elapsed().as_secs_f64());
-            drop(seen);
+            locked(&seen).looked(written, there);
             if there || stop.is_cancelled() {
                 break;
             }
+            tokio::time::sleep(LOOK).await;
         }
     }
 }
