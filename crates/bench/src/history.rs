@@ -141,7 +141,7 @@ async fn one(
         stack.servers.postgres.set(MEASURING);
         stack.servers.postgres.start().await?;
     }
-    let limit = Duration::from_secs(args.limit.unwrap_or(if args.quick { 30 } else { 300 }));
+    let limit = Duration::from_secs(args.limit.unwrap_or(if args.quick { 15 } else { 300 }));
     let length = Length {
         limits: [limit, Duration::from_secs(if args.quick { 2 } else { 30 })],
         alone: Duration::from_secs(if args.quick { 8 } else { 60 }),
@@ -173,10 +173,6 @@ async fn measure(
         let url = format!("{}/{database}", stack.servers.postgres.url_of(OPERATOR));
         program.set_env("DATABASE_URL", &url);
     }
-    for relay in [&mut stack.person_relay, &mut stack.score_relay] {
-        // So that it looks for what may be retired.
-        relay.set_env("KEEP", "30d");
-    }
     let mut run = Run {
         stack,
         apis: Apis { person, score },
@@ -186,8 +182,6 @@ async fn measure(
         only: &args.only,
         done: Vec::new(),
     };
-    alone::begin(run.stack).await?;
-    sequence::start(&mut run).await?;
     for program in [&mut run.apis.person, &mut run.apis.score] {
         program.start().await?;
         program.ready(wait::READY_TIMEOUT).await?;

@@ -147,7 +147,9 @@ impl Run<'_> {
         let seconds = begin.elapsed().as_secs_f64();
         let waits = self.waits();
         stop.cancel();
-        if let Some(writers) = self.writers.as_ref().filter(|_| !operation.is_request()) {
+        // After `pause`, nothing is published until `resume`.
+        let follows = !operation.is_request() && !operation.line.ends_with(" pause");
+        if let Some(writers) = self.writers.as_ref().filter(|_| follows) {
             writers.caught_up().await;
         }
         let late = waits.late.max(self.waits().late);

@@ -129,7 +129,7 @@ const REBUILD: &[Operation] = &[
     linear("score-projector rebuild drop"),
 ];
 
-/// With a hundredth of the scale held, as many parked, and some rejected.
+/// With much held, as many parked, and some rejected.
 const SET_ASIDE: &[Operation] = &[
     steady("outbox-relay status"),
     linear("outbox-relay parked list"),
@@ -175,9 +175,22 @@ pub(crate) async fn all(
     history: History,
     length: Length,
 ) -> anyhow::Result<[Vec<Statement>; 2]> {
+    // Until something is old enough to be retired, each look of the relay at its partitions finds that nothing may be.
+    for relay in [&mut run.stack.person_relay, &mut run.stack.score_relay] {
+        relay.set_env("KEEP", "30d");
+    }
+    alone::begin(run.stack).await?;
+    start(run).await?;
     name(run, history).await?;
     say("watching what the programs do by themselves");
     let alone = alone::watch(run.stack, length.alone).await?;
+    for relay in [&mut run.stack.person_relay, &mut run.stack.score_relay] {
+        // What the operations are about stays, whatever baselines they publish.
+        relay.stop(&CancellationToken::new()).await;
+        relay.set_env("KEEP", "36500d");
+        relay.start().await?;
+        relay.ready(wait::READY_TIMEOUT).await?;
+    }
     let broker = BrokerConnection::open(&format!("{}/%2f", run.stack.servers.rabbitmq.url())).await?;
     broker.private_queue(QUEUE).await?;
     let rabbitmq = &run.stack.servers.rabbitmq;
@@ -218,7 +231,7 @@ fn write(run: &mut Run<'_>, history: History) -> anyhow::Result<()> {
 const FIRST_CPF: i64 = 10_000_000_000;
 
 /// Starts the programs.
-pub(crate) async fn start(run: &mut Run<'_>) -> anyhow::Result<()> {
+async fn start(run: &mut Run<'_>) -> anyhow::Result<()> {
     for program in run.stack.programs() {
         program.start().await?;
     }
@@ -309,10 +322,10 @@ async fn name(run: &mut Run<'_>, history: History) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sets a hundredth of the scale aside: events that a handler refused, each of another person; as many that no queue took;
+/// Sets a twentieth of the scale aside, 100,000 at most: events that a handler refused, each of another person; as many that no queue took;
 /// and some messages that are no events. The handler takes the former when they come again.
 async fn set_aside(run: &mut Run<'_>, history: History) -> anyhow::Result<()> {
-    let count = history.scale / 100;
+    let count = (history.scale / 20).min(100_000);
     let persons = history.scale / 10;
     prepare(
         run.stack,
@@ -332,8 +345,9 @@ async fn set_aside(run: &mut Run<'_>, history: History) -> anyhow::Result<()> {
                       'the message has no message_id', 'person.new', '{{}}', 'x', 1
                FROM generate_series(1, least({count}, 1000)) n;
                ANALYZE inbox.held, inbox.rejected"#,
-            from = FIRST_CPF + persons / 2 + 1,
-            to = FIRST_CPF + persons / 2 + count,
+            from = FIRST_CPF + persons / 2,
+            // The last ones belong to other operations.
+            to = FIRST_CPF + persons / 2 + count - 10,
         ),
     )
     .await?;

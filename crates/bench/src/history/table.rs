@@ -31,7 +31,7 @@ pub(crate) struct Measured {
     pub(crate) blocks: i64,
     pub(crate) partitions: i64,
     pub(crate) outcomes: Vec<Outcome>,
-    /// What the programs do by themselves: with nothing set aside, and with a hundredth of the scale.
+    /// What the programs do by themselves: with nothing set aside, and with much.
     pub(crate) alone: [Vec<Statement>; 2],
     /// The peak of each program, in megabytes.
     pub(crate) memory: Vec<(String, f64)>,
@@ -227,5 +227,98 @@ impl Report {
             outcome.memory.map_or("–".to_owned(), |megabytes| format!("{} MB", number(megabytes))),
             if outcome.left_behind > 0 { ", left a statement behind" } else { "" },
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::history::{
+        operation::Operation,
+        run::Cost,
+        watch::{Held, Locks},
+    };
+
+    fn outcome(operation: Operation, buffers: i64) -> Outcome {
+        Outcome {
+            operation,
+            seconds: 1.0,
+            end: End::Done(0),
+            done: None,
+            rate: None,
+            cost: Cost { buffers, ..Cost::default() },
+            locks: Locks::default(),
+            longest_write: 0.0,
+            failed_writes: 0,
+            score_late: 0.0,
+            memory: None,
+            silent: 0.0,
+            left_behind: 0,
+        }
+    }
+
+    /// Ten times as long.
+    fn report(short: Vec<Outcome>, long: Vec<Outcome>) -> Report {
+        let measured = |scale, outcomes| Measured {
+            scale,
+            filled_in: 0.0,
+            bytes: 0,
+            blocks: 10_000,
+            partitions: 11,
+            outcomes,
+            alone: Default::default(),
+            memory: Vec::new(),
+        };
+        Report { quick: false, machine: Vec::new(), short: measured(100, short), long: measured(1_000, long) }
+    }
+
+    #[test]
+    fn each_rule_of_growth_is_held() {
+        for (operation, most) in [
+            (Operation::steady("a"), 2_200),
+            (Operation::linear("a"), 15_200),
+            (Operation::part("a", 0.1), 1_200),
+            (Operation::at_most("a", 5_000.0), 5_000),
+        ] {
+            let broken =
+                |buffers| report(vec![outcome(operation, 1_000)], vec![outcome(operation, buffers)]).broken();
+            assert_eq!(broken(most), Vec::<String>::new(), "{operation:?}");
+            assert_eq!(broken(most + 1).len(), 1, "{operation:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_counted_costs_as_much_for_each() {
+        let operation = Operation::linear("a").counted("SELECT 1");
+        let of = |buffers, done| Outcome { done: Some(done), ..outcome(operation, buffers) };
+        assert!(report(vec![of(1_000, 10)], vec![of(40_000, 100)]).broken().is_empty());
+        assert_eq!(report(vec![of(1_000, 10)], vec![of(40_001, 100)]).broken().len(), 1);
+    }
+
+    #[test]
+    fn what_is_to_be_reached_is_held() {
+        let line = Operation::steady("a");
+        for (reach, met, missed) in [
+            (Reach::Time(1.0), outcome(line, 0), Outcome { seconds: 1.1, ..outcome(line, 0) }),
+            (Reach::TimePerPartition(0.1), outcome(line, 0), Outcome { seconds: 1.2, ..outcome(line, 0) }),
+            (Reach::Rate(9.0), Outcome { rate: Some(9.0), ..outcome(line, 0) }, outcome(line, 0)),
+            (Reach::Lock(1.0), outcome(line, 0), {
+                let held = Held { lock: String::new(), seconds: 1.1 };
+                Outcome { locks: Locks { relation: Some(held), advisory: None }, ..outcome(line, 0) }
+            }),
+            (Reach::Time(9.0), outcome(line, 0), Outcome { end: End::Limit, ..outcome(line, 0) }),
+            (
+                Reach::Time(9.0),
+                outcome(line, 0),
+                Outcome { end: End::Failed("x".into()), ..outcome(line, 0) },
+            ),
+        ] {
+            let broken = |outcome: Outcome| {
+                let operation = line.reach(reach);
+                report(vec![outcome.clone()], vec![Outcome { operation, ..outcome }]).broken()
+            };
+            assert_eq!(broken(met), Vec::<String>::new(), "{reach}");
+            assert_eq!(broken(missed).len(), 1, "{reach}");
+        }
     }
 }
