@@ -50,8 +50,8 @@ impl Report {
     /// What does not hold, each with its reason. Times count where the run is long enough for them.
     pub(crate) fn broken(&self) -> Vec<String> {
         let mut broken = Vec::new();
-        for outcome in &self.long.outcomes {
-            let reasons = [self.guard(outcome), if self.quick { None } else { self.miss(outcome) }];
+        for (n, outcome) in self.long.outcomes.iter().enumerate() {
+            let reasons = [self.guard((n, outcome)), if self.quick { None } else { self.miss(outcome) }];
             broken.extend(
                 reasons.into_iter().flatten().map(|why| format!("{}: {why}", outcome.operation.line)),
             );
@@ -67,14 +67,15 @@ impl Report {
         broken
     }
 
-    fn before(&self, outcome: &Outcome) -> Option<&Outcome> {
-        self.short.outcomes.iter().find(|other| {
-            other.operation.line == outcome.operation.line && other.operation.score == outcome.operation.score
-        })
+    /// Both runs do the same in the same order.
+    fn before(&self, n: usize) -> Option<&Outcome> {
+        let before = self.short.outcomes.get(n)?;
+        (Some(before.operation.line) == self.long.outcomes.get(n).map(|now| now.operation.line))
+            .then_some(before)
     }
 
     /// How the buffers of an operation break the rule of its growth.
-    fn guard(&self, outcome: &Outcome) -> Option<String> {
+    fn guard(&self, (n, outcome): (usize, &Outcome)) -> Option<String> {
         match &outcome.end {
             End::Failed(why) => return Some(format!("failed: {why}")),
             // What its last statement has cost is not known.
@@ -84,7 +85,7 @@ impl Report {
             End::Limit if outcome.done.is_none() => return None,
             End::Limit | End::Done(_) => {}
         }
-        let before = self.before(outcome)?;
+        let before = self.before(n)?;
         let [now, before] = [outcome, before]
             .map(|outcome| float(outcome.cost.buffers) / float(outcome.done.unwrap_or(1).max(1)));
         let most = match outcome.operation.growth {
@@ -128,8 +129,8 @@ impl Report {
             number(float(self.short.scale) * 1.06),
             number(self.long.filled_in),
         );
-        for outcome in &self.long.outcomes {
-            let _never = writeln!(text, "{}", self.row(outcome));
+        for (n, outcome) in self.long.outcomes.iter().enumerate() {
+            let _never = writeln!(text, "{}", self.row((n, outcome)));
         }
         text.push_str("\nWhat the programs do by themselves, by buffers a call:\n\n| program | statement | calls | buffers | with the short history | longest | |\n|---|---|---|---|---|---|---|\n");
         for (n, (long, short)) in self.long.alone.iter().zip(&self.short.alone).enumerate() {
@@ -171,7 +172,7 @@ impl Report {
         text
     }
 
-    fn row(&self, outcome: &Outcome) -> String {
+    fn row(&self, (n, outcome): (usize, &Outcome)) -> String {
         let operation = outcome.operation;
         let time = match (&outcome.end, outcome.rate) {
             (End::Failed(_), _) => "failed".to_owned(),
@@ -190,7 +191,7 @@ impl Report {
             format!("{at_least}{}{more}", number(float(outcome.cost.buffers)))
         };
         let before = self
-            .before(outcome)
+            .before(n)
             .map_or("–".to_owned(), |before| format!("{}, {} s", buffers(before), number(before.seconds)));
         let lock = outcome.locks.relation.iter().chain(&outcome.locks.advisory);
         let lock = lock
@@ -203,7 +204,7 @@ impl Report {
             })
             .collect::<Vec<_>>()
             .join("; ");
-        let verdict = match (self.guard(outcome), self.miss(outcome)) {
+        let verdict = match (self.guard((n, outcome)), self.miss(outcome)) {
             (Some(_), _) if matches!(outcome.end, End::Failed(_)) => "failed",
             (Some(_), _) => "grows",
             (None, Some(_)) => "missed",
