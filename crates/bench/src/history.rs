@@ -10,7 +10,7 @@ mod table;
 mod watch;
 mod writers;
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
@@ -133,7 +133,7 @@ async fn one(
     let mut stack = Stack::prepare(Folder::temporary()?, FILLING).await?;
     let begin = Instant::now();
     say(&format!("filling in {} events", history.scale));
-    history.fill(&stack).await?;
+    Box::pin(history.fill(&stack)).await?;
     let filled_in = begin.elapsed().as_secs_f64();
     say(&format!("filled in {filled_in:.0} s"));
     if !args.quick {
@@ -177,7 +177,7 @@ async fn measure(
         stack,
         apis: Apis { person, score },
         writers: None,
-        names: Default::default(),
+        names: BTreeMap::new(),
         limits: length.limits,
         only: &args.only,
         done: Vec::new(),

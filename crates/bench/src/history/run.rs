@@ -264,7 +264,9 @@ impl Run<'_> {
             _ => (self.listens(program), None),
         };
         let pid = process.map(|process| process.pid());
-        pid.map(watch::forget_peak);
+        if let Some(pid) = pid {
+            watch::forget_peak(pid);
+        }
         let client = reqwest::Client::builder().no_proxy().timeout(self.limits[0]).build()?;
         let mut request = client.request(method.parse()?, format!("{url}/{path}"));
         if let Some(body) = parts.next() {

@@ -162,11 +162,10 @@ const RETIRE: &[Operation] = &[
 ];
 
 /// Commands that are not in any list, and why.
-const LEFT_OUT: [(&str, &str); 4] = [
+const LEFT_OUT: [(&str, &str); 3] = [
     ("run", "the programs run all the time"),
     ("help", "it reads no database"),
     ("new-incarnation", "it changes what everything else is about"),
-    ("health", "it asks a running program"),
 ];
 
 /// Does everything. Returns the statements that ran by themselves, with nothing and with much set aside.
@@ -201,15 +200,15 @@ pub(crate) async fn all(
     run.all(LOOK).await?;
     run.all(REQUESTS).await?;
     run.all(REBUILD).await?;
-    alone::begin(run.stack).await?;
     set_aside(run, history).await?;
+    alone::begin(run.stack).await?;
     say("watching what the programs do by themselves, with much set aside");
     let burdened = alone::watch(run.stack, length.alone).await?;
     run.all(SET_ASIDE).await?;
     run.all(DELETE).await?;
 
     pause(run).await?;
-    history.add_baselines(run.stack).await?;
+    Box::pin(history.add_baselines(run.stack)).await?;
     start(run).await?;
     write(run, history)?;
     run.all(RETIRE).await?;
@@ -240,6 +239,9 @@ async fn start(run: &mut Run<'_>) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+/// With more than 10,000 events held, a projector stops.
+const MOST_HELD: i64 = 9_900;
 
 /// How many events are replayed to a queue.
 const REPLAYED: i64 = 5_000;
@@ -322,10 +324,10 @@ async fn name(run: &mut Run<'_>, history: History) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sets a twentieth of the scale aside, 100,000 at most: events that a handler refused, each of another person; as many that no queue took;
+/// Sets a twentieth of the scale aside, as much as a projector goes on beside: events that a handler refused, each of another person; as many that no queue took;
 /// and some messages that are no events. The handler takes the former when they come again.
 async fn set_aside(run: &mut Run<'_>, history: History) -> anyhow::Result<()> {
-    let count = (history.scale / 20).min(100_000);
+    let count = (history.scale / 20).min(MOST_HELD);
     let persons = history.scale / 10;
     prepare(
         run.stack,

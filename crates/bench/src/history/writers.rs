@@ -15,9 +15,9 @@ const APART: Duration = Duration::from_millis(10);
 /// Between two looks for a score.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a write or a look may take.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_mins(1);
 /// How long the scores may take to catch up with the writes.
-const CATCH_UP: Duration = Duration::from_mins(2);
+const CATCH_UP: Duration = Duration::from_mins(1);
 /// As long as score-api waits at most.
 const WAIT: &str = "10s";
 
