@@ -47,8 +47,8 @@ pub(crate) enum Reach {
     TimePerPartition(f64),
     /// A second.
     Rate(f64),
-    /// The strongest lock is held for less than so many seconds.
-    Lock(f64),
+    /// The read model stands still for less than so many seconds: a score is not later than that.
+    Still(f64),
 }
 
 impl fmt::Display for Reach {
@@ -57,7 +57,7 @@ impl fmt::Display for Reach {
             Self::Time(seconds) => write!(f, "{seconds} s"),
             Self::TimePerPartition(seconds) => write!(f, "{seconds} s a partition"),
             Self::Rate(rate) => write!(f, "{rate}/s"),
-            Self::Lock(seconds) => write!(f, "lock < {seconds} s"),
+            Self::Still(seconds) => write!(f, "a score < {seconds} s late"),
         }
     }
 }

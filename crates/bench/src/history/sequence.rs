@@ -12,7 +12,7 @@ use super::{
     fill::History,
     operation::{
         Operation,
-        Reach::{Lock, Rate, Time, TimePerPartition},
+        Reach::{Rate, Still, Time, TimePerPartition},
     },
     run::{Run, prepare},
     writers::Writers,
@@ -124,8 +124,8 @@ const REQUESTS: &[Operation] = &[
 /// The rebuild of the read model, from when the shadow is as far as the live one.
 const REBUILD: &[Operation] = &[
     linear("score-projector rebuild status").reach(Time(2.0)),
-    linear("score-projector rebuild swap --dry-run").reach(Lock(1.0)),
-    linear("score-projector rebuild swap").reach(Lock(1.0)),
+    linear("score-projector rebuild swap --dry-run").reach(Still(1.0)),
+    linear("score-projector rebuild swap").reach(Still(1.0)),
     linear("score-projector rebuild drop"),
 ];
 

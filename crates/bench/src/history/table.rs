@@ -106,9 +106,7 @@ impl Report {
             Reach::Time(most) => limited || outcome.seconds > most,
             Reach::TimePerPartition(most) => limited || outcome.seconds > most * float(self.long.partitions),
             Reach::Rate(least) => outcome.rate.is_none_or(|rate| rate < least),
-            Reach::Lock(most) => {
-                limited || outcome.locks.relation.as_ref().is_some_and(|held| held.seconds > most)
-            }
+            Reach::Still(most) => limited || outcome.score_late > most,
         };
         missed.then(|| {
             format!(
@@ -234,11 +232,7 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::history::{
-        operation::Operation,
-        run::Cost,
-        watch::{Held, Locks},
-    };
+    use crate::history::{operation::Operation, run::Cost, watch::Locks};
 
     fn outcome(operation: Operation, buffers: i64) -> Outcome {
         Outcome {
@@ -303,10 +297,7 @@ mod tests {
             (Reach::Time(1.0), outcome(line, 0), Outcome { seconds: 1.1, ..outcome(line, 0) }),
             (Reach::TimePerPartition(0.1), outcome(line, 0), Outcome { seconds: 1.2, ..outcome(line, 0) }),
             (Reach::Rate(9.0), Outcome { rate: Some(9.0), ..outcome(line, 0) }, outcome(line, 0)),
-            (Reach::Lock(1.0), outcome(line, 0), {
-                let held = Held { lock: String::new(), seconds: 1.1 };
-                Outcome { locks: Locks { relation: Some(held), advisory: None }, ..outcome(line, 0) }
-            }),
+            (Reach::Still(1.0), outcome(line, 0), Outcome { score_late: 1.1, ..outcome(line, 0) }),
             (Reach::Time(9.0), outcome(line, 0), Outcome { end: End::Limit, ..outcome(line, 0) }),
             (
                 Reach::Time(9.0),
