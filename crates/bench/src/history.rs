@@ -99,8 +99,11 @@ pub async fn run(args: &HistoryArgs) -> anyhow::Result<u8> {
     let measured = async {
         let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
         let (short, long) = if args.quick { (20_000, 200_000) } else { (100_000, 10_000_000) };
-        let (short, _) = Box::pin(one(args, args.short.unwrap_or(short), &load)).await?;
-        let (long, machine) = Box::pin(one(args, args.events.unwrap_or(long), &load)).await?;
+        let (short, long) = (args.short.unwrap_or(short), args.events.unwrap_or(long));
+        let (short, long) = (Box::pin(one(args, short, &load)), Box::pin(one(args, long, &load)));
+        // No time counts in a quick run, so both go on at once.
+        let ((short, _), (long, machine)) =
+            if args.quick { tokio::try_join!(short, long)? } else { (short.await?, long.await?) };
         anyhow::Ok(Report { quick: args.quick, machine, short, long })
     };
     let Some(report) = shutdown.requested.run_until_cancelled(Box::pin(measured)).await else {
@@ -141,7 +144,7 @@ async fn one(
         stack.servers.postgres.set(MEASURING);
         stack.servers.postgres.start().await?;
     }
-    let limit = Duration::from_secs(args.limit.unwrap_or(if args.quick { 15 } else { 300 }));
+    let limit = Duration::from_secs(args.limit.unwrap_or(if args.quick { 60 } else { 300 }));
     let length = Length {
         limits: [limit, Duration::from_secs(if args.quick { 2 } else { 30 })],
         alone: Duration::from_secs(if args.quick { 8 } else { 60 }),
