@@ -108,6 +108,22 @@ pub(crate) fn matches(pattern: &str, type_: &str) -> bool {
     words(&pattern.split('.').collect::<Vec<_>>(), &type_.split('.').collect::<Vec<_>>())
 }
 
+/// The same as a regular expression of PostgreSQL, for the type with a dot behind it.
+pub(crate) fn regex(pattern: &str) -> String {
+    let words = pattern.split('.').map(|word| match word {
+        "*" => r"[^.]*\.".to_owned(),
+        "#" => r"([^.]*\.)*".to_owned(),
+        word => {
+            let literal = word.chars().flat_map(|c| {
+                let special = c.is_ascii_punctuation() && c != '_';
+                special.then_some('\\').into_iter().chain([c])
+            });
+            literal.chain(r"\.".chars()).collect()
+        }
+    });
+    format!("^{}$", words.collect::<String>())
+}
+
 /// The setting cannot be understood.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{rule:?} is no rule; it should look like {example}")]

@@ -1,4 +1,4 @@
-//! Publishing what a replay has read, over a lane like those of the relay.
+//! Publishing what a replay has read, over lanes like those of the relay: while the broker confirms, more is read.
 
 use std::{
     sync::{Arc, atomic::AtomicU64},
@@ -7,20 +7,23 @@ use std::{
 
 use amqp::{Backoff, Reconnect};
 use anyhow::{Context, bail};
+use daemon::progress::Progress;
 use lapin::types::ShortString;
 use tokio::{
     sync::{Semaphore, mpsc},
-    task::JoinHandle,
-    time::timeout,
+    task::JoinSet,
+    time::{sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    Progress, ReplayArgs,
+    Outcome, ReplayArgs,
+    history::{Page, Read},
     one_queue::OneQueue,
-    page::Page,
-    registration::{HEARTBEAT, Registration},
+    pace::Pace,
+    pool::Pool,
+    registration::Registration,
 };
 use crate::{
     broker::Broker,
@@ -31,27 +34,52 @@ use crate::{
     lease::Lease,
     message::Origin,
     publish::{Fate, Proof, Published},
-    queue::{Route, Window},
+    queue::Window,
 };
 
+/// As many as a relay has, unless told.
+const LANES: usize = 4;
+/// Windows that a lane has: one under way, and the next one.
+const DEPTH: usize = 2;
+/// Events of a window at most.
+const WINDOW: usize = 250;
 /// How many times in a row retries may be in vain before the replay ends.
 const ATTEMPTS: usize = 8;
-/// It waits no shorter for the retry budget.
-const SHORTEST_WAIT: Duration = Duration::from_millis(10);
-/// The lane closes its connection within this time.
+/// It waits no shorter for the retry budget or the rate.
+const SHORTEST_WAIT: Duration = Duration::from_millis(5);
+/// How often it looks around while nothing happens.
+const LOOK: Duration = Duration::from_secs(1);
+/// The lanes close their connections within this time.
 const CLOSE: Duration = Duration::from_secs(2);
 
-/// Publishes pages, each aggregate's events in their order.
+/// Publishes what was read, each aggregate's events in their order.
 pub(super) struct Publisher {
     one_queue: Option<OneQueue>,
-    windows: mpsc::Sender<Window>,
+    lanes: Vec<LaneState>,
     reports: mpsc::UnboundedReceiver<(usize, Report)>,
-    lane: JoinHandle<()>,
-    stop_lane: CancellationToken,
-    /// Why the lane cannot publish.
-    trouble: Option<String>,
+    tasks: JoinSet<()>,
+    stop_lanes: CancellationToken,
+    pool: Pool,
     /// What may be tried again: the relay's own rule.
     budget: Budget,
+    pace: Pace,
+    patience: Patience,
+}
+
+struct LaneState {
+    windows: mpsc::Sender<Window>,
+    under_way: usize,
+    /// Why it cannot publish.
+    trouble: Option<String>,
+}
+
+/// How long retries may be in vain.
+struct Patience {
+    pause: Backoff,
+    rounds: usize,
+    /// Pauses so far. Of windows that went out between two of them, several may be in vain: that is one round.
+    pauses: u64,
+    until: Instant,
 }
 
 /// What a window came to.
@@ -65,7 +93,7 @@ struct Round {
 }
 
 impl Publisher {
-    /// Checks that the broker and the queue are there, and starts the lane.
+    /// Checks that the broker and the queue are there, and starts the lanes.
     pub(super) async fn open(args: &ReplayArgs, origin: Origin, id: Uuid) -> anyhow::Result<Self> {
         let broker = Broker {
             nodes: args.broker.nodes(args.common.database.require_tls)?,
@@ -82,182 +110,272 @@ impl Publisher {
             broker.connect(&mut Reconnect::default()).await?.close().await;
             None
         };
-        let (send, windows) = mpsc::channel(1);
+        let exchange =
+            one_queue.as_ref().map_or_else(|| args.exchange.clone(), |queue| queue.exchange.clone());
         let (report, reports) = mpsc::unbounded_channel();
-        let stop_lane = CancellationToken::new();
-        let lane = Lane {
-            number: 0,
-            exchange: one_queue
-                .as_ref()
-                .map_or_else(|| args.exchange.clone(), |queue| queue.exchange.clone()),
-            broker,
-            origin,
-            // Any number of replays may publish.
-            lease: Lease::new(Duration::MAX),
-            reports: report,
-            stop: stop_lane.clone(),
-            last_confirmed: Arc::new(AtomicU64::new(0)),
-            ask_permits: Arc::new(Semaphore::new(1)),
-            is_quarantine: false,
-        };
-        let lane = tokio::spawn(lane.run(windows));
-        let budget = Budget::new(Instant::now());
-        Ok(Self { one_queue, windows: send, reports, lane, stop_lane, trouble: None, budget })
+        let (last_confirmed, ask_permits) = (Arc::new(AtomicU64::new(0)), Arc::new(Semaphore::new(1)));
+        let (stop_lanes, mut tasks) = (CancellationToken::new(), JoinSet::new());
+        let lanes = (0..LANES).map(|number| {
+            let (windows, received) = mpsc::channel(DEPTH);
+            let lane = Lane {
+                number,
+                exchange: exchange.clone(),
+                broker: broker.clone(),
+                origin: origin.clone(),
+                // Any number of replays may publish.
+                lease: Lease::new(Duration::MAX),
+                reports: report.clone(),
+                stop: stop_lanes.clone(),
+                last_confirmed: Arc::clone(&last_confirmed),
+                ask_permits: Arc::clone(&ask_permits),
+                is_quarantine: false,
+            };
+            tasks.spawn(lane.run(received));
+            LaneState { windows, under_way: 0, trouble: None }
+        });
+        let lanes = lanes.collect();
+        let now = Instant::now();
+        Ok(Self {
+            one_queue,
+            lanes,
+            reports,
+            tasks,
+            stop_lanes,
+            pool: Pool::default(),
+            budget: Budget::new(now),
+            pace: Pace::new(args.rate, now),
+            patience: Patience { pause: Backoff::default(), rounds: 0, pauses: 0, until: now },
+        })
     }
 
-    /// Publishes a page. What is not taken is tried again within the retry budget, until the broker takes nothing of it
-    /// for long. False when it was interrupted.
+    /// Publishes what comes. What is not taken is tried again within the retry budget, until the broker takes nothing of
+    /// it for long. False when it was interrupted; an error or an interruption waits for what is under way.
     pub(super) async fn publish(
         &mut self,
-        mut events: Vec<Event>,
-        progress: &mut Progress,
+        mut read: mpsc::Receiver<anyhow::Result<Read>>,
+        outcome: &mut Outcome,
         registration: &mut Registration<'_>,
+        said: &Progress,
         stop: &CancellationToken,
     ) -> anyhow::Result<bool> {
+        let (mut expected, mut first, mut ended) = (None, None, false);
+        let mut failed = None;
+        loop {
+            let stopping = failed.is_some() || stop.is_cancelled();
+            if stopping && self.under_way() == 0 {
+                self.note_next(outcome);
+                return failed.map_or(Ok(false), Err);
+            }
+            if ended && self.pool.is_empty() {
+                self.note_next(outcome);
+                return failed.map_or(Ok(true), Err);
+            }
+            if !stopping {
+                self.hand_out();
+            }
+            let wake = self.wake_at(stopping);
+            let done = tokio::select! {
+                biased;
+                Some((lane, report)) = self.reports.recv() => self.take_in(lane, report, outcome).await,
+                page = read.recv(), if !stopping && !ended && self.pool.wants_more() => match page {
+                    None => { ended = true; Ok(()) }
+                    Some(Ok(Read::Expected(events))) => { expected = Some(events); Ok(()) }
+                    Some(Ok(Read::Page(page))) => {
+                        first.get_or_insert_with(|| page.events.first().map_or(page.up_to, |event| event.position));
+                        self.add(page, outcome);
+                        Ok(())
+                    }
+                    Some(Err(error)) => Err(error),
+                },
+                () = stop.cancelled(), if !stopping => Ok(()),
+                () = sleep_until(wake.into()) => Ok(()),
+            };
+            if let Err(error) = done {
+                failed = failed.or(Some(error));
+            }
+            self.note_next(outcome);
+            let settled = outcome.events + outcome.unroutable + outcome.refused;
+            match (expected, first) {
+                (Some(expected), _) => said.along((settled, expected), outcome.events),
+                (None, Some(first)) => {
+                    said.along((outcome.next.abs_diff(first), outcome.to.abs_diff(first)), outcome.events);
+                }
+                (None, None) => {}
+            }
+            if let Err(error) = registration.keep_up(outcome.next).await {
+                failed = failed.or(Some(error));
+            }
+        }
+    }
+
+    fn add(&mut self, Page { up_to, mut events, unreadable }: Page, outcome: &mut Outcome) {
+        for row in unreadable {
+            outcome.refused += 1;
+            tracing::warn!(position = row.position, why = row.reason, "not replayed");
+        }
         for event in &mut events {
             event.headers.get_or_insert_default().insert("replayed".to_owned(), true.into());
         }
-        let mut page = Page::new(events);
-        let published = self.publish_page(&mut page, progress, registration, stop).await;
-        if let Some(first) = page.first_left() {
+        self.pool.add(events, up_to);
+    }
+
+    /// Where to go on.
+    fn note_next(&self, outcome: &mut Outcome) {
+        if let Some(next) = self.pool.next() {
             // What was refused in a row may be taken once the cause is gone.
-            let first = progress.refused_in_a_row.map_or(first, |(_, refused)| refused.min(first));
-            progress.next = first;
-            progress.again = page.published.iter().filter(|position| **position >= first).count();
+            outcome.next = outcome.refused_in_a_row.map_or(next, |(_, refused)| refused.min(next));
+            outcome.again = self.pool.again_from(outcome.next);
         }
-        published
     }
 
-    async fn publish_page(
-        &mut self,
-        page: &mut Page,
-        progress: &mut Progress,
-        registration: &mut Registration<'_>,
-        stop: &CancellationToken,
-    ) -> anyhow::Result<bool> {
-        let (mut pause, mut rounds) = (Backoff::default(), 0);
-        while !page.left.is_empty() {
-            if stop.is_cancelled() {
-                return Ok(false);
+    fn under_way(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.under_way).sum()
+    }
+
+    /// The lane that has least to do. One that cannot publish gets a window only when none can, to learn why.
+    fn free_lane(&mut self) -> Option<&mut LaneState> {
+        let none_works = self.lanes.iter().all(|lane| lane.trouble.is_some());
+        let free = self.lanes.iter_mut().filter(|lane| lane.under_way < DEPTH);
+        free.filter(|lane| none_works || lane.trouble.is_none()).min_by_key(|lane| lane.under_way)
+    }
+
+    fn hand_out(&mut self) {
+        let now = Instant::now();
+        while now >= self.patience.until {
+            let open = self.pace.open(now);
+            // Not one by one, where the rate is high.
+            if open == 0 || self.pace.next(self.pool.ready().min(WINDOW)) > now {
+                return;
             }
-            let events = page.window(&mut self.budget, Instant::now());
+            if self.free_lane().is_none() {
+                return;
+            }
+            let (events, route) = self.pool.window(&mut self.budget, now, open.min(WINDOW));
             if events.is_empty() {
-                let until = self.budget.next().saturating_duration_since(Instant::now());
-                registration.wait(until.max(SHORTEST_WAIT), stop).await?;
-                continue;
+                return;
             }
-            // What may end its channel has one of its own.
-            let route = if page.alone { Route::Quarantine } else { Route::Lane };
-            let (window, published) = self.send(Window::of(events, route), registration).await?;
-            let round = match published {
-                Some(published) => self.settle(&window, published, page, progress).await?,
-                None => self.put_back(&window, page).await,
-            };
-            if round.taken {
-                rounds = 0;
-                pause.reset();
-            }
-            let Some(why) = round.why else { continue };
-            if round.tried && !round.taken {
-                rounds += 1;
-            }
-            if rounds > ATTEMPTS {
-                bail!("{why}");
-            }
-            if !round.taken {
-                registration.wait(pause.step(), stop).await?;
-            }
-        }
-        Ok(true)
-    }
-
-    /// Gives the lane a window, and waits for what becomes of it: none when it was not begun.
-    async fn send(
-        &mut self,
-        window: Window,
-        registration: &mut Registration<'_>,
-    ) -> anyhow::Result<(Window, Option<Published>)> {
-        const ENDED: &str = "the lane has ended by itself";
-        self.windows.send(window).await.ok().context(ENDED)?;
-        loop {
-            match timeout(HEARTBEAT, self.reports.recv()).await {
-                Err(_) => registration.beat().await?,
-                Ok(report) => match report.context(ENDED)?.1 {
-                    Report::State(state) => self.trouble = state.err(),
-                    Report::Published(window, published, _) => return Ok((window, Some(published))),
-                    Report::Returned(window) => return Ok((window, None)),
-                },
-            }
+            self.pace.take(events.len());
+            let mut window = Window::of(events, route);
+            window.published = self.patience.pauses;
+            let Some(lane) = self.free_lane() else { return };
+            lane.under_way += 1;
+            // A lane that has ended says so by its reports' end.
+            let _ended = lane.windows.try_send(window);
         }
     }
 
-    /// Takes out of the page what is settled of a window.
+    /// When to go on, if nothing happens before.
+    fn wake_at(&mut self, stopping: bool) -> Instant {
+        let now = Instant::now();
+        let look = now + LOOK;
+        if stopping || self.pool.ready() == 0 || self.free_lane().is_none() {
+            return look;
+        }
+        let pace = self.pace.next(self.pool.ready().min(WINDOW));
+        let open = pace.max(self.patience.until);
+        // What may go by its rate, and did not, waits for the budget, or for what has its id.
+        let at = if open > now { open } else { self.budget.next() };
+        at.max(now + SHORTEST_WAIT).min(look)
+    }
+
+    async fn take_in(&mut self, lane: usize, report: Report, outcome: &mut Outcome) -> anyhow::Result<()> {
+        let (window, round) = match report {
+            Report::State(state) => {
+                self.lanes[lane].trouble = state.err();
+                return Ok(());
+            }
+            Report::Published(window, published, _) => {
+                self.lanes[lane].under_way -= 1;
+                let round = self.settle(&window, published, outcome).await?;
+                (window, round)
+            }
+            Report::Returned(window) => {
+                self.lanes[lane].under_way -= 1;
+                let why = self.lanes[lane].trouble.clone();
+                let round = self.put_back(&window, why).await;
+                (window, round)
+            }
+        };
+        self.patience.judge(&round, window.published)
+    }
+
+    /// Takes out what is settled of a window.
     async fn settle(
         &mut self,
         window: &Window,
         Published { fates, ended }: Published,
-        page: &mut Page,
-        progress: &mut Progress,
+        outcome: &mut Outcome,
     ) -> anyhow::Result<Round> {
         let mut round = Round { tried: false, taken: false, why: None };
-        let unknown = fates.contains(&None);
+        let mut failed = None;
+        let mut unknown = Vec::new();
         for (item, fate) in window.items.iter().zip(fates) {
             let event = &*item.event;
-            let tried = page.tried.contains(&event.position);
+            let tried = self.pool.was_tried(event);
             round.tried |= tried;
             match fate {
-                Some(Fate::Unroutable) if self.one_queue.is_some() => bail!("the queue is gone"),
+                Some(Fate::Unroutable) if self.one_queue.is_some() => {
+                    self.pool.again(event, &mut self.budget);
+                    failed = Some(anyhow::anyhow!("the queue is gone"));
+                }
                 Some(fate @ (Fate::Confirmed | Fate::Unroutable)) => {
                     round.taken |= tried;
                     if tried {
                         self.budget.succeeded(event.size());
                     }
-                    progress.refused_in_a_row = None;
+                    outcome.refused_in_a_row = None;
                     if fate == Fate::Confirmed {
-                        progress.events += 1;
-                        page.published.push(event.position);
+                        outcome.events += 1;
+                        self.pool.publish(event);
                     } else {
-                        progress.unroutable += 1;
+                        outcome.unroutable += 1;
                     }
-                    page.settle(event);
+                    self.pool.settle(event);
                 }
                 // It may have been this event, or an operator who closed all channels.
                 Some(Fate::Refused { why, proof: Proof::Internal }) => {
-                    page.again(event, &mut self.budget);
+                    self.again_alone(event);
                     round.why = Some(format!("the broker closed the channel of event {}: {why}", event.id));
                 }
                 Some(Fate::Refused { why, proof }) => {
                     // What was not sent has cost the broker nothing, and says nothing of others.
                     if proof != Proof::Certain {
                         self.budget.failed();
-                        progress.refused(event, &why)?;
+                        failed = outcome.refused(event, &why).err().or(failed);
                     }
                     tracing::warn!(event = %event.id, why, "not replayed");
-                    progress.refused += 1;
-                    page.settle(event);
+                    outcome.refused += 1;
+                    self.pool.settle(event);
                 }
                 Some(Fate::Nacked) => {
-                    page.again(event, &mut self.budget);
+                    self.pool.again(event, &mut self.budget);
                     round.why = Some(format!(
                         "the broker refuses event {} of type {} for now; is a queue at its limit?",
                         event.id, event.type_
                     ));
                 }
                 Some(Fate::Silent) => {
-                    page.again(event, &mut self.budget);
+                    self.pool.again(event, &mut self.budget);
                     round.why = Some(format!(
                         "the broker does not answer for event {} of type {}; has a queue lost the majority of its \
                          nodes?",
                         event.id, event.type_
                     ));
                 }
-                None => page.again(event, &mut self.budget),
+                None => unknown.push(event),
             }
         }
+        // Which event it is, is found out one by one: also where one of several may have ended the connection again.
+        let suspect = match &ended {
+            Some(BrokerError::Refused { .. }) => true,
+            None | Some(BrokerError::Silent(_)) => false,
+            Some(_) => round.tried,
+        };
+        for event in &unknown {
+            if suspect { self.again_alone(event) } else { self.pool.again(event, &mut self.budget) }
+        }
         match ended {
-            // Which event it is, is found out one by one.
-            Some(BrokerError::Refused { why, .. }) if unknown => {
-                page.alone = true;
+            Some(BrokerError::Refused { why, .. }) if !unknown.is_empty() => {
                 round.why = Some(format!("the broker refused: {why}"));
             }
             None | Some(BrokerError::Refused { .. }) => {}
@@ -265,21 +383,24 @@ impl Publisher {
                 round.why.get_or_insert_with(|| error.to_string());
             }
             Some(error) => {
-                // One of several events may have ended it again.
-                page.alone |= round.tried;
                 round.why = Some(error.to_string());
                 self.restore().await;
             }
         }
-        Ok(round)
+        failed.map_or(Ok(round), Err)
+    }
+
+    fn again_alone(&mut self, event: &Event) {
+        self.pool.suspect(event);
+        self.pool.again(event, &mut self.budget);
     }
 
     /// The lane has not begun a window.
-    async fn put_back(&mut self, window: &Window, page: &mut Page) -> Round {
-        let mut round = Round { tried: false, taken: false, why: self.trouble.clone() };
+    async fn put_back(&mut self, window: &Window, why: Option<String>) -> Round {
+        let mut round = Round { tried: false, taken: false, why };
         for item in &window.items {
-            round.tried |= page.tried.contains(&item.event.position);
-            page.again(&item.event, &mut self.budget);
+            round.tried |= self.pool.was_tried(&item.event);
+            self.pool.again(&item.event, &mut self.budget);
         }
         if round.why.is_some() {
             self.restore().await;
@@ -294,12 +415,37 @@ impl Publisher {
     }
 
     /// Closes its connections.
-    pub(super) async fn close(self) {
-        self.stop_lane.cancel();
-        drop(self.windows);
-        let _ = timeout(CLOSE, self.lane).await;
+    pub(super) async fn close(mut self) {
+        self.stop_lanes.cancel();
+        self.lanes.clear();
+        let _ = timeout(CLOSE, async { while self.tasks.join_next().await.is_some() {} }).await;
         if let Some(queue) = self.one_queue {
             queue.close().await;
         }
+    }
+}
+
+impl Patience {
+    /// What came of a window that went out after so many pauses. An error when retries were in vain for long.
+    fn judge(&mut self, round: &Round, after: u64) -> anyhow::Result<()> {
+        if round.taken {
+            self.rounds = 0;
+            self.pause.reset();
+        }
+        let Some(why) = &round.why else { return Ok(()) };
+        if after < self.pauses {
+            return Ok(());
+        }
+        if round.tried && !round.taken {
+            self.rounds += 1;
+        }
+        if self.rounds > ATTEMPTS {
+            bail!("{why}");
+        }
+        if !round.taken {
+            self.pauses += 1;
+            self.until = Instant::now() + self.pause.step();
+        }
+        Ok(())
     }
 }
