@@ -1,5 +1,6 @@
 //! A leadership at work: it reads, hands out to the lanes, settles, and again.
 
+mod aside;
 mod health;
 mod retries;
 mod settle;
@@ -17,6 +18,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use aside::ToPark;
+
 use crate::{
     evidence::EventKind,
     failpoint,
@@ -25,7 +28,6 @@ use crate::{
     reader::Budget,
     relay::Relay,
     session::{LeaderSession, SessionError},
-    unreadable,
     waiting::WaitingCounts,
 };
 
@@ -78,6 +80,8 @@ pub(crate) struct Lead<'a> {
     confirmed: u64,
     /// How many are set aside.
     parked: i64,
+    /// What is to be, once no erasure is in the way.
+    to_park: ToPark,
     /// How many wait in the database, by kind.
     waiting: WaitingCounts,
     /// When those were counted.
@@ -133,6 +137,7 @@ impl<'a> Lead<'a> {
             stored_reasons: "[]".to_owned(),
             confirmed: 0,
             parked: 0,
+            to_park: ToPark::new(now),
             waiting: WaitingCounts::new(),
             counted: now,
             load_at: now,
@@ -163,11 +168,13 @@ impl<'a> Lead<'a> {
             self.report_health();
             self.save_if_due().await?;
             self.locate_if_due().await?;
+            self.park_if_due().await?;
 
             // No more than half of what may be in memory, so that reads are few and large.
             let limits = self.relay.limits;
+            let events = self.queue.events() + self.to_park();
             let has_capacity =
-                at_work && self.queue.events() * 2 <= limits.events && self.queue.bytes() * 2 <= limits.bytes;
+                at_work && events * 2 <= limits.events && self.queue.bytes() * 2 <= limits.bytes;
             if has_capacity && self.has_rows() && self.load_at <= Instant::now() {
                 self.load_retries().await?;
                 self.hand_out();
@@ -200,6 +207,7 @@ impl<'a> Lead<'a> {
     fn until(&self, poll_at: Option<Instant>, at_work: bool) -> Instant {
         let pause = if self.session.has_progress() { SAVE_INTERVAL } else { self.heartbeat() };
         let mut until = self.saved + pause;
+        until = self.park_at().map_or(until, |at| until.min(at));
         if let Some(poll_at) = poll_at {
             until = until.min(poll_at);
             if self.has_rows() {
@@ -255,7 +263,6 @@ impl<'a> Lead<'a> {
         if found {
             failpoint::hit("read");
         }
-        self.parked += unreadable::count(&batch.unreadable);
         let diverted = self.divert(&batch.events).await?;
         for event in batch.events {
             if !diverted.contains(&event.position) {

@@ -1,12 +1,16 @@
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use sqlx::Connection;
+use daemon::{command::many, progress::Progress};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use crate::config::MigrateArgs;
 
 /// A migration may have to build an index over a large history.
 const STATEMENT_TIMEOUT: Duration = Duration::from_hours(1);
+
+/// An index waits for each open transaction for so long.
+const LOCK_TIMEOUT: &str = "30s";
 
 /// Installs the outbox in any database and grants the roles their rights. Running it again is safe.
 pub async fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
@@ -26,7 +30,53 @@ pub async fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
             })?;
         }
     }
+    build_indexes(&mut conn).await?;
     conn.close().await?;
     tracing::info!(%source, "the outbox is installed and current");
+    Ok(())
+}
+
+/// Makes the indexes that a migration makes for small partitions alone, because it would lock out writers. Without them
+/// everything works; looking for what keeps a partition takes longer.
+async fn build_indexes(conn: &mut PgConnection) -> anyhow::Result<()> {
+    let partitions: Vec<String> =
+        sqlx::query_scalar("SELECT name FROM outbox.partition_without_index ORDER BY upper")
+            .fetch_all(&mut *conn)
+            .await
+            .context("the outbox is current, but its indexes could not be looked at")?;
+    let all = partitions.len() as u64;
+    let said = Progress::new("making indexes", "partition");
+    let mut left = 0_u64;
+    for (n, partition) in (0..).zip(&partitions) {
+        said.at(n, all);
+        if let Err(error) = build_index(conn, partition).await {
+            left += 1;
+            let why = outbox::database::describe(&error);
+            tracing::warn!(partition, why, "the partition did not get its index of baselines and deletions");
+        }
+    }
+    drop(said);
+    if left > 0 {
+        tracing::warn!(
+            "{} without an index: run this again, when no long transaction is open",
+            many(left, "partition")
+        );
+    }
+    Ok(())
+}
+
+/// Stops no writer, and waits for transactions that are open.
+async fn build_index(conn: &mut PgConnection, partition: &str) -> sqlx::Result<()> {
+    sqlx::raw_sql(AssertSqlSafe(format!("SET lock_timeout = '{LOCK_TIMEOUT}'"))).execute(&mut *conn).await?;
+    // One that was interrupted has left an index that is not valid.
+    let (drop, create): (String, String) = sqlx::query_as(
+        "SELECT format('DROP INDEX CONCURRENTLY IF EXISTS outbox.%I', $1 || '_whole_state'),
+                outbox.whole_state_index($1, true)",
+    )
+    .bind(partition)
+    .fetch_one(&mut *conn)
+    .await?;
+    sqlx::raw_sql(AssertSqlSafe(drop)).execute(&mut *conn).await?;
+    sqlx::raw_sql(AssertSqlSafe(create)).execute(&mut *conn).await?;
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! Events that were set aside, so that the rest can go on. All the SQL of parking.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, time::Duration};
 
+use daemon::config::database::Failure;
 use sqlx::{Connection, PgConnection};
 
 use crate::{
@@ -46,8 +47,37 @@ pub struct ParkedEvents {
     pub unreadable: Vec<Unreadable>,
 }
 
-/// Keeps erasures out to the end of the transaction, and waits for those that have begun.
-pub(crate) const KEEP_ERASURES_OUT: &str = "SELECT outbox.keep_erasures_out()";
+/// What became of events that were to be set aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum SetAside {
+    /// They are stored.
+    Done,
+    /// An erasure is under way, which a copy could escape: try again later.
+    Erasing,
+    /// Another relay has taken over.
+    Deposed,
+}
+
+impl SetAside {
+    pub(crate) fn fenced(mine: bool) -> Self {
+        if mine { Self::Done } else { Self::Deposed }
+    }
+}
+
+/// Keeps erasures out to the end of the transaction. It waits for those that have begun, for at most `wait`: an erasure
+/// may belong to a transaction that stays open for minutes, and publishing goes on beside it. While it waits, erasures
+/// that come later wait behind it. False when it was in vain, and the transaction can only be rolled back.
+pub(crate) async fn keep_erasures_out(tx: &mut PgConnection, wait: Duration) -> sqlx::Result<bool> {
+    // In the order of the columns: the limit is for this lock alone.
+    let sql = "SELECT set_config('lock_timeout', $1, true), outbox.keep_erasures_out(), \
+                      set_config('lock_timeout', '0', true)";
+    match sqlx::query(sql).bind(wait.as_millis().max(1).to_string()).execute(tx).await {
+        Ok(_) => Ok(true),
+        Err(error) if Failure::of(&error) == Failure::Locked => Ok(false),
+        Err(error) => Err(error),
+    }
+}
 
 /// The next attempt: after a pause as long as the event has been aside, from 1 s to 1 min, so that it doubles; plus up to
 /// a quarter, so that kinds set aside together do not come back together. Attempts before that, while it waited, count
@@ -55,17 +85,18 @@ pub(crate) const KEEP_ERASURES_OUT: &str = "SELECT outbox.keep_erasures_out()";
 const NEXT: &str = "now() + least(greatest(now() - parked_at, interval '1 second'), interval '1 minute') \
                     * (1 + random() / 4)";
 
-/// Copies the events into `outbox.parked`, if `epoch` is still the relay's; false when it is not.
+/// Copies the events into `outbox.parked`, if `epoch` is still the relay's.
 ///
-/// While it does, nobody erases: an erasure that has begun is waited for, and its erased form copied; one
-/// that comes later finds the copies. The lock comes in a statement of its own, so that the copying one sees
+/// While it does, nobody erases: an erasure that has begun is waited for, for at most `wait`, and its erased form copied;
+/// one that comes later finds the copies. The lock comes in a statement of its own, so that the copying one sees
 /// what was committed until then.
 pub async fn park(
     conn: &mut PgConnection,
     relay: &str,
     epoch: i64,
     parkings: &[Parking],
-) -> Result<bool, sqlx::Error> {
+    wait: Duration,
+) -> Result<SetAside, sqlx::Error> {
     let positions: Vec<i64> = parkings.iter().map(|p| p.position).collect();
     let reasons: Vec<&str> = parkings.iter().map(|p| p.reason.as_str()).collect();
     let details: Vec<&str> = parkings.iter().map(|p| &*p.detail).collect();
@@ -91,7 +122,10 @@ pub async fn park(
             WHERE parked.state = 'waiting') \
         SELECT EXISTS (SELECT FROM fence)";
     let mut tx = conn.begin().await?;
-    sqlx::query(KEEP_ERASURES_OUT).execute(&mut *tx).await?;
+    if !keep_erasures_out(&mut tx, wait).await? {
+        tx.rollback().await?;
+        return Ok(SetAside::Erasing);
+    }
     let mine = sqlx::query_scalar(sql)
         .bind(relay)
         .bind(epoch)
@@ -101,7 +135,7 @@ pub async fn park(
         .fetch_one(&mut *tx)
         .await?;
     tx.commit().await?;
-    Ok(mine)
+    Ok(SetAside::fenced(mine))
 }
 
 /// One more attempt in vain, because no queue takes events of this kind yet: they get their next turn,

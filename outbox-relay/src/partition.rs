@@ -1,6 +1,9 @@
 //! Partitions of the outbox: made ahead, and emptied when they are older than what is kept.
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use amqp::Backoff;
 use daemon::{
@@ -12,12 +15,19 @@ use serde::Serialize;
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
-use crate::task_connection::TaskConnection;
+use crate::{command::state::LockHolder, task_connection::TaskConnection};
 
 /// How often somebody looks whether there is a partition to be made or emptied.
 const ROUND: Duration = Duration::from_secs(10);
 /// A round takes no longer. Looking for baselines reads an index over a whole partition.
 const TIMEOUT: Duration = Duration::from_mins(5);
+/// When an aggregate has no newer baseline, the relay looks again after so long: by then they may be there, and each look
+/// that finds another such aggregate begins anew.
+const BASELINES_AGAIN: Duration = Duration::from_hours(3);
+/// The relay waits no longer for a reader of a partition; it comes again.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How often a lock is tried meanwhile. Each try waits for a tenth of a second at most.
+const LOCK_AGAIN: Duration = Duration::from_millis(150);
 /// In seconds, 3,000 years: the server's calendar begins in the year -4713.
 const LONGEST_KEPT: f64 = 1e11;
 
@@ -49,6 +59,16 @@ pub struct Partition {
     pub upper: Option<i64>,
     /// Why its events are kept; none when they may be, or were, retired.
     pub kept: Option<String>,
+    /// It is kept because a session uses it, for now.
+    #[serde(skip)]
+    pub in_use: bool,
+}
+
+impl Partition {
+    /// The next ones are kept, too: the aggregates' baselines may lie in this one.
+    pub fn ends(&self) -> bool {
+        self.kept.is_some() && self.upper.is_some()
+    }
 }
 
 /// Keeps partitions ahead of the writers, and retires what need not be kept, until `stop`. What goes
@@ -64,8 +84,9 @@ pub(crate) async fn maintain(
     let timeout = TIMEOUT.as_millis().to_string();
     let database = database.named("outbox-relay partitions").quiet().with("statement_timeout", timeout);
     let mut connection = TaskConnection::new(database);
+    let mut retention = args.keep.map(|keep| Retention::new(keep, args.without_baseline, false, PATIENCE));
     loop {
-        let round = tokio::time::timeout(TIMEOUT, round(&mut connection, args));
+        let round = tokio::time::timeout(TIMEOUT, round(&mut connection, args, retention.as_mut()));
         match stop.run_until_cancelled(round).await {
             None => break,
             Some(Err(_)) => {
@@ -123,14 +144,22 @@ struct Round {
 }
 
 /// One look, on a connection of its own: the leader's must not wait for locks.
-async fn round(connection: &mut TaskConnection, args: PartitionArgs) -> sqlx::Result<Round> {
+async fn round(
+    connection: &mut TaskConnection,
+    args: PartitionArgs,
+    retention: Option<&mut Retention>,
+) -> sqlx::Result<Round> {
     let mut conn = connection.take().await?;
-    let round = look(&mut conn, args).await;
+    let round = look(&mut conn, args, retention).await;
     connection.keep(conn, &round);
     round
 }
 
-async fn look(conn: &mut PgConnection, args: PartitionArgs) -> sqlx::Result<Round> {
+async fn look(
+    conn: &mut PgConnection,
+    args: PartitionArgs,
+    retention: Option<&mut Retention>,
+) -> sqlx::Result<Round> {
     let added = add(conn, args).await?;
     if added > 0 {
         tracing::info!(added, "partitions were added");
@@ -138,17 +167,29 @@ async fn look(conn: &mut PgConnection, args: PartitionArgs) -> sqlx::Result<Roun
     let fallen =
         sqlx::query_scalar("SELECT first_position IS NOT NULL FROM outbox.partition_status WHERE is_default");
     let fallen: bool = fallen.fetch_one(&mut *conn).await?;
-    // Notes of each that is full since when it is, so that its age is known once it matters.
-    sqlx::query("SELECT outbox.why_kept(name, '-infinity', true) FROM outbox.partition")
-        .execute(&mut *conn)
-        .await?;
+    // Notes of each that is full since when it is, so that its age is known once it matters. The net has no end.
+    sqlx::query(
+        "SELECT outbox.why_kept(name, '-infinity', true) FROM outbox.partition_status
+         WHERE full_since IS NULL OR is_default",
+    )
+    .execute(&mut *conn)
+    .await?;
     let mut kept_because = None;
-    if let Some(keep) = args.keep {
-        let partitions = retire(conn, keep, args.without_baseline, false).await?;
-        for partition in &partitions {
-            match &partition.kept {
-                None => tracing::info!(partition = partition.name, "retired"),
-                Some(reason) => kept_because = Some(format!("{}: {reason}", partition.name)),
+    if let Some(retention) = retention {
+        for candidate in candidates(conn).await? {
+            let partition = retention.one(conn, candidate).await?;
+            let ends = partition.ends();
+            match partition {
+                Partition { kept: None, name, .. } => tracing::info!(partition = name, "retired"),
+                Partition { kept: Some(reason), in_use: true, name, .. } => {
+                    tracing::debug!(partition = name, reason, "not retired for now");
+                }
+                Partition { kept: Some(reason), name, .. } => {
+                    kept_because = Some(format!("{name}: {reason}"))
+                }
+            }
+            if ends {
+                break;
             }
         }
         drop_one(conn).await?;
@@ -183,69 +224,143 @@ async fn add(conn: &mut PgConnection, args: PartitionArgs) -> Result<i64, sqlx::
     Ok(added)
 }
 
-/// Retires what is older than `keep`, the oldest first and up to the first that must be kept: its
-/// aggregates' baselines may lie in the next one. The last in the list is that one. With `dry`, only says
-/// what it would do.
-pub(crate) async fn retire(
-    conn: &mut PgConnection,
-    keep: Duration,
-    without_baseline: bool,
-    dry: bool,
-) -> Result<Vec<Partition>, sqlx::Error> {
-    // By the server's clock alone, as the ages are. No partition is as old as what is beyond its calendar.
-    let keep = keep.as_secs_f64().min(LONGEST_KEPT);
-    // Those that hold something: the others were retired, or are not begun.
-    let sql = "SELECT name, upper FROM outbox.partition
-               WHERE outbox.why_kept(name, '-infinity', true) IS DISTINCT FROM 'it is empty'
-               ORDER BY is_default DESC, upper";
-    let candidates: Vec<(String, Option<i64>)> = sqlx::query_as(sql).fetch_all(&mut *conn).await?;
-    let mut partitions = Vec::new();
-    for (name, upper) in candidates {
-        let kept: Option<String> = sqlx::query_scalar(
-            "SELECT outbox.why_kept($1, clock_timestamp() - make_interval(secs => $2), $3)",
-        )
-        .bind(&name)
-        .bind(keep)
-        .bind(without_baseline)
-        .fetch_one(&mut *conn)
-        .await?;
-        let last = kept.is_some() && upper.is_some();
-        if kept.is_none() && !dry {
-            retire_one(conn, &name, keep, without_baseline).await?;
-        }
-        partitions.push(Partition { name, upper, kept });
-        if last {
-            break;
-        }
-    }
-    Ok(partitions)
+/// A partition that holds something: the others were retired, or are not begun.
+#[derive(Debug, sqlx::FromRow)]
+pub(crate) struct Candidate {
+    pub(crate) name: String,
+    upper: Option<i64>,
 }
 
-/// Retires it, and tries again when the server preferred another transaction.
-async fn retire_one(
-    conn: &mut PgConnection,
-    name: &str,
+/// The partitions in the order in which they are retired: first the net, then the oldest.
+pub(crate) async fn candidates(conn: &mut PgConnection) -> sqlx::Result<Vec<Candidate>> {
+    sqlx::query_as(
+        "SELECT name, upper FROM outbox.partition_status WHERE first_position IS NOT NULL
+         ORDER BY is_default DESC, upper",
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// How to retire.
+#[derive(Debug)]
+pub(crate) struct Retention {
+    /// By the server's clock alone, as the ages are, in seconds.
     keep: f64,
     without_baseline: bool,
-) -> Result<(), sqlx::Error> {
-    // Not `outbox::database::again`: the future of a closure that borrows cannot be shown to be `Send`.
-    let mut attempts = Attempts::default();
-    loop {
-        let retire = sqlx::query(
-            "SELECT outbox.retire_partition($1, clock_timestamp() - make_interval(secs => $2), $3)",
-        );
-        let done = retire.bind(name).bind(keep).bind(without_baseline).execute(&mut *conn).await;
-        if !is_conflict(&done) || !attempts.again().await {
-            return done.map(|_| ());
+    dry: bool,
+    /// How long to try while a session uses the partition.
+    patience: Duration,
+    /// Partitions that lack baselines, as of when, and how that was said.
+    lacking: HashMap<String, (Instant, String)>,
+}
+
+impl Retention {
+    /// With `dry`, only says what it would do.
+    pub(crate) fn new(keep: Duration, without_baseline: bool, dry: bool, patience: Duration) -> Self {
+        // No partition is as old as what is beyond the server's calendar.
+        let keep = keep.as_secs_f64().min(LONGEST_KEPT);
+        Self { keep, without_baseline, dry, patience, lacking: HashMap::new() }
+    }
+
+    /// Retires a partition, unless it must be kept.
+    pub(crate) async fn one(
+        &mut self,
+        conn: &mut PgConnection,
+        Candidate { name, upper }: Candidate,
+    ) -> sqlx::Result<Partition> {
+        let mut kept = self.why_kept(conn, &name, true).await?;
+        if kept.is_none() && !self.without_baseline {
+            let known = self.lacking.get(&name).filter(|(at, _)| at.elapsed() < BASELINES_AGAIN);
+            kept = match known {
+                Some((_, reason)) => Some(reason.clone()),
+                None => self.why_kept(conn, &name, false).await?,
+            };
+            match &kept {
+                Some(reason) => {
+                    self.lacking.entry(name.clone()).or_insert_with(|| (Instant::now(), reason.clone()));
+                }
+                None => {
+                    self.lacking.remove(&name);
+                }
+            }
+        }
+        let mut in_use = false;
+        if kept.is_none() && !self.dry {
+            match self.retire(conn, &name).await {
+                Err(error) if Failure::of(&error) == Failure::Locked => {
+                    in_use = true;
+                    kept = Some(in_use_by(conn, &name).await?);
+                }
+                retired => retired?,
+            }
+        }
+        Ok(Partition { name, upper, kept, in_use })
+    }
+
+    async fn why_kept(
+        &self,
+        conn: &mut PgConnection,
+        name: &str,
+        without_baseline: bool,
+    ) -> sqlx::Result<Option<String>> {
+        sqlx::query_scalar("SELECT outbox.why_kept($1, clock_timestamp() - make_interval(secs => $2), $3)")
+            .bind(name)
+            .bind(self.keep)
+            .bind(without_baseline)
+            .fetch_one(conn)
+            .await
+    }
+
+    /// Retires it, and tries again when the server preferred another transaction, or a session uses the partition.
+    ///
+    /// That there are baselines is known, and they do not go away: this is not asked again.
+    async fn retire(&self, conn: &mut PgConnection, name: &str) -> sqlx::Result<()> {
+        let (began, mut attempts) = (Instant::now(), Attempts::default());
+        loop {
+            let retire = sqlx::query(
+                "SELECT outbox.retire_partition($1, clock_timestamp() - make_interval(secs => $2), true)",
+            );
+            let done = retire.bind(name).bind(self.keep).execute(&mut *conn).await;
+            match &done {
+                Err(error) if Failure::of(error) == Failure::Locked && began.elapsed() < self.patience => {
+                    tokio::time::sleep(LOCK_AGAIN).await;
+                }
+                _ if is_conflict(&done) && attempts.again().await => {}
+                _ => return done.map(|_| ()),
+            }
         }
     }
+}
+
+/// Which sessions keep a partition from being emptied.
+async fn in_use_by(conn: &mut PgConnection, name: &str) -> sqlx::Result<String> {
+    // A row that a replay writes keeps it for a moment, too.
+    let sql = "SELECT a.pid, a.application_name, a.state, NULL::text AS gid, a.xact_start AS since,
+                      extract(epoch FROM statement_timestamp() - a.xact_start)::float8 AS seconds
+               FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+               WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+                 AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                 AND (l.relation = to_regclass(format('outbox.%I', $1))
+                      OR l.relation = 'outbox.replay'::regclass AND l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
+               GROUP BY 1, 2, 3, 5
+               ORDER BY since NULLS LAST, pid LIMIT 5";
+    let sessions: Vec<LockHolder> = sqlx::query_as(sql).bind(name).fetch_all(conn).await?;
+    let sessions: Vec<String> = sessions.iter().map(LockHolder::text).collect();
+    Ok(if sessions.is_empty() {
+        "it is in use by a session that has ended just now: run this again".to_owned()
+    } else {
+        format!(
+            "it is in use by {}: end its transaction, or wait for it, and run this again",
+            sessions.join("; ")
+        )
+    })
 }
 
 /// Drops the oldest partition that is retired, if nobody is in the way: an empty one costs next to nothing.
 async fn drop_one(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-    let sql = "SELECT name FROM outbox.partition
+    let sql = "SELECT name FROM outbox.partition_status
                WHERE NOT is_default AND upper <= (SELECT min(low_water) FROM outbox.relay)
-                 AND outbox.why_kept(name, 'infinity', true) = 'it is empty'
+                 AND first_position IS NULL
                ORDER BY upper LIMIT 1";
     let name: Option<String> = sqlx::query_scalar(sql).fetch_optional(&mut *conn).await?;
     let Some(name) = name else { return Ok(()) };

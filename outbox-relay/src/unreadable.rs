@@ -1,19 +1,25 @@
 //! Rows of the outbox that cannot be read as events are set aside, each by its position, so that the rest goes on.
 
+use std::time::Duration;
+
 use sqlx::{Connection, PgConnection};
 
-use crate::{parked::KEEP_ERASURES_OUT, row::Unreadable};
+use crate::{
+    parked::{SetAside, keep_erasures_out},
+    row::Unreadable,
+};
 
-/// Copies the rows into `outbox.parked` as refused, if `epoch` is still the relay's; false when it is not. What such a
+/// Copies the rows into `outbox.parked` as refused, if `epoch` is still the relay's. What such a
 /// row lacks is filled in, so that there is always a copy: an operator can mend it there, and have it tried again.
 ///
-/// Erasures are kept out meanwhile, as for other copies.
+/// Erasures are kept out meanwhile, as for other copies, and waited for no longer than `wait`.
 pub async fn set_aside(
     conn: &mut PgConnection,
     relay: &str,
     epoch: i64,
     rows: &[Unreadable],
-) -> Result<bool, sqlx::Error> {
+    wait: Duration,
+) -> Result<SetAside, sqlx::Error> {
     let positions: Vec<i64> = rows.iter().map(|row| row.position).collect();
     let reasons: Vec<&str> = rows.iter().map(|row| &*row.reason).collect();
     // Only `created_at` and `headers` are copied as they are: the copy has no other rule for them.
@@ -34,7 +40,10 @@ pub async fn set_aside(
             ON CONFLICT (relay, position) DO NOTHING) \
         SELECT EXISTS (SELECT FROM fence)";
     let mut tx = conn.begin().await?;
-    sqlx::query(KEEP_ERASURES_OUT).execute(&mut *tx).await?;
+    if !keep_erasures_out(&mut tx, wait).await? {
+        tx.rollback().await?;
+        return Ok(SetAside::Erasing);
+    }
     let mine = sqlx::query_scalar(sql)
         .bind(relay)
         .bind(epoch)
@@ -43,7 +52,7 @@ pub async fn set_aside(
         .fetch_one(&mut *tx)
         .await?;
     tx.commit().await?;
-    Ok(mine)
+    Ok(SetAside::fenced(mine))
 }
 
 /// Counts rows that were set aside, and says so once for all of them.

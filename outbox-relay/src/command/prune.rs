@@ -3,13 +3,17 @@
 use std::{fmt::Write, time::Duration};
 
 use anyhow::Context;
+use daemon::{progress::Progress, shutdown::Shutdown};
 use serde_json::json;
+use sqlx::PgConnection;
 
 use super::{CommandArgs, Verdict, connect};
-use crate::partition;
+use crate::partition::{self, Partition, Retention};
 
 /// Looking for baselines reads an index over a whole partition.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
+/// How long a partition is tried while a session uses it.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Settings of `prune`.
 #[derive(Debug, clap::Args)]
@@ -28,20 +32,65 @@ pub struct PruneArgs {
     pub dry_run: bool,
 }
 
-/// Retires partitions, the oldest first, up to the first that must be kept, and says why that one must.
+/// Retires partitions, the oldest first, up to the first that must be kept, and says why that one must. Ctrl-C ends it
+/// before the next one.
 pub async fn prune(args: &PruneArgs) -> anyhow::Result<Verdict> {
     let mut conn = connect(&args.common, "prune", STATEMENT_TIMEOUT).await?;
-    let partitions = partition::retire(&mut conn, args.keep, args.without_baseline, args.dry_run)
-        .await
-        .context("not everything could be retired; what was is gone, and prune can be run again")?;
-    args.common.answer(&json!({"dry_run": args.dry_run, "partitions": partitions}), || {
-        let done = if args.dry_run { "would be retired" } else { "retired" };
-        let mut text = String::new();
-        for partition in &partitions {
-            let fate = partition.kept.as_ref().map_or(done.to_owned(), |reason| format!("kept: {reason}"));
-            let _ = writeln!(text, "{}: {fate}", partition.name);
+    let shutdown = Shutdown::on_signals()?;
+    let mut partitions = Vec::new();
+    let work = retire(&mut conn, args, &mut partitions);
+    let finished = match shutdown.requested().run_until_cancelled(work).await {
+        None => false,
+        Some(done) => {
+            done.with_context(|| {
+                format!(
+                    "not everything could be retired; {}what was retired is gone, and prune can be run again",
+                    text(&partitions, args.dry_run).replace('\n', "; ")
+                )
+            })?;
+            true
         }
-        if text.is_empty() { "there is nothing to retire".to_owned() } else { text }
+    };
+    let document = json!({"dry_run": args.dry_run, "finished": finished, "partitions": partitions});
+    args.common.answer(&document, || {
+        let mut text = text(&partitions, args.dry_run);
+        if !finished {
+            text.push_str(
+                "interrupted; of the partition that was under way it is not known whether it was retired: run prune \
+                 again to go on",
+            );
+        } else if text.is_empty() {
+            text.push_str("there is nothing to retire");
+        }
+        text
     })?;
-    Ok(Verdict::Ok)
+    let well = finished && !partitions.iter().any(|partition| partition.in_use);
+    Ok(if well { Verdict::Ok } else { Verdict::Attention })
+}
+
+async fn retire(conn: &mut PgConnection, args: &PruneArgs, done: &mut Vec<Partition>) -> anyhow::Result<()> {
+    let said = Progress::new("looking at partitions", "partition");
+    let candidates = partition::candidates(conn).await?;
+    let all = candidates.len() as u64;
+    let mut retention = Retention::new(args.keep, args.without_baseline, args.dry_run, PATIENCE);
+    for (n, candidate) in (0..).zip(candidates) {
+        said.at(n, all);
+        let partition = retention.one(conn, candidate).await?;
+        let ends = partition.ends();
+        done.push(partition);
+        if ends {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn text(partitions: &[Partition], dry_run: bool) -> String {
+    let done = if dry_run { "would be retired" } else { "retired" };
+    let mut text = String::new();
+    for partition in partitions {
+        let fate = partition.kept.as_ref().map_or(done.to_owned(), |reason| format!("kept: {reason}"));
+        let _ = writeln!(text, "{}: {fate}", partition.name);
+    }
+    text
 }

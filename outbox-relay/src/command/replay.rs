@@ -19,8 +19,8 @@ use uuid::Uuid;
 use super::{CommandArgs, Verdict, connect, many, state};
 use crate::{config::relay_name, event::Event, message::Origin, relay::exchange};
 
-pub use history::Range;
 use history::History;
+pub use history::Range;
 use publisher::Publisher;
 use registration::Registration;
 

@@ -85,7 +85,8 @@ impl Lead<'_> {
         if self.counted.elapsed() >= again {
             self.count_waiting().await?;
         }
-        let in_memory = self.queue.rows();
+        let mut in_memory = self.queue.rows();
+        in_memory.extend(self.to_park.rows());
         let mut found = 0;
         if in_memory.len() < ROWS {
             let aside =

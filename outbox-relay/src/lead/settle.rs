@@ -10,7 +10,6 @@ use crate::{
     condition::BrokerError,
     evidence::{EventKind, PublishFailure},
     failpoint,
-    parked::Parking,
     publish::Published,
     queue::{Item, Lost, Outcome, StoredIn, Window, pause},
     session::SessionError,
@@ -39,7 +38,8 @@ impl Lead<'_> {
             Some(_) => self.queue.lost(unknown, Lost::Connection),
         }
         self.queue.ended(route, bytes);
-        let may_park = self.relay.limits.parked - self.parked;
+        let to_park = i64::try_from(self.to_park()).unwrap_or(i64::MAX);
+        let may_park = self.relay.limits.parked - self.parked - to_park;
         let outcome = self.queue.settle(known, may_park, Instant::now());
         self.store(outcome).await
     }
@@ -58,7 +58,7 @@ impl Lead<'_> {
         for item in &dropped {
             self.session.drop(item.event.position);
         }
-        self.park(&park).await?;
+        self.park(park).await?;
         let rows = |row: StoredIn| {
             let taken = confirmed.iter().chain(&dropped).filter(move |item| item.stored_in == row);
             taken.map(|item| item.event.position)
@@ -72,40 +72,11 @@ impl Lead<'_> {
             self.load_at = Instant::now();
         }
         self.postpone(postpone).await?;
-        let settled = confirmed.iter().chain(&dropped).chain(park.iter().map(|(item, ..)| item));
-        for item in settled.filter(|item| item.stored_in == StoredIn::Outbox) {
+        for item in confirmed.iter().chain(&dropped).filter(|item| item.stored_in == StoredIn::Outbox) {
             self.session.settle(item.event.position);
         }
         metrics::counter!("outbox_relay_published_total").increment(confirmed.len() as u64);
         metrics::counter!("outbox_relay_dropped_total").increment(dropped.len() as u64);
-        Ok(())
-    }
-
-    async fn park(&mut self, park: &[(Item, PublishFailure, String)]) -> Result<(), SessionError> {
-        let Some((_, _, detail)) = park.first() else { return Ok(()) };
-        tracing::debug!(events = park.len(), detail, "set aside");
-        let parkings: Vec<Parking> = park
-            .iter()
-            .map(|(item, failure, detail)| Parking {
-                position: item.event.position,
-                reason: *failure,
-                detail: detail.clone(),
-            })
-            .collect();
-        self.session.park(&parkings).await?;
-        failpoint::hit("park");
-        self.parked += i64::try_from(parkings.len()).unwrap_or(0);
-        for parking in &parkings {
-            metrics::counter!("outbox_relay_parked_total", "reason" => parking.reason.as_str()).increment(1);
-        }
-        let waited: Vec<&Item> =
-            park.iter().map(|(item, ..)| item).filter(|item| item.stored_in == StoredIn::Waiting).collect();
-        if !waited.is_empty() {
-            let positions: Vec<i64> = waited.iter().map(|item| item.event.position).collect();
-            self.session.release_next(&positions).await?;
-            self.subtract_waiting(waited.into_iter().map(|item| (EventKind::of(&item.event), 1)));
-            self.load_at = Instant::now();
-        }
         Ok(())
     }
 

@@ -149,6 +149,7 @@ impl CandidateSession {
             stored: (low_water, high, open),
             dropped: Vec::new(),
             dropped_by_hand: dropped_from.into_iter().zip(dropped_to).map(|(from, to)| from..to).collect(),
+            unreadable: Vec::new(),
             lease: Lease::new(self.lease),
             origin,
             paused: None,

@@ -1,6 +1,6 @@
 //! The session of the leader: what it reads, sets aside, and stores of its progress.
 
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 
 use sqlx::{Connection, PgConnection};
 
@@ -9,7 +9,7 @@ use crate::{
     evidence::PublishFailure,
     lease::{self, Lease},
     message::Origin,
-    parked::{self, ParkedQuery, Parking},
+    parked::{self, ParkedQuery, Parking, SetAside},
     position::Positions,
     reader::{self, Batch, Budget, Reader},
     row::Unreadable,
@@ -35,6 +35,8 @@ pub struct LeaderSession {
     pub(super) dropped: Vec<i64>,
     /// What an operator had dropped when the leadership began, and may not be settled yet.
     pub(super) dropped_by_hand: Vec<Range<i64>>,
+    /// Rows that cannot be read and are not set aside yet, because an erasure is under way.
+    pub(super) unreadable: Vec<Unreadable>,
     pub(super) lease: Lease,
     /// Who publishes from this database.
     pub origin: Origin,
@@ -60,7 +62,7 @@ impl LeaderSession {
     }
 
     /// Reads what is new. What it returns survives a crash of the server. Rows that cannot be read as events
-    /// are set aside already, and settled. So is what an operator has dropped, when an earlier leader set it aside and
+    /// are kept for [`set_unreadable_aside`](Self::set_unreadable_aside). Settled already is what an operator has dropped, when an earlier leader set it aside and
     /// was killed before it stored that.
     pub async fn read(&mut self, budget: Budget) -> Result<Batch, SessionError> {
         let sent = lease::now();
@@ -75,15 +77,7 @@ impl LeaderSession {
         };
         batch.events.retain(|event| goes_on(event.position));
         batch.unreadable.retain(|row| goes_on(row.position));
-        if !batch.unreadable.is_empty() {
-            let aside = unreadable::set_aside(&mut self.conn, &self.name, self.epoch, &batch.unreadable);
-            if !within_timeout(aside).await? {
-                return Err(SessionError::Deposed);
-            }
-            for row in &batch.unreadable {
-                self.reader.settle(row.position);
-            }
-        }
+        self.unreadable.append(&mut batch.unreadable);
         if !batch.events.is_empty() {
             within_timeout(reader::ensure_flushed(&mut self.conn)).await?;
         }
@@ -91,16 +85,44 @@ impl LeaderSession {
         Ok(batch)
     }
 
-    /// Sets events aside, in the database; the caller settles them then. Those that were aside already
-    /// have had one more attempt.
-    pub async fn park(&mut self, parkings: &[Parking]) -> Result<(), SessionError> {
+    /// How many rows were read that cannot be read as events, and are not set aside yet.
+    pub fn unreadable(&self) -> usize {
+        self.unreadable.len()
+    }
+
+    /// Sets those aside, in the database, and settles them. Returns them; none when an erasure is under way for longer
+    /// than `wait`.
+    pub async fn set_unreadable_aside(
+        &mut self,
+        wait: Duration,
+    ) -> Result<Option<Vec<Unreadable>>, SessionError> {
         let sent = lease::now();
-        let stored = within_timeout(parked::park(&mut self.conn, &self.name, self.epoch, parkings)).await?;
-        if !stored {
+        let aside = unreadable::set_aside(&mut self.conn, &self.name, self.epoch, &self.unreadable, wait);
+        let aside = within_timeout(aside).await?;
+        if !self.is_aside(aside, sent)? {
+            return Ok(None);
+        }
+        for row in &self.unreadable {
+            self.reader.settle(row.position);
+        }
+        Ok(Some(std::mem::take(&mut self.unreadable)))
+    }
+
+    /// Sets events aside, in the database; the caller settles them then. Those that were aside already
+    /// have had one more attempt. False when an erasure is under way for longer than `wait`.
+    pub async fn park(&mut self, parkings: &[Parking], wait: Duration) -> Result<bool, SessionError> {
+        let sent = lease::now();
+        let aside = parked::park(&mut self.conn, &self.name, self.epoch, parkings, wait);
+        let aside = within_timeout(aside).await?;
+        self.is_aside(aside, sent)
+    }
+
+    fn is_aside(&self, aside: SetAside, sent: u64) -> Result<bool, SessionError> {
+        if aside == SetAside::Deposed {
             return Err(SessionError::Deposed);
         }
         self.lease.renew(sent);
-        Ok(())
+        Ok(aside == SetAside::Done)
     }
 
     /// Has events wait, in the database; the caller settles them then. Returns what there is of each kind more.
@@ -148,9 +170,11 @@ impl LeaderSession {
                 reason: PublishFailure::Refused,
                 detail: detail(row),
             });
-            self.park(&parkings.collect::<Vec<_>>()).await?;
-            let positions: Vec<i64> = unreadable.iter().map(|row| row.position).collect();
-            self.release_next(&positions).await?;
+            // Otherwise they are found again.
+            if self.park(&parkings.collect::<Vec<_>>(), Duration::ZERO).await? {
+                let positions: Vec<i64> = unreadable.iter().map(|row| row.position).collect();
+                self.release_next(&positions).await?;
+            }
         }
         Ok(waiters)
     }

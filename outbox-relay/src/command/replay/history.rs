@@ -260,7 +260,8 @@ impl History {
     /// The next positions of the aggregate, by the partitions' unique indexes. In its order, an index on positions would
     /// be read from the beginning of history, so that is kept apart.
     async fn positions(&self, conn: &mut PgConnection) -> sqlx::Result<Vec<i64>> {
-        let mut sql = QueryBuilder::new("SELECT s.position FROM (SELECT e.position FROM outbox.event e WHERE ");
+        let mut sql =
+            QueryBuilder::new("SELECT s.position FROM (SELECT e.position FROM outbox.event e WHERE ");
         self.of_aggregate(&mut sql);
         sql.push(" OFFSET 0) AS s ORDER BY 1 LIMIT ").push_bind(REMEMBERED);
         sql.build_query_scalar().persistent(false).fetch_all(conn).await
@@ -304,8 +305,9 @@ impl History {
             .await?;
         let all = parts.len() as u64;
         for (n, (table, from, to)) in (1..).zip(parts) {
-            let mut sql =
-                QueryBuilder::new(format!("SELECT min(position), max(position), count(*) FROM {table} e WHERE "));
+            let mut sql = QueryBuilder::new(format!(
+                "SELECT min(position), max(position), count(*) FROM {table} e WHERE "
+            ));
             between(&mut sql, from, to);
             self.conditions(&mut sql);
             sql.push(format!(" GROUP BY e.position / {STRETCH}"));

@@ -74,7 +74,12 @@ impl Pool {
     /// What is published at once, at most so many: of each aggregate its first event, so that none overtakes another that
     /// is tried again; of each id one, by which a returned message is known; no more retries than the budget allows; and a
     /// suspect by itself. Empty when nothing may go out now.
-    pub(super) fn window(&mut self, budget: &mut Budget, now: Instant, most: usize) -> (Vec<Arc<Event>>, Route) {
+    pub(super) fn window(
+        &mut self,
+        budget: &mut Budget,
+        now: Instant,
+        most: usize,
+    ) -> (Vec<Arc<Event>>, Route) {
         let (mut window, mut bytes, mut route) = (Vec::new(), 0, Route::Lane);
         for position in &self.first {
             let Some(event) = self.events.get(position) else { continue };
