@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail};
-use daemon::config::database;
+use daemon::{config::database, progress::Progress};
 use serde_json::json;
 
 use self::{
@@ -131,7 +131,9 @@ async fn print(args: &DigestArgs) -> anyhow::Result<Verdict> {
     side.look().await?;
     let source = side.source().await?;
     let buckets = args.buckets.unwrap_or(1);
+    let said = Progress::new("reading the last version of every aggregate", "aggregate");
     let mut digest = side.digest(None, buckets).await?;
+    drop(said);
     if !args.aggregate_type.is_empty() {
         digest.retain(|(type_, _), _| args.aggregate_type.contains(type_));
     }

@@ -11,7 +11,7 @@ mod versions;
 use std::{fmt::Write as _, time::Duration};
 
 use anyhow::anyhow;
-use daemon::config::broker::BrokerArgs;
+use daemon::{config::broker::BrokerArgs, progress::Progress};
 use lapin::types::ShortString;
 use serde::Serialize;
 use sqlx::Connection;
@@ -112,6 +112,7 @@ pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
     let nodes = broker::nodes(&args.broker, args.common.database.require_tls)?;
     let mut conn = args.common.reach("outbox-relay doctor", STATEMENT_TIMEOUT).await?;
     let mut second = args.common.reach("outbox-relay doctor", STATEMENT_TIMEOUT).await?;
+    let said = Progress::new("examining the database", "check");
     let database = checks::database(&mut conn, &mut second, args.name.as_deref());
     let mut checks = tokio::time::timeout(TIMEOUT, database)
         .await
@@ -119,7 +120,9 @@ pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
     // The server need not keep a session while the broker takes its time.
     let closed = async { tokio::join!(conn.close(), second.close()) };
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, closed).await;
+    said.step("examining the broker", "check");
     checks.extend(broker::checks(nodes, &args.exchange).await);
+    drop(said);
     let report = Report::new(checks);
     args.common.answer(&report, || report.text())?;
     Ok(report.verdict())

@@ -4,8 +4,10 @@ use std::{fmt::Write, time::Duration};
 
 use anyhow::Context;
 use chrono::{DateTime, Utc};
+use daemon::{progress::Progress, shutdown::Shutdown};
 use serde::Serialize;
 use serde_json::json;
+use sqlx::PgConnection;
 
 use super::{CommandArgs, Verdict, connect, time};
 use crate::erasure::{self, Size};
@@ -41,18 +43,28 @@ struct Erasure {
     worked_at: Option<DateTime<Utc>>,
 }
 
+/// Takes step after step until nothing is left, or until it is interrupted: then what is left is shown.
+async fn finish(conn: &mut PgConnection, most: i64) -> anyhow::Result<()> {
+    const AGAIN: &str =
+        "not everything could be erased; what was is gone, and erasures --finish can be run again";
+    let shutdown = Shutdown::on_signals()?;
+    let said = Progress::new("erasing", "event");
+    let versions = "SELECT coalesce(sum(below - done_version - 1), 0)::bigint FROM outbox.erasure";
+    let all: i64 = sqlx::query_scalar(versions).fetch_one(&mut *conn).await.context(AGAIN)?;
+    let (mut size, mut done) = (Size::new(most), 0);
+    while !shutdown.requested().is_cancelled() {
+        let Some(step) = erasure::step(conn, &mut size).await.context(AGAIN)? else { break };
+        done += step.erased.unsigned_abs();
+        said.at(done, all.unsigned_abs().max(done));
+    }
+    Ok(())
+}
+
 /// Shows what is left, after erasing it where that was asked.
 pub async fn erasures(args: &ErasuresArgs) -> anyhow::Result<Verdict> {
     let mut conn = connect(&args.common, "erasures", STATEMENT_TIMEOUT).await?;
     if args.finish {
-        let mut size = Size::new(args.erasure_step);
-        while erasure::step(&mut conn, &mut size)
-            .await
-            .context(
-                "not everything could be erased; what was is gone, and erasures --finish can be run again",
-            )?
-            .is_some()
-        {}
+        finish(&mut conn, args.erasure_step).await?;
     }
     let left: Vec<Erasure> = sqlx::query_as(
         "SELECT aggregate_type, aggregate_id, below, done_version, erased, asked_at, worked_at

@@ -3,6 +3,7 @@
 use std::{borrow::Cow, time::Duration};
 
 use anyhow::{Context, anyhow, bail};
+use daemon::{progress::Progress, shutdown::Shutdown};
 use outbox::database::again;
 use serde_json::json;
 use sqlx::{PgConnection, error::DatabaseError};
@@ -60,7 +61,7 @@ pub async fn forget(args: &ForgetArgs) -> anyhow::Result<Verdict> {
         .await
         .context("what is set aside could not be counted; nothing was changed")?;
     if args.yes {
-        remove(&mut conn, name).await?;
+        remove(&mut conn, name, aside).await?;
         tracing::warn!(relay = name, aside, low_water = row.low_water, "forgotten by hand");
     }
     let unpublished = (row.last_position - row.settled()).max(0);
@@ -73,7 +74,7 @@ pub async fn forget(args: &ForgetArgs) -> anyhow::Result<Verdict> {
 }
 
 /// In steps: an interrupted one leaves the name, and goes on when it is run again.
-async fn remove(conn: &mut PgConnection, name: &str) -> anyhow::Result<()> {
+async fn remove(conn: &mut PgConnection, name: &str, aside: i64) -> anyhow::Result<()> {
     let code =
         |error: &sqlx::Error| error.as_database_error().and_then(DatabaseError::code).map(Cow::into_owned);
     let forbidden = |error: sqlx::Error| match code(&error).as_deref() {
@@ -92,7 +93,17 @@ async fn remove(conn: &mut PgConnection, name: &str) -> anyhow::Result<()> {
             "this role may not remove a relay; nothing was changed; connect as the owner of the schema outbox"
         );
     }
+    let shutdown = Shutdown::on_signals()?;
+    let said = Progress::new("removing what is set aside", "event");
+    let mut gone = 0;
     loop {
+        said.at(gone, aside.unsigned_abs());
+        if shutdown.requested().is_cancelled() {
+            let gone = many(gone, "event");
+            bail!(
+                "interrupted: {gone} of {aside} removed, and the relay is still there; run this again to go on"
+            );
+        }
         let some = "DELETE FROM outbox.parked WHERE relay = $1 AND position IN
                         (SELECT position FROM outbox.parked WHERE relay = $1 ORDER BY position LIMIT $2)";
         let removed = again(async || sqlx::query(some).bind(name).bind(BATCH).execute(&mut *conn).await);
@@ -100,6 +111,7 @@ async fn remove(conn: &mut PgConnection, name: &str) -> anyhow::Result<()> {
         if removed.rows_affected() == 0 {
             break;
         }
+        gone += removed.rows_affected();
     }
     let last = "DELETE FROM outbox.relay WHERE name = $1";
     let last = again(async || sqlx::query(last).bind(name).execute(&mut *conn).await).await;

@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::{Context, anyhow, bail};
+use daemon::progress::Progress;
 use outbox::Source;
 use sqlx::PgConnection;
 use tokio::time::{Instant, sleep};
@@ -52,6 +53,7 @@ impl LeftBehind {
         wait: Duration,
     ) -> anyhow::Result<Self> {
         let end = Instant::now() + wait;
+        let _said = Progress::new(format!("waiting for {consumer}, for at most {wait:?}"), "aggregate");
         loop {
             let found = Self::look(outbox, inbox, consumer, source).await?;
             let ahead = found.newest.is_some_and(|newest| newest > source.incarnation);

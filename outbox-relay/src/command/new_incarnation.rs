@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use daemon::progress::Progress;
 use outbox::{
     Source,
     database::{Failure, again},
@@ -112,6 +113,8 @@ pub(super) enum TakeOver {
 /// Waits until every relay name that is led is led under `incarnation`.
 pub(super) async fn taken_over(conn: &mut PgConnection, incarnation: i64) -> sqlx::Result<TakeOver> {
     let end = Instant::now() + TAKE_OVER;
+    let what = format!("waiting for the relays to lead under the new incarnation, for at most {TAKE_OVER:?}");
+    let _said = Progress::new(what, "relay");
     loop {
         // A leader that was deposed has no leadership for a moment: its row tells who leads next, and how.
         let (under, late): (bool, Option<String>) = sqlx::query_as(

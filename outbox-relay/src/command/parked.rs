@@ -1,9 +1,10 @@
 //! `parked`: what was set aside, why, and what is to become of it.
 
-use std::fmt::Write;
+use std::{collections::BTreeMap, fmt::Write};
 
 use anyhow::{Context, bail};
 use chrono::{DateTime, Utc};
+use daemon::progress::Progress;
 use outbox::database::again;
 use serde::Serialize;
 use serde_json::json;
@@ -18,6 +19,9 @@ use crate::{
     session::MAX_DROPPED,
     waiting,
 };
+
+/// No more events are named one by one when they are dropped.
+const NAMED: usize = 20;
 
 /// Settings of `parked`.
 #[derive(Debug, clap::Args)]
@@ -160,16 +164,21 @@ impl Selection {
 pub async fn parked(args: &ParkedArgs) -> anyhow::Result<Verdict> {
     let mut conn = connect(&args.common, "parked", STATEMENT_TIMEOUT).await?;
     state::known(&mut conn, &args.name).await?;
+    let said = Progress::new("reading what is set aside", "event");
     match &args.action {
-        ParkedAction::List => list(args, &mut conn).await,
-        ParkedAction::Show { id } => show(args, &events(args, &mut conn).await?, *id),
+        ParkedAction::List => list(args, &mut conn, said).await,
+        ParkedAction::Show { id } => {
+            let events = events(args, &mut conn).await?;
+            drop(said);
+            show(args, &events, *id)
+        }
         ParkedAction::Retry(selection) => {
             let events = select(events(args, &mut conn).await?, selection);
-            retry(args, &mut conn, &events).await
+            retry(args, &mut conn, &events, said).await
         }
         ParkedAction::Drop { selection, yes } => {
             let events = select(events(args, &mut conn).await?, selection);
-            drop(args, &mut conn, &events, *yes).await
+            give_up(args, &mut conn, &events, *yes, said).await
         }
     }
 }
@@ -185,11 +194,12 @@ fn select(mut events: Vec<ParkedEvent>, selection: &Selection) -> Vec<ParkedEven
 }
 
 /// By reason, type and detail.
-async fn list(args: &ParkedArgs, conn: &mut PgConnection) -> anyhow::Result<Verdict> {
+async fn list(args: &ParkedArgs, conn: &mut PgConnection, said: Progress) -> anyhow::Result<Verdict> {
     let groups = sqlx::query_as(GROUPS).bind(&args.name).fetch_all(&mut *conn).await;
     let groups: Vec<Group> = groups.context("what is set aside could not be read")?;
     let waiting = sqlx::query_as(WAITING).bind(&args.name).fetch_all(conn).await;
     let waiting: Vec<WaitingType> = waiting.context("what waits could not be read")?;
+    drop(said);
     let events: i64 = groups.iter().map(|group| group.events).sum();
     let document = json!({"relay": args.name, "events": events, "groups": groups, "waiting": waiting});
     args.common.answer(&document, || {
@@ -254,7 +264,9 @@ async fn retry(
     args: &ParkedArgs,
     conn: &mut PgConnection,
     events: &[ParkedEvent],
+    said: Progress,
 ) -> anyhow::Result<Verdict> {
+    said.step("making them due", "event");
     let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
     // The relay tries the oldest of what no queue takes, of each type, before the others: so all of a kind
     // are due with any of them.
@@ -269,6 +281,7 @@ async fn retry(
         .await
         .map_err(|error| not_done(error, "nothing was changed"))?
         .rows_affected();
+    drop(said);
     args.common.answer(&json!({"relay": args.name, "selected": events.len(), "due": due}), || {
         if due == 0 {
             return "nothing that is set aside matches".to_owned();
@@ -279,14 +292,17 @@ async fn retry(
     Ok(Verdict::Ok)
 }
 
-async fn drop(
+async fn give_up(
     args: &ParkedArgs,
     conn: &mut PgConnection,
     events: &[ParkedEvent],
     yes: bool,
+    said: Progress,
 ) -> anyhow::Result<Verdict> {
+    let of_type = types(events);
     let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
     if yes {
+        said.step("dropping them", "event");
         // Dropped, and noted, so that trace can tell what became of them.
         let sql = "WITH gone AS (SELECT unnest($2::bigint[]) AS position)
                    UPDATE outbox.relay SET dropped_by_hand = (
@@ -302,14 +318,16 @@ async fn drop(
             tx.commit().await
         });
         dropped.await.map_err(|error| not_done(error, "nothing was dropped"))?;
-        for event in events {
-            tracing::warn!(relay = args.name, event = %event.id, type_ = event.type_, "dropped by hand");
-        }
+        note(&args.name, events, &of_type);
     }
-    let ids: Vec<Uuid> = events.iter().map(|event| event.id).collect();
-    args.common.answer(&json!({"relay": args.name, "dropped": yes, "events": ids}), || {
+    drop(said);
+    let named: Vec<Uuid> = events.iter().take(NAMED).map(|event| event.id).collect();
+    let document = json!({
+        "relay": args.name, "dropped": yes, "count": events.len(), "types": of_type, "events": named,
+    });
+    args.common.answer(&document, || {
         let events = many(count(events), "event");
-        if ids.is_empty() {
+        if named.is_empty() {
             "nothing that is set aside matches".to_owned()
         } else if yes {
             format!("{events} dropped")
@@ -317,7 +335,32 @@ async fn drop(
             format!("{events} would be dropped, and never published; add --yes to do it")
         }
     })?;
-    Ok(if yes || ids.is_empty() { Verdict::Ok } else { Verdict::Attention })
+    Ok(if yes || named.is_empty() { Verdict::Ok } else { Verdict::Attention })
+}
+
+/// How many events of each type.
+fn types(events: &[ParkedEvent]) -> BTreeMap<&str, usize> {
+    let mut types = BTreeMap::new();
+    for event in events {
+        *types.entry(&*event.type_).or_default() += 1;
+    }
+    types
+}
+
+/// For the audit: a few each for itself, more of them by their type and positions.
+fn note(relay: &str, events: &[ParkedEvent], types: &BTreeMap<&str, usize>) {
+    if events.len() <= NAMED {
+        for event in events {
+            tracing::warn!(relay, event = %event.id, type_ = event.type_, "dropped by hand");
+        }
+        return;
+    }
+    for (type_, count) in types {
+        let mut positions = events.iter().filter(|event| event.type_ == *type_).map(|event| event.position);
+        let first = positions.next();
+        let last = positions.next_back().or(first);
+        tracing::warn!(relay, type_, events = count, first, last, "dropped by hand");
+    }
 }
 
 /// How often the event was tried, and when it is tried next.

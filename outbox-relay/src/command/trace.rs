@@ -4,6 +4,7 @@ use std::{collections::HashMap, fmt::Write, str::FromStr, time::Duration};
 
 use anyhow::Context;
 use chrono::{DateTime, Utc};
+use daemon::progress::Progress;
 use serde::Serialize;
 use serde_json::json;
 use sqlx::{PgConnection, types::Json};
@@ -73,7 +74,7 @@ struct StoredEvent {
 
 /// How far a relay is with an event, as of the relay's last word.
 #[derive(Debug, Serialize, sqlx::FromRow)]
-struct Progress {
+struct RelayProgress {
     #[serde(skip)]
     position: i64,
     relay: String,
@@ -93,7 +94,7 @@ struct Progress {
     leads: bool,
 }
 
-impl Progress {
+impl RelayProgress {
     /// What its relay waits for, for people.
     fn reasons(&self) -> String {
         if !self.leads {
@@ -127,10 +128,13 @@ const RELAYS: &str = "SELECT name, waiting, leads FROM outbox.relay_status";
 /// Finds an event, or an aggregate's last ones, and says how far each relay is with it.
 pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
     let mut conn = connect(&args.common, "trace", STATEMENT_TIMEOUT).await?;
+    let said = Progress::new("searching the outbox", "event");
     let stored = find(&mut conn, args).await.context("the outbox could not be searched")?;
+    said.step("looking at the relays' progress", "event");
     let mut progress =
         progress(&mut conn, &stored).await.context("the relays' progress could not be read")?;
-    let events: Vec<(StoredEvent, Vec<Progress>)> = stored
+    drop(said);
+    let events: Vec<(StoredEvent, Vec<RelayProgress>)> = stored
         .into_iter()
         .map(|event| {
             let of_event = progress.remove(&event.position).unwrap_or_default();
@@ -171,12 +175,12 @@ async fn find(conn: &mut PgConnection, args: &TraceArgs) -> Result<Vec<StoredEve
 async fn progress(
     conn: &mut PgConnection,
     events: &[StoredEvent],
-) -> Result<HashMap<i64, Vec<Progress>>, sqlx::Error> {
+) -> Result<HashMap<i64, Vec<RelayProgress>>, sqlx::Error> {
     let relays: Vec<(String, Json<Vec<Waiting>>, bool)> =
         sqlx::query_as(RELAYS).fetch_all(&mut *conn).await?;
     let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
-    let rows: Vec<Progress> = sqlx::query_as(PROGRESS).bind(positions).fetch_all(conn).await?;
-    let mut progress: HashMap<i64, Vec<Progress>> = HashMap::new();
+    let rows: Vec<RelayProgress> = sqlx::query_as(PROGRESS).bind(positions).fetch_all(conn).await?;
+    let mut progress: HashMap<i64, Vec<RelayProgress>> = HashMap::new();
     for mut row in rows {
         if let Some((_, waiting, leads)) = relays.iter().find(|(name, ..)| *name == row.relay) {
             (row.waiting, row.leads) = (waiting.0.clone(), *leads);
@@ -217,7 +221,7 @@ fn not_found(args: &TraceArgs) -> String {
     }
 }
 
-fn text(event: &StoredEvent, relays: &[Progress]) -> String {
+fn text(event: &StoredEvent, relays: &[RelayProgress]) -> String {
     let mut text = format!(
         "event {} of type {}\n  of {}/{}, version {}, position {}, made {}\n",
         event.id,

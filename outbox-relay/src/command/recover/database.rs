@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use chrono::{DateTime, Utc};
+use daemon::progress::Progress;
 use outbox::{
     Source,
     database::{Failure, again},
@@ -55,6 +56,7 @@ pub(super) async fn stay(conn: &mut PgConnection) -> anyhow::Result<()> {
 
 /// How many aggregates from before the incarnation have no event of it.
 pub(super) async fn without_baseline(conn: &mut PgConnection) -> anyhow::Result<i64> {
+    let _said = Progress::new("looking for aggregates without a baseline", "aggregate");
     sqlx::query_scalar("SELECT outbox.without_baseline()").fetch_one(conn).await.map_err(owner_only)
 }
 
@@ -66,6 +68,8 @@ pub(super) async fn settled(
     wait: Duration,
 ) -> anyhow::Result<Option<String>> {
     let end = Instant::now() + wait;
+    let _said =
+        Progress::new(format!("waiting until everything is published, for at most {wait:?}"), "event");
     loop {
         let (behind, aside): (Option<String>, i64) = sqlx::query_as(
             "SELECT (SELECT string_agg(format('the relay name %s has settled everything up to %s of %s', r.name, r.low_water, $1),
@@ -97,10 +101,12 @@ pub(super) async fn settled(
 /// Ends aggregates, in batches; those that somebody has written an event of meanwhile are left alone. Returns how many.
 pub(super) async fn end_lost(conn: &mut PgConnection, lost: &[EarlierChain]) -> anyhow::Result<i64> {
     let mut ended = 0;
+    let (said, all) = (Progress::new("ending what was lost", "aggregate"), lost.len() as u64);
     for batch in lost.chunks(BATCH) {
         ended += between_writers(async || end_some(conn, batch).await).await.with_context(|| {
             format!("{} ended so far; run this again for the rest", many(ended, "aggregate"))
         })?;
+        said.at(ended.unsigned_abs(), all);
     }
     Ok(ended)
 }
@@ -130,6 +136,7 @@ pub(super) struct Mended {
 
 /// Sets the sequence right, and has published what was written meanwhile, from the position `since` on.
 pub(super) async fn mend_sequence(conn: &mut PgConnection, since: i64) -> anyhow::Result<Mended> {
+    let _said = Progress::new("moving what was written meanwhile, between the writers", "event");
     between_writers(async || {
         let mut tx = conn.begin().await?;
         sqlx::raw_sql(LOCK_TIMEOUT).execute(&mut *tx).await?;
@@ -154,6 +161,7 @@ pub(super) struct Reissued {
 
 /// Counts them, from the position `since` on.
 pub(super) async fn reissued(conn: &mut PgConnection, since: i64) -> anyhow::Result<Reissued> {
+    let _said = Progress::new("looking for what was written meanwhile", "event");
     let sql = "SELECT count(*) FILTER (WHERE is_latest) AS latest,
                       min(at_position) FILTER (WHERE is_latest) AS first,
                       count(*) FILTER (WHERE NOT is_latest) AS others

@@ -85,7 +85,8 @@ struct BacklogStatus {
 #[derive(Debug, Serialize)]
 struct Rate {
     over_seconds: f64,
-    published_per_second: f64,
+    /// None while more events wait than are counted.
+    published_per_second: Option<f64>,
     appended_per_second: f64,
     /// None when the backlog does not shrink.
     drained_in_seconds: Option<f64>,
@@ -110,8 +111,15 @@ struct Paused {
 pub(super) struct Progress {
     name: String,
     at: DateTime<Utc>,
-    settled: i64,
+    published: Option<i64>,
     last_position: i64,
+}
+
+/// How many positions are settled and not set aside, and do not wait in the database: grows by what is published. None
+/// while more wait than are counted.
+fn published(row: &RelayRow, undelivered: &Undelivered) -> Option<i64> {
+    let waiting = undelivered.waiting.events?;
+    Some(row.settled() - undelivered.parked.all() - waiting)
 }
 
 /// Of each relay.
@@ -119,10 +127,10 @@ pub(super) fn progress(state: &State) -> Vec<Progress> {
     state
         .relays
         .iter()
-        .map(|(row, ..)| Progress {
+        .map(|(row, _, undelivered)| Progress {
             name: row.name.clone(),
             at: row.at,
-            settled: row.settled(),
+            published: published(row, undelivered),
             last_position: row.last_position,
         })
         .collect()
@@ -177,6 +185,7 @@ impl Status {
 
 impl RelayStatus {
     fn new(row: RelayRow, backlog: &Backlog, undelivered: Undelivered, before: Option<&Progress>) -> Self {
+        let published = published(&row, &undelivered);
         let Undelivered { parked, waiting: waiting_events } = undelivered;
         let leads = row.leads;
         // Zero when the sequence is behind, which doctor tells.
@@ -184,7 +193,7 @@ impl RelayStatus {
         let events = (backlog.open_events + backlog.new_events <= MAX_COUNT)
             .then_some(backlog.open_events + backlog.new_events);
         Self {
-            rate: before.and_then(|before| Rate::new(before, &row, events.unwrap_or(at_most))),
+            rate: before.and_then(|before| Rate::new(before, &row, published, events.unwrap_or(at_most))),
             leader: leads.then(|| Leader {
                 identity: row.leader.clone(),
                 since: row.leader_since,
@@ -295,35 +304,39 @@ impl BacklogStatus {
 
 impl Rate {
     /// None when no time has passed.
-    fn new(before: &Progress, now: &RelayRow, backlog: i64) -> Option<Self> {
+    fn new(before: &Progress, now: &RelayRow, published: Option<i64>, backlog: i64) -> Option<Self> {
         let seconds = (now.at - before.at).as_seconds_f64();
         if seconds <= 0.0 {
             return None;
         }
-        let published = float(now.settled() - before.settled).max(0.0) / seconds;
+        let both = before.published.zip(published);
+        let published = both.map(|(before, now)| float(now - before).max(0.0) / seconds);
         let appended = float(now.last_position - before.last_position).max(0.0) / seconds;
         let drained = match backlog {
             0 => Some(0.0),
-            _ => (published > appended).then(|| float(backlog) / (published - appended)),
+            _ => published
+                .filter(|published| *published > appended)
+                .map(|published| float(backlog) / (published - appended)),
         };
         Some(Self {
             over_seconds: tenths(seconds),
-            published_per_second: tenths(published),
+            published_per_second: published.map(tenths),
             appended_per_second: tenths(appended),
             drained_in_seconds: drained.map(tenths),
         })
     }
 
     fn text(&self) -> String {
-        let drained = match self.drained_in_seconds {
-            Some(0.0) => String::new(),
-            Some(seconds) => format!("; drained in {}", span(seconds)),
-            None => "; the backlog does not shrink".to_owned(),
+        let drained = match (self.drained_in_seconds, self.published_per_second) {
+            (Some(0.0), _) | (None, None) => String::new(),
+            (Some(seconds), _) => format!("; drained in {}", span(seconds)),
+            (None, Some(_)) => "; the backlog does not shrink".to_owned(),
         };
-        format!(
-            "{} published/s, {} appended/s, over {} s{drained}",
-            self.published_per_second, self.appended_per_second, self.over_seconds
-        )
+        let published = self.published_per_second.map_or_else(
+            || format!("published/s unknown while more than {MAX_COUNT} events wait"),
+            |published| format!("{published} published/s"),
+        );
+        format!("{published}, {} appended/s, over {} s{drained}", self.appended_per_second, self.over_seconds)
     }
 }
 
