@@ -3,12 +3,12 @@
 use lapin::types::FieldTable;
 use outbox_relay::{
     evidence::PublishFailure,
-    parked::{Parking, park},
+    parked::{Parking, SetAside, park},
 };
 use serde_json::Value;
 use sqlx::Executor;
 
-use crate::stack::{Relay, Stack, eventually};
+use crate::stack::{Relay, Stack, eventually, output};
 
 async fn parked(stack: &Stack) -> i64 {
     sqlx::query_scalar("SELECT count(*) FROM outbox.parked WHERE state = 'parked'")
@@ -257,8 +257,8 @@ async fn what_is_being_erased_is_set_aside_without_its_content() {
     let mut relay = stack.admin.acquire().await.unwrap();
     let parking = tokio::spawn(async move {
         let detail = "no queue takes it".to_owned();
-        park(&mut relay, "default", 0, &[Parking { position: 1, reason: PublishFailure::Unroutable, detail }])
-            .await
+        let parking = Parking { position: 1, reason: PublishFailure::Unroutable, detail };
+        park(&mut relay, "default", 0, &[parking], devstack::testing::DEADLINE).await
     });
     let waits = "SELECT EXISTS (SELECT FROM pg_locks JOIN pg_database d ON d.oid = database
                                 WHERE d.datname = current_database() AND locktype = 'advisory' AND objid = 3
@@ -269,7 +269,68 @@ async fn what_is_being_erased_is_set_aside_without_its_content() {
     })
     .await;
     erasing.commit().await.unwrap();
-    assert!(parking.await.unwrap().unwrap(), "the epoch is its own");
+    assert_eq!(parking.await.unwrap().unwrap(), SetAside::Done, "the epoch is its own");
     let erased = "SELECT payload ->> 'erased' FROM outbox.parked";
     assert_eq!(sqlx::query_scalar::<_, String>(erased).fetch_one(&stack.admin).await.unwrap(), "true");
+}
+
+/// An erasure may belong to a transaction that stays open for minutes. What is to be set aside waits for it, and nothing
+/// else does: the leader stays the leader, and publishes.
+#[tokio::test]
+async fn an_erasure_that_stays_open_stops_no_event() {
+    let stack = Stack::new("relay_open_erasure").await;
+    let mut persons = stack.subscribe("person.*").await;
+    let relay = Relay::ready(&mut stack.command("run")).await;
+    stack.append(0..10, 100, &["person.new"]).await;
+    persons.complete(10).await;
+    let epoch = async || -> i64 {
+        sqlx::query_scalar("SELECT epoch FROM outbox.relay").fetch_one(&stack.admin).await.unwrap()
+    };
+    let before = epoch().await;
+    let mut erasing = stack.admin.begin().await.unwrap();
+    erasing.execute("SELECT pg_advisory_xact_lock_shared(1869968482, 3)").await.unwrap();
+
+    let mut n = 10;
+    // Tries to set the event aside are seen in the log once, and go on.
+    eventually("the relay wants to set the event aside", async || {
+        stack.append(n..n + 1, 100, &["score.new"]).await;
+        stack.append(n + 1..n + 2, 100, &["person.new"]).await;
+        n += 2;
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        relay.log().contains("an erasure is under way").then_some(())
+    })
+    .await;
+    for _ in 0..20 {
+        stack.append(n..n + 1, 100, &["person.new"]).await;
+        n += 1;
+        persons.until(|messages| messages.iter().any(|message| message.number() == n - 1)).await;
+    }
+    assert_eq!((parked(&stack).await, epoch().await), (0, before));
+
+    erasing.rollback().await.unwrap();
+    eventually("it is set aside", async || (parked(&stack).await > 0).then_some(())).await;
+    stack.settled("default", n).await;
+    assert_eq!(epoch().await, before);
+}
+
+/// Thousands that are given up are summed up, on the terminal and in JSON.
+#[tokio::test]
+async fn what_is_dropped_by_the_thousand_is_summed_up() {
+    let stack = Stack::new("relay_drop_many").await;
+    stack.append(0..3_000, 100, &["score.new", "person.new"]).await;
+    stack
+        .admin
+        .execute(
+            "INSERT INTO outbox.relay (name, low_water, high) VALUES ('default', 3000, 3000);
+             INSERT INTO outbox.parked (relay, position, id, aggregate_type, aggregate_id, version, type, payload,
+                                        created_at, reason, detail)
+             SELECT 'default', position, id, aggregate_type, aggregate_id, version, type, payload, created_at,
+                    'unroutable', 'no queue' FROM outbox.event",
+        )
+        .await
+        .unwrap();
+    let said = output(stack.command("parked").args(["drop", "--all", "--yes", "--json"])).await;
+    assert_eq!(parked(&stack).await, 0);
+    assert!(said.contains(r#""count": 3000"#) && said.contains(r#""score.new": 1500"#), "{said}");
+    assert!(said.len() < 4_000, "{} bytes", said.len());
 }

@@ -128,3 +128,64 @@ async fn each_task_keeps_its_connection() {
     })
     .await;
 }
+
+/// A reader of a partition is waited for, for some seconds, and then named.
+#[tokio::test]
+async fn prune_names_the_session_that_is_in_the_way() {
+    let stack = Stack::new("relay_prune_reader").await;
+    stack.append(0..10, 1, &["thing.new"]).await;
+    stack
+        .admin
+        .execute(
+            "SELECT outbox.add_partition(1000), setval('outbox.position', 1000000);
+             INSERT INTO outbox.relay (name, low_water, high) VALUES ('default', 1000000, 1000000);
+             SELECT outbox.why_kept('event_1', '-infinity', true);
+             UPDATE outbox.partition_age SET full_since = now() - interval '2 days'",
+        )
+        .await
+        .unwrap();
+    let mut reader = stack.admin.begin().await.unwrap();
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *reader).await.unwrap();
+    reader.execute("SET LOCAL application_name = 'a report'; SELECT FROM outbox.event_1").await.unwrap();
+    let prune = async || output(stack.command("prune").args(["--keep", "1d", "--without-baseline"])).await;
+    let said = prune().await;
+    assert!(
+        said.starts_with("exit code: 3")
+            && said.contains(&format!(
+                "event_1: kept: it is in use by pid {pid} (a report), idle in transaction, for "
+            )),
+        "{said}"
+    );
+    reader.rollback().await.unwrap();
+    let said = prune().await;
+    assert!(said.starts_with("exit code: 0\nevent_1: retired"), "{said}");
+}
+
+/// What the migration leaves out, `migrate` makes, also where it was interrupted in the middle.
+#[tokio::test]
+async fn migrate_makes_the_indexes_that_are_missing() {
+    let stack = Stack::new("relay_indexes").await;
+    stack.append(0..100, 1, &["thing.new"]).await;
+    stack
+        .admin
+        .execute("SELECT outbox.add_partition(1000); DROP INDEX outbox.event_1_whole_state")
+        .await
+        .unwrap();
+    // One that was interrupted is not valid.
+    stack
+        .admin
+        .execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'outbox.event_2_whole_state'::regclass")
+        .await
+        .unwrap();
+    let waiting = async || -> Vec<String> {
+        let sql = "SELECT name FROM outbox.partition_without_index ORDER BY name";
+        sqlx::query_scalar(sql).fetch_all(&stack.admin).await.unwrap()
+    };
+    assert_eq!(waiting().await, ["event_1", "event_2"]);
+    let url = std::env::var(devstack::testing::POSTGRES_URL).unwrap();
+    let owner = format!("{url}/{}", stack.database_url.rsplit_once('/').unwrap().1);
+    let mut migrate = stack.command("migrate");
+    let said = output(migrate.args(["--source", "person"]).env("DATABASE_URL", owner)).await;
+    assert!(said.starts_with("exit code: 0"), "{said}");
+    assert_eq!(waiting().await, Vec::<String>::new());
+}

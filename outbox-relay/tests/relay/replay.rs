@@ -78,19 +78,20 @@ async fn interrupted() {
     let _relay = Relay::ready(&mut stack.command("run")).await;
     live.complete(250).await;
     stack.settled("default", 250).await;
-    // After ten it waits for ten seconds.
     let mut program = stack.command("replay");
-    let program = program.args(["--all", "--rate", "1"]).stdout(Stdio::piped()).stderr(Stdio::null());
+    let program = program.args(["--all", "--rate", "2"]).stdout(Stdio::piped()).stderr(Stdio::null());
     let replay = program.spawn().unwrap();
-    live.until(|messages| messages.len() == 260).await;
+    live.until(|messages| messages.len() == 253).await;
     let interrupt = Command::new("kill").args(["-INT", &replay.id().unwrap().to_string()]).status().await;
     assert!(interrupt.unwrap().success());
     let ended = replay.wait_with_output().await.unwrap();
     assert_eq!(ended.status.code(), Some(3));
     let said = String::from_utf8(ended.stdout).unwrap();
-    assert_eq!(said.trim(), "10 events replayed; interrupted: go on with --from 11");
-    let rest = self::replay(&stack, "--from 11").await;
-    assert!(rest.contains("exit code: 0\n240 events replayed"), "{rest}");
+    let (count, next) = said.trim().split_once(" events replayed; interrupted: go on with --from ").unwrap();
+    let (count, next): (i64, i64) = (count.parse().unwrap(), next.parse().unwrap());
+    assert!(next == count + 1 && (3..250).contains(&count), "{said}");
+    let rest = self::replay(&stack, &format!("--from {next}")).await;
+    assert!(rest.contains(&format!("exit code: 0\n{} events replayed", 250 - count)), "{rest}");
     let messages = live.until(|messages| messages.len() == 500).await;
     let numbers = |messages: &[Message]| messages.iter().map(Message::number).collect::<BTreeSet<_>>();
     assert_eq!(numbers(&messages[250..]), numbers(&messages[..250]));
@@ -273,4 +274,88 @@ async fn with_refused_messages() {
     assert!(said.contains("exit code: 0\n300 events replayed"), "{said}");
     let times = copies(&all.messages, "order.new");
     assert!(times.values().all(|times| *times <= 3), "{times:?}");
+}
+
+/// 20,000 events in four partitions, made over 20,000 minutes, of 2,000 aggregates and one that has half of them.
+async fn history(stack: &Stack) {
+    stack
+        .admin
+        .execute(
+            "ALTER TABLE outbox.event DETACH PARTITION outbox.event_1;
+             ALTER TABLE outbox.event ATTACH PARTITION outbox.event_1 FOR VALUES FROM (MINVALUE) TO (5001);
+             SELECT outbox.add_partition(5000), outbox.add_partition(5000), outbox.add_partition(5000);
+             INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, created_at)
+             SELECT 'thing', CASE n % 2 WHEN 0 THEN 'large' ELSE 'a' || n / 2 % 2000 END,
+                    CASE n % 2 WHEN 0 THEN n / 2 + 1 ELSE n / 4000 + 1 END,
+                    CASE n % 4 WHEN 0 THEN 'thing.new' ELSE 'thing.some.where' END, json_build_object('n', repeat('x', 200)),
+                    now() - (20000 - n) * interval '1 minute'
+             FROM generate_series(0, 19999) n ORDER BY n;
+             INSERT INTO outbox.relay (name, low_water, high) VALUES ('default', 20000, 20000)",
+        )
+        .await
+        .unwrap();
+    // Summarizes the index on the time.
+    stack.admin.execute("VACUUM ANALYZE outbox.event").await.unwrap();
+}
+
+/// Rows that the server reads of events, by an index or without.
+async fn rows_read(stack: &Stack) -> i64 {
+    let sql = "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0))::bigint FROM pg_stat_user_tables
+               WHERE schemaname = 'outbox' AND relname LIKE 'event%'";
+    sqlx::query_scalar(sql).fetch_one(&stack.admin).await.unwrap()
+}
+
+/// A dry run counts, and looks at no more rows than the question needs.
+#[tokio::test]
+async fn a_dry_run_reads_little() {
+    let stack = Stack::new("replay_rows").await;
+    history(&stack).await;
+    for (arguments, events, most) in [
+        ("--aggregate thing/a7", 5, 100),
+        ("--aggregate thing/a7 --from 12000", 2, 100),
+        ("--aggregate thing/large", 10_000, 11_000),
+        // By the primary key alone; the first position comes by it, too.
+        ("--all", 20_000, 100),
+        ("--from 4000 --to 11000", 7_001, 100),
+        // As many blocks as the index on the time sums up together: 128.
+        ("--since 2000m", 1_999, 8_000),
+        ("--since 2000m --until 1000m --type thing.*", 250, 8_000),
+        ("--type thing.#", 20_000, 20_100),
+        ("--type thing.*.where --to 400", 300, 500),
+    ] {
+        let before = rows_read(&stack).await;
+        let said = replay(&stack, &format!("{arguments} --dry-run")).await;
+        let read = rows_read(&stack).await - before;
+        assert!(said.contains(&format!("exit code: 0\n{events} events would be replayed")), "{said}");
+        assert!(read <= most, "{arguments}: {read} rows");
+    }
+}
+
+/// What is published is what a dry run counts, and is read once, in order.
+#[tokio::test]
+async fn a_replay_reads_what_it_publishes() {
+    let stack = Stack::new("replay_reads").await;
+    history(&stack).await;
+    let mut all = stack.subscribe("#").await;
+    let mut expected = 0;
+    for (arguments, events, most) in [
+        // Its positions, and then the events.
+        ("--aggregate thing/a7", 5, 100),
+        ("--since 2000m --until 1900m", 100, 8_200),
+        ("--from 10 --to 2500 --type thing.new --rate 5000", 622, 2_700),
+    ] {
+        let before = rows_read(&stack).await;
+        let said = replay(&stack, arguments).await;
+        let read = rows_read(&stack).await - before;
+        assert!(said.contains(&format!("exit code: 0\n{events} events replayed")), "{said}");
+        assert!(read <= most, "{arguments}: {read} rows");
+        expected += events;
+        all.count(expected).await;
+    }
+    let mut versions: HashMap<String, i64> = HashMap::new();
+    for message in &all.messages[5..105] {
+        let version = message.header("aggregate_version").parse().unwrap();
+        let last = versions.insert(message.header("aggregate_id"), version);
+        assert!(last.is_none_or(|last| last < version));
+    }
 }
