@@ -170,7 +170,10 @@ impl Publisher {
                 self.note_next(outcome);
                 return failed.map_or(Ok(true), Err);
             }
-            if !stopping {
+            if stopping {
+                // Those that are connecting give their windows back; the others end theirs.
+                self.stop_lanes.cancel();
+            } else {
                 self.hand_out();
             }
             let wake = self.wake_at(stopping);
@@ -187,6 +190,7 @@ impl Publisher {
                     }
                     Some(Err(error)) => Err(error),
                 },
+                Some(_) = self.tasks.join_next(), if !stopping => bail!("a lane has ended by itself"),
                 () = stop.cancelled(), if !stopping => Ok(()),
                 () = sleep_until(wake.into()) => Ok(()),
             };
@@ -259,7 +263,7 @@ impl Publisher {
             window.published = self.patience.pauses;
             let Some(lane) = self.free_lane() else { return };
             lane.under_way += 1;
-            // A lane that has ended says so by its reports' end.
+            // One that has ended is found when it is joined.
             let _ended = lane.windows.try_send(window);
         }
     }
