@@ -266,13 +266,22 @@ pub(crate) async fn output(program: &mut Command) -> String {
         assert!(!stdout.contains(secret) && !stderr.contains(secret), "a password: {stdout}{stderr}");
     }
     // The log is not what a user reads here: the last word is.
-    let stderr: Vec<&str> = stderr.lines().filter(|line| !line.starts_with('{')).collect();
+    let stderr: Vec<&str> =
+        stderr.lines().filter(|line| !line.starts_with('{') && !is_progress(line)).collect();
     let code = status.code().map_or("none".to_owned(), |code| code.to_string());
     [format!("exit code: {code}"), stdout.trim_end().to_owned(), stderr.join("\n")]
         .into_iter()
         .filter(|part| !part.is_empty())
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+/// Whether a line is what a command says while it works: on a slow machine there are some.
+fn is_progress(line: &str) -> bool {
+    line.rsplit_once(": ").is_some_and(|(_, rest)| {
+        let ends = [" s", " min", " left"].iter().any(|end| rest.ends_with(end));
+        ends && rest.starts_with(|c: char| c == '[' || c.is_ascii_digit())
+    })
 }
 
 /// A relay that runs; killed when dropped.
