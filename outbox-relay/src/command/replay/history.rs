@@ -161,6 +161,10 @@ impl History {
             {
                 return Ok(());
             }
+            // Where the events are is known: each page is read by the primary key.
+            sqlx::raw_sql("SET enable_bitmapscan = off; SET enable_seqscan = off")
+                .execute(&mut *conn)
+                .await?;
             while let Some(page) = self.page(conn, &place).await? {
                 let next = page.up_to.checked_add(1);
                 if pages.send(Ok(Read::Page(page))).await.is_err() {
@@ -172,6 +176,7 @@ impl History {
             if whole {
                 return Ok(());
             }
+            sqlx::raw_sql("RESET enable_bitmapscan; RESET enable_seqscan").execute(&mut *conn).await?;
         }
     }
 

@@ -72,11 +72,11 @@ impl Pool {
     }
 
     /// What is published at once, at most so many: of each aggregate its first event, so that none overtakes another that
-    /// is tried again; of each id one, by which a returned message is known; no more retries than the budget allows; and a
-    /// suspect by itself. Empty when nothing may go out now.
+    /// is tried again; of each id one, by which a returned message is known; no more retries than the budget allows, if
+    /// there is one now; and a suspect by itself. Empty when nothing may go out now.
     pub(super) fn window(
         &mut self,
-        budget: &mut Budget,
+        mut budget: Option<&mut Budget>,
         now: Instant,
         most: usize,
     ) -> (Vec<Arc<Event>>, Route) {
@@ -87,7 +87,8 @@ impl Pool {
             if self.ids.contains(&event.id) || suspect && !window.is_empty() {
                 continue;
             }
-            if self.tried.contains(position) && !budget.take(event.size(), now) {
+            let may_retry = |budget: &mut &mut Budget| budget.take(event.size(), now);
+            if self.tried.contains(position) && !budget.as_mut().is_some_and(may_retry) {
                 continue;
             }
             self.ids.insert(event.id);
@@ -213,18 +214,18 @@ mod tests {
     fn an_aggregate_has_one_event_under_way_and_an_id_too() {
         let now = Instant::now();
         let (mut pool, mut budget) = (pool(), Budget::new(now));
-        let (window, _) = pool.window(&mut budget, now, 2);
+        let (window, _) = pool.window(Some(&mut budget), now, 2);
         assert_eq!(positions(&window), [1, 2]);
-        let (other, _) = pool.window(&mut budget, now, 10);
+        let (other, _) = pool.window(Some(&mut budget), now, 10);
         assert_eq!(positions(&other), [5]);
-        assert!(pool.window(&mut budget, now, 10).0.is_empty());
+        assert!(pool.window(Some(&mut budget), now, 10).0.is_empty());
         pool.publish(&other[0]);
         pool.settle(&other[0]);
         pool.settle(&window[1]);
-        assert_eq!(positions(&pool.window(&mut budget, now, 10).0), [4]);
+        assert_eq!(positions(&pool.window(Some(&mut budget), now, 10).0), [4]);
         assert_eq!((pool.next(), pool.again_from(1)), (Some(1), 1));
         pool.settle(&window[0]);
-        assert_eq!(positions(&pool.window(&mut budget, now, 10).0), [3]);
+        assert_eq!(positions(&pool.window(Some(&mut budget), now, 10).0), [3]);
         assert_eq!((pool.next(), pool.again_from(3)), (Some(3), 1));
     }
 
@@ -232,26 +233,27 @@ mod tests {
     fn without_a_budget_for_its_retry_an_event_keeps_back_those_behind_it_and_no_others() {
         let now = Instant::now();
         let (mut pool, mut spent) = (pool(), Budget::new(now));
-        let (window, _) = pool.window(&mut spent, now, 1);
+        let (window, _) = pool.window(Some(&mut spent), now, 1);
         assert_eq!(positions(&window), [1]);
         pool.again(&window[0], &mut spent);
         while spent.take(0, now) {}
-        assert_eq!(positions(&pool.window(&mut spent, now, 10).0), [2, 5]);
+        assert_eq!(positions(&pool.window(None, now, 1).0), [2]);
+        assert_eq!(positions(&pool.window(Some(&mut spent), now, 10).0), [5]);
     }
 
     #[test]
     fn a_suspect_goes_out_by_itself() {
         let now = Instant::now();
         let (mut pool, mut budget) = (pool(), Budget::new(now));
-        let (window, _) = pool.window(&mut budget, now, 10);
+        let (window, _) = pool.window(Some(&mut budget), now, 10);
         assert_eq!(positions(&window), [1, 2, 5]);
         for event in &window {
             pool.again(event, &mut budget);
         }
         pool.suspect(&window[1]);
-        let (first, route) = pool.window(&mut budget, now, 10);
+        let (first, route) = pool.window(Some(&mut budget), now, 10);
         assert_eq!((positions(&first), route), (vec![1, 5], Route::Lane));
-        let (alone, route) = pool.window(&mut budget, now, 10);
+        let (alone, route) = pool.window(Some(&mut budget), now, 10);
         assert_eq!((positions(&alone), route), (vec![2], Route::Quarantine));
     }
 
@@ -261,7 +263,7 @@ mod tests {
         let (mut pool, mut budget) = (pool(), Budget::new(now));
         assert_eq!((Pool::default().next(), pool.next()), (None, Some(1)));
         while !pool.is_empty() {
-            for event in pool.window(&mut budget, now, 10).0 {
+            for event in pool.window(Some(&mut budget), now, 10).0 {
                 pool.publish(&event);
                 pool.settle(&event);
             }

@@ -245,7 +245,9 @@ impl Publisher {
 
     fn hand_out(&mut self) {
         let now = Instant::now();
-        while now >= self.patience.until {
+        // What was in vain pauses. What was not tried yet goes on, if a lane works.
+        let may_retry = now >= self.patience.until;
+        while may_retry || self.lanes.iter().any(|lane| lane.trouble.is_none()) {
             let open = self.pace.open(now);
             // Not one by one, where the rate is high.
             if open == 0 || self.pace.next(self.pool.ready().min(WINDOW)) > now {
@@ -254,7 +256,8 @@ impl Publisher {
             if self.free_lane().is_none() {
                 return;
             }
-            let (events, route) = self.pool.window(&mut self.budget, now, open.min(WINDOW));
+            let budget = may_retry.then_some(&mut self.budget);
+            let (events, route) = self.pool.window(budget, now, open.min(WINDOW));
             if events.is_empty() {
                 return;
             }
@@ -276,9 +279,8 @@ impl Publisher {
             return look;
         }
         let pace = self.pace.next(self.pool.ready().min(WINDOW));
-        let open = pace.max(self.patience.until);
-        // What may go by its rate, and did not, waits for the budget, or for what has its id.
-        let at = if open > now { open } else { self.budget.next() };
+        // What may go by its rate, and did not, is a retry, or waits for what has its id.
+        let at = if pace > now { pace } else { self.patience.until.max(self.budget.next()) };
         at.max(now + SHORTEST_WAIT).min(look)
     }
 
