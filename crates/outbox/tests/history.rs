@@ -32,14 +32,18 @@ async fn database() -> PgPool {
 /// Why `event_1` is kept, and how many blocks it took to find out.
 async fn why_kept(pool: &PgPool) -> (Option<String>, i64) {
     const ASK: &str = "SELECT outbox.why_kept('event_1', now() - interval '1 day', false)";
-    // The first look of a session reads the catalog.
+    // The first look of a session reads the catalog, and so does one after an autovacuum: the cheapest of some counts.
     let mut conn = pool.acquire().await.unwrap();
     let reason = sqlx::query_scalar(ASK).fetch_one(&mut *conn).await.unwrap();
-    let explain = AssertSqlSafe(format!("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {ASK}"));
-    let plan: Value = sqlx::query_scalar(explain).fetch_one(&mut *conn).await.unwrap();
-    let plan = &plan[0]["Plan"];
-    let blocks = ["Shared Hit Blocks", "Shared Read Blocks"].map(|name| plan[name].as_i64().unwrap());
-    (reason, blocks.iter().sum())
+    let mut least = i64::MAX;
+    for _ in 0..5 {
+        let explain = AssertSqlSafe(format!("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {ASK}"));
+        let plan: Value = sqlx::query_scalar(explain).fetch_one(&mut *conn).await.unwrap();
+        let plan = &plan[0]["Plan"];
+        let blocks = ["Shared Hit Blocks", "Shared Read Blocks"].map(|name| plan[name].as_i64().unwrap());
+        least = least.min(blocks.iter().sum());
+    }
+    (reason, least)
 }
 
 #[tokio::test]
