@@ -185,7 +185,7 @@ async fn look(
                     tracing::debug!(partition = name, reason, "not retired for now");
                 }
                 Partition { kept: Some(reason), name, .. } => {
-                    kept_because = Some(format!("{name}: {reason}"))
+                    kept_because = Some(format!("{name}: {reason}"));
                 }
             }
             if ends {

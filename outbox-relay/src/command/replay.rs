@@ -129,7 +129,9 @@ struct Outcome {
 impl Outcome {
     /// The broker refused an event for itself. An error when it has taken nothing for long: then it is not the events.
     fn refused(&mut self, event: &Event, why: &str) -> anyhow::Result<()> {
+        // Lanes publish side by side, so a later one may be refused first.
         let (count, first) = self.refused_in_a_row.unwrap_or((0, event.position));
+        let first = first.min(event.position);
         self.refused_in_a_row = Some((count + 1, first));
         if count + 1 < REFUSED {
             return Ok(());

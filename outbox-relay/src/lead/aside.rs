@@ -99,13 +99,11 @@ impl Lead<'_> {
         }
         let wait = self.to_park.wait;
         if self.session.unreadable() > 0 {
-            match self.session.set_unreadable_aside(wait).await? {
-                Some(rows) => self.parked += unreadable::count(&rows),
-                None => {
-                    self.to_park.later(Instant::now());
-                    return Ok(());
-                }
-            }
+            let Some(rows) = self.session.set_unreadable_aside(wait).await? else {
+                self.to_park.later(Instant::now());
+                return Ok(());
+            };
+            self.parked += unreadable::count(&rows);
         }
         if self.to_park.events.is_empty() {
             self.to_park.wait = SHORTEST;

@@ -365,15 +365,14 @@ impl History {
         counted: &mut u64,
     ) -> sqlx::Result<()> {
         if let Some(aggregate) = &self.range.aggregate {
-            let sql = match self.range {
-                Range { from: None, since: None, until: None, type_: None, .. } => {
-                    self.whole_chain(aggregate)
-                }
-                _ => {
-                    let mut sql = QueryBuilder::new("SELECT count(*) FROM outbox.event e WHERE ");
-                    self.of_aggregate(&mut sql);
-                    sql
-                }
+            let all_of_it =
+                matches!(self.range, Range { from: None, since: None, until: None, type_: None, .. });
+            let sql = if all_of_it {
+                self.whole_chain(aggregate)
+            } else {
+                let mut sql = QueryBuilder::new("SELECT count(*) FROM outbox.event e WHERE ");
+                self.of_aggregate(&mut sql);
+                sql
             };
             *counted = one(sql, conn).await?;
         } else if self.range.since.is_some() || self.range.until.is_some() {

@@ -87,9 +87,11 @@ impl Pool {
             if self.ids.contains(&event.id) || suspect && !window.is_empty() {
                 continue;
             }
-            let may_retry = |budget: &mut &mut Budget| budget.take(event.size(), now);
-            if self.tried.contains(position) && !budget.as_mut().is_some_and(may_retry) {
-                continue;
+            if self.tried.contains(position) {
+                let Some(budget) = &mut budget else { continue };
+                if !budget.take(event.size(), now) {
+                    continue;
+                }
             }
             self.ids.insert(event.id);
             bytes += event.size();
