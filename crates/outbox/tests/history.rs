@@ -51,8 +51,8 @@ async fn baselines_of_all_are_found_in_one_pass() {
     let pool = database().await;
     let (reason, blocks) = why_kept(&pool).await;
     assert_eq!(reason, None);
-    // For each of 4,000 aggregates a look into every partition above: 40,000 and more.
-    assert!(blocks < 600, "{blocks} blocks");
+    // For each of 4,000 aggregates a look into every partition above it was 71,690.
+    assert!(blocks < 6_000, "{blocks} blocks");
 
     // The search ends with the first that keeps it, and begins with that next time.
     pool.execute(
@@ -62,7 +62,7 @@ async fn baselines_of_all_are_found_in_one_pass() {
     .unwrap();
     let (reason, blocks) = why_kept(&pool).await;
     insta::assert_snapshot!(reason.unwrap(), @"of thing/a998, for one, there is neither a baseline nor its deletion above it: publish a baseline of each aggregate that has events in it, or give up its history (without baseline)");
-    assert!(blocks < 170, "{blocks} blocks");
+    assert!(blocks < 300, "{blocks} blocks");
 
     // Once it has its baseline, the next one is named, and then nobody.
     let mend =
