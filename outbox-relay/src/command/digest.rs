@@ -15,15 +15,13 @@ use daemon::{config::database, progress::Progress};
 use serde_json::json;
 
 use self::{
-    compare::{Difference, Findings, TypeComparison, differing},
-    snapshot::{Digest, Inbox, Snapshot},
+    compare::{Difference, Findings, TypeComparison},
+    snapshot::{Inbox, InboxSide, OutboxSide},
 };
 use super::{CommandArgs, Verdict, connect, left_behind::LeftBehind, many};
 
 /// A digest is one pass over everything.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
-/// Buckets of a comparison, unless told: each is settled by one hash, or gone through.
-const BUCKETS: i32 = 1024;
 /// A subscriber that is behind is asked again after this, and after longer where an answer takes longer.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -33,7 +31,8 @@ pub struct DigestArgs {
     /// The database, and the form of the answer.
     #[command(flatten)]
     pub common: CommandArgs,
-    /// The number of buckets into which a hash of their ids divides the aggregates of a type: 1, or 1024 to compare.
+    /// The number of buckets into which a hash of their ids divides the aggregates of a type. A comparison takes pages
+    /// instead.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=65536))]
     pub buckets: Option<i32>,
     /// Only aggregates of this type; may be repeated. Without it, a comparison takes the types that the subscriber has.
@@ -47,7 +46,7 @@ pub struct DigestArgs {
     /// `INBOX_DATABASE_URL`. Its role needs what `inbox.grant_reader` grants.
     #[arg(long, env = "INBOX_DATABASE_URL_FILE", value_name = "PATH")]
     pub inbox_database_url_file: Option<PathBuf>,
-    /// How long the consumer may take to get what the outbox had at the start.
+    /// How long the consumer may take, once all aggregates are compared, to get what the outbox had.
     #[arg(long, default_value = "10s", value_parser = daemon::config::duration, value_name = "DURATION")]
     pub wait: Duration,
     /// The most aggregates to name.
@@ -60,10 +59,10 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
     let Some(asked) = &args.consumer else { return print(args).await };
     let compared = compare(args, asked).await?;
     let agrees = compared.agrees();
-    let Compared { consumer, source, buckets, findings, left } = compared;
+    let Compared { consumer, source, findings, left } = compared;
     let document = json!({
         "source": source, "consumer": consumer, "agrees": agrees, "types": findings.types,
-        "buckets": buckets, "gone_through": findings.gone_through,
+        "buckets": findings.pages, "gone_through": findings.differed,
         "behind": findings.of(Difference::Behind), "missing": findings.of(Difference::Missing),
         "ahead": findings.of(Difference::Ahead), "unknown": findings.of(Difference::Unknown),
         "retired": findings.of(Difference::Retired), "named": findings.named,
@@ -82,7 +81,6 @@ pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
 pub(super) struct Compared {
     consumer: String,
     pub(super) source: String,
-    buckets: i32,
     findings: Findings,
     left: LeftBehind,
 }
@@ -107,17 +105,16 @@ pub(super) async fn compare(args: &DigestArgs, asked: &str) -> anyhow::Result<Co
         "outbox-relay digest",
         STATEMENT_TIMEOUT,
     )?;
-    let mut start = Snapshot::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
-    let mut end = Snapshot::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
-    let mut inbox = Snapshot::new(CommandArgs::reach_at(inbox).await.context("the inbox")?).await?;
+    let mut outbox = OutboxSide::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
+    let mut inbox = InboxSide::new(CommandArgs::reach_at(inbox).await.context("the inbox")?).await?;
     let consumer = inbox.current(asked).await?;
-    start.look().await?;
-    let source = start.source().await?;
+    let source = outbox.source().await?;
     let inbox_of = Inbox { consumer: consumer.clone(), source: source.clone() };
-    let mut comparison = Comparison { args, inbox_of, buckets: args.buckets.unwrap_or(BUCKETS) };
-    let findings = comparison.settle(&mut start, &mut inbox, &mut end).await?;
-    let left = comparison.left_behind(&mut end, &mut inbox).await?;
-    Ok(Compared { consumer, source, buckets: comparison.buckets, findings, left })
+    let comparison = Comparison { args, inbox_of };
+    let progress = Progress::new("comparing", "aggregate");
+    let findings = comparison.settle(&mut outbox, &mut inbox, &progress).await?;
+    let left = comparison.left_behind(&mut outbox, &mut inbox).await?;
+    Ok(Compared { consumer, source, findings, left })
 }
 
 fn wrong(findings: &Findings, left: &LeftBehind) -> i64 {
@@ -127,13 +124,12 @@ fn wrong(findings: &Findings, left: &LeftBehind) -> i64 {
 
 /// The outbox's own.
 async fn print(args: &DigestArgs) -> anyhow::Result<Verdict> {
-    let mut side = Snapshot::new(connect(&args.common, "digest", STATEMENT_TIMEOUT).await?).await?;
-    side.look().await?;
-    let source = side.source().await?;
+    let mut conn = connect(&args.common, "digest", STATEMENT_TIMEOUT).await?;
+    let progress = Progress::new("summing up all events", "aggregate");
+    let source = snapshot::source(&mut conn).await?;
     let buckets = args.buckets.unwrap_or(1);
-    let said = Progress::new("reading the last version of every aggregate", "aggregate");
-    let mut digest = side.digest(None, buckets).await?;
-    drop(said);
+    let mut digest = snapshot::digest(&mut conn, buckets).await?;
+    drop(progress);
     if !args.aggregate_type.is_empty() {
         digest.retain(|(type_, _), _| args.aggregate_type.contains(type_));
     }
@@ -168,79 +164,96 @@ async fn print(args: &DigestArgs) -> anyhow::Result<Verdict> {
 struct Comparison<'a> {
     args: &'a DigestArgs,
     inbox_of: Inbox,
-    buckets: i32,
 }
 
 impl Comparison<'_> {
-    /// Holds the consumer's inbox against what the outbox had in `start`, which looks already, and has at the
-    /// end: each look is a snapshot, and the inbox's lies between the outbox's two. While the consumer is only
-    /// behind, it is asked again.
+    /// Compares the consumer's inbox with the outbox, and asks it again while it is behind.
     async fn settle(
-        &mut self,
-        start: &mut Snapshot,
-        inbox: &mut Snapshot,
-        end: &mut Snapshot,
+        &self,
+        outbox: &mut OutboxSide,
+        inbox: &mut InboxSide,
+        progress: &Progress,
     ) -> anyhow::Result<Findings> {
+        let types = self.types(outbox, inbox).await?;
+        let mut compared = Vec::new();
+        for type_ in &types {
+            let mut comparison = TypeComparison::new(type_, &self.inbox_of, self.args.limit);
+            comparison.run(outbox, inbox, progress).await?;
+            compared.push(comparison);
+        }
         let deadline = Instant::now() + self.args.wait;
-        let first = start.digest(None, self.buckets).await?;
+        let behind = |compared: &[TypeComparison<'_>]| {
+            compared.iter().map(TypeComparison::behind).sum::<usize>() as u64
+        };
+        let first = behind(&compared);
+        progress.step("looking again at what is behind", "aggregate");
         loop {
             let at = Instant::now();
-            inbox.look().await?;
-            let theirs = inbox.digest(Some(&self.inbox_of), self.buckets).await?;
-            if theirs.is_empty() && self.args.aggregate_type.is_empty() && !first.is_empty() {
-                let known = inbox.sources().await?;
-                if !self.begins_anew(&known) || Instant::now() >= deadline {
-                    return Err(self.no_inbox(&known));
-                }
-                tokio::time::sleep(PAUSE.min(deadline.saturating_duration_since(Instant::now()))).await;
-                continue;
+            for comparison in &mut compared {
+                comparison.again(outbox, inbox).await?;
             }
-            end.look().await?;
-            let now = end.source().await?;
-            if now != self.inbox_of.source {
-                bail!("the source became {now} meanwhile, and its chains begin again: run this again");
-            }
-            let last = end.digest(None, self.buckets).await?;
-            let retired = end.is_retired().await?;
-            let mut findings = Findings::new(self.args.limit);
-            for type_ in self.types(&theirs) {
-                findings.add_type(&type_, &last, &theirs);
-                let chosen = differing(&type_, &first, &theirs, &last);
-                findings.gone_through += chosen.len();
-                if !chosen.is_empty() {
-                    let part = (&*type_, self.buckets, &*chosen);
-                    let lists = (
-                        start.list(None, part),
-                        inbox.list(Some(&self.inbox_of), part),
-                        end.list(None, part),
-                    );
-                    let comparison = TypeComparison { type_: &type_, retired };
-                    comparison.run(lists, &mut findings).await?;
-                }
-            }
-            if !findings.only_behind() || Instant::now() >= deadline {
-                return Ok(findings);
+            let left = behind(&compared);
+            progress.at(first.saturating_sub(left), first);
+            self.is_still(outbox).await?;
+            if left == 0 || Instant::now() >= deadline {
+                break;
             }
             let pause = PAUSE.max(at.elapsed()).min(deadline.saturating_duration_since(Instant::now()));
             tokio::time::sleep(pause).await;
         }
+        let retired = outbox.is_retired().await?;
+        let mut findings = Findings::new(self.args.limit);
+        for comparison in compared {
+            comparison.end(retired, &mut findings);
+        }
+        Ok(findings)
+    }
+
+    /// Fails when the source has begun another incarnation since.
+    async fn is_still(&self, outbox: &mut OutboxSide) -> anyhow::Result<()> {
+        let now = outbox.source().await?;
+        if now != self.inbox_of.source {
+            bail!("the source became {now} meanwhile, and its chains begin again: run this again");
+        }
+        Ok(())
+    }
+
+    /// The types to compare: those that were told, or those that the consumer has any of.
+    async fn types(
+        &self,
+        outbox: &mut OutboxSide,
+        inbox: &mut InboxSide,
+    ) -> anyhow::Result<BTreeSet<String>> {
+        let told = &self.args.aggregate_type;
+        if !told.is_empty() {
+            return Ok(told.iter().cloned().collect());
+        }
+        let deadline = Instant::now() + self.args.wait;
+        loop {
+            let types = inbox.types(&self.inbox_of).await?;
+            if !types.is_empty() || !outbox.has_events().await? {
+                return Ok(types.into_iter().collect());
+            }
+            let known = inbox.sources().await?;
+            if !self.begins_anew(&known) || Instant::now() >= deadline {
+                return Err(self.no_inbox(&known));
+            }
+            tokio::time::sleep(PAUSE.min(deadline.saturating_duration_since(Instant::now()))).await;
+            self.is_still(outbox).await?;
+        }
     }
 
     /// What the consumer still has of earlier incarnations of the source. There is none before the second one.
-    async fn left_behind(&self, outbox: &mut Snapshot, inbox: &mut Snapshot) -> anyhow::Result<LeftBehind> {
-        outbox.look().await?;
+    async fn left_behind(
+        &self,
+        outbox: &mut OutboxSide,
+        inbox: &mut InboxSide,
+    ) -> anyhow::Result<LeftBehind> {
         let source = outbox.incarnation().await?;
         if source.incarnation == 1 {
             return Ok(LeftBehind::default());
         }
-        inbox.look().await?;
         LeftBehind::look(outbox.conn(), inbox.conn(), &self.inbox_of.consumer, &source).await
-    }
-
-    fn types(&self, theirs: &Digest) -> BTreeSet<String> {
-        let present = theirs.keys().map(|(type_, _)| type_);
-        let told = &self.args.aggregate_type;
-        if told.is_empty() { present.cloned().collect() } else { told.iter().cloned().collect() }
     }
 
     /// Whether the consumer has what the source published as an earlier incarnation: then it is behind.

@@ -1,10 +1,13 @@
-//! One of the two databases, as one snapshot, and what its digest functions say. All the SQL of `digest`.
+//! The two databases, and what they have of the aggregates. All the SQL of `digest`. Each statement is a snapshot of its
+//! own, so none lasts.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, anyhow, bail};
-use futures_util::{StreamExt, TryStreamExt, stream::BoxStream};
-use sqlx::PgConnection;
+use sqlx::{AssertSqlSafe, PgConnection};
+
+/// Aggregates that one statement reads.
+pub(super) const PAGE: usize = 10_000;
 
 /// What a bucket adds up to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,6 +27,9 @@ impl Sums {
 /// By aggregate type and bucket. A bucket that is not there is empty.
 pub(super) type Digest = BTreeMap<(String, i32), Sums>;
 
+/// The last versions of aggregates of a type, by their ids.
+pub(super) type Versions = BTreeMap<String, i64>;
+
 /// Whose inbox, and of which source.
 #[derive(Clone, Debug, sqlx::FromRow)]
 pub(super) struct Inbox {
@@ -31,49 +37,40 @@ pub(super) struct Inbox {
     pub(super) source: String,
 }
 
-/// Aggregates with their last versions, in the order of their ids' bytes.
-pub(super) type List<'a> = BoxStream<'a, anyhow::Result<(String, i64)>>;
-
-/// A part of what is there: a type, the number of buckets, and some of these.
-pub(super) type Buckets<'a> = (&'a str, i32, &'a [i32]);
-
-/// A database that is looked at.
-#[derive(Debug)]
-pub(super) struct Snapshot {
-    conn: PgConnection,
-    looking: bool,
+/// Pages of a key are read by its index, whatever the server believes to be in the table.
+async fn by_index(mut conn: PgConnection) -> anyhow::Result<PgConnection> {
+    sqlx::raw_sql(
+        "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_hashagg = off; SET enable_hashjoin = off;
+         SET max_parallel_workers_per_gather = 0; SET jit = off",
+    )
+    .execute(&mut conn)
+    .await
+    .context("the connection could not be set up")?;
+    Ok(conn)
 }
 
-impl Snapshot {
-    pub(super) async fn new(mut conn: PgConnection) -> anyhow::Result<Self> {
-        // A look stays while the other databases are read. What is sorted and hashed is worth some memory.
-        sqlx::raw_sql("SET idle_in_transaction_session_timeout = '30min'; SET work_mem = '64MB'")
-            .execute(&mut conn)
-            .await
-            .context("the connection could not be set up")?;
-        Ok(Self { conn, looking: false })
-    }
+/// The outbox.
+#[derive(Debug)]
+pub(super) struct OutboxSide {
+    conn: PgConnection,
+    /// What lies at or below this position belongs to earlier incarnations; none in the first one.
+    from: Option<i64>,
+}
 
-    /// Takes a snapshot, in the place of the last one.
-    pub(super) async fn look(&mut self) -> anyhow::Result<()> {
-        let end = if self.looking { "COMMIT;" } else { "" };
-        // The snapshot is taken by the first statement that reads.
-        let begin =
-            format!("{end} BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT pg_is_in_recovery()");
-        let looked = sqlx::raw_sql(sqlx::AssertSqlSafe(begin)).execute(&mut self.conn).await;
-        looked.context("the database could not be read")?;
-        self.looking = true;
-        Ok(())
+impl OutboxSide {
+    pub(super) async fn new(conn: PgConnection) -> anyhow::Result<Self> {
+        let mut side = Self { conn: by_index(conn).await?, from: None };
+        let from: i64 = sqlx::query_scalar("SELECT from_position FROM outbox.source")
+            .fetch_optional(&mut side.conn)
+            .await?
+            .unwrap_or(0);
+        side.from = (from > 0).then_some(from);
+        Ok(side)
     }
 
     /// Who publishes from here. A standby is behind its primary, and would make subscribers seem ahead.
     pub(super) async fn source(&mut self) -> anyhow::Result<String> {
-        let standby: bool =
-            sqlx::query_scalar("SELECT pg_is_in_recovery()").fetch_one(&mut self.conn).await?;
-        if standby {
-            bail!("the server is in recovery and may be behind its primary: connect to the primary");
-        }
-        Ok(self.incarnation().await?.to_string())
+        source(&mut self.conn).await
     }
 
     /// The source with its incarnation.
@@ -81,50 +78,176 @@ impl Snapshot {
         Ok(outbox::source(&mut self.conn).await?)
     }
 
-    /// The session, in the middle of a look.
+    /// The session.
     pub(super) fn conn(&mut self) -> &mut PgConnection {
         &mut self.conn
     }
 
-    /// Of the outbox, or of an inbox.
-    pub(super) async fn digest(&mut self, of: Option<&Inbox>, buckets: i32) -> anyhow::Result<Digest> {
-        let digest = match of {
-            None => sqlx::query_as("SELECT * FROM outbox.digest($1)"),
-            Some(_) => sqlx::query_as("SELECT * FROM inbox.digest($2, $3, $1)"),
-        };
-        let digest = digest.bind(buckets);
-        let digest = match of {
-            None => digest,
-            Some(of) => digest.bind(&of.consumer).bind(&of.source),
-        };
-        let rows: Vec<(String, i32, i64, i64, i64)> =
-            digest.fetch_all(&mut self.conn).await.map_err(unreadable)?;
-        let sums = |(type_, bucket, aggregates, versions, hash)| {
-            ((type_, bucket), Sums { aggregates, versions, hash })
-        };
-        Ok(rows.into_iter().map(sums).collect())
+    /// Whether there is any event of this incarnation.
+    pub(super) async fn has_events(&mut self) -> anyhow::Result<bool> {
+        sqlx::query_scalar("SELECT EXISTS (SELECT FROM outbox.event WHERE position > $1)")
+            .bind(self.from.unwrap_or(0))
+            .fetch_one(&mut self.conn)
+            .await
+            .map_err(unreadable)
     }
 
-    pub(super) fn list<'a>(
-        &'a mut self,
-        of: Option<&'a Inbox>,
-        (type_, buckets, chosen): Buckets<'a>,
-    ) -> List<'a> {
-        let list = match of {
-            None => sqlx::query_as("SELECT * FROM outbox.digest_list($1, $2, $3)"),
-            Some(_) => sqlx::query_as("SELECT * FROM inbox.digest_list($4, $5, $1, $2, $3)"),
-        };
-        let list = list.bind(type_).bind(buckets).bind(chosen);
-        let list = match of {
-            None => list,
-            Some(of) => list.bind(&of.consumer).bind(&of.source),
-        };
-        list.fetch(&mut self.conn).map_err(unreadable).boxed()
+    /// The next page of a type after an id, in the order of the database. Of the first incarnation, it is read from the
+    /// indexes of the partitions alone.
+    pub(super) async fn page(
+        &mut self,
+        type_: &str,
+        after: Option<&str>,
+    ) -> anyhow::Result<Vec<(String, i64)>> {
+        let compares = if after.is_none() { ">=" } else { ">" };
+        let sql = self.versions(&format!("aggregate_id {compares} $2"), &format!("LIMIT {PAGE}"));
+        let page = sqlx::query_as(AssertSqlSafe(sql)).bind(type_).bind(after.unwrap_or_default());
+        page.fetch_all(&mut self.conn).await.map_err(unreadable)
+    }
+
+    /// The aggregates of a type with these ids.
+    pub(super) async fn of(&mut self, type_: &str, ids: &[&str]) -> anyhow::Result<Versions> {
+        let sql = self.versions("aggregate_id = ANY ($2)", "");
+        let rows: Vec<(String, i64)> = sqlx::query_as(AssertSqlSafe(sql))
+            .bind(type_)
+            .bind(ids)
+            .fetch_all(&mut self.conn)
+            .await
+            .map_err(unreadable)?;
+        Ok(rows.into_iter().collect())
+    }
+
+    fn versions(&self, which: &str, limit: &str) -> String {
+        let from = self.from.map_or(String::new(), |from| format!("AND position > {from}"));
+        format!(
+            "SELECT aggregate_id, max(version) FROM outbox.event
+             WHERE aggregate_type = $1 AND {which} AND version IS NOT NULL {from}
+             GROUP BY aggregate_id ORDER BY aggregate_id {limit}"
+        )
     }
 
     /// Whether some of the outbox's history is gone.
     pub(super) async fn is_retired(&mut self) -> anyhow::Result<bool> {
         sqlx::query_scalar("SELECT outbox.is_retired()").fetch_one(&mut self.conn).await.map_err(unreadable)
+    }
+}
+
+/// Who publishes from this database.
+pub(super) async fn source(conn: &mut PgConnection) -> anyhow::Result<String> {
+    let standby: bool = sqlx::query_scalar("SELECT pg_is_in_recovery()").fetch_one(&mut *conn).await?;
+    if standby {
+        bail!("the server is in recovery and may be behind its primary: connect to the primary");
+    }
+    Ok(outbox::source(conn).await?.to_string())
+}
+
+/// The outbox's digest.
+pub(super) async fn digest(conn: &mut PgConnection, buckets: i32) -> anyhow::Result<Digest> {
+    let rows: Vec<(String, i32, i64, i64, i64)> = sqlx::query_as("SELECT * FROM outbox.digest($1)")
+        .bind(buckets)
+        .fetch_all(conn)
+        .await
+        .map_err(unreadable)?;
+    let sums =
+        |(type_, bucket, aggregates, versions, hash)| ((type_, bucket), Sums { aggregates, versions, hash });
+    Ok(rows.into_iter().map(sums).collect())
+}
+
+/// A subscriber's inbox.
+#[derive(Debug)]
+pub(super) struct InboxSide {
+    conn: PgConnection,
+}
+
+impl InboxSide {
+    pub(super) async fn new(conn: PgConnection) -> anyhow::Result<Self> {
+        Ok(Self { conn: by_index(conn).await? })
+    }
+
+    /// The session.
+    pub(super) fn conn(&mut self) -> &mut PgConnection {
+        &mut self.conn
+    }
+
+    /// The aggregate types that it has: from each straight to the next. One of which nothing was applied yet counts.
+    pub(super) async fn types(&mut self, of: &Inbox) -> anyhow::Result<Vec<String>> {
+        sqlx::query_scalar(
+            "WITH RECURSIVE known AS (
+                 (SELECT aggregate_type FROM inbox.aggregate WHERE (consumer, source) = ($1, $2)
+                  ORDER BY aggregate_type LIMIT 1)
+                 UNION ALL
+                 SELECT next.aggregate_type
+                 FROM known k
+                      CROSS JOIN LATERAL (SELECT a.aggregate_type FROM inbox.aggregate a
+                                          WHERE (a.consumer, a.source) = ($1, $2) AND a.aggregate_type > k.aggregate_type
+                                          ORDER BY a.aggregate_type LIMIT 1) next)
+             SELECT aggregate_type FROM known",
+        )
+        .bind(&of.consumer)
+        .bind(&of.source)
+        .fetch_all(&mut self.conn)
+        .await
+        .map_err(unreadable)
+    }
+
+    /// How many aggregates of a type it has.
+    pub(super) async fn count(&mut self, of: &Inbox, type_: &str) -> anyhow::Result<i64> {
+        sqlx::query_scalar(
+            "SELECT count(*) FROM inbox.aggregate WHERE (consumer, source, aggregate_type) = ($1, $2, $3)",
+        )
+        .bind(&of.consumer)
+        .bind(&of.source)
+        .bind(type_)
+        .fetch_one(&mut self.conn)
+        .await
+        .map_err(unreadable)
+    }
+
+    /// The next page of a type after one id and up to another one, in the order of this database.
+    pub(super) async fn page(
+        &mut self,
+        of: &Inbox,
+        type_: &str,
+        (after, end): (Option<&str>, Option<&str>),
+    ) -> anyhow::Result<Vec<(String, i64)>> {
+        let compares = if after.is_none() { ">=" } else { ">" };
+        let until = if end.is_none() { "" } else { "AND aggregate_id <= $5" };
+        let sql = format!(
+            "SELECT aggregate_id, version FROM inbox.aggregate
+             WHERE (consumer, source, aggregate_type) = ($1, $2, $3) AND aggregate_id {compares} $4 {until}
+               AND version > 0
+             ORDER BY aggregate_id LIMIT {PAGE}"
+        );
+        let page = sqlx::query_as(AssertSqlSafe(sql))
+            .bind(&of.consumer)
+            .bind(&of.source)
+            .bind(type_)
+            .bind(after.unwrap_or_default());
+        let page = if let Some(end) = end { page.bind(end) } else { page };
+        page.fetch_all(&mut self.conn).await.map_err(unreadable)
+    }
+
+    /// The one of two ids that is later in the order of this database, which may not be the outbox's.
+    pub(super) async fn later(&mut self, one: Option<String>, other: &str) -> anyhow::Result<String> {
+        let Some(one) = one else { return Ok(other.to_owned()) };
+        let later = sqlx::query_scalar("SELECT greatest($1::text, $2::text)").bind(one).bind(other);
+        later.fetch_one(&mut self.conn).await.map_err(unreadable)
+    }
+
+    /// The aggregates of a type with these ids.
+    pub(super) async fn of(&mut self, of: &Inbox, type_: &str, ids: &[&str]) -> anyhow::Result<Versions> {
+        let rows: Vec<(String, i64)> = sqlx::query_as(
+            "SELECT aggregate_id, version FROM inbox.aggregate
+             WHERE (consumer, source, aggregate_type) = ($1, $2, $3) AND aggregate_id = ANY ($4) AND version > 0",
+        )
+        .bind(&of.consumer)
+        .bind(&of.source)
+        .bind(type_)
+        .bind(ids)
+        .fetch_all(&mut self.conn)
+        .await
+        .map_err(unreadable)?;
+        Ok(rows.into_iter().collect())
     }
 
     /// The consumer that goes by this name now: another one, once it was replaced.
@@ -151,15 +274,15 @@ impl Snapshot {
 
 fn unreadable(error: sqlx::Error) -> anyhow::Error {
     match error.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref() {
-        // undefined_function, invalid_schema_name
-        Some("42883" | "3F000") => anyhow!(
+        // undefined_function, undefined_table, invalid_schema_name
+        Some("42883" | "42P01" | "3F000") => anyhow!(
             "this database has no inbox that can be compared; bring its schema inbox up to date \
              (run what migrates the subscriber)"
         ),
         // numeric_value_out_of_range
         Some("22003") => anyhow!(
             "the sum of the versions is too large for this database's digest function, which is an old one; bring its \
-             schema up to date (outbox-relay migrate for an outbox; for an inbox, run what migrates the subscriber)"
+             schema up to date (outbox-relay migrate)"
         ),
         // insufficient_privilege
         Some("42501") => anyhow!("this role may not read the inbox; inbox.grant_reader grants it"),
