@@ -1,6 +1,6 @@
 //! One consumer for each read model: always for the live one, and for a shadow during a rebuild.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use anyhow::anyhow;
 use daemon::{
@@ -68,8 +68,15 @@ impl Consumers {
         while !stop.is_cancelled() {
             match self.wanted().await {
                 Ok(wanted) => {
+                    let before =
+                        names(running.iter().filter_map(|(_, running)| Some(&running.as_ref()?.name)));
+                    let after = names(wanted.iter().flatten().map(|model| &model.consumer));
                     for ((role, consumer), wanted) in running.iter_mut().zip(wanted) {
                         self.follow(*role, consumer, wanted, &changed).await?;
+                    }
+                    // Its name is never used again.
+                    for gone in before.difference(&after) {
+                        self.known.is_gone("consumer", gone);
                     }
                 }
                 // The consumers report it themselves, and go on.
@@ -183,6 +190,10 @@ impl Running {
         self.stop.cancel();
         Ok(self.task.await?)
     }
+}
+
+fn names<'a>(names: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
+    names.cloned().collect()
 }
 
 /// Copies the consumer's status to the program's readiness, until `stop`.

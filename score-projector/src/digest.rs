@@ -3,6 +3,7 @@
 use std::{fmt::Write, time::Duration};
 
 use anyhow::Context;
+use daemon::progress::Progress;
 use serde_json::json;
 
 use crate::command::{CommandArgs, Verdict, WhichModel, connect, many};
@@ -27,8 +28,10 @@ pub struct DigestArgs {
 /// Prints the digest of each source that the read model follows.
 pub async fn digest(args: &DigestArgs) -> anyhow::Result<Verdict> {
     let (mut conn, consumer) = connect(&args.common, "digest", args.which, STATEMENT_TIMEOUT).await?;
+    let progress = Progress::new("summing up what was received", "aggregate");
     let digests =
         inbox::digest(&mut conn, &consumer, args.buckets).await.context("the inbox could not be read")?;
+    drop(progress);
     let hash = |digest: &inbox::Digest| format!("{:016x}", digest.hash.cast_unsigned());
     let rows: Vec<_> = digests
         .iter()

@@ -5,6 +5,7 @@
 
 mod abort;
 mod carry;
+mod compare;
 mod difference;
 mod drop;
 mod emit;
@@ -19,10 +20,11 @@ use anyhow::{Context, bail};
 use daemon::{
     command::{CommandArgs, Verdict},
     config::broker::BrokerArgs,
+    progress::Progress,
 };
 use inbox::Config;
 use outbox::database::{Failure, again};
-use sqlx::{Connection, PgConnection, Postgres, Transaction};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, Transaction};
 use tokio::time::Instant;
 
 use crate::{broker, schema};
@@ -51,8 +53,12 @@ pub enum RebuildAction {
         #[command(flatten)]
         broker: BrokerArgs,
     },
-    /// Print how far the shadow is, what it misses, and what differs. Exit code 3 until `swap` is possible.
-    Status,
+    /// Print how far the shadow is, and what it misses. Exit code 3 until `swap` is possible.
+    Status {
+        /// Also compare the two models, and print what differs. It reads both of them whole, page by page.
+        #[arg(long)]
+        difference: bool,
+    },
     /// Make the shadow the live model, publish the differences, and keep the old model.
     Swap {
         /// The broker.
@@ -72,7 +78,7 @@ pub enum RebuildAction {
     Drop,
 }
 
-/// The timeout of a statement: comparing two models reads both of them whole.
+/// The timeout of a statement: dropping large tables takes long.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
 /// How often a lock is tried, with growing pauses.
 const LOCK_ATTEMPTS: u32 = 60;
@@ -94,7 +100,7 @@ pub async fn rebuild(args: &RebuildArgs) -> anyhow::Result<Verdict> {
     }
     let verdict = match &args.action {
         RebuildAction::Start { queue, broker } => start::start(args, &mut conn, broker, queue).await,
-        RebuildAction::Status => status::status(args, &mut conn).await,
+        RebuildAction::Status { difference } => status::status(args, &mut conn, *difference).await,
         RebuildAction::Swap { broker, dry_run } => swap::swap(args, &mut conn, broker, *dry_run).await,
         RebuildAction::Abort { broker } => abort::abort(args, &mut conn, broker).await,
         RebuildAction::Drop => drop::drop(args, &mut conn).await,
@@ -127,27 +133,60 @@ fn config(args: &BrokerArgs, queue: &str) -> anyhow::Result<Config> {
     Ok(Config::new(broker::topology(queue)?, broker::nodes(args, false)?, "score-projector rebuild"))
 }
 
-/// Removes a consumer's rows in the inbox, in batches.
-async fn remove_consumer(conn: &mut PgConnection, consumer: &str) -> anyhow::Result<u64> {
-    let mut removed = 0;
-    for sql in [
-        "DELETE FROM inbox.held WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox.held WHERE consumer = $1 LIMIT $2))",
-        "DELETE FROM inbox.rejected
-         WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox.rejected WHERE consumer = $1 LIMIT $2))",
-        "DELETE FROM inbox.aggregate
-         WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox.aggregate WHERE consumer = $1 LIMIT $2))",
-        "DELETE FROM inbox.source
-         WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox.source WHERE consumer = $1 LIMIT $2))",
-    ] {
+/// The tables of the inbox that have rows of a consumer, with the rest of a key, as it is and as texts, and the values of a
+/// key from such texts.
+const OF_CONSUMER: [(&str, &str, &str, &str); 4] = [
+    (
+        "held",
+        "source, aggregate_type, aggregate_id, version",
+        "source, aggregate_type, aggregate_id, version::text",
+        "$3[1], $3[2], $3[3], $3[4]::bigint",
+    ),
+    ("rejected", "digest", "encode(digest, 'hex')", "decode($3[1], 'hex')"),
+    (
+        "aggregate",
+        "source, aggregate_type, aggregate_id",
+        "source, aggregate_type, aggregate_id",
+        "$3[1], $3[2], $3[3]",
+    ),
+    ("source", "name", "name", "$3[1]"),
+];
+
+/// Removes a consumer's rows in the inbox, in batches. Each begins where the last one ended, and not at the rows that
+/// were removed, which stay in the index for as long as another session may see them.
+async fn remove_consumer(
+    conn: &mut PgConnection,
+    consumer: &str,
+    progress: &Progress,
+) -> anyhow::Result<u64> {
+    progress.step("removing its rows in the inbox", "row");
+    let mut removed: u64 = 0;
+    for (table, key, texts, values) in OF_CONSUMER {
+        let sql = format!(
+            "WITH gone AS (
+                 DELETE FROM inbox.{table} WHERE ctid = ANY (ARRAY(
+                     SELECT ctid FROM inbox.{table}
+                     WHERE consumer = $1 AND ($3::text[] IS NULL OR ({key}) > ({values}))
+                     ORDER BY consumer, {key} LIMIT $2))
+                 RETURNING {key})
+             SELECT (SELECT count(*) FROM gone), ARRAY[{texts}] FROM gone ORDER BY ({key}) DESC LIMIT 1"
+        );
+        let mut last: Option<Vec<String>> = None;
         loop {
-            let rows = again(async || sqlx::query(sql).bind(consumer).bind(BATCH).execute(&mut *conn).await)
-                .await
-                .with_context(|| format!("the rows of {consumer} in the inbox were not removed"))?
-                .rows_affected();
-            removed += rows;
-            if rows == 0 {
-                break;
-            }
+            let batch: Option<(i64, Vec<String>)> = again(async || {
+                sqlx::query_as(AssertSqlSafe(&*sql))
+                    .bind(consumer)
+                    .bind(BATCH)
+                    .bind(&last)
+                    .fetch_optional(&mut *conn)
+                    .await
+            })
+            .await
+            .with_context(|| format!("the rows of {consumer} in the inbox were not removed"))?;
+            let Some((rows, end)) = batch else { break };
+            removed += rows.unsigned_abs();
+            progress.count(removed);
+            last = Some(end);
         }
     }
     Ok(removed)

@@ -3,11 +3,14 @@
 use std::{collections::BTreeSet, fmt::Write, time::Duration};
 
 use anyhow::Context;
-use daemon::command::{CommandArgs, Verdict, many};
+use daemon::{
+    command::{CommandArgs, Verdict, many},
+    progress::Progress,
+};
 use futures_util::TryStreamExt;
 use rust_decimal::Decimal;
 use serde::Serialize;
-use sqlx::{Connection, FromRow, PgConnection, Row};
+use sqlx::{AssertSqlSafe, Connection, FromRow, PgConnection, Row};
 use uuid::Uuid;
 
 use crate::{batch::entry::Entry, schema, score};
@@ -21,7 +24,9 @@ pub struct VerifyArgs {
 }
 
 /// Persons of one page, which is one snapshot.
-const PAGE: i64 = 1_000;
+const PAGE: i64 = 2_000;
+/// Persons that are read whole at a time.
+const WHOLE: usize = 100;
 /// How many mismatches are named.
 const NAMED: usize = 100;
 /// How many persons of earlier incarnations are counted.
@@ -64,19 +69,55 @@ struct Tally {
     sum: Decimal,
 }
 
+/// The version of the person `p` in the inbox: the same one, if any of its chains has it.
+const IN_INBOX: &str = "
+LEFT JOIN LATERAL (
+    SELECT version FROM inbox.aggregate
+    WHERE consumer = (SELECT consumer FROM score.model WHERE role = 'live')
+      AND aggregate_type = $1 AND aggregate_id = p.id::text
+    ORDER BY version = p.version DESC, updated_at DESC LIMIT 1) AS a ON true";
+
+/// One page, summed up by the server: the last person, how many persons and entries, and the persons of whom anything seems
+/// wrong. Each of these is then judged by [`score::of`]. The entries of each person are found by their index: for a join,
+/// the planner reads the whole table for each page.
+const SUMS: &str = "
+SELECT (array_agg(p.id ORDER BY p.id DESC))[1], count(*), coalesce(sum(e.entries), 0)::bigint,
+       coalesce(array_agg(p.id) FILTER (WHERE a.version IS DISTINCT FROM p.version OR e.sum <> p.total OR e.wrong), '{}')
+FROM (SELECT id, total, version FROM score.person WHERE id > $2 ORDER BY id LIMIT $3) AS p
+     {in_inbox}
+     CROSS JOIN LATERAL (
+         SELECT count(*) AS entries, coalesce(sum(score), 0) AS sum,
+                coalesce(bool_or(score IS DISTINCT FROM score.of_item(type, value)), false) AS wrong
+         FROM score.entry WHERE person_id = p.id) AS e";
+
+/// Some persons with all of their entries, in one snapshot.
+const ROWS: &str = "
+SELECT p.id AS person, p.total, p.version, a.version AS inbox, e.*
+FROM (SELECT id, total, version FROM score.person WHERE id = ANY ($2)) AS p
+     {in_inbox}
+     LEFT JOIN LATERAL (SELECT * FROM score.entry WHERE person_id = p.id OFFSET 0) e ON true
+ORDER BY p.id";
+
 /// Reads all persons, page by page. It may run beside consumers: what it compares is of one snapshot.
 pub async fn verify(args: &VerifyArgs) -> anyhow::Result<Verdict> {
     let mut conn =
         args.common.connect("score-projector verify", &schema::needed(), STATEMENT_TIMEOUT).await?;
     let mut report = Report::default();
+    let progress = Progress::new("verifying", "person");
+    let all: i64 =
+        sqlx::query_scalar("SELECT reltuples::bigint FROM pg_class WHERE oid = 'score.person'::regclass")
+            .fetch_one(&mut conn)
+            .await?;
     let mut last = Uuid::nil();
     while let Some(end) =
         page(&mut conn, last, &mut report).await.context("the read model could not be read")?
     {
         last = end;
+        progress.at(report.persons, all.unsigned_abs().max(report.persons));
     }
     left_behind(&mut conn, &mut report).await.context("the inbox could not be read")?;
     conn.close().await?;
+    drop(progress);
     args.common.answer(&report, || text(&report))?;
     Ok(if report.mismatches == 0 { Verdict::Ok } else { Verdict::Attention })
 }
@@ -100,29 +141,34 @@ async fn left_behind(conn: &mut PgConnection, report: &mut Report) -> sqlx::Resu
     Ok(())
 }
 
-/// Reads one page and returns its last person. The rows are streamed, since a person may have very many.
+/// Verifies one page and returns its last person.
 async fn page(conn: &mut PgConnection, after: Uuid, report: &mut Report) -> anyhow::Result<Option<Uuid>> {
-    let mut rows = sqlx::query(
-        "SELECT p.id AS person, p.total, p.version, a.version AS inbox, e.*
-         FROM (SELECT id, total, version FROM score.person WHERE id > $1 ORDER BY id LIMIT $2) AS p
-              LEFT JOIN LATERAL (
-                  SELECT version FROM inbox.aggregate
-                  WHERE consumer = (SELECT consumer FROM score.model WHERE role = 'live')
-                    AND aggregate_type = $3 AND aggregate_id = p.id::text
-                  ORDER BY version = p.version DESC, updated_at DESC LIMIT 1) AS a ON true
-              LEFT JOIN score.entry e ON e.person_id = p.id
-         ORDER BY p.id",
-    )
-    .bind(after)
-    .bind(PAGE)
-    .bind(events::AGGREGATE_PERSON)
-    .fetch(conn);
+    let (end, persons, entries, suspects): (Option<Uuid>, i64, i64, Vec<Uuid>) =
+        sqlx::query_as(AssertSqlSafe(SUMS.replace("{in_inbox}", IN_INBOX)))
+            .bind(events::AGGREGATE_PERSON)
+            .bind(after)
+            .bind(PAGE)
+            .fetch_one(&mut *conn)
+            .await?;
+    report.persons += persons.unsigned_abs();
+    report.entries += entries.unsigned_abs();
+    for some in suspects.chunks(WHOLE) {
+        persons_of(conn, some, report).await?;
+    }
+    Ok(end)
+}
+
+/// Looks at some persons and all of their entries. The rows are streamed, since a person may have very many.
+async fn persons_of(conn: &mut PgConnection, ids: &[Uuid], report: &mut Report) -> anyhow::Result<()> {
+    let mut rows = sqlx::query(AssertSqlSafe(ROWS.replace("{in_inbox}", IN_INBOX)))
+        .bind(events::AGGREGATE_PERSON)
+        .bind(ids)
+        .fetch(conn);
     let mut tally: Option<Tally> = None;
     while let Some(row) = rows.try_next().await? {
         let person: Uuid = row.try_get("person")?;
         if tally.as_ref().is_none_or(|tally| tally.id != person) {
             close(tally.as_ref(), report);
-            report.persons += 1;
             let (version, inbox): (i64, Option<i64>) = (row.try_get("version")?, row.try_get("inbox")?);
             if inbox != Some(version) {
                 let applied = inbox.map_or("nothing".to_owned(), |inbox| format!("version {inbox}"));
@@ -135,7 +181,6 @@ async fn page(conn: &mut PgConnection, after: Uuid, report: &mut Report) -> anyh
             && let Some(tally) = &mut tally
         {
             let entry = Entry::from_row(&row)?;
-            report.entries += 1;
             tally.sum += Decimal::from(entry.score);
             match score::of(entry.kind, entry.value) {
                 Some(score) if score == entry.score => {}
@@ -147,9 +192,8 @@ async fn page(conn: &mut PgConnection, after: Uuid, report: &mut Report) -> anyh
             }
         }
     }
-    let end = tally.as_ref().map(|tally| tally.id);
     close(tally.as_ref(), report);
-    Ok(end)
+    Ok(())
 }
 
 /// Compares the total with the sum, after the last entry of a person.

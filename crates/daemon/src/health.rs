@@ -1,7 +1,7 @@
 //! `/live`, `/ready` and `/metrics`: whether the process runs, whether it can do its work, and why not.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -43,6 +43,8 @@ pub struct Health(Arc<Mutex<State>>);
 struct State {
     identity: Identity,
     parts: BTreeMap<&'static str, Option<Waiting>>,
+    /// Labels of metrics whose series are not shown any more, as they are rendered.
+    gone: BTreeSet<String>,
 }
 
 /// What a part waits for; or, when it is `ready`, what an operator should look at all the same.
@@ -69,6 +71,12 @@ impl Health {
     /// Says one thing more of the process, once it is known, such as its source.
     pub fn is_known_as(&self, part: &'static str, value: &str) {
         self.state().identity.0.insert(part, value.to_owned());
+    }
+
+    /// From now on, metrics with this label are left out: what it names does not exist any more, and its series would keep
+    /// their last values forever.
+    pub fn is_gone(&self, label: &str, value: &str) {
+        self.state().gone.insert(format!("{label}=\"{value}\""));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -116,10 +124,23 @@ impl Health {
             METRICS => metrics.map(|metrics| Response {
                 status: 200,
                 content_type: "text/plain; version=0.0.4",
-                body: metrics.render(),
+                body: self.without_gone(metrics.render()),
             }),
             _ => None,
         }
+    }
+
+    fn without_gone(&self, metrics: String) -> String {
+        let gone = self.state().gone.clone();
+        if gone.is_empty() {
+            return metrics;
+        }
+        // The labels follow the first brace. A comment has none.
+        let is_gone = |line: &str| {
+            let labels = line.split_once('{').map_or("", |(_, labels)| labels);
+            !line.starts_with('#') && gone.iter().any(|gone| labels.contains(gone.as_str()))
+        };
+        metrics.split_inclusive('\n').filter(|line| !is_gone(line)).collect()
     }
 
     fn ready(&self) -> Response {
@@ -259,6 +280,24 @@ impl Identity {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn series_of_what_is_gone_are_left_out() {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        let handle = recorder.handle();
+        metrics::with_local_recorder(&recorder, || {
+            for consumer in ["stock", "stock-2"] {
+                metrics::counter!("applied_total", "consumer" => consumer, "reason" => "x").increment(1);
+            }
+        });
+        let health = Health::new();
+        health.is_gone("consumer", "stock");
+        let shown = health.respond(METRICS, Some(&handle)).unwrap().body;
+        assert_eq!(
+            shown.trim(),
+            "# TYPE applied_total counter\napplied_total{consumer=\"stock-2\",reason=\"x\"} 1"
+        );
+    }
 
     #[test]
     fn another_process_is_told_apart() {

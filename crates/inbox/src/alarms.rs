@@ -1,6 +1,10 @@
 //! What an operator should look at while consuming goes on: missing versions, suspected forks, limits.
 
-use std::{cmp::Ordering, collections::BTreeSet, time::Duration};
+use std::{
+    cmp::Ordering,
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use serde_json::Value;
 use sqlx::PgPool;
@@ -14,8 +18,14 @@ use crate::{
 pub(crate) const NAMED: usize = 3;
 /// How many holes are logged at most, each of them once.
 const LOGGED: i64 = 100;
-/// The highest number that is counted.
+/// Events that wait for missing versions are looked at in their order, so many at each look.
+const WAITING: i64 = 1_000;
+/// The highest number that is counted at each look.
 pub(crate) const COUNTED: i64 = 10_000;
+/// Events that wait for missing versions are counted further, up to their limit: after a look that counted `n`, the next
+/// such look is this long away for each 10,000 of them, and at most so long.
+const FURTHER: Duration = Duration::from_secs(5);
+const FURTHER_MOST: Duration = Duration::from_mins(1);
 
 /// Versions that an aggregate waits for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, sqlx::FromRow)]
@@ -63,6 +73,8 @@ pub(crate) struct Alarms<'a> {
     pub(crate) after: Duration,
     caps: StorageCaps,
     logged: BTreeSet<Hole>,
+    /// How many gaps there were when all of them were counted, and when to count them again.
+    gaps: (i64, Instant),
 }
 
 impl<'a> Alarms<'a> {
@@ -73,7 +85,7 @@ impl<'a> Alarms<'a> {
         after: Duration,
         caps: StorageCaps,
     ) -> Self {
-        Self { consumer, pool, queue, after, caps, logged: BTreeSet::new() }
+        Self { consumer, pool, queue, after, caps, logged: BTreeSet::new(), gaps: (0, Instant::now()) }
     }
 
     pub(crate) async fn look(&mut self) -> sqlx::Result<Findings> {
@@ -93,10 +105,12 @@ impl<'a> Alarms<'a> {
     }
 
     /// Counts what is held and rejected, by reason. What is held of earlier incarnations waits for nothing.
-    async fn count(&self) -> sqlx::Result<Vec<(String, i64)>> {
+    ///
+    /// Each count ends at a limit, so a look costs no more than that, however much is held.
+    async fn count(&mut self) -> sqlx::Result<Vec<(String, i64)>> {
         let held = ["gap", "behind", "trying", "poison"].map(|reason| ("inbox_held_events", reason));
         let rejected = REASONS.map(|reason| ("inbox_rejected_messages", reason));
-        let counts: Vec<(String, i64)> = sqlx::query_as(
+        let mut counts: Vec<(String, i64)> = sqlx::query_as(
             "SELECT reason, (SELECT count(*) FROM (SELECT FROM inbox.held
                                                    WHERE consumer = $1 AND reason = r.reason
                                                      AND source <> ALL (ARRAY(SELECT e.source FROM inbox.earlier_source e
@@ -105,15 +119,19 @@ impl<'a> Alarms<'a> {
              FROM unnest($3::text[]) AS r (reason)
              UNION ALL
              SELECT reason, (SELECT count(*) FROM (SELECT FROM inbox.rejected
-                                                   WHERE consumer = $1 AND reason = r.reason LIMIT $2) AS counted)
+                                                   WHERE consumer = $1 AND reason = r.reason LIMIT $5) AS counted)
              FROM unnest($4::text[]) AS r (reason)",
         )
         .bind(self.consumer)
-        .bind(COUNTED.max(self.caps.gaps.max(self.caps.rejected).into()) + 1)
+        .bind(COUNTED + 1)
         .bind(held.map(|(_, reason)| reason))
         .bind(rejected.map(|(_, reason)| reason))
+        .bind(COUNTED.max(self.caps.rejected.into()) + 1)
         .fetch_all(self.pool)
         .await?;
+        if let Some((_, gaps)) = counts.iter_mut().find(|(reason, gaps)| reason == "gap" && *gaps > COUNTED) {
+            *gaps = self.all_gaps().await?.max(*gaps);
+        }
         for (gauge, reason) in held.into_iter().chain(rejected) {
             let count = counts.iter().find(|(of, _)| of == reason).map_or(0, |(_, count)| *count);
             #[expect(clippy::cast_precision_loss, reason = "as many as the limits allow")]
@@ -121,6 +139,28 @@ impl<'a> Alarms<'a> {
                 .set(count as f64);
         }
         Ok(counts)
+    }
+
+    /// Counts all gaps up to their limit, or returns what was counted a short while ago.
+    async fn all_gaps(&mut self) -> sqlx::Result<i64> {
+        let (counted, next) = self.gaps;
+        if Instant::now() < next {
+            return Ok(counted);
+        }
+        let gaps: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM (SELECT FROM inbox.held
+                                   WHERE consumer = $1 AND reason = 'gap'
+                                     AND source <> ALL (ARRAY(SELECT e.source FROM inbox.earlier_source e
+                                                              WHERE e.consumer = $1))
+                                   LIMIT $2) AS counted",
+        )
+        .bind(self.consumer)
+        .bind(COUNTED.max(self.caps.gaps.into()) + 1)
+        .fetch_one(self.pool)
+        .await?;
+        let parts = u32::try_from(gaps / COUNTED).unwrap_or(u32::MAX);
+        self.gaps = (gaps, Instant::now() + FURTHER.saturating_mul(parts).min(FURTHER_MOST));
+        Ok(gaps)
     }
 
     /// Which limits are reached, and what can be done.
@@ -147,7 +187,7 @@ impl<'a> Alarms<'a> {
     async fn holes(&mut self, gaps: i64) -> sqlx::Result<Option<String>> {
         let holes = if gaps == 0 { Vec::new() } else { self.open_holes().await? };
         let count = holes.first().map_or(0, |hole| hole.holes);
-        #[expect(clippy::cast_precision_loss, reason = "at most ten thousand")]
+        #[expect(clippy::cast_precision_loss, reason = "at most a thousand")]
         metrics::gauge!("inbox_holes", "consumer" => self.consumer.to_owned()).set(count as f64);
 
         let open: BTreeSet<Hole> = holes.iter().map(|hole| Hole { holes: 0, ..hole.clone() }).collect();
@@ -168,7 +208,8 @@ impl<'a> Alarms<'a> {
             "versions are missing, and later ones wait for them: {}{}. Have the source replay the aggregate {} to the \
              queue {}, or publish a baseline of it",
             named.join("; "),
-            more(count),
+            // Where as many are found as are looked at, there may be more.
+            if count >= WAITING { "; and others".to_owned() } else { more(count) },
             escape::shell_word(&format!("{}/{}", first.aggregate_type, first.aggregate_id)),
             escape::shell_word(self.queue),
         )))
@@ -199,7 +240,7 @@ impl<'a> Alarms<'a> {
         )
         .bind(self.consumer)
         .bind(self.after.as_secs_f64())
-        .bind(COUNTED)
+        .bind(WAITING)
         .bind(LOGGED)
         .fetch_all(self.pool)
         .await

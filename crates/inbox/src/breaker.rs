@@ -10,9 +10,11 @@ use std::{
     sync::{MutexGuard, PoisonError},
 };
 
+use sqlx::AssertSqlSafe;
+
 use crate::{
-    Handler, Sequencer, attempt::NEVER_CAME_BACK, chain::Key, incarnation::name, rollback::Rollback,
-    work::Mode,
+    Handler, Sequencer, attempt::NEVER_CAME_BACK, chain::Key, incarnation::name, ledger::NEAR,
+    rollback::Rollback, work::Mode,
 };
 
 /// How many sources are remembered at most, where every source is followed.
@@ -134,45 +136,69 @@ impl<H: Handler> Sequencer<H> {
         )))
     }
 
-    /// Tries again what was refused, as long as that succeeds. None when it may go on, else why not.
+    /// Tries again what was refused, as long as that succeeds: first one event, then more at a time, since the cause is
+    /// gone. None when it may go on, else why not.
     pub(crate) async fn mend(&self, limit: u32) -> Result<Option<String>, Rollback> {
+        let mut some = 1;
         loop {
             let overfull = self.overfull(limit).await?;
             let Some(reason) = overfull.clone().or_else(|| self.broken()) else { return Ok(None) };
-            let Some(key) = self.refused(overfull.is_some()).await? else {
-                if overfull.is_none() {
+            let keys = self.refused(overfull.is_some(), some).await?;
+            let applied = match &*keys {
+                [] if overfull.is_none() => {
                     // An operator has redriven or skipped all of them.
                     self.streaks().ended();
                     return Ok(None);
                 }
-                return Ok(Some(reason));
+                [] => 0,
+                [key] => self.retry(key).await?.applied,
+                keys => match self.together(keys, NEAR, false).await {
+                    Ok(together) => together.done.values().map(|one| one.applied).sum(),
+                    Err(Rollback::Failed(_) | Rollback::TooLong(_) | Rollback::Unreadable(_)) => {
+                        some = (some / 2).max(1);
+                        continue;
+                    }
+                    Err(rollback) => return Err(rollback),
+                },
             };
-            if self.retry(&key).await?.applied == 0 {
+            if applied == 0 {
                 return Ok(Some(self.broken().filter(|_| overfull.is_none()).unwrap_or(reason)));
             }
+            some = NEAR.min(some * 2);
         }
     }
 
-    /// The aggregate whose refused event has waited longest for another try: among all, or among the
+    /// The aggregates whose refused events have waited longest for another try, at most `some`: among all, or among the
     /// last ones, since those of before may be bad for themselves. One that ends the process is not
     /// among them.
-    async fn refused(&self, all: bool) -> sqlx::Result<Option<Key>> {
-        let last = if all { i64::MAX } else { self.streaks().limit.into() };
-        let key: Option<(String, String, String)> = sqlx::query_as(
-            "SELECT source, aggregate_type, aggregate_id
-             FROM (SELECT source, aggregate_type, aggregate_id, last_at FROM inbox.held
-                   WHERE consumer = $1 AND reason = 'poison' AND error <> $2
-                     AND source <> ALL (ARRAY(SELECT e.source FROM inbox.earlier_source e WHERE e.consumer = $1))
-                     AND ($4::text[] IS NULL OR split_part(source, '~', 1) = ANY ($4))
-                   ORDER BY first_at DESC LIMIT $3) AS refused
-             ORDER BY last_at LIMIT 1",
-        )
-        .bind(&self.consumer)
-        .bind(NEVER_CAME_BACK)
-        .bind(last)
-        .bind(self.sources.names())
-        .fetch_optional(&self.pool)
-        .await?;
-        Ok(key.map(|(source, aggregate_type, aggregate_id)| Key { source, aggregate_type, aggregate_id }))
+    async fn refused(&self, all: bool, some: usize) -> sqlx::Result<Vec<Key>> {
+        // Each by an index that ends where enough are found: held_retry, and held_reason. The planner believes that the
+        // conditions on the source and the error hold for hardly any row. Behind `OFFSET 0` it does not know them, and
+        // reads in the order of the index. Poison alone has an error.
+        const FILTER: &str = "
+            error <> $2
+            AND source <> ALL (ARRAY(SELECT e.source FROM inbox.earlier_source e WHERE e.consumer = $1))
+            AND ($3::text[] IS NULL OR split_part(source, '~', 1) = ANY ($3))";
+        let sql = if all {
+            format!(
+                "SELECT source, aggregate_type, aggregate_id
+                 FROM (SELECT * FROM inbox.held WHERE consumer = $1 AND error IS NOT NULL ORDER BY last_at OFFSET 0) AS p
+                 WHERE {FILTER} LIMIT {some}"
+            )
+        } else {
+            format!(
+                "SELECT source, aggregate_type, aggregate_id
+                 FROM (SELECT * FROM (SELECT * FROM inbox.held WHERE consumer = $1 AND reason = 'poison'
+                                      ORDER BY first_at DESC OFFSET 0) AS p
+                       WHERE {FILTER} LIMIT {last}) AS refused
+                 ORDER BY last_at LIMIT {some}",
+                last = self.streaks().limit
+            )
+        };
+        let query = sqlx::query_as(AssertSqlSafe(sql))
+            .bind(&self.consumer)
+            .bind(NEVER_CAME_BACK)
+            .bind(self.sources.names());
+        query.fetch_all(&self.pool).await
     }
 }

@@ -55,6 +55,7 @@ mod stall;
 mod status;
 mod stored_message;
 mod subscription;
+mod together;
 mod topology;
 mod transaction;
 mod work;

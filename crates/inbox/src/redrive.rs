@@ -9,6 +9,7 @@ use std::{
 use outbox::database::Attempts;
 use serde::Serialize;
 use sqlx::{PgConnection, Postgres, Transaction};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
@@ -27,7 +28,7 @@ const PAGE: i64 = 500;
 /// How many aggregates and how many errors a summary lists.
 const LISTED: usize = 100;
 /// The limit of one transaction.
-const LIMIT: Duration = Duration::from_mins(1);
+pub(crate) const LIMIT: Duration = Duration::from_mins(1);
 
 /// Which held events to apply again, and how.
 #[derive(Clone, Debug)]
@@ -86,6 +87,9 @@ pub struct RedriveSummary {
     pub refused: u64,
     /// How many events of the aggregates are still held.
     pub held: i64,
+    /// It was stopped before its end. The same redrive goes on with the rest.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub interrupted: bool,
     /// How many aggregates each error stops, for the first hundred errors.
     pub errors: BTreeMap<String, u64>,
     /// The result for each of the first hundred aggregates. Stopped aggregates replace others in this list.
@@ -134,8 +138,15 @@ impl From<Rollback> for RedriveError {
     }
 }
 
+impl RedrivenAggregate {
+    /// Of which nothing was done.
+    pub(crate) fn of(aggregate: Key) -> Self {
+        Self { aggregate, from: 0, to: 0, applied: 0, held: 0, refused: None, unfinished: false }
+    }
+}
+
 impl RedriveSummary {
-    fn add(&mut self, one: RedrivenAggregate) {
+    pub(crate) fn add(&mut self, one: RedrivenAggregate) {
         self.aggregates += 1;
         self.applied += one.applied;
         self.held += one.held;
@@ -160,8 +171,8 @@ impl<H: Handler> Sequencer<H> {
     /// Applies held events again: for each aggregate the event that stops it and then those behind it, in order, up to
     /// the next event that is refused. That refusal counts as one more attempt at the event.
     ///
-    /// Each transaction holds the aggregate's lock, so any number of redrives and consumers may run at once. `progress`
-    /// is called after each aggregate.
+    /// Several aggregates share a transaction for as long as all of their events succeed. Each transaction holds the
+    /// aggregates' locks, so any number of redrives and consumers may run at once. `progress` is called after each.
     ///
     /// ```
     /// # async fn example<H: inbox::Handler>(sequencer: inbox::Sequencer<H>) -> Result<(), Box<dyn std::error::Error>> {
@@ -179,25 +190,40 @@ impl<H: Handler> Sequencer<H> {
         redrive: &Redrive,
         mut progress: impl FnMut(&RedriveSummary),
     ) -> Result<RedriveSummary, RedriveError> {
+        self.redrive_until(redrive, &CancellationToken::new(), &mut progress).await
+    }
+
+    /// As [`redrive`](Self::redrive), up to the end of the transaction in which `stop` is cancelled. The summary then says
+    /// [`interrupted`](RedriveSummary::interrupted).
+    ///
+    /// ```
+    /// # async fn example<H: inbox::Handler>(sequencer: inbox::Sequencer<H>, request: inbox::Redrive) -> Result<(), Box<dyn std::error::Error>> {
+    /// let stop = tokio_util::sync::CancellationToken::new();
+    /// let summary = sequencer.redrive_until(&request, &stop, |_| ()).await?;
+    /// if summary.interrupted {
+    ///     println!("{} events applied so far", summary.applied);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn redrive_until(
+        &self,
+        redrive: &Redrive,
+        stop: &CancellationToken,
+        mut progress: impl FnMut(&RedriveSummary),
+    ) -> Result<RedriveSummary, RedriveError> {
         let mut all = RedriveSummary::default();
-        let mut after = None;
+        let (mut after, mut some) = (None, redrive.batch.max(1));
         loop {
             let mut conn = self.pool.acquire().await?;
             let page = due(&mut conn, &self.consumer, &redrive.filter, after.as_ref(), PAGE).await?;
             drop(conn);
-            for key in &page {
-                match self.bring_on(key, redrive.batch, redrive.dry_run).await {
-                    Ok(one) => all.add(one),
-                    // Its source has gone on meanwhile.
-                    Err(RedriveError::Superseded) => continue,
-                    Err(error) => return Err(error),
-                }
-                progress(&all);
+            let Some(last) = page.last().cloned() else { return Ok(all) };
+            if !self.bring_all_on(page, redrive, stop, &mut some, &mut all, &mut progress).await? {
+                all.interrupted = true;
+                return Ok(all);
             }
-            match page.into_iter().next_back() {
-                Some(last) => after = Some(last),
-                None => return Ok(all),
-            }
+            after = Some(last);
         }
     }
 
@@ -217,7 +243,12 @@ impl<H: Handler> Sequencer<H> {
     }
 
     /// One transaction, retried after a conflict.
-    async fn some(&self, key: &Key, batch: usize, dry_run: bool) -> Result<RedrivenAggregate, RedriveError> {
+    pub(crate) async fn some(
+        &self,
+        key: &Key,
+        batch: usize,
+        dry_run: bool,
+    ) -> Result<RedrivenAggregate, RedriveError> {
         let mut attempts = Attempts::default();
         loop {
             let work = async {
@@ -310,7 +341,8 @@ impl<H: Handler> Sequencer<H> {
         let chain = ledger.chain(key)?;
         let unfinished = refused.is_none() && !matches!(chain.next(), Next::Nothing);
         let to = chain.version();
-        let held = ledger.count(tx, key).await?;
+        // Of very many, counting after each transaction would take longer than applying.
+        let held = if unfinished && !dry_run { 0 } else { ledger.count(tx, key).await? };
         let applied = applied as u64;
         Ok(RedrivenAggregate { aggregate: key.clone(), from, to, applied, held, refused, unfinished })
     }
@@ -344,7 +376,7 @@ pub(crate) async fn within<T>(
 }
 
 /// The held event to try: the next one, or else the first that was refused, which may jump.
-fn turn(chain: &Chain<'_>) -> Option<i64> {
+pub(crate) fn turn(chain: &Chain<'_>) -> Option<i64> {
     let next = chain.next_version();
     if chain.held.contains_key(&next) {
         return Some(next);

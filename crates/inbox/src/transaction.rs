@@ -116,7 +116,7 @@ impl<H: Handler> Sequencer<H> {
     }
 
     /// Locks the sources and the chains of the work, and decides what becomes of each message.
-    async fn decide<'a>(
+    pub(crate) async fn decide<'a>(
         &'a self,
         tx: &mut Transaction<'_, Postgres>,
         work: Work<'a>,
@@ -181,7 +181,7 @@ impl<H: Handler> Sequencer<H> {
     }
 
     /// Stores how far the chains are, and what is held and rejected.
-    async fn write(
+    pub(crate) async fn write(
         &self,
         tx: &mut Transaction<'_, Postgres>,
         plan: &mut Plan<'_>,

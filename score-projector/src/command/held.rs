@@ -6,7 +6,7 @@ mod text;
 use std::fmt::Write;
 
 use anyhow::{Context, bail};
-use daemon::progress::Progress;
+use daemon::{progress::Progress, shutdown::Shutdown};
 use escape::line as escaped;
 use inbox::{
     Redrive, RedriveSummary, Sequencer,
@@ -51,7 +51,8 @@ pub enum HeldAction {
         body: bool,
     },
     /// Apply events again, in order, with this program's handler: first the event that stops its aggregate, then the
-    /// events behind it. Exit code 3 when one is refused again.
+    /// events behind it. Exit code 3 when one is refused again. Ctrl-C ends it after the current transaction; the same
+    /// command then goes on.
     Redrive(RedriveArgs),
     /// Give up the event that stops its aggregate. Its version counts, its content has no effect, and the skip is
     /// recorded. Then the events behind it are applied.
@@ -119,9 +120,11 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
     match &args.action {
         HeldAction::List(list) if list.events => list_events(args, &mut conn, &consumer, list).await,
         HeldAction::List(list) => {
+            let progress = Progress::new("reading what is held", "event");
             let groups = held::groups(&mut conn, &consumer, list.limit)
                 .await
                 .context("the held events cannot be read")?;
+            drop(progress);
             args.common.answer(&json!({"consumer": consumer, "held": groups}), || {
                 groups_text(&consumer, &groups, args.which)
             })?;
@@ -130,9 +133,11 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
         HeldAction::Show { id, body } => show(args, &mut conn, &consumer, *id, *body).await,
         HeldAction::Redrive(redrive) => {
             drop(conn);
-            let answer = sequencer(args, consumer)?.redrive(&request(redrive), progress()).await?;
+            let stop = Shutdown::on_signals()?;
+            let sequencer = sequencer(args, consumer)?;
+            let answer = sequencer.redrive_until(&request(redrive), stop.requested(), progress()).await?;
             args.common.answer(&answer, || summary_text(&answer, redrive.dry_run))?;
-            Ok(if answer.refused == 0 { Verdict::Ok } else { Verdict::Attention })
+            Ok(if answer.refused == 0 && !answer.interrupted { Verdict::Ok } else { Verdict::Attention })
         }
         HeldAction::Skip(request) => {
             let event = skip::chosen(&mut conn, &consumer, request).await?;
@@ -144,7 +149,7 @@ pub async fn held(args: &HeldArgs) -> anyhow::Result<Verdict> {
 
 /// The sequencer and handler of `run`. They notify neither the relay nor readers, which poll anyway.
 fn sequencer(args: &HeldArgs, consumer: String) -> anyhow::Result<Sequencer<Projection>> {
-    let database = args.common.database.options("score-projector held", STATEMENT_TIMEOUT)?;
+    let database = args.common.database.options("score-projector held", STATEMENT_TIMEOUT)?.quiet();
     let role = args.which.role();
     let pool = role.options(database).pool(2);
     let model = Model::new(role, consumer, None);

@@ -1,10 +1,12 @@
 use anyhow::{Context, bail};
-use daemon::{command::Verdict, config::broker::BrokerArgs};
+use daemon::{command::Verdict, config::broker::BrokerArgs, progress::Progress};
 use outbox::database::again;
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
 
-use super::{LOCK_ATTEMPTS, RebuildArgs, is_lock, limit_locks, pause, remove_consumer, remove_queue};
+use super::{
+    LOCK_ATTEMPTS, RebuildArgs, compare::unwatch, is_lock, limit_locks, pause, remove_consumer, remove_queue,
+};
 use crate::model::{self, StoredModel};
 
 /// Removes a rebuild, in this order: the tables, so that its consumers end; their queue; their rows in the inbox; and the
@@ -14,6 +16,7 @@ pub(super) async fn abort(
     conn: &mut PgConnection,
     broker: &BrokerArgs,
 ) -> anyhow::Result<Verdict> {
+    let progress = Progress::new("removing the shadow", "attempt");
     let mut attempt = 0;
     while let Err(error) = end(conn).await {
         attempt += 1;
@@ -28,9 +31,11 @@ pub(super) async fn abort(
     };
     let Some(queue) = queue else { bail!("score.model names no queue of {consumer}") };
     remove_queue(conn, broker, &queue).await?;
-    remove_consumer(conn, &consumer).await?;
+    remove_consumer(conn, &consumer, &progress).await?;
+    unwatch(conn).await;
     again(async || sqlx::query("DELETE FROM score.model WHERE role = 'ending'").execute(&mut *conn).await)
         .await?;
+    drop(progress);
     args.common.answer(&json!({"aborted": consumer}), || {
         format!("{consumer} is removed, with its queue and its rows in the inbox")
     })?;

@@ -18,24 +18,9 @@ type Tx<'a, 'tx> = &'a mut Transaction<'tx, Postgres>;
 /// Persons whose scores are compared in memory at a time.
 const PAGE: i64 = 500;
 
-/// Appends the events that lead from the live model to the shadow, under locks that keep both as they
-/// are. Returns how many there are.
+/// Appends the events that lead from the live model to the shadow for the persons that the comparison has remembered, under
+/// locks that keep both models as they are. Returns how many there are.
 pub(super) async fn differences(tx: Tx<'_, '_>) -> anyhow::Result<u64> {
-    // The persons that differ, once; their differences, page by page.
-    sqlx::query(
-        "CREATE TEMPORARY TABLE differing ON COMMIT DROP AS
-         SELECT coalesce(l.id, s.id) AS id
-         FROM score.person l FULL JOIN score_shadow.person s ON l.id = s.id
-         WHERE (l.id, l.cpf, l.total) IS DISTINCT FROM (s.id, s.cpf, s.total)
-         UNION
-         SELECT unnest(ARRAY[l.person_id, s.person_id])
-         FROM score.entry l FULL JOIN score_shadow.entry s ON l.id = s.id
-         WHERE (l.id, l.person_id, l.type, l.value, l.score, l.created_at)
-               IS DISTINCT FROM (s.id, s.person_id, s.type, s.value, s.score, s.created_at)",
-    )
-    .execute(&mut **tx)
-    .await
-    .context("the two models could not be compared")?;
     let (mut last, mut appended) = (Uuid::nil(), 0);
     loop {
         let page: Vec<Uuid> =

@@ -1,25 +1,37 @@
 use std::{fmt::Write, time::Duration};
 
-use daemon::command::{Verdict, many, span};
+use daemon::{
+    command::{Verdict, many, span},
+    progress::Progress,
+};
 use serde_json::json;
 use sqlx::PgConnection;
 use tokio::time::Instant;
 
 use super::{
     RebuildArgs,
-    difference::difference,
-    progress::{HeldCount, Progress, held, progress},
+    compare::{Comparison, remember},
+    difference::{Difference, difference},
+    progress::{Counts, HeldCount, count, example, held, reached, sample},
 };
 use crate::model::{self, StoredModel};
 
-/// The time between the two counts that give the rate.
-const BETWEEN: Duration = Duration::from_secs(2);
+/// The time between the two looks that give the rate.
+const BETWEEN: Duration = Duration::from_secs(1);
+/// How often persons are looked at again that one model has at a later version than the other one.
+const LOOKS: u32 = 10;
+/// With more of them, the shadow is far behind, and no look would find them at the same version.
+const APART: i64 = 10_000;
 
 /// Prints the state of the rebuild, and its progress.
-pub(super) async fn status(args: &RebuildArgs, conn: &mut PgConnection) -> anyhow::Result<Verdict> {
+pub(super) async fn status(
+    args: &RebuildArgs,
+    conn: &mut PgConnection,
+    compared: bool,
+) -> anyhow::Result<Verdict> {
     let live = model::live(conn).await?;
     if let Some(shadow) = model::stored(conn, "shadow").await? {
-        return building(args, conn, &live.consumer, &shadow).await;
+        return building(args, conn, &live.consumer, &shadow, compared).await;
     }
     let old = model::stored(conn, "old").await?.map(|old| old.consumer);
     let ending = model::stored(conn, "ending").await?.map(|ending| ending.consumer);
@@ -49,27 +61,33 @@ async fn building(
     conn: &mut PgConnection,
     live: &str,
     shadow: &StoredModel,
+    compared: bool,
 ) -> anyhow::Result<Verdict> {
     let name = &shadow.consumer;
-    let mut now = progress(conn, live, name).await?;
+    let comparison = Comparison { live, shadow: name };
+    let progress = Progress::new("counting the aggregates", "aggregate");
+    let mut now = count(conn, &comparison).await?;
     let mut rate = None;
     if now.behind > 0 {
-        // Counted twice, so that the rate is the present one, without the time before the filling began.
-        let (before, since) = (now.behind, Instant::now());
+        // Those behind are looked at twice, so that the rate is the present one, without the time before the filling began.
+        let sample = sample(conn, &comparison, now.behind).await?;
+        let since = Instant::now();
+        now.examples = sample.iter().take(5).map(example).collect();
         tokio::time::sleep(BETWEEN).await;
-        now = progress(conn, live, name).await?;
         #[expect(clippy::cast_precision_loss, reason = "a rate is no exact number")]
-        let caught_up = (before - now.behind) as f64;
+        let caught_up = now.behind as f64 * reached(conn, &comparison, &sample).await?;
         rate = Some(caught_up / since.elapsed().as_secs_f64());
     }
     let held = held(conn, name).await?;
-    let difference = if now.behind == 0 { Some(difference(conn).await?) } else { None };
+    let difference = if compared { Some(compare(conn, &comparison, &progress).await?) } else { None };
+    drop(progress);
     let left = left(&now, rate);
     let answer = json!({
         "live": live, "shadow": name, "queue": shadow.queue, "since": shadow.since, "progress": now,
         "rate": rate, "seconds_left": left, "held": held, "difference": difference,
         "may_swap": now.behind == 0,
     });
+    let apart = difference.as_ref().map_or(0, |difference| difference.apart);
     args.common.answer(&answer, || {
         let queue = shadow.queue.as_deref().unwrap_or_default();
         let since = shadow.since.format("%Y-%m-%d %H:%M:%S UTC");
@@ -87,6 +105,13 @@ async fn building(
         }
         if let Some(difference) = &difference {
             text += &difference.text();
+            if apart > 0 {
+                let _ = writeln!(
+                    text,
+                    "not compared, since the models have them at different versions: {}",
+                    many(apart, "person")
+                );
+            }
         }
         text += if now.behind == 0 {
             "it may take the live model's place: score-projector rebuild swap"
@@ -98,7 +123,28 @@ async fn building(
     Ok(if now.behind == 0 { Verdict::Ok } else { Verdict::Attention })
 }
 
-fn counts(now: &Progress, held: &[HeldCount]) -> String {
+/// Compares the two models. Persons that one of them had at a later version are looked at again.
+async fn compare(
+    conn: &mut PgConnection,
+    comparison: &Comparison<'_>,
+    progress: &Progress,
+) -> anyhow::Result<Difference> {
+    remember(conn).await?;
+    comparison.models(conn, progress).await?;
+    progress.step("looking again at what differs", "look");
+    let mut looks = 1;
+    loop {
+        let difference = difference(conn, comparison).await?;
+        if difference.apart == 0 || difference.apart > APART || looks == LOOKS {
+            return Ok(difference);
+        }
+        progress.at(looks.into(), LOOKS.into());
+        looks += 1;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+fn counts(now: &Counts, held: &[HeldCount]) -> String {
     let mut text = format!(
         "  of {}: {} level, {} ended or of an earlier incarnation, {} behind\n",
         many(now.aggregates, "aggregate"),
@@ -116,7 +162,7 @@ fn counts(now: &Progress, held: &[HeldCount]) -> String {
 }
 
 /// The remaining seconds at this rate.
-fn left(now: &Progress, rate: Option<f64>) -> Option<f64> {
+fn left(now: &Counts, rate: Option<f64>) -> Option<f64> {
     #[expect(clippy::cast_precision_loss, reason = "an estimate is no exact number")]
     rate.filter(|rate| *rate > 0.0).map(|rate| now.behind as f64 / rate)
 }

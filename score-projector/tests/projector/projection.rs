@@ -6,6 +6,8 @@ use serde_json::json;
 use sqlx::postgres::PgListener;
 use uuid::Uuid;
 
+use events::ItemKind;
+
 use crate::stack::{DEADLINE, Stack, command, id, item, person, until};
 
 #[tokio::test]
@@ -213,4 +215,37 @@ async fn the_relay_and_the_readers_are_told_of_what_is_committed() {
         }
     };
     tokio::time::timeout(DEADLINE, both).await.expect("both are told");
+}
+
+/// `verify` has the database sum up, and looks at what differs itself.
+#[tokio::test]
+async fn the_database_computes_the_score_of_an_item_as_the_projector_does() {
+    let stack = Stack::new("of_item").await;
+    let values = [
+        "0",
+        "-0",
+        "19.9999",
+        "20",
+        "39.9999",
+        "49.9999",
+        "50",
+        "1.50000000",
+        "123456789.4321",
+        "999999999999999.9999",
+        "1000000000000000",
+        "0.00001",
+        "-1",
+    ];
+    for (name, kind) in [("income", ItemKind::Income), ("asset", ItemKind::Asset), ("debt", ItemKind::Debt)] {
+        for value in values {
+            let score: Option<i64> =
+                sqlx::query_scalar("SELECT score.of_item($1, $2::text::numeric)::bigint")
+                    .bind(name)
+                    .bind(value)
+                    .fetch_one(&stack.pool)
+                    .await
+                    .unwrap();
+            assert_eq!(score, score_projector::score::of(kind, value.parse().unwrap()), "{name} {value}");
+        }
+    }
 }

@@ -1,8 +1,9 @@
 //! A read model that is built again beside the live one.
 
-use std::fmt::Write;
+use std::{fmt::Write, sync::Arc};
 
 use serde_json::{Value, json};
+use sqlx::Connection;
 use uuid::Uuid;
 
 use crate::stack::{Stack, id, item, person, until};
@@ -89,6 +90,7 @@ async fn a_live_model_that_is_wrong_is_repaired_by_the_swap() {
     until_level(&stack).await;
     for arguments in [
         &["rebuild", "status"][..],
+        &["rebuild", "status", "--difference"],
         &["rebuild", "swap", "--dry-run"],
         &["rebuild", "swap"],
         &["rebuild", "status"],
@@ -267,6 +269,105 @@ async fn what_waits_moves_to_the_new_consumer() {
     stack.publish("asset.new", p, 4, &item(id(104), p, 1, "20")).await;
     stack.until_version(p, 5).await;
     assert_eq!(stack.owner(&["verify"]).0, 0);
+}
+
+/// The models are compared before the live one stands still. What anybody changes after that is looked at again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_changes_after_the_comparison_is_in_the_swap() {
+    let stack = Arc::new(Stack::new("after_compared").await);
+    let _program = stack.start().await;
+    persons(&stack).await;
+    let queue = start(&stack);
+    stack.replay(&queue).await;
+    until_level(&stack).await;
+    // The swap has compared everything, and waits for the live model.
+    let mut writer = stack.pool.begin().await.unwrap();
+    sqlx::query("SELECT FROM score.model WHERE role = 'live' FOR SHARE").execute(&mut *writer).await.unwrap();
+    let swap = tokio::task::spawn_blocking({
+        let stack = stack.clone();
+        move || stack.owner(&["rebuild", "swap"])
+    });
+    let waits = async || {
+        until("it waits for the live model", async || {
+            let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity
+                                      WHERE datname = current_database() AND application_name = 'score-projector rebuild'
+                                        AND wait_event_type = 'Lock' AND query LIKE '%score.model%FOR UPDATE%')";
+            sqlx::query_scalar(sql).fetch_one(&stack.pool).await.unwrap()
+        })
+        .await;
+    };
+    waits().await;
+    for sql in [
+        // Of either model, of either table, in each way.
+        "UPDATE score.person SET total = 77 WHERE id = '0198c0de-0000-7000-8000-000000000064'",
+        "DELETE FROM score.entry WHERE id = '0198c0de-0000-7000-8000-0000000000c9'",
+        "UPDATE score_shadow.entry SET value = 1000, score = 50 WHERE id = '0198c0de-0000-7000-8000-00000000012d'",
+        "INSERT INTO score.person (id, cpf, created_at, version, total)
+             VALUES ('0198c0de-0000-7000-8000-000000000999', 9, now(), 1, 0)",
+        "DELETE FROM score_shadow.person WHERE id = '0198c0de-0000-7000-8000-0000000001f4'",
+        // And back again: no difference.
+        "UPDATE score.person SET total = 5 WHERE id = '0198c0de-0000-7000-8000-000000000190'",
+        "UPDATE score.person SET total = 3 WHERE id = '0198c0de-0000-7000-8000-000000000190'",
+    ] {
+        sqlx::query(sql).execute(&mut *writer).await.unwrap();
+    }
+    // With the commit it gets the lock, and no look before that has seen any of it.
+    waits().await;
+    writer.commit().await.unwrap();
+    let (code, said) = swap.await.unwrap();
+    assert_eq!(code, 0, "{said}");
+    let left: Vec<String> = sqlx::query_scalar(
+        "SELECT concat(tgrelid::regclass, ' ', tgname) FROM pg_trigger WHERE tgfoid = 'score.note_change()'::regprocedure
+         UNION ALL SELECT 'changed ' || id FROM score.changed_person",
+    )
+    .fetch_all(&stack.pool)
+    .await
+    .unwrap();
+    assert!(left.is_empty(), "left over: {left:?}");
+    insta::assert_snapshot!(said);
+}
+
+/// A swap that was killed leaves its triggers. They note nothing, since nobody compares, and cost no writer a right.
+#[tokio::test]
+async fn what_a_killed_swap_leaves_notes_nothing() {
+    let stack = Stack::new("left_over").await;
+    let _program = stack.start().await;
+    persons(&stack).await;
+    let mut swap = stack.pool.acquire().await.unwrap().detach();
+    let began: bool = sqlx::query_scalar("SELECT score.try_swap()").fetch_one(&mut swap).await.unwrap();
+    assert!(began);
+    for table in ["score.person", "score.entry", "inbox.aggregate"] {
+        sqlx::query("SELECT score.note_changes_of($1::regclass)")
+            .bind(table)
+            .execute(&mut swap)
+            .await
+            .unwrap();
+    }
+    let p = id(100);
+    stack.publish("asset.new", p, 4, &item(id(104), p, 1, "20")).await;
+    stack.until_version(p, 4).await;
+    let noted = async || -> Vec<String> {
+        sqlx::query_scalar(
+            "SELECT DISTINCT 'person ' || id FROM score.changed_person
+             UNION ALL SELECT DISTINCT concat_ws(' ', 'chain', source, aggregate_type, aggregate_id) FROM score.changed_chain",
+        )
+        .fetch_all(&stack.pool)
+        .await
+        .unwrap()
+    };
+    assert_eq!(noted().await, [format!("person {p}"), format!("chain person person {p}")]);
+    let (code, said) = stack.owner(&["rebuild", "start"]);
+    assert_eq!(code, 0, "{said}");
+    let (code, said) = stack.owner(&["rebuild", "swap"]);
+    assert!(code == 1 && said.contains("another score-projector rebuild swap is under way"), "{said}");
+    sqlx::raw_sql("DELETE FROM score.changed_person; DELETE FROM score.changed_chain")
+        .execute(&stack.pool)
+        .await
+        .unwrap();
+    swap.close().await.unwrap();
+    stack.publish("asset.new", p, 5, &item(id(105), p, 1, "20")).await;
+    stack.until_version(p, 5).await;
+    assert!(noted().await.is_empty());
 }
 
 /// Made from the catalog, so that the two cannot differ.

@@ -106,6 +106,7 @@ async fn reads_never_stop_and_subscribers_see_neither_fork_nor_hole() {
     let reads_before = reads.load(Ordering::Relaxed);
     let (code, said) = stack.owner(&["rebuild", "swap"]);
     assert_eq!(code, 0, "{said}");
+    assert!(said.contains("the two models are equal"), "one moves on while they are compared: {said}");
     more(5).await;
     until("reads go on", async || reads.load(Ordering::Relaxed) > reads_before + 100).await;
     enough.cancel();

@@ -95,3 +95,61 @@ async fn too_many_held() {
     running.until_consuming().await;
     running.stop().await;
 }
+
+/// However many events were refused, each try finds the next one by index; and once the cause is gone, they are applied many
+/// at a time.
+#[tokio::test]
+async fn very_many_refused() {
+    const REFUSED: i64 = 3_000;
+    let world = World::new("refused").await;
+    let handler = Recorder::new("things");
+    sqlx::query(
+        "WITH known AS (
+             INSERT INTO inbox.aggregate (consumer, source, aggregate_type, aggregate_id)
+             SELECT 'things', 'things', 'thing', 'a' || n FROM generate_series(1, $1) n RETURNING aggregate_id)
+         INSERT INTO inbox.held (consumer, source, aggregate_type, aggregate_id, version, event_id, type, headers, payload,
+                                 reason, error, attempts, first_at, last_at)
+         SELECT 'things', 'things', 'thing', aggregate_id, 1, gen_random_uuid(), 'thing.changed', '{}', 'broken',
+                'poison', 'the handler is broken', 1, now() - interval '1 hour', now() - interval '1 hour'
+         FROM known",
+    )
+    .bind(REFUSED)
+    .execute(&world.pool)
+    .await
+    .unwrap();
+    sqlx::raw_sql("ANALYZE inbox.held; ANALYZE inbox.aggregate").execute(&world.pool).await.unwrap();
+    let start = || world.start_with(handler.clone(), |config| Config { max_held: 5, ..config });
+    let mut running = start();
+    stopped(&mut running).await;
+    until("some are tried again", async || {
+        let sql = "SELECT count(*) >= 3 FROM inbox.held WHERE attempts > 1";
+        sqlx::query_scalar(sql).fetch_one(&world.pool).await.unwrap()
+    })
+    .await;
+    running.stop().await;
+    let read = async |index: &str| -> i64 {
+        sqlx::query_scalar(
+            "SELECT coalesce(sum(idx_tup_read), 0)::bigint FROM pg_stat_user_indexes WHERE indexrelname = $1",
+        )
+        .bind(index)
+        .fetch_one(&world.pool)
+        .await
+        .unwrap()
+    };
+    until("the statistics are there", async || read("held_retry").await > 0).await;
+    assert!(read("held_retry").await < 1_000, "{} rows for a few tries", read("held_retry").await);
+
+    handler.passed.store(true, Ordering::Relaxed);
+    let calls = handler.calls.load(Ordering::Relaxed);
+    let mut running = start();
+    until("few are left", async || held(&world.pool).await <= 5).await;
+    running.until_consuming().await;
+    running.stop().await;
+    let transactions: i64 =
+        sqlx::query_scalar("SELECT count(DISTINCT xmin::text) FROM inbox.aggregate WHERE version = 1")
+            .fetch_one(&world.pool)
+            .await
+            .unwrap();
+    assert!(transactions < REFUSED / 20, "{transactions} transactions");
+    assert!(handler.calls.load(Ordering::Relaxed) > calls);
+}

@@ -305,3 +305,66 @@ async fn causes_and_pages() {
     }
     assert_eq!(seen.len(), 1_031);
 }
+
+/// Aggregates that succeed share transactions; one that is refused again costs only itself.
+#[tokio::test]
+async fn many_aggregates_take_few_transactions() {
+    let case = Case::new("redrive_together").await;
+    for n in 0..200 {
+        case.apply(&[event(&format!("a{n:03}"), 1, if n == 77 { "poison" } else { "broken" })]).await;
+        case.apply(&[event(&format!("a{n:03}"), 2, "1")]).await;
+    }
+    case.fix();
+    let dry = case.redrive(&Redrive { dry_run: true, ..ALL }).await;
+    assert_eq!((dry.aggregates, dry.applied, dry.refused, dry.held), (200, 398, 1, 2));
+    let all = case.redrive(&ALL).await;
+    assert_eq!((all.aggregates, all.applied, all.refused, all.held), (200, 398, 1, 2));
+    let transactions: i64 =
+        sqlx::query_scalar("SELECT count(DISTINCT xmin::text) FROM inbox.aggregate WHERE version = 2")
+            .fetch_one(&case.pool)
+            .await
+            .unwrap();
+    assert!(transactions < 40, "{transactions} transactions for 199 aggregates");
+    let each: Vec<(i64, i64)> = all.each.iter().map(|one| (one.from, one.to)).collect();
+    assert!(each.iter().all(|one| [(0, 2), (0, 0)].contains(one)), "{each:?}");
+    let stopped = all.each.iter().find(|one| one.refused.is_some()).unwrap();
+    assert_eq!(stopped.aggregate.aggregate_id, "a077");
+}
+
+/// An aggregate of which more is held than a transaction takes, among others.
+#[tokio::test]
+async fn a_long_chain_among_others_is_applied_in_order() {
+    let case = Case::new("redrive_long").await;
+    for name in ["a", "b", "c"] {
+        let versions = if name == "b" { 300 } else { 2 };
+        let chain: Vec<Envelope> =
+            (1..=versions).map(|v| event(name, v, if v == 1 { "broken" } else { "1" })).collect();
+        case.apply(&chain).await;
+    }
+    case.fix();
+    let all = case.redrive(&ALL).await;
+    assert_eq!((all.aggregates, all.applied, all.refused, all.held), (3, 304, 0, 0));
+    let each: Vec<(&str, i64, i64, u64)> = all
+        .each
+        .iter()
+        .map(|one| (one.aggregate.aggregate_id.as_str(), one.from, one.to, one.applied))
+        .collect();
+    let mut each = each;
+    each.sort_unstable();
+    assert_eq!(each, [("a", 0, 2, 2), ("b", 0, 300, 300), ("c", 0, 2, 2)]);
+}
+
+#[tokio::test]
+async fn an_interrupted_redrive_says_how_far_it_is_and_the_next_goes_on() {
+    let case = Case::new("redrive_stopped").await;
+    for n in 0..50 {
+        case.apply(&[event(&format!("a{n:02}"), 1, "broken")]).await;
+    }
+    case.fix();
+    let stop = tokio_util::sync::CancellationToken::new();
+    let small = Redrive { batch: 8, ..ALL };
+    let some = case.sequencer.redrive_until(&small, &stop, |_| stop.cancel()).await.unwrap();
+    assert!(some.interrupted && some.applied > 0 && some.applied < 50, "{some:?}");
+    let rest = case.redrive(&ALL).await;
+    assert_eq!((rest.interrupted, some.applied + rest.applied), (false, 50));
+}

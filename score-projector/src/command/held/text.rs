@@ -79,7 +79,12 @@ pub(super) fn event_text(shown: &HeldDetail) -> String {
 
 pub(super) fn summary_text(all: &RedriveSummary, dry_run: bool) -> String {
     if all.aggregates == 0 {
-        return "no held event matches".to_owned();
+        let text = if all.interrupted {
+            "interrupted before the first event was applied"
+        } else {
+            "no held event matches"
+        };
+        return text.to_owned();
     }
     let (applied, still_held) =
         if dry_run { ("would be applied", "would still be held") } else { ("applied", "are still held") };
@@ -90,6 +95,9 @@ pub(super) fn summary_text(all: &RedriveSummary, dry_run: bool) -> String {
         0 => writeln!(text, ", none {still_held}"),
         held => writeln!(text, ", {held} {still_held}"),
     };
+    if all.interrupted {
+        text += "interrupted; the same command goes on with the rest\n";
+    }
     for (error, count) in &all.errors {
         let aggregates = many(i64::try_from(*count).unwrap_or(i64::MAX), "aggregate");
         let _ = writeln!(text, "  {aggregates} stopped again: {}", escaped(error));
