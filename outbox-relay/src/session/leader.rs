@@ -62,8 +62,8 @@ impl LeaderSession {
     }
 
     /// Reads what is new. What it returns survives a crash of the server. Rows that cannot be read as events
-    /// are kept for [`set_unreadable_aside`](Self::set_unreadable_aside). Settled already is what an operator has dropped, when an earlier leader set it aside and
-    /// was killed before it stored that.
+    /// are kept for [`set_unreadable_aside`](Self::set_unreadable_aside). Settled already is what an
+    /// operator has dropped, when an earlier leader set it aside and was killed before it stored that.
     pub async fn read(&mut self, budget: Budget) -> Result<Batch, SessionError> {
         let sent = lease::now();
         let mut batch = within_timeout(self.reader.read(&mut self.conn, budget)).await?;
