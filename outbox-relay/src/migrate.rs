@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use daemon::{command::many, progress::Progress};
+use daemon::progress::Progress;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use crate::config::MigrateArgs;
@@ -57,10 +57,7 @@ async fn build_indexes(conn: &mut PgConnection) -> anyhow::Result<()> {
     }
     drop(said);
     if left > 0 {
-        tracing::warn!(
-            "{} without an index: run this again, when no long transaction is open",
-            many(left, "partition")
-        );
+        tracing::warn!(partitions = left, "partitions are left without that index");
     }
     Ok(())
 }

@@ -207,7 +207,7 @@ mod tests {
         comparing: [                    ]   0 %  3 events, 1/s, 50 min left
         comparing: [######              ]  30 %  3000 events, 1000/s, 7.0 s left
         comparing: [####################] 100 %  1 event, 0/s, 0.0 s left
-        comparing: [####################] 100 %  2 events, 1/s, 0.0 s left
+        comparing: [####################] 100 %  1 event, 0/s, 0.0 s left
         comparing: [####################] 100 %  0 events, 3.0 s
         ");
     }
