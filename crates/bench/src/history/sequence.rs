@@ -56,7 +56,8 @@ const LOOK: &[Operation] = &[
     steady("outbox-relay trace {event}"),
     steady("outbox-relay trace person/{ordinary}"),
     steady("outbox-relay trace person/{giant}"),
-    at_most("outbox-relay trace person/{giant} --limit 10000", 60_000.0),
+    // Fifteen an event: itself, what is set aside of it, and what its relays say.
+    at_most("outbox-relay trace person/{giant} --limit 10000", 150_000.0),
     steady("outbox-relay erasures"),
     steady("outbox-relay erasures --finish"),
     steady("outbox-relay forget unused --yes"),
@@ -134,7 +135,8 @@ const SET_ASIDE: &[Operation] = &[
     // It counts what is set aside.
     linear("outbox-relay status"),
     linear("outbox-relay parked list"),
-    steady("outbox-relay parked show {parked}"),
+    // It looks for the id among what is set aside.
+    linear("outbox-relay parked show {parked}"),
     linear("outbox-relay parked retry --all"),
     linear("outbox-relay parked drop --all --yes"),
     linear("score-projector held list"),
