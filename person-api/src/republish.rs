@@ -12,7 +12,6 @@ use anyhow::{Context, anyhow, bail};
 use daemon::{
     command::{CommandArgs, Verdict, many, operator},
     config::SettingError,
-    progress::Progress as Said,
     shutdown::Shutdown,
 };
 use events::Cpf;
@@ -224,7 +223,7 @@ impl Run<'_> {
         progress: &mut Progress,
         stop: &CancellationToken,
     ) -> anyhow::Result<bool> {
-        let (began, said) = (Instant::now(), Said::new("republishing", "person"));
+        let (began, said) = (Instant::now(), daemon::progress::Progress::new("republishing", "person"));
         // Several batches a second, even at a low rate.
         let most = BATCH.min(i64::from(self.args.rate / 10)).max(1);
         let (mut size, mut attempts) = (1, 0);

@@ -66,7 +66,7 @@ async fn a_schema_that_is_not_there_ends_it_with_the_command_that_helps() {
     database.migrate().await;
     insta::assert_snapshot!(output(&run, &environment).await, @r"
     exit code 1
-    score-api: the task readiness failed: this role may not read score.migration: connect as one that may, or grant it to this one: score-projector migrate, with its option
+    score-api: the task readiness failed: this role may not read score.migration; connect as a role that may, or run: score-projector migrate, with the option that grants it
     ");
 
     database.grant().await;

@@ -28,7 +28,7 @@ pub enum SchemaError {
     },
     /// The role may not look.
     #[error(
-        "this role may not read {schema}.migration: connect as one that may, or grant it to this one: {command}, with its option"
+        "this role may not read {schema}.migration; connect as a role that may, or run: {command}, with the option that grants it"
     )]
     Forbidden {
         /// The schema.
