@@ -331,6 +331,15 @@ impl Relay {
         eventually("the relay is ready", async || (self.get("ready").await?.0 == 200).then_some(())).await;
     }
 
+    /// With one connection it is ready; this waits for all of them.
+    pub(crate) async fn is_ready_with_all_connections(&self) {
+        eventually("all connections can publish", async || {
+            let (status, body) = self.get("ready").await?;
+            (status == 200 && !body.contains("cannot publish")).then_some(())
+        })
+        .await;
+    }
+
     /// Waits until it is not ready for a reason that contains `reason`, and returns all it says.
     pub(crate) async fn waits(&self, reason: &str) -> String {
         eventually(&format!("the relay waits: {reason}"), async || {
