@@ -8,7 +8,7 @@ use daemon::progress::Progress;
 use outbox::database::again;
 use serde::Serialize;
 use serde_json::json;
-use sqlx::{Connection, PgConnection};
+use sqlx::{Connection, PgConnection, QueryBuilder};
 use uuid::Uuid;
 
 use super::{CommandArgs, Verdict, connect, many, not_done, state, time};
@@ -149,8 +149,7 @@ const EVENTS: &str = "
 SELECT position, id, aggregate_type, aggregate_id, version, type, state, reason, detail, attempts, created_at, parked_at,
        last_attempt_at, next_attempt_at
 FROM outbox.parked_event
-WHERE relay = $1 AND (state = 'parked' OR next_attempt_at IS NOT NULL)
-ORDER BY position LIMIT 100000";
+WHERE (state = 'parked' OR next_attempt_at IS NOT NULL) AND relay = ";
 
 impl Selection {
     fn includes(&self, event: &ParkedEvent) -> bool {
@@ -168,23 +167,34 @@ pub async fn parked(args: &ParkedArgs) -> anyhow::Result<Verdict> {
     match &args.action {
         ParkedAction::List => list(args, &mut conn, said).await,
         ParkedAction::Show { id } => {
-            let events = events(args, &mut conn).await?;
+            let events = events(args, &mut conn, &[*id]).await?;
             drop(said);
             show(args, &events, *id)
         }
         ParkedAction::Retry(selection) => {
-            let events = select(events(args, &mut conn).await?, selection);
+            let events = select(events(args, &mut conn, &selection.id).await?, selection);
             retry(args, &mut conn, &events, said).await
         }
         ParkedAction::Drop { selection, yes } => {
-            let events = select(events(args, &mut conn).await?, selection);
+            let events = select(events(args, &mut conn, &selection.id).await?, selection);
             give_up(args, &mut conn, &events, *yes, said).await
         }
     }
 }
 
-async fn events(args: &ParkedArgs, conn: &mut PgConnection) -> anyhow::Result<Vec<ParkedEvent>> {
-    let events = sqlx::query_as(EVENTS).bind(&args.name).fetch_all(conn).await;
+/// Those with these ids, by the index `parked_id`; all without ids.
+async fn events(
+    args: &ParkedArgs,
+    conn: &mut PgConnection,
+    ids: &[Uuid],
+) -> anyhow::Result<Vec<ParkedEvent>> {
+    let mut sql = QueryBuilder::new(EVENTS);
+    sql.push_bind(&args.name);
+    if !ids.is_empty() {
+        sql.push(" AND id = ANY (").push_bind(ids).push(")");
+    }
+    sql.push(" ORDER BY position LIMIT 100000");
+    let events = sql.build_query_as().fetch_all(conn).await;
     events.context("what is set aside could not be read")
 }
 

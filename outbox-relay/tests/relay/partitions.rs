@@ -168,7 +168,7 @@ async fn migrate_makes_the_indexes_that_are_missing() {
     stack.append(0..100, 1, &["thing.new"]).await;
     stack
         .admin
-        .execute("SELECT outbox.add_partition(1000); DROP INDEX outbox.event_1_whole_state")
+        .execute("SELECT outbox.add_partition(1000); DROP INDEX outbox.event_1_whole_state, outbox.parked_id")
         .await
         .unwrap();
     // One that was interrupted is not valid.
@@ -188,4 +188,6 @@ async fn migrate_makes_the_indexes_that_are_missing() {
     let said = output(migrate.args(["--source", "person"]).env("DATABASE_URL", owner)).await;
     assert!(said.starts_with("exit code: 0"), "{said}");
     assert_eq!(waiting().await, Vec::<String>::new());
+    let valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'outbox.parked_id'::regclass";
+    assert!(sqlx::query_scalar::<_, bool>(valid).fetch_one(&stack.admin).await.unwrap());
 }

@@ -135,8 +135,7 @@ const SET_ASIDE: &[Operation] = &[
     // It counts what is set aside.
     linear("outbox-relay status"),
     linear("outbox-relay parked list"),
-    // It looks for the id among what is set aside.
-    linear("outbox-relay parked show {parked}"),
+    steady("outbox-relay parked show {parked}"),
     linear("outbox-relay parked retry --all"),
     linear("outbox-relay parked drop --all --yes"),
     linear("score-projector held list"),
