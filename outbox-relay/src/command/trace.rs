@@ -116,11 +116,13 @@ const BY_AGGREGATE: &str = "
 SELECT position, id, type, aggregate_type, aggregate_id, version, created_at FROM outbox.event
 WHERE aggregate_type = $1 AND aggregate_id = $2 ORDER BY version DESC LIMIT $3";
 
-/// How far each relay is with each of these events.
+/// How far each relay is with each of these events. One position after the other, each in its own partition: with
+/// `= ANY`, the server looks for every position in every partition that has one of them.
 const PROGRESS: &str = "
-SELECT position, relay, state, detail, next_attempt_at
-FROM outbox.event_progress WHERE position = ANY ($1)
-ORDER BY relay";
+SELECT of_event.* FROM unnest($1::bigint[]) AS wanted (position)
+CROSS JOIN LATERAL (SELECT p.position, p.relay, p.state, p.detail, p.next_attempt_at
+                    FROM outbox.event_progress p WHERE p.position = wanted.position OFFSET 0) AS of_event
+ORDER BY of_event.relay";
 
 /// What each relay waits for. Asked once, and not for each event: `leads` is a look at the server's lock table.
 const RELAYS: &str = "SELECT name, waiting, leads FROM outbox.relay_status";

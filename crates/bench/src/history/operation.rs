@@ -35,6 +35,8 @@ pub(crate) enum Growth {
     Part(f64),
     /// At most so many, where it stops by itself: at 1,000 items, at 10,000 events.
     AtMost(f64),
+    /// At most so many for each row that its statements return.
+    ForEachRow(f64),
 }
 
 /// What is to be reached.
@@ -85,6 +87,11 @@ impl Operation {
     /// One that stops at so many buffers.
     pub(crate) const fn at_most(line: &'static str, buffers: f64) -> Self {
         Self::new(line, Growth::AtMost(buffers))
+    }
+
+    /// One that reads so many buffers for each row that it shows.
+    pub(crate) const fn for_each_row(line: &'static str, buffers: f64) -> Self {
+        Self::new(line, Growth::ForEachRow(buffers))
     }
 
     pub(crate) const fn reach(self, reach: Reach) -> Self {

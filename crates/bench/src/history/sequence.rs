@@ -36,6 +36,10 @@ const fn at_most(line: &'static str, buffers: f64) -> Operation {
     Operation::at_most(line, buffers)
 }
 
+const fn for_each_row(line: &'static str, buffers: f64) -> Operation {
+    Operation::for_each_row(line, buffers)
+}
+
 /// The queue that history is replayed to.
 const QUEUE: &str = "history";
 
@@ -56,8 +60,9 @@ const LOOK: &[Operation] = &[
     steady("outbox-relay trace {event}"),
     steady("outbox-relay trace person/{ordinary}"),
     steady("outbox-relay trace person/{giant}"),
-    // Fifteen an event: itself, what is set aside of it, and what its relays say.
-    at_most("outbox-relay trace person/{giant} --limit 10000", 150_000.0),
+    // Of two rows an event: the event, by the aggregate's index; and its progress, with three levels of the position's
+    // index, the relay's row, and the event once more where vacuum was not. Six, and one more for the relay's other rows.
+    for_each_row("outbox-relay trace person/{giant} --limit 10000", 3.5),
     steady("outbox-relay erasures"),
     steady("outbox-relay erasures --finish"),
     steady("outbox-relay forget unused --yes"),

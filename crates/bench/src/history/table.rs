@@ -93,6 +93,7 @@ impl Report {
             // Of each unit.
             Growth::Linear if outcome.done.is_some() => 2.0 * before + SLACK,
             Growth::AtMost(most) => most,
+            Growth::ForEachRow(most) => most * float(outcome.cost.rows) + SLACK,
             Growth::Linear => OVER * before * float(self.long.scale) / float(self.short.scale) + SLACK,
             Growth::Part(part) => part * float(self.long.blocks) + SLACK,
         };
@@ -280,6 +281,16 @@ mod tests {
             assert_eq!(broken(most), Vec::<String>::new(), "{operation:?}");
             assert_eq!(broken(most + 1).len(), 1, "{operation:?}");
         }
+    }
+
+    #[test]
+    fn each_row_has_its_part() {
+        let operation = Operation::for_each_row("a", 3.5);
+        let of = |rows, buffers| {
+            let cost = Cost { rows, buffers, ..Cost::default() };
+            report(vec![outcome(operation, 1)], vec![Outcome { cost, ..outcome(operation, 0) }]).broken().len()
+        };
+        assert_eq!([of(1_000, 3_700), of(1_000, 3_701)], [0, 1]);
     }
 
     #[test]
