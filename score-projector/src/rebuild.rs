@@ -6,6 +6,7 @@
 mod abort;
 mod carry;
 mod compare;
+mod count;
 mod difference;
 mod drop;
 mod emit;
@@ -54,6 +55,9 @@ pub enum RebuildAction {
         broker: BrokerArgs,
     },
     /// Print how far the shadow is, and what it misses. Exit code 3 until `swap` is possible.
+    ///
+    /// It compares the versions in the inbox, and not the models. An aggregate is behind when the shadow has not reached
+    /// the version of the live model within a second. Where thousands are not level, the numbers are estimates.
     Status {
         /// Also compare the two models, and print what differs. It reads both of them whole, page by page.
         #[arg(long)]

@@ -24,8 +24,9 @@ async fn chains(
     dry_run: bool,
 ) -> sqlx::Result<u64> {
     let lagging = lagging(
-        "WHERE ($3::text IS NULL OR (source, aggregate_type, aggregate_id) > ($3, $4, $5))
-           AND ($6::text IS NULL OR (source, aggregate_type, aggregate_id) <= ($6, $7, $8))",
+        "(SELECT * FROM pg_temp.lagging
+          WHERE ($3::text IS NULL OR (source, aggregate_type, aggregate_id) > ($3, $4, $5))
+            AND ($6::text IS NULL OR (source, aggregate_type, aggregate_id) <= ($6, $7, $8)))",
     );
     let sql = format!(
         "{lagging},

@@ -11,13 +11,16 @@ use tokio::time::Instant;
 use super::{
     RebuildArgs,
     compare::{Comparison, remember},
+    count::{Counts, Look},
     difference::{Difference, difference},
-    progress::{Counts, HeldCount, count, example, held, reached, sample},
+    progress::{HeldCount, held},
 };
 use crate::model::{self, StoredModel};
 
 /// The time between the two looks that give the rate.
 const BETWEEN: Duration = Duration::from_secs(1);
+/// So few aggregates behind may be events that are under way. They are looked at again more often.
+const FEW: usize = 100;
 /// How often persons are looked at again that one model has at a later version than the other one.
 const LOOKS: u32 = 10;
 /// With more of them, the shadow is far behind, and no look would find them at the same version.
@@ -66,18 +69,14 @@ async fn building(
     let name = &shadow.consumer;
     let comparison = Comparison { live, shadow: name };
     let progress = Progress::new("counting the aggregates", "aggregate");
-    let mut now = count(conn, &comparison).await?;
-    let mut rate = None;
-    if now.behind > 0 {
-        // Those behind are looked at twice, so that the rate is the present one, without the time before the filling began.
-        let sample = sample(conn, &comparison, now.behind).await?;
-        let since = Instant::now();
-        now.examples = sample.iter().take(5).map(example).collect();
-        tokio::time::sleep(BETWEEN).await;
-        #[expect(clippy::cast_precision_loss, reason = "a rate is no exact number")]
-        let caught_up = now.behind as f64 * reached(conn, &comparison, &sample).await?;
-        rate = Some(caught_up / since.elapsed().as_secs_f64());
+    let mut look = Look::at(conn, &comparison, false).await?;
+    let mut rate = follow(conn, &mut look, name).await?;
+    if !look.is_whole() && look.sample() == 0 {
+        // Nothing is behind of what was taken. Is there something among the rest?
+        look = Look::at(conn, &comparison, true).await?;
+        rate = follow(conn, &mut look, name).await?;
     }
+    let now = look.counts();
     let held = held(conn, name).await?;
     let difference = if compared { Some(compare(conn, &comparison, &progress).await?) } else { None };
     drop(progress);
@@ -144,9 +143,28 @@ async fn compare(
     }
 }
 
+/// Looks again at the aggregates behind. Returns how many the shadow reaches in a second; none where it has reached all.
+/// So the rate is the present one, without the time before the filling began. Events that were under way at the first look
+/// are applied meanwhile: they are waited for, as long as the two looks are apart.
+async fn follow(conn: &mut PgConnection, look: &mut Look, shadow: &str) -> sqlx::Result<Option<f64>> {
+    let (sample, since) = (look.sample(), Instant::now());
+    let pause = if sample <= FEW { BETWEEN / 10 } else { BETWEEN };
+    while look.sample() > 0 && since.elapsed() < BETWEEN {
+        tokio::time::sleep(pause).await;
+        look.again(conn, shadow).await?;
+    }
+    if look.sample() == 0 {
+        return Ok(None);
+    }
+    #[expect(clippy::cast_precision_loss, reason = "a rate is no exact number")]
+    let caught_up = look.of_all(sample - look.sample()) as f64;
+    Ok(Some(caught_up / since.elapsed().as_secs_f64()))
+}
+
 fn counts(now: &Counts, held: &[HeldCount]) -> String {
+    let about = if now.estimated { "about " } else { "" };
     let mut text = format!(
-        "  of {}: {} level, {} ended or of an earlier incarnation, {} behind\n",
+        "  of {}: {about}{} level, {} ended or of an earlier incarnation, {} behind\n",
         many(now.aggregates, "aggregate"),
         now.level,
         now.excused,

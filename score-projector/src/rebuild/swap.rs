@@ -13,9 +13,10 @@ use tokio::time::Instant;
 use super::{
     LOCK_ATTEMPTS, RebuildArgs, carry,
     compare::{Comparison, remember, unwatch, watch, without_vacuum},
+    count::Look,
     difference::{Difference, difference},
     emit, is_lock, limit_locks, pause,
-    progress::{Behind, behind, count, sample},
+    progress::{Behind, behind},
     remove_queue,
 };
 use crate::model::{self, StoredModel};
@@ -74,11 +75,9 @@ pub(super) async fn swap(
     };
     let progress = Progress::new("counting the aggregates", "aggregate");
     let comparison = Comparison { live: &live.consumer, shadow: &shadow.consumer };
-    let far = count(conn, &comparison).await?;
+    let far = Look::at(conn, &comparison, false).await?.counts();
     if far.behind > NEARLY {
-        let examples = sample(conn, &comparison, far.behind).await?;
-        let examples = examples.iter().take(5).map(super::progress::example).collect();
-        bail!(refusal(&Behind { behind: far.behind, examples }));
+        bail!(refusal(&Behind { behind: far.behind, examples: far.examples }));
     }
     // For the plans of those who read it from the first moment on.
     sqlx::query("ANALYZE score_shadow.person, score_shadow.entry").execute(&mut *conn).await?;

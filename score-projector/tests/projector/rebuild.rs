@@ -213,6 +213,54 @@ async fn a_shadow_that_is_behind_is_refused_and_an_abort_leaves_no_trace() {
     );
 }
 
+/// Of many aggregates that are not level, some are looked at. One behind among those that the shadow does not need is found
+/// all the same.
+#[tokio::test]
+async fn one_behind_is_found_among_many_that_have_ended() {
+    let stack = Stack::new("shadow_estimate").await;
+    start(&stack);
+    let persons = "WITH ended AS (
+             INSERT INTO inbox.aggregate (consumer, source, aggregate_type, aggregate_id, version, last_event_id)
+             SELECT 'score', 'person', 'person', gen_random_uuid(), 2, gen_random_uuid() FROM generate_series(1, 20000)
+             RETURNING aggregate_id)
+         INSERT INTO score.person (id, cpf, created_at, version)
+         SELECT id::uuid, n, now(), 2 FROM (SELECT aggregate_id, row_number() OVER () FROM ended) e (id, n) WHERE n <= $1";
+    sqlx::query(persons).bind(1_i64).execute(&stack.pool).await.unwrap();
+    let (code, said) = stack.owner(&["rebuild", "status"]);
+    assert!(
+        said.contains("of 20000 aggregates: 0 level, 19999 ended or of an earlier incarnation, 1 behind"),
+        "{said}"
+    );
+    assert_eq!(code, 3);
+    let level =
+        "INSERT INTO inbox.aggregate SELECT (jsonb_populate_record(a, '{\"consumer\": \"score-2\"}')).*
+                 FROM inbox.aggregate a JOIN score.person p ON p.id::text = a.aggregate_id";
+    sqlx::query(level).execute(&stack.pool).await.unwrap();
+    let (code, said) = stack.owner(&["rebuild", "status"]);
+    assert!(
+        said.contains("of 20000 aggregates: 1 level, 19999 ended or of an earlier incarnation, 0 behind"),
+        "{said}"
+    );
+    assert_eq!(code, 0);
+    // Half of others: these are too many to look at each.
+    sqlx::raw_sql("DELETE FROM inbox.aggregate; DELETE FROM score.person")
+        .execute(&stack.pool)
+        .await
+        .unwrap();
+    sqlx::query(persons).bind(10_000_i64).execute(&stack.pool).await.unwrap();
+    let (code, said) = stack.owner(&["rebuild", "status", "--json"]);
+    let progress = &serde_json::from_str::<Value>(&said).unwrap()["progress"];
+    let [level, excused, behind] =
+        ["level", "excused", "behind"].map(|name| progress[name].as_i64().unwrap());
+    assert_eq!(
+        (code, progress["estimated"].as_bool(), level + excused + behind),
+        (3, Some(true), 20_000),
+        "{said}"
+    );
+    // Of about 4,000 that are looked at, chance moves half by 0.8 %.
+    assert!(excused.abs_diff(10_000) < 2_000 && behind.abs_diff(10_000) < 2_000, "{said}");
+}
+
 #[tokio::test]
 async fn an_abort_or_a_swap_that_was_killed_is_finished_by_the_next() {
     let stack = Stack::new("killed").await;

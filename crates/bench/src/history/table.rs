@@ -288,7 +288,9 @@ mod tests {
         let operation = Operation::for_each_row("a", 3.5);
         let of = |rows, buffers| {
             let cost = Cost { rows, buffers, ..Cost::default() };
-            report(vec![outcome(operation, 1)], vec![Outcome { cost, ..outcome(operation, 0) }]).broken().len()
+            report(vec![outcome(operation, 1)], vec![Outcome { cost, ..outcome(operation, 0) }])
+                .broken()
+                .len()
         };
         assert_eq!([of(1_000, 3_700), of(1_000, 3_701)], [0, 1]);
     }
