@@ -46,10 +46,15 @@ impl BrokerConnection {
     pub(crate) async fn fresh_queue(&self, name: &str) -> anyhow::Result<()> {
         self.private_queue(name).await?;
         let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
-        let none = FieldTable::default;
-        self.channel.exchange_declare(EXCHANGE.into(), ExchangeKind::Topic, durable, none()).await?;
-        let bind = QueueBindOptions::default();
-        Ok(self.channel.queue_bind(name.into(), EXCHANGE.into(), "#".into(), bind, none()).await?)
+        let none = FieldTable::default();
+        self.channel.exchange_declare(EXCHANGE.into(), ExchangeKind::Topic, durable, none).await?;
+        self.bind(name, "#").await
+    }
+
+    /// Routes the events of these types to a queue.
+    pub(crate) async fn bind(&self, queue: &str, types: &str) -> anyhow::Result<()> {
+        let (bind, none) = (QueueBindOptions::default(), FieldTable::default());
+        Ok(self.channel.queue_bind(queue.into(), EXCHANGE.into(), types.into(), bind, none).await?)
     }
 
     /// Makes an empty quorum queue without a binding. It has a single active consumer, as the projector's queue has.

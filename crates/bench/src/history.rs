@@ -2,8 +2,12 @@
 //! every request beside writers: what does each cost, whom does it stop, and does it grow with the history?
 
 mod alone;
+mod cost;
 mod fill;
 mod operation;
+mod order;
+mod pace;
+mod process;
 mod run;
 mod sequence;
 mod table;
@@ -146,7 +150,7 @@ async fn one(
     }
     let limit = Duration::from_secs(args.limit.unwrap_or(if args.quick { 60 } else { 300 }));
     let length = Length {
-        limits: [limit, Duration::from_secs(if args.quick { 2 } else { 30 })],
+        limits: [limit, sample(args.quick, scale)],
         alone: Duration::from_secs(if args.quick { 8 } else { 60 }),
     };
     let measured = Box::pin(measure(args, &mut stack, history, length)).await;
@@ -162,6 +166,12 @@ async fn one(
     }
     testbed.stop().await;
     Ok((Measured { filled_in, ..measured? }, machine?))
+}
+
+/// How long a sample is. A long history begins with persons of many events: the sample has to come past them.
+fn sample(quick: bool, scale: i64) -> Duration {
+    let seconds = if quick { (scale / 500_000).clamp(2, 30) } else { 30 };
+    Duration::from_secs(seconds.unsigned_abs())
 }
 
 async fn measure(
@@ -189,7 +199,7 @@ async fn measure(
         program.start().await?;
         program.ready(wait::READY_TIMEOUT).await?;
     }
-    let alone = Box::pin(sequence::all(&mut run, history, length)).await?;
+    let order::Beside { alone, relay_rate } = Box::pin(order::all(&mut run, history, length)).await?;
     let peak = |program: &mut Program| {
         let pid = program.process()?.pid();
         Some((program.name().to_owned(), peak_of(pid)?))
@@ -199,7 +209,8 @@ async fn measure(
         program.kill().await;
     }
     let outcomes = run.done;
-    Ok(Measured { scale: history.scale, filled_in: 0.0, bytes, blocks, partitions, outcomes, alone, memory })
+    let scale = history.scale;
+    Ok(Measured { scale, filled_in: 0.0, bytes, blocks, partitions, outcomes, relay_rate, alone, memory })
 }
 
 /// Makes the role of the operations, and says how large the databases are.

@@ -13,14 +13,23 @@ pub(crate) struct Operation {
     pub(crate) growth: Growth,
     /// What is to be reached at ten million events.
     pub(crate) reach: Option<Reach>,
-    /// A statement of the database that says how much of its work is done, for its rate.
+    /// What says how much of its work is done, for its rate.
     #[serde(skip)]
-    pub(crate) count: Option<&'static str>,
+    pub(crate) count: Option<Count>,
     /// It is interrupted after some time: its rate is known by then.
     #[serde(skip)]
     pub(crate) sampled: bool,
     /// It is about the score service's database, and its program is of both.
     pub(crate) score: bool,
+}
+
+/// Where to count what is done.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Count {
+    /// A statement of the operation's database.
+    Rows(&'static str),
+    /// The messages of the queue that history is replayed to.
+    Messages,
 }
 
 /// How the buffers that an operation touches may grow with the history.
@@ -47,8 +56,10 @@ pub(crate) enum Reach {
     Time(f64),
     /// Seconds for each partition.
     TimePerPartition(f64),
-    /// A second.
+    /// A second, from the first progress to the last.
     Rate(f64),
+    /// At least this part of the relay's own rate.
+    OfRelay(f64),
     /// The read model stands still for less than so many seconds: a score is not later than that.
     Still(f64),
 }
@@ -59,6 +70,7 @@ impl fmt::Display for Reach {
             Self::Time(seconds) => write!(f, "{seconds} s"),
             Self::TimePerPartition(seconds) => write!(f, "{seconds} s a partition"),
             Self::Rate(rate) => write!(f, "{rate}/s"),
+            Self::OfRelay(part) => write!(f, "{part} of the relay's rate"),
             Self::Still(seconds) => write!(f, "a score < {seconds} s late"),
         }
     }
@@ -102,12 +114,17 @@ impl Operation {
         Self { score: true, ..self }
     }
 
-    pub(crate) const fn counted(self, sql: &'static str) -> Self {
-        Self { count: Some(sql), ..self }
+    pub(crate) const fn counted(self, count: Count) -> Self {
+        Self { count: Some(count), ..self }
     }
 
     pub(crate) const fn sampled(self) -> Self {
         Self { sampled: true, ..self }
+    }
+
+    /// It is held against the relay's own rate.
+    pub(crate) fn is_against_relay(&self) -> bool {
+        matches!(self.reach, Some(Reach::OfRelay(_)))
     }
 
     /// Its first word: a program, or the method of a request.

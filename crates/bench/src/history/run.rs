@@ -5,29 +5,20 @@ use std::{collections::BTreeMap, process::Stdio, time::Duration};
 use anyhow::{Context, bail};
 use serde::Serialize;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
-use tokio::{
-    io::{AsyncBufReadExt, AsyncRead, BufReader},
-    process::{Child, Command},
-    sync::mpsc,
-    time::Instant,
-};
+use tokio::{process::Command, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     OPERATOR,
+    cost::{self, Cost},
     operation::Operation,
+    pace::{self, Counter},
+    process::{Ended, watched},
     watch::{self, Locks},
     writers::{Waits, Writers},
 };
-use crate::{memory::peak_of, statistics::float};
+use crate::{memory::peak_of, statistics::number};
 use devstack::{binary, program::Program, say, stack::Stack, users};
-
-/// How long an interrupted command may take to say how far it was.
-const FAREWELL: Duration = Duration::from_secs(10);
-/// How often a process's memory is looked at.
-const LOOK: Duration = Duration::from_millis(20);
-/// How many lines of an operation's output an error shows.
-const SHOWN: usize = 5;
 
 /// The programs that only read, or do what a client asks, once more with the operator's role: so the statistics tell
 /// their statements from those of the writers.
@@ -61,7 +52,7 @@ pub(crate) struct Outcome {
     pub(crate) end: End,
     /// Units of its count.
     pub(crate) done: Option<i64>,
-    /// The same, a second.
+    /// The same, a second, from the first progress to the last.
     pub(crate) rate: Option<f64>,
     #[serde(flatten)]
     pub(crate) cost: Cost,
@@ -92,17 +83,6 @@ pub(crate) enum End {
     Failed(String),
 }
 
-/// What the statements have cost.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, sqlx::FromRow)]
-pub(crate) struct Cost {
-    pub(crate) statements: i64,
-    pub(crate) rows: i64,
-    /// Buffers that were found or read.
-    pub(crate) buffers: i64,
-    /// Blocks of temporary files that were read or written.
-    pub(crate) temporary: i64,
-}
-
 impl Run<'_> {
     /// Runs some, in their order. One that fails does not stop the others.
     pub(crate) async fn all(&mut self, operations: &[Operation]) -> anyhow::Result<()> {
@@ -119,19 +99,16 @@ impl Run<'_> {
         let database = format!("{}/{name}", self.stack.servers.postgres.url());
         let mut conn = PgConnection::connect(&database).await?;
         let line = self.filled(operation.line)?;
-        let count = async |conn: &mut PgConnection| -> anyhow::Result<i64> {
-            match operation.count {
-                Some(sql) => Ok(sqlx::query_scalar(sql).fetch_one(conn).await?),
-                None => Ok(0),
-            }
-        };
-        let before = count(&mut conn).await?;
-        // It counts for all databases.
-        sqlx::query("SELECT pg_stat_statements_reset($1::regrole::oid)")
-            .bind(OPERATOR)
-            .execute(&mut conn)
-            .await?;
+        cost::begin(&mut conn).await?;
         let stop = CancellationToken::new();
+        let broker = format!("{}/%2f", self.stack.servers.rabbitmq.url());
+        let pace = match operation.count {
+            Some(count) => {
+                let counter = Counter::open(count, &database, &broker).await?;
+                Some(tokio::spawn(pace::watch(counter, stop.clone())))
+            }
+            None => None,
+        };
         let locks = tokio::spawn({
             let (database, stop) = (database.clone(), stop.clone());
             async move { watch::locks(&database, stop).await }
@@ -154,9 +131,12 @@ impl Run<'_> {
         }
         let late = waits.late.max(self.waits().late);
         let locks = locks.await??;
-        let left_behind = left_behind(&mut conn, operation.is_request()).await?;
-        let cost = cost(&mut conn).await?;
-        let done = count(&mut conn).await? - before;
+        let pace = match pace {
+            Some(pace) => Some(pace.await??),
+            None => None,
+        };
+        let left_behind = cost::left_behind(&mut conn, operation.is_request()).await?;
+        let cost = cost::cost(&mut conn).await?;
         conn.close().await?;
         let (end, memory, silent) = match ended {
             Ok(ended) => (ended.end, ended.memory, ended.silent),
@@ -166,8 +146,8 @@ impl Run<'_> {
             operation,
             seconds,
             end,
-            done: operation.count.map(|_| done.abs()),
-            rate: operation.count.map(|_| float(done.abs()) / seconds),
+            done: pace.map(|pace| pace.done()),
+            rate: pace.map(|pace| pace.rate()),
             cost,
             locks,
             longest_write: waits.longest,
@@ -178,8 +158,13 @@ impl Run<'_> {
             left_behind,
         };
         say(&format!(
-            "{}: {:.2} s, {} buffers, {:?}, the longest write {:.2} s",
-            operation.line, outcome.seconds, cost.buffers, outcome.end, outcome.longest_write
+            "{}: {:.2} s{}, {} buffers, {:?}, the longest write {:.2} s",
+            operation.line,
+            outcome.seconds,
+            outcome.rate.map_or(String::new(), |rate| format!(", {}/s", number(rate))),
+            cost.buffers,
+            outcome.end,
+            outcome.longest_write
         ));
         self.done.push(outcome);
         Ok(())
@@ -282,110 +267,6 @@ impl Run<'_> {
         };
         Ok(Ended { end, memory, silent: 0.0 })
     }
-}
-
-struct Ended {
-    end: End,
-    memory: Option<f64>,
-    silent: f64,
-}
-
-/// Waits for a command's end, or interrupts it.
-async fn watched(child: &mut Child, limit: Duration) -> anyhow::Result<Ended> {
-    let (sender, mut lines) = mpsc::channel(64);
-    let pid = child.id().context("it has ended")?;
-    let output = child.stdout.take().context("a pipe")?;
-    let errors = child.stderr.take().context("a pipe")?;
-    tokio::spawn(pass(output, sender.clone()));
-    tokio::spawn(pass(errors, sender));
-    let begin = Instant::now();
-    let (mut last, mut silent, mut memory) = (begin, 0.0_f64, None);
-    let mut shown: Vec<String> = Vec::new();
-    let mut interrupted = None;
-    let mut looks = tokio::time::interval(LOOK);
-    let mut open = true;
-    let status = loop {
-        tokio::select! {
-            line = lines.recv(), if open => match line {
-                Some(line) => {
-                    silent = silent.max(last.elapsed().as_secs_f64());
-                    last = Instant::now();
-                    shown.push(line);
-                    if shown.len() > SHOWN {
-                        shown.remove(0);
-                    }
-                }
-                None => open = false,
-            },
-            status = child.wait() => break status?,
-            _ = looks.tick() => {
-                memory = peak_of(pid).or(memory);
-                match interrupted {
-                    None if begin.elapsed() > limit => {
-                        interrupted = Some(Instant::now());
-                        let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
-                        devstack::proc::signal(pid.as_slice(), rustix::process::Signal::INT);
-                    }
-                    Some(since) if since.elapsed() > FAREWELL => child.start_kill()?,
-                    _ => {}
-                }
-            }
-        }
-    };
-    silent = silent.max(last.elapsed().as_secs_f64());
-    let end = match (interrupted, status.code()) {
-        (Some(_), _) => End::Limit,
-        // 3: done, and the result needs attention.
-        (None, Some(code @ (0 | 3))) => End::Done(u16::try_from(code)?),
-        (None, code) => {
-            while let Some(line) = lines.recv().await {
-                shown.push(line);
-            }
-            let last = shown.split_off(shown.len().saturating_sub(SHOWN));
-            End::Failed(format!("exit code {code:?}: {}", last.join(" / ")))
-        }
-    };
-    Ok(Ended { end, memory, silent })
-}
-
-async fn pass(output: impl AsyncRead + Unpin, to: mpsc::Sender<String>) {
-    let mut lines = BufReader::new(output).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        if to.send(line).await.is_err() {
-            break;
-        }
-    }
-}
-
-/// Of the operator's statements since the last reset.
-async fn cost(conn: &mut PgConnection) -> anyhow::Result<Cost> {
-    let cost = sqlx::query_as(
-        "SELECT coalesce(sum(calls), 0)::bigint AS statements, coalesce(sum(rows), 0)::bigint AS rows,
-                coalesce(sum(shared_blks_hit + shared_blks_read + local_blks_hit + local_blks_read), 0)::bigint AS buffers,
-                coalesce(sum(temp_blks_read + temp_blks_written), 0)::bigint AS temporary
-         FROM pg_stat_statements(false) s WHERE s.userid = $1::regrole::oid",
-    )
-    .bind(OPERATOR)
-    .fetch_one(conn)
-    .await?;
-    Ok(cost)
-}
-
-/// How many statements of a command still run although it has ended; they are ended.
-async fn left_behind(conn: &mut PgConnection, serves: bool) -> anyhow::Result<i64> {
-    if serves {
-        return Ok(0);
-    }
-    // The server needs a moment to notice.
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let count = sqlx::query_scalar(
-        "SELECT count(*) FILTER (WHERE pg_terminate_backend(pid))
-         FROM pg_stat_activity WHERE usename = $1 AND state = 'active' AND query_start < now() - interval '0.3 s'",
-    )
-    .bind(OPERATOR)
-    .fetch_one(conn)
-    .await?;
-    Ok(count)
 }
 
 /// Runs SQL that prepares an operation.

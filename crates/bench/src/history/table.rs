@@ -31,6 +31,8 @@ pub(crate) struct Measured {
     pub(crate) blocks: i64,
     pub(crate) partitions: i64,
     pub(crate) outcomes: Vec<Outcome>,
+    /// Events a second that the relay publishes.
+    pub(crate) relay_rate: Option<f64>,
     /// What the programs do by themselves: with nothing set aside, and with much.
     pub(crate) alone: [Vec<Statement>; 2],
     /// The peak of each program, in megabytes.
@@ -107,6 +109,10 @@ impl Report {
             Reach::Time(most) => limited || outcome.seconds > most,
             Reach::TimePerPartition(most) => limited || outcome.seconds > most * float(self.long.partitions),
             Reach::Rate(least) => outcome.rate.is_none_or(|rate| rate < least),
+            Reach::OfRelay(part) => {
+                let (rate, relay) = (outcome.rate, self.long.relay_rate);
+                rate.zip(relay).is_none_or(|(rate, relay)| rate < part * relay)
+            }
             Reach::Still(most) => limited || outcome.score_late > most,
         };
         missed.then(|| {
@@ -150,6 +156,9 @@ impl Report {
                     if statement.broken(short).is_some() { "grows" } else { "bounded" },
                 );
             }
+        }
+        if let Some(rate) = self.long.relay_rate {
+            let _never = writeln!(text, "\nThe relay's own rate: {} events/s.", number(rate));
         }
         let memory = |measured: &Measured| {
             measured
@@ -233,7 +242,11 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::history::{operation::Operation, run::Cost, watch::Locks};
+    use crate::history::{
+        cost::Cost,
+        operation::{Count, Operation},
+        watch::Locks,
+    };
 
     fn outcome(operation: Operation, buffers: i64) -> Outcome {
         Outcome {
@@ -262,6 +275,7 @@ mod tests {
             blocks: 10_000,
             partitions: 11,
             outcomes,
+            relay_rate: Some(10.0),
             alone: Default::default(),
             memory: Vec::new(),
         };
@@ -297,7 +311,7 @@ mod tests {
 
     #[test]
     fn what_is_counted_costs_as_much_for_each() {
-        let operation = Operation::linear("a").counted("SELECT 1");
+        let operation = Operation::linear("a").counted(Count::Messages);
         let of = |buffers, done| Outcome { done: Some(done), ..outcome(operation, buffers) };
         assert!(report(vec![of(1_000, 10)], vec![of(40_000, 100)]).broken().is_empty());
         assert_eq!(report(vec![of(1_000, 10)], vec![of(40_001, 100)]).broken().len(), 1);
@@ -310,6 +324,11 @@ mod tests {
             (Reach::Time(1.0), outcome(line, 0), Outcome { seconds: 1.1, ..outcome(line, 0) }),
             (Reach::TimePerPartition(0.1), outcome(line, 0), Outcome { seconds: 1.2, ..outcome(line, 0) }),
             (Reach::Rate(9.0), Outcome { rate: Some(9.0), ..outcome(line, 0) }, outcome(line, 0)),
+            (
+                Reach::OfRelay(0.5),
+                Outcome { rate: Some(5.0), ..outcome(line, 0) },
+                Outcome { rate: Some(4.9), ..outcome(line, 0) },
+            ),
             (Reach::Still(1.0), outcome(line, 0), Outcome { score_late: 1.1, ..outcome(line, 0) }),
             (Reach::Time(9.0), outcome(line, 0), Outcome { end: End::Limit, ..outcome(line, 0) }),
             (

@@ -16,8 +16,8 @@ const APART: Duration = Duration::from_millis(10);
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a write or a look may take.
 const TIMEOUT: Duration = Duration::from_mins(1);
-/// How long the scores may take to catch up with the writes.
-const CATCH_UP: Duration = Duration::from_mins(1);
+/// How long the scores may take to catch up with the writes, also behind baselines of a hundred thousand persons.
+const CATCH_UP: Duration = Duration::from_mins(5);
 /// As long as score-api waits at most.
 const WAIT: &str = "10s";
 
