@@ -169,8 +169,8 @@ pub(crate) fn command(arguments: &[&str]) -> Command {
 pub(crate) struct Program {
     pub(crate) child: Child,
     pub(crate) address: SocketAddr,
-    /// Keeps reading the log, so that the program never blocks on a full pipe.
-    _log: JoinHandle<()>,
+    /// Keeps reading the log, so that the program never blocks on a full pipe. The lines since it listens.
+    log: JoinHandle<Vec<serde_json::Value>>,
 }
 
 impl Program {
@@ -211,8 +211,14 @@ impl Program {
             }
         };
         let address = tokio::time::timeout(DEADLINE, listening).await.expect("it listens");
-        let log = tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-        Self { child, address, _log: log }
+        let log = tokio::spawn(async move {
+            let mut log = Vec::new();
+            while let Ok(Some(line)) = lines.next_line().await {
+                log.push(serde_json::from_str(&line).unwrap());
+            }
+            log
+        });
+        Self { child, address, log }
     }
 
     pub(crate) async fn ready(database_url: &str) -> Self {
@@ -284,6 +290,11 @@ impl Program {
     pub(crate) async fn signal(&self) {
         let pid = self.child.id().unwrap().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
+    }
+
+    /// The lines of one that has ended.
+    pub(crate) async fn log(self) -> Vec<serde_json::Value> {
+        self.log.await.unwrap()
     }
 
     pub(crate) async fn ended(&mut self) -> std::process::ExitStatus {

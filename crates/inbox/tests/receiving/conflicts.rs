@@ -1,7 +1,7 @@
 //! The server rolls a transaction back in favour of another one: it is tried again, a bounded number of times, and
 //! costs no message a delivery.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::sync::atomic::Ordering;
 
 use inbox::{Outcome, Redrive, RedriveError, Sequencer, Skip, held, rejected};
 use sqlx::{AssertSqlSafe, Executor, PgPool};
@@ -164,15 +164,13 @@ async fn the_victim_of_a_real_deadlock_is_tried_again() {
             sqlx::query_scalar::<_, bool>(waits).fetch_one(&pool).await.unwrap()
         })
         .await;
-        let begun = std::time::Instant::now();
+        // An error, if it were the victim.
         other.execute(lock("a")).await.unwrap();
         other.commit().await.unwrap();
-        begun.elapsed()
     };
     let batch = batch(2);
-    let (applied, waited) = tokio::join!(sequencer.apply(&batch), circle);
+    let (applied, ()) = tokio::join!(sequencer.apply(&batch), circle);
     assert_eq!(applied.unwrap(), Outcome { applied: 2, ..Outcome::default() });
-    assert!(waited < Duration::from_secs(30), "the other one was the victim: {waited:?}");
     let deadlocks: i64 =
         sqlx::query_scalar("SELECT count(*) FROM state WHERE sum = 2").fetch_one(&pool).await.unwrap();
     assert_eq!(deadlocks, 2);

@@ -1,6 +1,6 @@
 //! Nothing that a sender makes grows without a limit, and a limit that is reached shows.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use inbox::{Envelope, Outcome, Sequencer, held, rejected};
 use lapin::{
@@ -40,7 +40,6 @@ async fn kept(pool: &PgPool) -> Vec<(String, i64, i32, i32, i64)> {
 async fn of_a_rejected_message_a_bounded_part_is_kept_and_nothing_that_cannot_be_erased() {
     let pool = database("limits_kept").await;
     let sequencer = Sequencer::new("limits", pool.clone(), Recorder::new("limits"));
-    let begun = Instant::now();
     let mut large_event = event("large", 1, "1");
     large_event.body = vec![b'1'; (16 << 20) + 1];
     let mut many_headers = no_event(b"x".to_vec());
@@ -64,9 +63,9 @@ async fn of_a_rejected_message_a_bounded_part_is_kept_and_nothing_that_cannot_be
     let almost = no_event([vec![b'x'; (8 << 20) - 1], b"y".to_vec()].concat());
     outcome += sequencer.apply(&[almost]).await.unwrap();
     assert_eq!(outcome, Outcome { applied: 1, rejected: 9, ..Outcome::default() });
+    // How much of each, and how many names of it, decides how long its statement takes. Without a bound on the names, the
+    // statement came to its timeout, and was retried for ever.
     insta::assert_debug_snapshot!(kept(&pool).await);
-    // Far from the limit of a statement; before, this was retried for ever.
-    assert!(begun.elapsed() < Duration::from_mins(1), "{:?}", begun.elapsed());
 
     // A name in what is kept is found, and what was cut off is not there to be found.
     let named: Vec<String> =
