@@ -15,6 +15,8 @@ use crate::statistics::{float, number};
 const SLACK: f64 = 200.0;
 /// What passes over the history once may touch so many times more buffers than the history is longer.
 const OVER: f64 = 1.5;
+/// As many blocks of a table as one page of its visibility map covers: 256 MB.
+const MAPPED: f64 = 32_672.0;
 /// How many of the statements that run by themselves the page shows.
 const SHOWN: usize = 12;
 
@@ -96,7 +98,10 @@ impl Report {
             Growth::Linear if outcome.done.is_some() => 2.0 * before + SLACK,
             Growth::AtMost(most) => most,
             Growth::ForEachRow(most) => most * float(outcome.cost.rows) + SLACK,
-            Growth::Linear => OVER * before * float(self.long.scale) / float(self.short.scale) + SLACK,
+            Growth::Linear => {
+                let times = float(self.long.scale) / float(self.short.scale);
+                OVER * before * times + SLACK + self.long.looks_at_maps()
+            }
             Growth::Part(part) => part * float(self.long.blocks) + SLACK,
         };
         (now > most).then(|| format!("{} buffers, of {} at most", number(now), number(most)))
@@ -239,6 +244,16 @@ impl Report {
     }
 }
 
+impl Measured {
+    /// A scan of an index alone asks the visibility map for each row, and keeps the map's page until another one is asked
+    /// for. In a partition with several of these pages, an order that is not that of the table asks for another one at every
+    /// second row: at most one buffer more for each event.
+    fn looks_at_maps(&self) -> f64 {
+        let partition = float(self.blocks) / float(self.partitions.max(1));
+        if partition > MAPPED { float(self.scale) * 1.06 } else { 0.0 }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -295,6 +310,17 @@ mod tests {
             assert_eq!(broken(most), Vec::<String>::new(), "{operation:?}");
             assert_eq!(broken(most + 1).len(), 1, "{operation:?}");
         }
+    }
+
+    #[test]
+    fn a_large_partition_costs_a_look_at_its_map_for_each_event() {
+        let looks = |blocks, partitions| {
+            let operation = Operation::linear("a");
+            let mut report = report(vec![outcome(operation, 1)], vec![outcome(operation, 1_270)]);
+            (report.long.blocks, report.long.partitions) = (blocks, partitions);
+            report.broken().len()
+        };
+        assert_eq!([looks(326_730, 10), looks(326_720, 10), looks(326_730, 11)], [0, 1, 1]);
     }
 
     #[test]
