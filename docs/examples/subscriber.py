@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import uuid
 from collections import namedtuple
 
 import pika
@@ -30,7 +31,7 @@ CREATE TABLE IF NOT EXISTS newest (source text PRIMARY KEY, incarnation bigint N
 -- Events that wait: for an earlier one, or, where there is an error, for a program that can apply them.
 CREATE TABLE IF NOT EXISTS held (
     source text, aggregate_type text, aggregate_id text, version bigint, id text, type text, parent bigint,
-    starts boolean, baseline boolean, erased boolean, body bytea, error text,
+    previous text, starts boolean, baseline boolean, erased boolean, body bytea, error text,
     PRIMARY KEY (aggregate_type, aggregate_id, source, version));
 CREATE TABLE IF NOT EXISTS contact (id uuid PRIMARY KEY, name text NOT NULL, address text)
 """
@@ -45,7 +46,8 @@ for publisher in filter(None, os.environ.get("SOURCE", "").split(",")):
 AGGREGATE = "(source, aggregate_type, aggregate_id) = (%s, %s, %s)"
 EARLIER = "split_part(source, '~', 1) = %s AND source <> %s AND (aggregate_type, aggregate_id) = (%s, %s)"
 
-Event = namedtuple("Event", "source aggregate_type aggregate_id version id type parent starts baseline erased body")
+Event = namedtuple("Event", "source aggregate_type aggregate_id version id type parent previous "
+                            "starts baseline erased body")
 
 
 def aggregate(event):
@@ -73,8 +75,16 @@ def read(properties, body):
     headers = properties.headers
     flags = (headers.get(name, False) for name in ("chain_start", "baseline", "erased"))
     return Event(properties.app_id, headers["aggregate_type"], headers["aggregate_id"],
-                 int(headers["aggregate_version"]), properties.message_id, properties.type,
-                 headers.get("source_parent"), *flags, body)
+                 int(headers["aggregate_version"]), str(uuid.UUID(properties.message_id)), properties.type,
+                 headers.get("source_parent"), named(headers.get("previous_id")), *flags, body)
+
+
+def named(previous):
+    """The id of the event before, as an event names it. What is missing or no id is unknown, and proves nothing."""
+    try:
+        return str(uuid.UUID(previous))
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def superseded(cursor, event):
@@ -111,10 +121,13 @@ def receive(cursor, event):
         jumps = not event.erased and (event.baseline or event.type == event.aggregate_type + ".deleted")
         if not jumps and (event.version != version + 1 or anew and not event.starts):
             return hold(cursor, event, None)
+        if not jumps and version > 0 and event.previous not in (None, last):
+            raise RuntimeError(f"{aggregate(event)}: version {event.version} follows another event than the one "
+                               f"applied: the source lost history")
         error = attempt(cursor, event)
         if error:
             return hold(cursor, event, error)
-        version = event.version
+        version, last = event.version, event.id
         if anew:
             anew = False
             for table in ("follows", "held"):
@@ -126,7 +139,7 @@ def receive(cursor, event):
 
 
 def hold(cursor, event, error):
-    cursor.execute("""INSERT INTO held VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+    cursor.execute("""INSERT INTO held VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
                       ON CONFLICT (source, aggregate_type, aggregate_id, version)
                       DO UPDATE SET error = coalesce(excluded.error, held.error)""", (*event, error))
 

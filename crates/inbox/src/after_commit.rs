@@ -12,6 +12,9 @@ impl<H: Handler> Sequencer<H> {
         for rejected in &plan.rejected {
             self.log_rejected(rejected);
         }
+        for event in &plan.forks {
+            self.log_rejected(&RejectedMessage::forked(event));
+        }
         let outcome = plan.outcome;
         self.log_refused(&outcome);
         for (source, (before, incarnation)) in &plan.taken {
@@ -85,6 +88,12 @@ impl<H: Handler> Sequencer<H> {
                  inbox.rejected and not applied. Another user forges events, or the publisher's user was renamed"
             );
         }
+    }
+
+    /// As [`committed`](Self::committed), for one held event that turned out to be a suspected fork.
+    pub(crate) fn rejected_held(&self, forked: &RejectedMessage<'_>) {
+        self.log_rejected(forked);
+        metrics::counter!("inbox_forks_total", "consumer" => self.consumer.clone()).increment(1);
     }
 
     fn log_rejected(&self, rejected: &RejectedMessage<'_>) {

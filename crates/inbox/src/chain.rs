@@ -92,6 +92,8 @@ pub(crate) struct Held<'a> {
     pub(crate) id: Uuid,
     pub(crate) reason: Reason,
     pub(crate) attempts: i32,
+    /// The event that it has to follow, as far as is known.
+    pub(crate) follows: Option<Uuid>,
     /// It was received in this transaction, and is not stored yet.
     pub(crate) received: Option<&'a Event>,
 }
@@ -105,6 +107,13 @@ pub(crate) struct Reached {
     pub(crate) last_event_id: Option<Uuid>,
     /// The ids of the last events.
     pub(crate) recent: Recent,
+}
+
+impl Reached {
+    /// Whether another event was applied last than the one that the next event names as the one before it.
+    pub(crate) fn contradicts(&self, follows: Option<Uuid>) -> bool {
+        matches!((follows, self.last_event_id), (Some(follows), Some(last)) if follows != last)
+    }
 }
 
 /// What there is of an aggregate in earlier incarnations of its source, while its chain in this one has not begun.
@@ -131,6 +140,9 @@ pub(crate) struct Chain<'a> {
     pub(crate) over: bool,
     earlier: Earlier,
 }
+
+/// Why an event is a suspected fork that has the next version.
+pub(crate) const FOLLOWS_ANOTHER: &str = "it follows another event than the one that was applied";
 
 /// What the table of [`Sequencer`](crate::Sequencer) says about an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,6 +201,9 @@ impl<'a> Chain<'a> {
             } else {
                 Decision::Duplicate
             };
+        }
+        if self.follows_another(event) {
+            return Decision::Fork(FOLLOWS_ANOTHER);
         }
         let due = self.takes(event);
         match self.held.get(&event.version) {
@@ -263,6 +278,12 @@ impl<'a> Chain<'a> {
     /// Whether anything of it is stored in `inbox.held`.
     pub(crate) fn has_stored(&self) -> bool {
         self.held.values().any(|held| held.received.is_none())
+    }
+
+    /// Whether the event has the next version and names another event before it than the one that was applied. An event
+    /// that replaces the whole state needs none before it.
+    pub(crate) fn follows_another(&self, event: &Event) -> bool {
+        event.version == self.next_version() && self.reached.contradicts(event.follows())
     }
 
     /// Whether another event than this one is known to have been applied at its version.

@@ -67,16 +67,22 @@ fn is_deep(value: &AMQPValue, levels: usize) -> bool {
 
 /// The headers of a rejected message, as far as they are stored.
 pub(crate) fn stored(headers: &FieldTable) -> Value {
+    bounded(headers.inner().iter().map(|(name, value)| (name.as_str().to_owned(), to_json(value))))
+}
+
+/// As many of the headers as are stored of a rejected message.
+pub(crate) fn bounded(headers: impl IntoIterator<Item = (String, Value)>) -> Value {
     let mut stored = Map::new();
-    let mut left = MAX_STORED_HEADERS;
-    for (name, value) in headers.inner() {
-        let value = to_json(value);
-        let bytes = name.as_str().len() + value.to_string().len();
-        let Some(rest) = left.checked_sub(bytes) else { continue };
-        left = rest;
-        stored.insert(name.as_str().to_owned(), value);
+    let (mut left, mut missing) = (MAX_STORED_HEADERS, 0);
+    for (name, value) in headers {
+        match left.checked_sub(name.len() + value.to_string().len()) {
+            Some(rest) => {
+                left = rest;
+                stored.insert(name, value);
+            }
+            None => missing += 1,
+        }
     }
-    let missing = headers.inner().len() - stored.len();
     if missing > 0 {
         stored.insert("…".to_owned(), format!("({missing} more, too large to be kept)").into());
     }

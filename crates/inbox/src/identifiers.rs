@@ -2,28 +2,16 @@
 
 use std::collections::BTreeSet;
 
-use lapin::types::AMQPValue;
-
-use crate::Envelope;
-
 /// How long a UUID is, with its hyphens.
 const LENGTH: usize = 36;
 /// How many identifiers of a message are stored. Its properties alone cannot have as many.
 const MOST: usize = 1_000;
 
-/// The aggregate in the headers, as far as there is one, and every UUID in properties and body, in small
-/// letters. Also up to where in the body these are all of them.
-pub(crate) fn of(envelope: &Envelope, properties: &str, body: &[u8]) -> (BTreeSet<String>, usize) {
-    let headers = envelope.properties.headers().as_ref();
-    let aggregate = match headers.and_then(|headers| headers.inner().get("aggregate_id")) {
-        Some(AMQPValue::LongString(id)) => std::str::from_utf8(id.as_bytes()).ok(),
-        Some(AMQPValue::ShortString(id)) => Some(id.as_str()),
-        _ => None,
-    };
-    // NUL cannot be stored, and no aggregate's id has one, or is longer.
-    let aggregate = aggregate.filter(|id| !id.contains('\0') && id.len() <= 255).map(str::to_owned);
+/// The id of the aggregate, if there is one, and every UUID in properties and body, in small letters. Also up to where in
+/// the body these are all of them.
+pub(crate) fn of(aggregate: Option<&str>, properties: &str, body: &[u8]) -> (BTreeSet<String>, usize) {
     let mut found: BTreeSet<String> = properties.as_bytes().windows(LENGTH).filter_map(uuid).collect();
-    found.extend(aggregate);
+    found.extend(aggregate.map(str::to_owned));
     for (start, window) in body.windows(LENGTH).enumerate() {
         let Some(id) = uuid(window) else { continue };
         if found.len() >= MOST && !found.contains(&id) {

@@ -1,6 +1,6 @@
 //! What a transaction reads from the schema `inbox`: the chains that it locks, and their held events.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, mem};
 
 use serde_json::{Map, Value};
 use sqlx::{Postgres, Transaction};
@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::{
     Event,
     chain::{Chain, Held, Key, Reason},
+    message::{is_deletion, previous_id},
 };
 
 /// How many held events of an aggregate one transaction reads.
@@ -56,19 +57,24 @@ impl<'a> Ledger<'a> {
         let (event_sources, event_types, event_ids) = columns(of_events.iter());
         let versions: Vec<i64> = events.iter().map(|event| event.version).collect();
         let rows: Vec<NearRow> = sqlx::query_as(
-            "SELECT k.source, k.aggregate_type, k.aggregate_id, h.version, h.event_id, h.reason, h.attempts,
-                    true AS near
+            "SELECT k.source, k.aggregate_type, k.aggregate_id, h.version, h.event_id, h.reason, h.attempts, h.type,
+                    left((h.headers -> 'previous_id')::text, 100) AS previous_id,
+                    coalesce((h.headers -> 'baseline')::text = 'true', false) AS baseline,
+                    coalesce((h.headers -> 'erased')::text = 'true', false) AS erased, true AS near
              FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[])
                   AS k (source, aggregate_type, aggregate_id, version),
-                  LATERAL (SELECT version, event_id, reason, attempts FROM inbox.held
+                  LATERAL (SELECT version, event_id, reason, attempts, type, headers FROM inbox.held
                            WHERE (consumer, source, aggregate_type, aggregate_id)
                                = ($1, k.source, k.aggregate_type, k.aggregate_id) AND version > k.version
                            ORDER BY version LIMIT $6) AS h
              UNION ALL
-             SELECT k.source, k.aggregate_type, k.aggregate_id, k.version, h.event_id, h.reason, h.attempts, false
+             SELECT k.source, k.aggregate_type, k.aggregate_id, k.version, h.event_id, h.reason, h.attempts, h.type,
+                    left((h.headers -> 'previous_id')::text, 100),
+                    coalesce((h.headers -> 'baseline')::text = 'true', false),
+                    coalesce((h.headers -> 'erased')::text = 'true', false), false
              FROM unnest($7::text[], $8::text[], $9::text[], $10::bigint[])
                   AS k (source, aggregate_type, aggregate_id, version),
-                  LATERAL (SELECT event_id, reason, attempts FROM inbox.held
+                  LATERAL (SELECT event_id, reason, attempts, type, headers FROM inbox.held
                            WHERE (consumer, source, aggregate_type, aggregate_id, version)
                                = ($1, k.source, k.aggregate_type, k.aggregate_id, k.version) OFFSET 0) AS h",
         )
@@ -85,21 +91,20 @@ impl<'a> Ledger<'a> {
         .fetch_all(&mut **tx)
         .await?;
         let mut near: BTreeMap<Key, (usize, i64)> = BTreeMap::new();
-        for row in rows {
+        for mut row in rows {
             let key = Key {
-                source: row.source,
-                aggregate_type: row.aggregate_type,
-                aggregate_id: row.aggregate_id,
+                source: mem::take(&mut row.source),
+                aggregate_type: mem::take(&mut row.aggregate_type),
+                aggregate_id: mem::take(&mut row.aggregate_id),
             };
+            let (version, is_near) = (row.version, row.near);
             if let Some(chain) = self.chains.get_mut(&key) {
-                let (id, reason) = (row.event_id, Reason::parse(&row.reason));
-                let held = Held { id, reason, attempts: row.attempts, received: None };
-                chain.held.insert(row.version, held);
+                chain.held.insert(version, row.held(&key));
             }
-            if row.near {
+            if is_near {
                 let (count, highest) = near.entry(key).or_default();
                 *count += 1;
-                *highest = row.version.max(*highest);
+                *highest = version.max(*highest);
             }
         }
         for (key, (_, highest)) in near.into_iter().filter(|(_, (count, _))| *count == NEAR) {
@@ -235,7 +240,23 @@ struct NearRow {
     event_id: Uuid,
     reason: String,
     attempts: i32,
+    #[sqlx(rename = "type")]
+    type_: String,
+    /// As JSON, when there is one.
+    previous_id: Option<String>,
+    baseline: bool,
+    erased: bool,
     near: bool,
+}
+
+impl NearRow {
+    fn held(self, key: &Key) -> Held<'static> {
+        let jumps = !self.erased && (self.baseline || is_deletion(&self.type_, &key.aggregate_type));
+        let previous: Option<Value> = self.previous_id.and_then(|json| serde_json::from_str(&json).ok());
+        let follows = previous.as_ref().and_then(previous_id).filter(|_| !jumps);
+        let (id, reason) = (self.event_id, Reason::parse(&self.reason));
+        Held { id, reason, attempts: self.attempts, follows, received: None }
+    }
 }
 
 /// A row of `inbox.held`, for who wants the event in it.

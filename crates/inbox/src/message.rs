@@ -55,6 +55,7 @@ const SOURCE: &str = "a name, or a name, `~` and the number of an incarnation";
 const INCARNATION: &str = "an integer from 1 to 2^63 - 1";
 const CHAIN_START: &str = "chain_start";
 const SOURCE_PARENT: &str = "source_parent";
+const PREVIOUS_ID: &str = "previous_id";
 
 impl From<Delivery> for Envelope {
     fn from(delivery: Delivery) -> Self {
@@ -285,6 +286,31 @@ impl Event {
         }
     }
 
+    /// The id of the event before it in its aggregate's chain. None at the start of a chain, and where it is not known: a
+    /// source may not send it, and what is no id says nothing.
+    ///
+    /// ```
+    /// # let event = inbox::Event {
+    /// #     id: uuid::Uuid::nil(),
+    /// #     source: "shop".to_owned(),
+    /// #     aggregate_type: "order".to_owned(),
+    /// #     aggregate_id: "7".to_owned(),
+    /// #     version: 2,
+    /// #     type_: "order.changed".to_owned(),
+    /// #     occurred_at: None,
+    /// #     headers: serde_json::Map::new(),
+    /// #     payload: b"{}".to_vec(),
+    /// #     begins_anew: false,
+    /// # };
+    /// let mut event = event;
+    /// assert_eq!(event.previous_id(), None);
+    /// event.headers.insert("previous_id".to_owned(), "0198c5b1-7d3a-7c11-9b1e-0a4c5d6e7f80".into());
+    /// assert!(event.previous_id().is_some());
+    /// ```
+    pub fn previous_id(&self) -> Option<Uuid> {
+        previous_id(self.headers.get(PREVIOUS_ID)?)
+    }
+
     /// Its trace (W3C Trace Context).
     ///
     /// ```
@@ -306,16 +332,38 @@ impl Event {
         self.headers.get("traceparent")?.as_str()
     }
 
+    /// Its properties and headers, as [`Envelope::properties_json`] has those of its message.
+    pub(crate) fn properties_json(&self) -> Value {
+        let mut headers = self.headers.clone();
+        let aggregate =
+            [self.aggregate_type.as_str().into(), self.aggregate_id.as_str().into(), self.version.into()];
+        headers.extend(AGGREGATE_HEADERS.map(str::to_owned).into_iter().zip(aggregate));
+        let mut all = json!({
+            "message_id": self.id,
+            "type": self.type_,
+            "app_id": self.source,
+            "headers": headers::bounded(headers),
+        });
+        if let (Some(all), Some(at)) = (all.as_object_mut(), self.occurred_at) {
+            all.insert("timestamp".to_owned(), at.timestamp().into());
+        }
+        all
+    }
+
     /// Whether it may follow any lower version: a baseline, or the end of the aggregate itself
     /// (`order.deleted` of an order, not `line.deleted`). Erased, it says nothing about the state.
     pub(crate) fn jumps(&self) -> bool {
-        self.is_baseline() && !self.is_erased() || self.ends()
+        !self.is_erased() && (self.is_baseline() || is_deletion(&self.type_, &self.aggregate_type))
+    }
+
+    /// The event that has to be applied before it. None where that is unknown, or where it may follow any.
+    pub(crate) fn follows(&self) -> Option<Uuid> {
+        self.previous_id().filter(|_| !self.jumps())
     }
 
     /// Whether the aggregate ends with it.
     pub(crate) fn ends(&self) -> bool {
-        let deleted = self.type_.strip_suffix(".deleted").is_some_and(|of| of == self.aggregate_type);
-        deleted && !self.is_erased()
+        is_deletion(&self.type_, &self.aggregate_type) && !self.is_erased()
     }
 
     /// When it was created: to the millisecond by its id (UUIDv7), otherwise to the second.
@@ -326,6 +374,16 @@ impl Event {
     fn flag(&self, name: &str) -> bool {
         self.headers.get(name) == Some(&Value::Bool(true))
     }
+}
+
+/// The id in the header of this name. The zero UUID stands for none.
+pub(crate) fn previous_id(header: &Value) -> Option<Uuid> {
+    Uuid::try_parse(header.as_str()?).ok().filter(|id| !id.is_nil())
+}
+
+/// Whether a type is that of an aggregate's own deletion.
+pub(crate) fn is_deletion(type_: &str, aggregate_type: &str) -> bool {
+    type_.strip_suffix(".deleted") == Some(aggregate_type)
 }
 
 /// How often a message was delivered before and returned, as a quorum queue counts it.

@@ -31,10 +31,19 @@ pub(crate) struct Due<'a> {
     received: Option<&'a Event>,
     /// The reason and the attempts, if it is held.
     pub(crate) held: Option<(Reason, i32)>,
+    /// What it follows, as far as it names that.
+    follows: Option<Uuid>,
     /// Its chain's state before, to restore when it is refused.
     before: Reached,
     /// It begins its chain over a state of an earlier incarnation.
     begins_anew: bool,
+}
+
+impl Due<'_> {
+    /// As it is held after an attempt.
+    fn tried(&self, reason: Reason, attempts: i32) -> Held<'static> {
+        Held { id: self.id, reason, attempts, follows: self.follows, received: None }
+    }
 }
 
 /// The decisions of one transaction.
@@ -50,6 +59,10 @@ pub(crate) struct Plan<'a> {
     /// Aggregates with more held events than the budget allows.
     pub(crate) unfinished: Vec<Key>,
     pub(crate) rejected: Vec<RejectedMessage<'a>>,
+    /// Stored events that were next and follow another event than the one that was applied.
+    forked: Vec<(Key, i64)>,
+    /// The same, whole.
+    pub(crate) forks: Vec<Event>,
     pub(crate) outcome: Outcome,
     /// The sources that go on to another incarnation, each with the one before it and the new one.
     pub(crate) taken: BTreeMap<String, (i64, i64)>,
@@ -65,6 +78,8 @@ impl<'a> Plan<'a> {
             due: Vec::new(),
             unfinished: Vec::new(),
             rejected: Vec::new(),
+            forked: Vec::new(),
+            forks: Vec::new(),
             outcome: Outcome::default(),
             taken: BTreeMap::new(),
         }
@@ -111,14 +126,17 @@ impl<'a> Plan<'a> {
                 self.outcome.forks += 1;
                 self.reject(message, Some(event), Rejection::Fork, detail.to_owned());
             }
-            Decision::Apply | Decision::Tried => self.apply(&key, event.version, event.id, Some(event))?,
+            Decision::Apply | Decision::Tried => {
+                self.apply(&key, event.version, event.id, event.follows(), Some(event))?;
+            }
             Decision::Hold if self.full && self.ledger.chain(&key)?.waits() == Reason::Gap => {
                 self.outcome.rejected += 1;
                 self.reject(message, Some(event), Rejection::Malformed, TOO_MANY.to_owned());
             }
             Decision::Hold => {
                 self.outcome.held += 1;
-                let held = Held { id: event.id, reason: Reason::Gap, attempts: 0, received: Some(event) };
+                let (id, follows) = (event.id, event.follows());
+                let held = Held { id, reason: Reason::Gap, attempts: 0, follows, received: Some(event) };
                 self.ledger.chain(&key)?.held.insert(event.version, held);
             }
         }
@@ -132,10 +150,18 @@ impl<'a> Plan<'a> {
         loop {
             let chain = self.ledger.chain(key)?;
             let version = chain.next_version();
-            let (id, received) = match chain.next() {
+            let (id, follows, received) = match chain.next() {
                 Next::Nothing => return Ok(()),
+                Next::Event(held) if chain.reached.contradicts(held.follows) => {
+                    let received = held.received;
+                    chain.held.remove(&version);
+                    self.fork(key, version, received);
+                    return Ok(());
+                }
                 Next::Event(held) if !mode.takes(held.reason) => return Ok(()),
-                Next::Event(held) if held.received.is_some() || self.budget > 0 => (held.id, held.received),
+                Next::Event(held) if held.received.is_some() || self.budget > 0 => {
+                    (held.id, held.follows, held.received)
+                }
                 Next::Event(_) | Next::Unknown => {
                     if !self.unfinished.contains(key) {
                         self.unfinished.push(key.clone());
@@ -146,17 +172,36 @@ impl<'a> Plan<'a> {
             if received.is_none() {
                 self.budget -= 1;
             }
-            self.apply(key, version, id, received)?;
+            self.apply(key, version, id, follows, received)?;
         }
     }
 
-    fn apply(&mut self, key: &Key, version: i64, id: Uuid, received: Option<&'a Event>) -> sqlx::Result<()> {
+    /// A held event that is next is a suspected fork. The event that has its version may still come.
+    fn fork(&mut self, key: &Key, version: i64, received: Option<&'a Event>) {
+        self.outcome.forks += 1;
+        match received {
+            Some(event) => {
+                self.outcome.held -= 1;
+                self.rejected.push(RejectedMessage::forked(event));
+            }
+            None => self.forked.push((key.clone(), version)),
+        }
+    }
+
+    fn apply(
+        &mut self,
+        key: &Key,
+        version: i64,
+        id: Uuid,
+        follows: Option<Uuid>,
+        received: Option<&'a Event>,
+    ) -> sqlx::Result<()> {
         let chain = self.ledger.chain(key)?;
         let (before, begins_anew) = (chain.reached.clone(), chain.begins_anew());
         let held = chain.held.get(&version).filter(|held| held.received.is_none());
         let held = held.map(|held| (held.reason, held.attempts));
         chain.advance(version, id);
-        self.due.push(Due { key: key.clone(), version, id, received, held, before, begins_anew });
+        self.due.push(Due { key: key.clone(), version, id, received, held, follows, before, begins_anew });
         Ok(())
     }
 
@@ -172,6 +217,23 @@ impl<'a> Plan<'a> {
             None => Cow::Owned(StoredMessage::of(message.envelope, reason)),
         };
         self.rejected.push(RejectedMessage { stored, event, reason, detail });
+    }
+
+    /// Rejects the held events that are suspected forks, before anything else is written.
+    pub(crate) async fn reject_forked(
+        &mut self,
+        tx: &mut Transaction<'_, Postgres>,
+        most: u32,
+    ) -> sqlx::Result<()> {
+        let forked: Vec<_> = self.forked.iter().map(|(key, version)| (key, *version)).collect();
+        let forks = self.ledger.events(tx, &forked).await?;
+        // The other headers of one that cannot be read do not matter.
+        self.ledger.unreadable.clear();
+        self.forks = forks.into_values().collect();
+        for event in &self.forks {
+            self.ledger.reject_held(tx, &RejectedMessage::forked(event), most).await?;
+        }
+        Ok(())
     }
 
     /// The events to apply, whole.
@@ -199,7 +261,7 @@ impl<'a> Plan<'a> {
     /// The attempt at the only event was stored.
     pub(crate) fn tried(&mut self, attempts: i32) -> sqlx::Result<()> {
         for due in &self.due {
-            let held = Held { id: due.id, reason: Reason::Trying, attempts, received: None };
+            let held = due.tried(Reason::Trying, attempts);
             self.ledger.chain(&due.key)?.held.insert(due.version, held);
         }
         Ok(())
@@ -209,8 +271,8 @@ impl<'a> Plan<'a> {
     pub(crate) fn refused(&mut self, attempts: i32) -> sqlx::Result<()> {
         for due in self.due.drain(..) {
             let chain = self.ledger.chain(&due.key)?;
+            let held = due.tried(Reason::Poison, attempts);
             chain.reached = due.before;
-            let held = Held { id: due.id, reason: Reason::Poison, attempts, received: None };
             chain.held.insert(due.version, held);
             self.unfinished.retain(|key| *key != due.key);
         }

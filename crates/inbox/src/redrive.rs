@@ -13,13 +13,14 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    Handler, HandlerError, Sequencer,
-    chain::{Chain, Key, Next, Reason},
+    Event, Handler, HandlerError, Sequencer,
+    chain::{Chain, FOLLOWS_ANOTHER, Key, Next, Reason},
     handler::describe,
     held::Filter,
     ledger::{Ledger, UNREADABLE},
     newest::Newest,
     rollback::Rollback,
+    save_rejected::RejectedMessage,
     schema::BEGIN,
 };
 
@@ -55,7 +56,7 @@ pub struct RedrivenAggregate {
     pub applied: u64,
     /// How many of its events are still held.
     pub held: i64,
-    /// The event that was refused again. The other held events wait behind it.
+    /// The event that was refused again, or that is rejected as a suspected fork. The other held events wait for it.
     pub refused: Option<RefusedEvent>,
     /// More held events can be applied.
     #[serde(skip)]
@@ -142,6 +143,14 @@ impl RedrivenAggregate {
     /// Of which nothing was done.
     pub(crate) fn of(aggregate: Key) -> Self {
         Self { aggregate, from: 0, to: 0, applied: 0, held: 0, refused: None, unfinished: false }
+    }
+}
+
+impl RefusedEvent {
+    /// A suspected fork.
+    pub(crate) fn forked(event: &Event) -> Self {
+        let error = FOLLOWS_ANOTHER.to_owned();
+        Self { event_id: event.id, version: event.version, type_: event.type_.clone(), error }
     }
 }
 
@@ -300,6 +309,15 @@ impl<H: Handler> Sequencer<H> {
             };
             let chain = ledger.chain(key)?;
             if !chain.takes(&event) {
+                break;
+            }
+            if chain.follows_another(&event) {
+                let forked = RejectedMessage::forked(&event);
+                ledger.reject_held(tx, &forked, self.limits.rejected()).await?;
+                if !dry_run {
+                    self.rejected_held(&forked);
+                }
+                refused = Some(RefusedEvent::forked(&event));
                 break;
             }
             event.begins_anew = chain.begins_anew();

@@ -3,6 +3,7 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
+    slice,
 };
 
 use serde_json::json;
@@ -10,6 +11,7 @@ use sqlx::{Postgres, Transaction};
 
 use crate::{
     Event,
+    chain::{FOLLOWS_ANOTHER, Key},
     ledger::Ledger,
     rejection::{NOT_KEPT, Rejection},
     stored_message::StoredMessage,
@@ -24,7 +26,40 @@ pub(crate) struct RejectedMessage<'a> {
     pub(crate) detail: String,
 }
 
+impl<'a> RejectedMessage<'a> {
+    /// An event that was held, and turned out to be a suspected fork when its turn came.
+    pub(crate) fn forked(event: &'a Event) -> Self {
+        let (reason, detail) = (Rejection::Fork, FOLLOWS_ANOTHER.to_owned());
+        let stored = Cow::Owned(StoredMessage::of_held(event, reason));
+        Self { stored, event: Some(event), reason, detail }
+    }
+}
+
 impl Ledger<'_> {
+    /// Stores a held event as a suspected fork instead. The event with its version may still come.
+    pub(crate) async fn reject_held(
+        &mut self,
+        tx: &mut Transaction<'_, Postgres>,
+        forked: &RejectedMessage<'_>,
+        most: u32,
+    ) -> sqlx::Result<()> {
+        self.reject(tx, slice::from_ref(forked), most).await?;
+        let Some(event) = forked.event else { return Ok(()) };
+        sqlx::query(
+            "DELETE FROM inbox.held
+             WHERE (consumer, source, aggregate_type, aggregate_id, version) = ($1, $2, $3, $4, $5)",
+        )
+        .bind(self.consumer)
+        .bind(&event.source)
+        .bind(&event.aggregate_type)
+        .bind(&event.aggregate_id)
+        .bind(event.version)
+        .execute(&mut **tx)
+        .await?;
+        self.chain(&Key::from(event))?.held.remove(&event.version);
+        Ok(())
+    }
+
     /// Stores messages that cannot be applied. A redelivery is counted, not stored again. Above `most` messages for a
     /// reason, further ones are only counted, in one row.
     pub(crate) async fn reject(

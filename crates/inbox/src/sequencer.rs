@@ -21,6 +21,7 @@ use crate::{
 /// | case | action |
 /// |---|---|
 /// | *v* ≤ *n* | a duplicate: ignored. Another id than the one applied at *v* is a suspected fork: stored, with an alarm. The last 16 ids of each aggregate are known |
+/// | *v* = *n* + 1, and [another event before it](crate::Event::previous_id) than the one applied last | a suspected fork: stored, with an alarm; later events wait for the right one, or for a baseline. Also a held event, when its turn comes |
 /// | *v* = *n* + 1 | applied, and then the held events that continue it |
 /// | *v* > *n* + 1 | held. A baseline or the aggregate's own deletion is applied instead |
 /// | the handler refuses it | held with the error; later events wait behind it |

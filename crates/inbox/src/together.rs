@@ -10,7 +10,7 @@ use crate::{
     chain::Key,
     handler::describe,
     ledger::columns,
-    redrive::{LIMIT, turn},
+    redrive::{LIMIT, RefusedEvent, turn},
     rollback::Rollback,
     schema::BEGIN,
     work::{Mode, Work},
@@ -166,6 +166,7 @@ impl<H: Handler> Sequencer<H> {
         let mut tx: Transaction<'static, Postgres> = self.pool.begin_with(BEGIN).await.map_err(away)?;
         self.handler.begin(&mut tx).await.map_err(|failure| Rollback::from(failure).of_waiting())?;
         let mut plan = self.decide(&mut tx, work).await?;
+        plan.reject_forked(&mut tx, self.limits.rejected()).await?;
         let events = plan.events(&mut tx).await?;
         if !plan.ledger.unreadable.is_empty() {
             return Err(Rollback::Unreadable(plan.ledger.unreadable));
@@ -190,6 +191,11 @@ impl<H: Handler> Sequencer<H> {
         for due in &plan.due {
             if let Some(one) = done.get_mut(&due.key) {
                 one.applied += 1;
+            }
+        }
+        for event in &plan.forks {
+            if let Some(one) = done.get_mut(&Key::from(event)) {
+                one.refused = Some(RefusedEvent::forked(event));
             }
         }
         let finished: Vec<&Key> =

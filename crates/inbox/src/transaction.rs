@@ -102,6 +102,7 @@ impl<H: Handler> Sequencer<H> {
         let mut tx = begun.map_err(away)?;
         self.handler.begin(&mut tx).await.map_err(|failure| Rollback::from(failure).of_waiting())?;
         let mut plan = self.decide(&mut tx, work).await?;
+        plan.reject_forked(&mut tx, self.limits.rejected()).await?;
         let events = plan.events(&mut tx).await?;
         if !plan.ledger.unreadable.is_empty() {
             return Err(Rollback::Unreadable(plan.ledger.unreadable));

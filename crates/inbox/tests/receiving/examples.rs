@@ -2,6 +2,7 @@
 //! crate, and one in Python that uses nothing of it. The same events lead both to the same book.
 
 use std::{
+    io::Read,
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
 };
@@ -10,14 +11,17 @@ use devstack::{testing::Place, users::Rights};
 use inbox::Envelope;
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties,
-    options::{BasicPublishOptions, ConfirmSelectOptions},
+    options::{BasicPublishOptions, ConfirmSelectOptions, QueuePurgeOptions},
     types::{AMQPValue, FieldTable, ShortString},
 };
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::support::{from, typed, until};
+use crate::{
+    forks::after,
+    support::{from, typed, until},
+};
 
 /// A virtual host, an empty database, and events of persons.
 pub(crate) struct World {
@@ -243,6 +247,54 @@ async fn in_python_from_the_contract_alone() {
     assert!(second.stop().await.success());
     let said = [before.join("\n\n"), after.join("\n\n")].join("\n\n# after the fix\n\n");
     insta::assert_snapshot!([said, anew.join("\n\n")].join("\n\n# in a new incarnation\n\n"));
+}
+
+/// A subscriber that follows versions stops where the source's history is another one, however that arrives.
+#[tokio::test]
+async fn in_python_a_fork_stops_it() {
+    let world = World::new("fork_python").await;
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/examples/subscriber.py");
+    let ann = id(1);
+    let follows = |version: i64, previous: &str| {
+        let body = json!({"id": ann, "name": format!("Ann of {version}"), "address": "abc"});
+        after(event("person.changed", ann, version, &body, None), AMQPValue::LongString(previous.into()))
+    };
+    let of = |version| crate::support::id(&ann.to_string(), version, 0).to_string();
+    let other = Uuid::from_u128(7).to_string();
+    let ends = async |version: i64| {
+        let mut program = world.start(python().arg(&path).stderr(Stdio::piped()));
+        let mut ended = None;
+        until("the program has ended", async || {
+            ended = program.0.try_wait().unwrap();
+            ended.is_some()
+        })
+        .await;
+        assert!(!ended.unwrap().success());
+        let mut said = String::new();
+        program.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        assert!(
+            said.contains(&format!("version {version} follows another event than the one applied")),
+            "{said}"
+        );
+    };
+    let first = world.start(python().arg(&path));
+    world.until_consumed("contacts").await;
+    for event in
+        [follows(1, "no id"), follows(2, &of(1).to_ascii_uppercase()), follows(3, ""), follows(4, &of(3))]
+    {
+        world.publish(&event).await;
+    }
+    until("it is up to date", async || world.book().await.contains("Ann of 4")).await;
+    assert!(first.stop().await.success());
+    world.publish(&follows(5, &other)).await;
+    ends(5).await;
+    world.channel.queue_purge("contacts".into(), QueuePurgeOptions::default()).await.unwrap();
+
+    // Held, and then it is next.
+    world.publish(&follows(6, &other)).await;
+    world.publish(&follows(5, &of(4))).await;
+    ends(6).await;
+    assert!(world.book().await.contains("Ann of 4"));
 }
 
 /// The example in this crate. `cargo test` builds it, unless it is told to build one test alone.
