@@ -3,11 +3,13 @@
 # broker:
 #
 #   deploy/permissions/rabbitmq.sh VIRTUAL-HOST USER relay            < FILE-WITH-THE-PASSWORD
+#   deploy/permissions/rabbitmq.sh VIRTUAL-HOST USER declaring-relay  < FILE-WITH-THE-PASSWORD
 #   deploy/permissions/rabbitmq.sh VIRTUAL-HOST USER subscriber QUEUE < FILE-WITH-THE-PASSWORD
 #   deploy/permissions/rabbitmq.sh VIRTUAL-HOST USER replay QUEUE     < FILE-WITH-THE-PASSWORD
 #
-# relay       may write to the exchange event_dispatcher, which is there already. (A relay that is started with
-#             --declare-exchange needs the right to configure it as well.)
+# relay       may write to the exchange event_dispatcher, which is there already.
+# declaring-relay
+#             may also declare it, with event_dispatcher.by_aggregate: for a relay with --declare-exchange.
 # subscriber  may declare both exchanges, and declare, bind and consume QUEUE and every queue whose name begins
 #             with "QUEUE.", such as its dead letters.
 # replay      may publish history to event_dispatcher, or to QUEUE and what begins with "QUEUE." alone.
@@ -18,13 +20,13 @@
 set -euo pipefail
 
 usage() {
-    echo "usage: $0 VIRTUAL-HOST USER [relay | subscriber QUEUE | replay QUEUE] < FILE-WITH-THE-PASSWORD" >&2
+    echo "usage: $0 VIRTUAL-HOST USER [relay | declaring-relay | subscriber QUEUE | replay QUEUE] < FILE-WITH-THE-PASSWORD" >&2
     exit 2
 }
 [ $# -ge 2 ] || usage
 vhost=$1 user=$2 program=${3:-relay} queue=${4-}
 case $program in
-relay) [ $# -le 3 ] || usage ;;
+relay | declaring-relay) [ $# -le 3 ] || usage ;;
 subscriber | replay) [ $# -eq 4 ] && [ -n "$queue" ] || usage ;;
 *) usage ;;
 esac

@@ -1,7 +1,8 @@
 """A plain consumer, in Python: prints each new income once, in any order. Needs pika and AMQP_URL.
 
 It remembers the ids that it has seen, in the transaction of its own change. It continues after a restart of its own or
-of the broker. An event whose content was erased does nothing.
+of the broker. It stands for a program with side effects, such as mails and payments: what an operator publishes again, a
+baseline, and an event whose content was erased do nothing.
 """
 
 import json, os, sqlite3, time
@@ -15,7 +16,8 @@ store.execute("CREATE TABLE IF NOT EXISTS seen (message_id TEXT PRIMARY KEY)")
 def on_event(channel, method, properties, body):
     with store:  # one transaction: what was seen, and what your service makes of it
         new = store.execute("INSERT OR IGNORE INTO seen VALUES (?)", (properties.message_id,)).rowcount
-        if new and not properties.headers.get("erased"):
+        headers = properties.headers
+        if new and not any(headers.get(flag) for flag in ("replayed", "baseline", "erased")):
             income = json.loads(body, parse_float=Decimal)
             print(income["person"]["cpf"], income["value"], flush=True)
     channel.basic_ack(method.delivery_tag)  # after the commit

@@ -11,7 +11,7 @@ use std::{
 use amqp::{Nodes, Reconnect};
 use lapin::{
     Channel, Connection, ErrorKind, ExchangeKind,
-    options::{ConfirmSelectOptions, ExchangeDeclareOptions},
+    options::{ConfirmSelectOptions, ExchangeBindOptions, ExchangeDeclareOptions},
     protocol::{AMQPErrorKind, AMQPSoftError},
     types::{FieldTable, ShortString},
 };
@@ -27,6 +27,9 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// The broker's reason comes right after the failures that it causes.
 const REASON_TIMEOUT: Duration = Duration::from_millis(100);
 
+/// What the name of the exchange by aggregate adds to that of the main exchange.
+const BY_AGGREGATE: &str = ".by_aggregate";
+
 /// Where to publish, and what to find there.
 #[derive(Clone, Debug)]
 pub struct Broker {
@@ -34,7 +37,7 @@ pub struct Broker {
     pub nodes: Nodes,
     /// The exchange to publish to.
     pub exchange: ShortString,
-    /// Declare the exchange if it does not exist.
+    /// Declare the exchange if it does not exist, and the one by aggregate that it feeds.
     pub declare: bool,
     /// The connection's name in the management interface.
     pub name: String,
@@ -113,6 +116,9 @@ impl Broker {
                 _ => away(error),
             });
         }
+        if self.declare {
+            self.declare_by_aggregate(&connection).await.map_err(away)?;
+        }
         identity::prove(&connection, &self.exchange, &user, said).await?;
         confirming(&channel).await.map_err(away)?;
         Ok(Link { channel, user, condition, connection })
@@ -120,6 +126,39 @@ impl Broker {
 }
 
 impl Broker {
+    /// Declares the exchange of subscribers that follow versions, so that it is there before the first of them. Events are
+    /// published without it, so a refusal is logged and no more. It closes the channel, so it is one of its own.
+    async fn declare_by_aggregate(&self, connection: &Connection) -> lapin::Result<()> {
+        let exchange = format!("{}{BY_AGGREGATE}", self.exchange);
+        let Ok(name) = ShortString::try_new(exchange.as_str()) else {
+            tracing::warn!(
+                exchange,
+                "the exchange by aggregate is not declared: its name is longer than 255 bytes"
+            );
+            return Ok(());
+        };
+        let channel = connection.create_channel().await?;
+        let declare = async {
+            let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
+            channel
+                .exchange_declare(name.clone(), ExchangeKind::Headers, options, FieldTable::default())
+                .await?;
+            let (options, none) = (ExchangeBindOptions::default(), FieldTable::default());
+            channel.exchange_bind(name.clone(), self.exchange.clone(), "#".into(), options, none).await?;
+            channel.close(200, ShortString::default()).await
+        };
+        let Err(error) = declare.await else { return Ok(()) };
+        let ErrorKind::ProtocolError(amqp) = error.kind() else { return Err(error) };
+        let why = amqp::without_users(amqp.get_message().as_str());
+        tracing::warn!(
+            exchange,
+            why,
+            "the exchange by aggregate is not declared; give this user the rights of a relay that declares, or declare it \
+             (headers, durable) and bind it to the relay's exchange with the routing key #"
+        );
+        Ok(())
+    }
+
     /// Notes whether the exchange is missing. A declaration alone does not tell: it makes it, or finds it. The refusal
     /// closes the channel, so it is one of its own.
     async fn look_for_exchange(&self, connection: &Connection) -> lapin::Result<()> {

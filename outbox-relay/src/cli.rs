@@ -38,7 +38,7 @@ pub enum Command {
     Digest(Box<DigestArgs>),
     /// Look after events that were set aside.
     Parked(ParkedArgs),
-    /// Publish history again, beside the live relay: to everybody, or to one queue alone.
+    /// Publish history again, beside the live relay: to one queue alone, or to everybody.
     Replay(Box<ReplayArgs>),
     /// Publish nothing more until `resume`; writers do not notice.
     Pause {

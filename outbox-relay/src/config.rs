@@ -64,7 +64,8 @@ pub struct RunArgs {
     /// The topic exchange to publish to.
     #[arg(long, env = "EXCHANGE", default_value = "event_dispatcher", value_parser = exchange)]
     pub exchange: ShortString,
-    /// Declare the exchange (topic, durable) if it does not exist.
+    /// Declare the exchange (topic, durable) if it does not exist, and `<exchange>.by_aggregate` (headers, durable), which
+    /// it feeds, for subscribers that follow versions.
     #[arg(long, env = "DECLARE_EXCHANGE")]
     pub declare_exchange: bool,
     /// What to do with events that no queue takes, by type pattern as in a topic binding: `park` (set aside

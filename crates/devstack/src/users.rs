@@ -58,8 +58,8 @@ pub async fn make(
     put(management, &format!("permissions/{vhost}/{user}"), &rights).await
 }
 
-/// Makes the programs' users in a virtual host, and the exchange to which the relays may publish and which they may
-/// not declare.
+/// Makes the programs' users in a virtual host, and the exchanges that the relays may not
+/// declare.
 pub async fn make_all(rabbitmq: &RabbitMq, vhost: &str) -> anyhow::Result<()> {
     let management = rabbitmq.management_url();
     for (user, rights) in [
@@ -70,12 +70,20 @@ pub async fn make_all(rabbitmq: &RabbitMq, vhost: &str) -> anyhow::Result<()> {
     ] {
         make(&management, vhost, (user, rabbitmq.password()), rights).await?;
     }
-    let exchange = json!({"type": "topic", "durable": true});
-    put(&management, &format!("exchanges/{vhost}/event_dispatcher"), &exchange).await
+    for (exchange, kind) in [("event_dispatcher", "topic"), ("event_dispatcher.by_aggregate", "headers")] {
+        let kind = json!({"type": kind, "durable": true});
+        put(&management, &format!("exchanges/{vhost}/{exchange}"), &kind).await?;
+    }
+    let bound = format!("bindings/{vhost}/e/event_dispatcher/e/event_dispatcher.by_aggregate");
+    send(Method::POST, &management, &bound, &json!({"routing_key": "#"})).await
 }
 
 async fn put(management: &str, path: &str, body: &Value) -> anyhow::Result<()> {
-    let request = client()?.request(Method::PUT, format!("{management}/api/{path}")).json(body);
+    send(Method::PUT, management, path, body).await
+}
+
+async fn send(method: Method, management: &str, path: &str, body: &Value) -> anyhow::Result<()> {
+    let request = client()?.request(method, format!("{management}/api/{path}")).json(body);
     // The error would quote the URL with its password.
     let answer = request.send().await.map_err(reqwest::Error::without_url);
     let status = answer.context("RabbitMQ's management API does not answer")?.status();

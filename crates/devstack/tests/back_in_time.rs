@@ -278,7 +278,7 @@ async fn the_broker_loses_its_data() {
 
     let (code, said) = system.run("outbox-relay digest --consumer score").await;
     assert_eq!(code, Some(3), "{said}");
-    let (code, said) = system.run("outbox-relay replay --all --to-queue score").await;
+    let (code, said) = system.run("outbox-relay replay --all --to-queue score --yes").await;
     assert_eq!(code, Some(0), "{said}");
     arrives(&system).await;
     for program in system.stack.programs() {

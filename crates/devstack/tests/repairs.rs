@@ -139,7 +139,7 @@ async fn lost_events(used: &mut Used) {
     let (code, said) = used.run("outbox-relay digest --consumer score --wait 0s").await;
     assert!(code == Some(3) && said.contains("replay --aggregate TYPE/ID --to-queue QUEUE"), "{said}");
     let replay = used.printed("score-projector held list", "outbox-relay replay", ", at the source").await;
-    used.done(&replay.replace("QUEUE", "score")).await;
+    used.done(&format!("{} --yes", replay.replace("QUEUE", "score"))).await;
     used.arrives().await;
 }
 
@@ -185,7 +185,7 @@ async fn unknown_user(used: &mut Used) {
     // As the page about users has it.
     used.stack.score_projector.set_env("SOURCE", &format!("{SOURCES},person=relay_new"));
     Used::restart(&mut used.stack.score_projector).await;
-    used.done(&format!("outbox-relay replay --since {begun} --to-queue score")).await;
+    used.done(&format!("outbox-relay replay --since {begun} --to-queue score --yes")).await;
     used.arrives().await;
     used.done("score-projector rejected drop --reason wrong-user --yes").await;
 }

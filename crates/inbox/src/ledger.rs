@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, mem};
 
 use serde_json::{Map, Value};
-use sqlx::{Postgres, Transaction};
+use sqlx::{AssertSqlSafe, Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
@@ -17,6 +17,11 @@ pub(crate) const NEAR: usize = 64;
 
 /// The error of a held event whose stored headers cannot be read.
 pub(crate) const UNREADABLE: &str = "its stored headers cannot be read: they are nested too deep";
+
+/// The headers of a held event that names the one before it. The server decodes all texts of a JSON for one of them, and
+/// refuses a NUL in any.
+const NAMING: &str = r#"CASE WHEN strpos(headers::text, '"previous_id"') > 0
+                             THEN replace(headers::text, '\u0000', '\u0020')::json END"#;
 
 /// The chains that a transaction has locked, by aggregate.
 pub(crate) struct Ledger<'a> {
@@ -56,14 +61,14 @@ impl<'a> Ledger<'a> {
         let of_events: Vec<Key> = events.iter().map(|event| Key::from(*event)).collect();
         let (event_sources, event_types, event_ids) = columns(of_events.iter());
         let versions: Vec<i64> = events.iter().map(|event| event.version).collect();
-        let rows: Vec<NearRow> = sqlx::query_as(
+        let sql = format!(
             "SELECT k.source, k.aggregate_type, k.aggregate_id, h.version, h.event_id, h.reason, h.attempts, h.type,
                     left((h.headers -> 'previous_id')::text, 100) AS previous_id,
                     coalesce((h.headers -> 'baseline')::text = 'true', false) AS baseline,
                     coalesce((h.headers -> 'erased')::text = 'true', false) AS erased, true AS near
              FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[])
                   AS k (source, aggregate_type, aggregate_id, version),
-                  LATERAL (SELECT version, event_id, reason, attempts, type, headers FROM inbox.held
+                  LATERAL (SELECT version, event_id, reason, attempts, type, {NAMING} AS headers FROM inbox.held
                            WHERE (consumer, source, aggregate_type, aggregate_id)
                                = ($1, k.source, k.aggregate_type, k.aggregate_id) AND version > k.version
                            ORDER BY version LIMIT $6) AS h
@@ -74,22 +79,23 @@ impl<'a> Ledger<'a> {
                     coalesce((h.headers -> 'erased')::text = 'true', false), false
              FROM unnest($7::text[], $8::text[], $9::text[], $10::bigint[])
                   AS k (source, aggregate_type, aggregate_id, version),
-                  LATERAL (SELECT event_id, reason, attempts, type, headers FROM inbox.held
+                  LATERAL (SELECT event_id, reason, attempts, type, {NAMING} AS headers FROM inbox.held
                            WHERE (consumer, source, aggregate_type, aggregate_id, version)
-                               = ($1, k.source, k.aggregate_type, k.aggregate_id, k.version) OFFSET 0) AS h",
-        )
-        .bind(self.consumer)
-        .bind(sources)
-        .bind(types)
-        .bind(ids)
-        .bind(reached)
-        .bind(i64::try_from(NEAR).unwrap_or(i64::MAX))
-        .bind(event_sources)
-        .bind(event_types)
-        .bind(event_ids)
-        .bind(versions)
-        .fetch_all(&mut **tx)
-        .await?;
+                               = ($1, k.source, k.aggregate_type, k.aggregate_id, k.version) OFFSET 0) AS h"
+        );
+        let rows: Vec<NearRow> = sqlx::query_as(AssertSqlSafe(sql))
+            .bind(self.consumer)
+            .bind(sources)
+            .bind(types)
+            .bind(ids)
+            .bind(reached)
+            .bind(i64::try_from(NEAR).unwrap_or(i64::MAX))
+            .bind(event_sources)
+            .bind(event_types)
+            .bind(event_ids)
+            .bind(versions)
+            .fetch_all(&mut **tx)
+            .await?;
         let mut near: BTreeMap<Key, (usize, i64)> = BTreeMap::new();
         for mut row in rows {
             let key = Key {

@@ -1,4 +1,4 @@
-//! `replay`: history is published again, beside the live relay, to everybody or to one queue alone.
+//! `replay`: history is published again, beside the live relay, to one queue alone or to everybody.
 
 mod history;
 mod one_queue;
@@ -10,13 +10,21 @@ mod registration;
 use std::{fmt::Write, time::Duration};
 
 use anyhow::{Context, bail};
-use daemon::{config::broker::BrokerArgs, progress::Progress, shutdown::Shutdown};
+use daemon::{
+    config::{SettingError, broker::BrokerArgs},
+    progress::Progress,
+    shutdown::Shutdown,
+};
 use lapin::types::ShortString;
 use serde_json::json;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{CommandArgs, Verdict, connect, many, state};
+use super::{
+    CommandArgs, Verdict,
+    confirm::{self, can_ask},
+    connect, many, state,
+};
 use crate::{config::relay_name, event::Event, message::Origin, relay::exchange};
 
 use history::History;
@@ -50,41 +58,75 @@ pub struct ReplayArgs {
     #[command(flatten)]
     pub range: Range,
     /// Publish to this queue alone, with the routing keys as they were, and to nobody else.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", conflicts_with = "to_everybody")]
     pub to_queue: Option<String>,
+    /// Publish to every queue that is bound to the exchange. A subscriber with side effects, such as mails or payments,
+    /// repeats them unless it ignores what is `replayed`.
+    #[arg(long)]
+    pub to_everybody: bool,
     /// Events per second at most.
     #[arg(long, default_value = "1000", value_parser = clap::value_parser!(u32).range(1..))]
     pub rate: u32,
     /// Only count.
     #[arg(long)]
     pub dry_run: bool,
+    /// Publish without a question. Without this the events are counted first; on a terminal the command asks, and
+    /// elsewhere it says what it would publish, with exit code 3.
+    #[arg(long)]
+    pub yes: bool,
+}
+
+impl ReplayArgs {
+    /// To whom, for people.
+    fn target(&self) -> Result<String, SettingError> {
+        match &self.to_queue {
+            Some(queue) => Ok(format!("the queue {queue} alone")),
+            None if self.to_everybody => {
+                Ok(format!("every queue that is bound to the exchange {}", self.exchange))
+            }
+            None => Err(SettingError::new(
+                "replay",
+                "say to whom: --to-queue NAME publishes to that queue alone; --to-everybody publishes to every queue \
+                 that is bound to the exchange, also to those of subscribers that send mails or move money. \
+                 --dry-run only counts",
+            )),
+        }
+    }
 }
 
 /// Replays, and says what came of it. Ctrl-C ends it once it is known what became of the events under way.
 pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
+    let target = if args.dry_run { String::new() } else { args.target()? };
     let mut conn = connect(&args.common, "replay", STATEMENT_TIMEOUT).await?;
     state::known(&mut conn, &args.name).await?;
     let history = History::of(&mut conn, &args.name, &args.range).await?;
     let mut outcome = Outcome { next: history.from, to: history.to, ..Outcome::default() };
     let shutdown = Shutdown::on_signals()?;
     let stop = shutdown.requested();
-    let finished = if args.dry_run {
+    let (mut finished, mut confirmed) = (true, args.yes);
+    if args.dry_run || !args.yes {
         let said = Progress::new("counting", "event");
-        let mut history = history;
+        let mut history = history.clone();
         let counted = stop.run_until_cancelled(history.count(&mut conn, &said, &mut outcome.events)).await;
         outcome.next = history.from;
-        counted.transpose().context("the events could not be counted")?.is_some()
-    } else {
+        finished = counted.transpose().context("the events could not be counted")?.is_some();
+    }
+    if finished && !args.dry_run && !args.yes && can_ask() {
+        let question = format!("Publish {} again to {target}?", many(outcome.events, "event"));
+        confirmed = confirm::confirmed(&question, stop).await.context("the answer could not be read")?;
+    }
+    if !args.dry_run && confirmed {
+        outcome = Outcome { next: history.from, to: history.to, ..Outcome::default() };
         let origin = Origin::from(&outbox::source(&mut conn).await?);
         let id = Uuid::now_v7();
         let reading = connect(&args.common, "replay", STATEMENT_TIMEOUT).await?;
         let mut publisher = Publisher::open(args, origin, id).await?;
-        let target = args
+        let registered = args
             .to_queue
             .as_ref()
             .map_or_else(|| format!("exchange {}", args.exchange), |queue| format!("queue {queue}"));
         let positions = (history.from, history.to);
-        let mut registration = Registration::begin(&mut conn, id, positions, target).await?;
+        let mut registration = Registration::begin(&mut conn, id, positions, registered).await?;
         let said = Progress::new("replaying", "event");
         let (send, read) = mpsc::channel(AHEAD);
         let reader = tokio::spawn(history.send(reading, send));
@@ -94,18 +136,24 @@ pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
         drop(said);
         publisher.close().await;
         let unregistered = registration.end().await;
-        let finished = ended.with_context(|| {
+        finished = ended.with_context(|| {
             format!("stopped with {} published; {}", many(outcome.events, "event"), outcome.go_on())
         })?;
         unregistered?;
-        finished
-    };
+    }
     let answer = json!({
-        "finished": finished, "dry_run": args.dry_run, "events": outcome.events,
+        "finished": finished, "dry_run": args.dry_run, "confirmed": confirmed, "events": outcome.events,
         "unroutable": outcome.unroutable, "refused": outcome.refused, "next": outcome.next, "to": outcome.to,
     });
-    args.common.answer(&answer, || outcome.text(args.dry_run, finished))?;
-    let well = finished && outcome.unroutable == 0 && outcome.refused == 0;
+    args.common.answer(&answer, || match (args.dry_run, confirmed) {
+        (false, true) => outcome.text(finished),
+        (false, false) if finished => {
+            format!("{} would be replayed to {target}; add --yes to do it", many(outcome.events, "event"))
+        }
+        _ => outcome.counted(finished),
+    })?;
+    let done = args.dry_run || confirmed;
+    let well = finished && done && outcome.unroutable == 0 && outcome.refused == 0;
     Ok(if well { Verdict::Ok } else { Verdict::Attention })
 }
 
@@ -143,14 +191,15 @@ impl Outcome {
         )
     }
 
-    /// For people.
-    fn text(&self, dry_run: bool, finished: bool) -> String {
-        let count = many(self.events, "event");
-        if dry_run {
-            let counted = if finished { "would be replayed" } else { "counted, then interrupted" };
-            return format!("{count} {counted}");
-        }
-        let mut text = format!("{count} replayed");
+    /// What was counted, for people.
+    fn counted(&self, finished: bool) -> String {
+        let counted = if finished { "would be replayed" } else { "counted, then interrupted" };
+        format!("{} {counted}", many(self.events, "event"))
+    }
+
+    /// What was published, for people.
+    fn text(&self, finished: bool) -> String {
+        let mut text = format!("{} replayed", many(self.events, "event"));
         if self.unroutable > 0 {
             let _ = write!(text, "; {} more, which no queue takes", self.unroutable);
         }

@@ -51,10 +51,11 @@ impl Lead<'_> {
             let lost = format!(
                 "the exchange {:?} did not exist, although everything up to position {low_water} is settled: RabbitMQ \
                  lost its data, or the exchange was deleted. What lay in queues and was not consumed is lost with \
-                 them. When the subscribers' queues exist again, publish it again: outbox-relay replay --from \
-                 POSITION, where each subscriber had consumed everything below that position; if that is unknown: \
-                 outbox-relay replay --all. Subscribers ignore what they have. This message ends when the relay is \
-                 restarted",
+                 them. When the subscribers' queues exist again, publish it again: outbox-relay replay \
+                 --to-everybody --from POSITION, where each subscriber had consumed everything below that position; if \
+                 that is unknown: outbox-relay replay --to-everybody --all. Subscribers that follow versions ignore \
+                 what they have, and those with side effects should ignore what is replayed. This message ends when \
+                 the relay is restarted",
                 relay.broker.exchange.as_str()
             );
             tracing::warn!(low_water, reason = lost, "the exchange did not exist any more");

@@ -151,7 +151,8 @@ async fn the_broker() {
     assert!(field.take().await > 0, "{fault}: it goes on by itself");
     let lost = field.missing().await;
     assert!(lost > 0, "{fault}: what was confirmed is lost");
-    let replay = field.stack.command("replay").args(["--all"]).output().await.unwrap();
+    let replay =
+        field.stack.command("replay").args(["--all", "--to-everybody", "--yes"]).output().await.unwrap();
     assert!(replay.status.success(), "{replay:?}");
     field.take().await;
     field.all_arrived(fault).await;

@@ -64,7 +64,15 @@ async fn erasures_are_finished_by_hand_and_replayed_erased() {
     assert_eq!((count(&stack, PENDING).await, count(&stack, STORED).await), (1, 100));
 
     let published = subscriber.messages.len();
-    let replayed = output(stack.command("replay").args(["--from", "2091", "--rate", "1000000"])).await;
+    let replayed = output(stack.command("replay").args([
+        "--from",
+        "2091",
+        "--to-everybody",
+        "--yes",
+        "--rate",
+        "1000000",
+    ]))
+    .await;
     assert!(replayed.contains("10 events replayed"), "{replayed}");
     for message in &subscriber.count(published + 10).await[published..] {
         assert!(message.body.contains("\"erased\":true"), "{message:?}");

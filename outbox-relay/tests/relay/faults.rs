@@ -125,7 +125,7 @@ async fn a_broker_that_lost_its_data_is_told_of() {
     assert!(relay.log().contains("did not exist, although everything up to position 5"), "{}", relay.log());
     // The subscribers' queues exist again, and what the message says brings back what was lost.
     let mut again = stack.subscribe("person.*").await;
-    let replayed = output(stack.command("replay").arg("--all")).await;
+    let replayed = output(stack.command("replay").args(["--all", "--to-everybody", "--yes"])).await;
     assert!(replayed.contains("5 events replayed"), "{replayed}");
     again.complete(5).await;
 }

@@ -23,7 +23,7 @@ async fn every_message_names_the_user_that_published_it() {
         let said = output(stack.command("replay").args(arguments.split_whitespace())).await;
         assert!(said.contains("exit code: 0\n20 events replayed"), "{said}");
     };
-    again("--all").await;
+    again("--all --to-everybody --yes").await;
     all.until(|messages| messages.len() == 40).await;
     // As `rabbitmq.sh USER replay one` has it.
     let rights = include_str!("../../../deploy/permissions/replay").replace("QUEUE", "one");
@@ -31,7 +31,7 @@ async fn every_message_names_the_user_that_published_it() {
     let rights = json!({"configure": configure, "write": write, "read": read});
     stack.manage(Method::PUT, &format!("permissions/{0}/{0}", stack.vhost), Some(rights)).await;
     stack.bind("one", "nothing", lapin::types::FieldTable::default()).await;
-    again("--all --to-queue one").await;
+    again("--all --to-queue one --yes").await;
     let mut one = stack.consume("one").await;
     one.complete(20).await;
 

@@ -4,12 +4,14 @@ use std::{collections::BTreeMap, fmt::Write};
 
 use lapin::{
     ExchangeKind,
-    options::BasicGetOptions,
+    options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 use sqlx::Executor;
 
-use crate::stack::{BROKER_PASSWORD, DATABASE_PASSWORD, EXCHANGE, Message, Relay, Stack, eventually, output};
+use crate::stack::{
+    BROKER_PASSWORD, DATABASE_PASSWORD, DECLARING, EXCHANGE, Message, Relay, Stack, eventually, output,
+};
 
 /// A message as a subscriber would describe it.
 fn describe(message: &Message, user: &str) -> String {
@@ -220,7 +222,7 @@ async fn a_missing_exchange_is_waited_for() {
 #[tokio::test]
 async fn an_exchange_is_declared_if_the_relay_may() {
     let stack = Stack::without_exchange("relay_declare").await;
-    stack.permit(&format!("^{EXCHANGE}$")).await;
+    stack.permit_all(DECLARING).await;
     let relay = Relay::ready(stack.command("run").env("DECLARE_EXCHANGE", "true")).await;
     let path = format!("exchanges/{}/{EXCHANGE}", stack.vhost);
     let exchange = stack.manage(reqwest::Method::GET, &path, None).await;
@@ -250,6 +252,68 @@ async fn an_exchange_is_declared_if_the_relay_may() {
     stack.append(0..1, 1, &["person.new"]).await;
     relay.waits("no queue").await;
     stack.subscribe("#").await.complete(1).await;
+}
+
+/// A subscriber that follows versions finds its exchange, and need not declare it. Without a queue it takes nothing.
+#[tokio::test]
+async fn the_exchange_by_aggregate_is_there_before_the_first_subscriber() {
+    let stack = Stack::without_exchange("relay_by_aggregate").await;
+    stack.permit_all(DECLARING).await;
+    stack.append(0..1, 1, &["person.new"]).await;
+    let mut relay = Relay::start(stack.command("run").arg("--declare-exchange")).await;
+    relay.waits("no queue takes events of type person.new").await;
+    let by_aggregate = format!("{EXCHANGE}.by_aggregate");
+    let declared =
+        stack.manage(reqwest::Method::GET, &format!("exchanges/{}/{by_aggregate}", stack.vhost), None).await;
+    assert_eq!((&declared["type"], &declared["durable"]), (&"headers".into(), &true.into()));
+
+    let channel = stack.channel().await;
+    let none = FieldTable::default;
+    channel.queue_declare("copy".into(), QueueDeclareOptions::default(), none()).await.unwrap();
+    let mut matching = none();
+    matching.insert("x-match".into(), AMQPValue::LongString("all".into()));
+    matching.insert("aggregate_type".into(), AMQPValue::LongString("thing".into()));
+    let bind = QueueBindOptions::default();
+    channel.queue_bind("copy".into(), by_aggregate.as_str().into(), "".into(), bind, matching).await.unwrap();
+    stack.consume("copy").await.complete(1).await;
+    relay.is_ready().await;
+    assert!(relay.terminate().await.success());
+
+    // It publishes without it where its user may declare the main exchange alone, or where it is of another kind.
+    let path = format!("exchanges/{}/{by_aggregate}", stack.vhost);
+    stack.manage(reqwest::Method::DELETE, &path, None).await;
+    stack.permit(&format!("^{EXCHANGE}$")).await;
+    let mut all = stack.subscribe("#").await;
+    let relay = Relay::ready(stack.command("run").arg("--declare-exchange")).await;
+    stack.append(1..2, 1, &["person.new"]).await;
+    all.count(1).await;
+    let said = relay.log();
+    relay.kill().await;
+    assert!(said.contains("the exchange by aggregate is not declared"), "{said}");
+    assert!(stack.try_manage(reqwest::Method::GET, &path, None).await.is_err());
+    let fanout = serde_json::json!({"type": "fanout", "durable": true});
+    stack.manage(reqwest::Method::PUT, &path, Some(fanout)).await;
+    stack.permit_all(DECLARING).await;
+    let relay = Relay::ready(stack.command("run").arg("--declare-exchange")).await;
+    let said = relay.log();
+    relay.kill().await;
+    assert!(
+        said.contains("the exchange by aggregate is not declared") && said.contains("'fanout'"),
+        "{said}"
+    );
+}
+
+/// One that declares nothing leaves it alone.
+#[tokio::test]
+async fn no_exchange_by_aggregate_unasked() {
+    let stack = Stack::new("relay_no_by_aggregate").await;
+    stack.permit_all(DECLARING).await;
+    let mut all = stack.subscribe("#").await;
+    stack.append(0..1, 1, &["person.new"]).await;
+    let _relay = Relay::ready(&mut stack.command("run")).await;
+    all.complete(1).await;
+    let path = format!("exchanges/{}/{EXCHANGE}.by_aggregate", stack.vhost);
+    assert!(stack.try_manage(reqwest::Method::GET, &path, None).await.is_err());
 }
 
 /// Personal data and passwords stay out of the log, whatever `LOG` says and whatever comes back.

@@ -12,11 +12,20 @@ use lapin::{
 };
 use serde_json::json;
 use sqlx::Executor;
-use tokio::process::Command;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    process::Command,
+};
 
 use crate::stack::{EXCHANGE, Message, Relay, Stack, output};
 
+/// To everybody, unless a queue is named, without a question.
 async fn replay(stack: &Stack, arguments: &str) -> String {
+    let to = if arguments.contains("--to-queue") { "--yes" } else { "--to-everybody --yes" };
+    ask(stack, &format!("{arguments} {to}")).await
+}
+
+async fn ask(stack: &Stack, arguments: &str) -> String {
     let said = output(stack.command("replay").args(arguments.split_whitespace())).await;
     format!("## replay {arguments}\n{said}")
 }
@@ -79,7 +88,10 @@ async fn interrupted() {
     live.complete(250).await;
     stack.settled("default", 250).await;
     let mut program = stack.command("replay");
-    let program = program.args(["--all", "--rate", "2"]).stdout(Stdio::piped()).stderr(Stdio::null());
+    let program = program
+        .args(["--all", "--to-everybody", "--yes", "--rate", "2"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
     let replay = program.spawn().unwrap();
     live.until(|messages| messages.len() == 253).await;
     let interrupt = Command::new("kill").args(["-INT", &replay.id().unwrap().to_string()]).status().await;
@@ -116,10 +128,18 @@ async fn a_part_to_everybody() {
         "--type thing.new --dry-run --json",
         "--aggregate thing/a3 --dry-run",
         "--aggregate thing --dry-run",
-        "--all --to-queue nowhere",
+        "--all --to-queue nowhere --yes",
         "",
+        // To whom it goes is said in so many words, and then confirmed.
+        "--all",
+        "--all --yes",
+        "--all --to-queue nowhere --to-everybody",
+        "--all --to-queue nowhere",
+        "--aggregate thing/a3 --to-everybody",
+        "--aggregate thing/a3 --to-everybody --json",
+        "--all --since tomorrow",
     ] {
-        said.push(replay(&stack, arguments).await);
+        said.push(ask(&stack, arguments).await);
     }
     said.push(replay(&stack, "--aggregate thing/a3 --from 50 --rate 1000").await);
     let messages = live.until(|messages| messages.len() == 105).await;
@@ -129,6 +149,54 @@ async fn a_part_to_everybody() {
     insta::with_settings!({filters => vec![(r"outbox-replay\.[0-9a-f-]+", "outbox-replay.ID"), (r"'replay_part_[^']*'", "VHOST")]}, {
         insta::assert_snapshot!(said.join("\n\n"));
     });
+}
+
+/// On a terminal it asks; only a yes publishes.
+#[tokio::test]
+async fn on_a_terminal_it_asks() {
+    let stack = Stack::new("replay_asks").await;
+    let mut live = stack.subscribe("#").await;
+    stack.append(0..10, 5, &["thing.new"]).await;
+    let _relay = Relay::ready(&mut stack.command("run")).await;
+    live.complete(10).await;
+    stack.settled("default", 10).await;
+    let answered = async |answer: &str| {
+        let program = stack.command("replay");
+        let program = program.as_std();
+        let command = format!("{} replay --all --to-everybody", program.get_program().to_str().unwrap());
+        // A pseudo-terminal, at which somebody types.
+        let mut terminal = Command::new("script");
+        terminal.args(["--quiet", "--return", "--command", &command, "/dev/null"]);
+        terminal.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let mut terminal =
+            terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        let mut keys = terminal.stdin.take().unwrap();
+        let mut screen = terminal.stdout.take().unwrap();
+        let mut said = String::new();
+        while !said.contains("[y/N]") {
+            let mut some = [0; 1_000];
+            let read = screen.read(&mut some).await.unwrap();
+            assert!(read > 0, "{said}");
+            said.push_str(std::str::from_utf8(&some[..read]).unwrap());
+        }
+        assert!(
+            said.contains(
+                "Publish 10 events again to every queue that is bound to the exchange event_dispatcher? [y/N]"
+            ),
+            "{said}"
+        );
+        keys.write_all(answer.as_bytes()).await.unwrap();
+        screen.read_to_string(&mut said).await.unwrap();
+        (terminal.wait().await.unwrap().code(), said)
+    };
+    let (code, said) = answered("n\n").await;
+    assert!(code == Some(3) && said.contains("10 events would be replayed"), "{said}");
+    let (code, said) = answered("\n").await;
+    assert!(code == Some(3) && said.contains("add --yes to do it"), "{said}");
+    let (code, said) = answered("y\n").await;
+    assert!(code == Some(0) && said.contains("10 events replayed"), "{said}");
+    live.until(|messages| messages.len() == 20).await;
+    assert!(live.messages[10..].iter().all(|message| message.header("replayed") == "true"));
 }
 
 /// A queue at its limit refuses some of a window and takes others: each aggregate's order holds all the same.
@@ -267,7 +335,7 @@ async fn with_refused_messages() {
     let said = replay(&stack, "--all").await;
     insta::with_settings!({filters => vec![(r"'?replay_refused_[0-9a-f]*'?", "VHOST")]}, {
         insta::assert_snapshot!(said, @"
-        ## replay --all
+        ## replay --all --to-everybody --yes
         exit code: 1
         outbox-relay: stopped with 0 events published; go on with --from 1: the broker refused 100 events in a row, from position 1 on, the last of type order.new: ACCESS_REFUSED - access to topic 'order.new' in exchange 'event_dispatcher' in vhost VHOST refused for this user; remove the cause, or leave these events out with --type
         ");
@@ -329,7 +397,7 @@ async fn a_dry_run_reads_little() {
         ("--type thing.*.where --to 400", 300, 500),
     ] {
         let before = rows_read(&stack).await;
-        let said = replay(&stack, &format!("{arguments} --dry-run")).await;
+        let said = ask(&stack, &format!("{arguments} --dry-run")).await;
         let read = rows_read(&stack).await - before;
         assert!(said.contains(&format!("exit code: 0\n{events} events would be replayed")), "{said}");
         assert!(read <= most, "{arguments}: {read} rows");

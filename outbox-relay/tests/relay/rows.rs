@@ -186,7 +186,7 @@ async fn a_replay_says_what_it_leaves_out() {
                         "write": format!(r"^(outbox-replay\..*|thing\.\*|{EXCHANGE})$")});
     let path = format!("permissions/{0}/{0}", stack.vhost);
     stack.manage(reqwest::Method::PUT, &path, Some(rights)).await;
-    let said = output(stack.command("replay").args(["--all", "--to-queue", "thing.*"])).await;
+    let said = output(stack.command("replay").args(["--all", "--to-queue", "thing.*", "--yes"])).await;
     // 27 that are as they should be, and the six that a message can carry.
     assert!(
         said.starts_with("exit code: 3\n33 events replayed; 21 more, which cannot be published"),

@@ -29,6 +29,8 @@ use uuid::Uuid;
 pub(crate) const EXCHANGE: &str = "event_dispatcher";
 /// What a relay's user may configure, write and read, as `rabbitmq.sh` beside it grants it.
 const RIGHTS: &str = include_str!("../../../deploy/permissions/relay");
+/// What a relay's user may that declares the exchanges.
+pub(crate) const DECLARING: &str = include_str!("../../../deploy/permissions/declaring-relay");
 /// To be found in no log and in no message.
 pub(crate) const DATABASE_PASSWORD: &str = "dbs3cretdbs3cret";
 pub(crate) const BROKER_PASSWORD: &str = "mqs3cretmqs3cret";
@@ -134,6 +136,12 @@ impl Stack {
     /// Lets the relay's user declare what matches `configure`.
     pub(crate) async fn permit(&self, configure: &str) {
         let [_, write, read] = RIGHTS.lines().collect::<Vec<_>>()[..] else { panic!("{RIGHTS}") };
+        self.permit_all(&[configure, write, read].join("\n")).await;
+    }
+
+    /// Gives the relay's user these rights: what it may configure, write and read, a line each.
+    pub(crate) async fn permit_all(&self, rights: &str) {
+        let [configure, write, read] = rights.lines().collect::<Vec<_>>()[..] else { panic!("{rights}") };
         let rights = json!({"configure": configure, "write": write, "read": read});
         let path = format!("permissions/{0}/{0}", self.vhost);
         self.manage(reqwest::Method::PUT, &path, Some(rights)).await;

@@ -61,7 +61,7 @@ pub(super) const LOOK: &[Operation] = &[
     part("outbox-relay replay --aggregate person/{giant} --dry-run", 0.3).reach(Time(10.0)),
     part("outbox-relay replay --since {since} --dry-run", 0.05).reach(Time(2.0)),
     linear("outbox-relay replay --all --dry-run").reach(Time(10.0)),
-    for_each_row("outbox-relay replay --from {from} --to {to} --to-queue history --rate 100000", 1.0)
+    for_each_row("outbox-relay replay --from {from} --to {to} --to-queue history --rate 100000 --yes", 1.0)
         .reach(OfRelay(0.5))
         .counted(Count::Messages),
     linear("outbox-relay prune --keep 30d --dry-run").reach(TimePerPartition(5.0)),

@@ -94,7 +94,7 @@ async fn repair(testbed: &Testbed, PositionRange { after, through }: PositionRan
     let env = [("DATABASE_URL", database.as_str()), ("AMQP_URL", &testbed.addresses.replay)];
     for types in ["person.*", "income.*", "asset.*", "debt.*"] {
         let range = ["replay", "--from", &from, "--to", &to, "--type", types];
-        let args = [&range[..], &["--to-queue", PROJECTOR, "--rate", "20000"]].concat();
+        let args = [&range[..], &["--to-queue", PROJECTOR, "--rate", "20000", "--yes"]].concat();
         // Other faults interrupt it, so it is tried again.
         until_done(async || testbed.operator.command(&args, &env).await).await?;
     }

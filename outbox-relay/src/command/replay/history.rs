@@ -79,7 +79,7 @@ enum Place {
 }
 
 /// What is left to be read.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct History {
     range: Range,
     /// The next position.
