@@ -158,6 +158,14 @@ pub struct MigrateArgs {
     /// `GRANT pg_read_all_stats TO ROLE`.
     #[arg(long, value_name = "ROLE")]
     pub grant_relay: Vec<String>,
+    /// Print the SQL instead of running it, as one script for Flyway, Alembic, Prisma, Rails or `psql -1`. Connects to
+    /// nothing.
+    #[arg(long)]
+    pub print: bool,
+    /// With --print: only what follows this migration, to bring an outbox up to date. The newest one that a database has
+    /// is max(version) of outbox.migration.
+    #[arg(long, requires = "print", value_name = "MIGRATION", value_parser = clap::value_parser!(i64).range(0..))]
+    pub after: Option<i64>,
     /// Logging.
     #[command(flatten)]
     pub telemetry: TelemetryArgs,

@@ -1,10 +1,13 @@
+mod script;
+
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use daemon::progress::Progress;
+use daemon::{command::print, progress::Progress};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use crate::config::MigrateArgs;
+use script::Script;
 
 /// A migration may have to build an index over a large history.
 const STATEMENT_TIMEOUT: Duration = Duration::from_hours(1);
@@ -12,8 +15,19 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_hours(1);
 /// An index waits for each open transaction for so long.
 const LOCK_TIMEOUT: &str = "30s";
 
-/// Installs the outbox in any database and grants the roles their rights. Running it again is safe.
+/// Installs the outbox in any database and grants the roles their rights. Running it again is safe. Or prints the SQL for
+/// it, and connects to nothing.
 pub async fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
+    if args.print {
+        outbox::check_source_name(&args.source)?;
+        let script = Script {
+            source: &args.source,
+            after: args.after.unwrap_or_default(),
+            writers: &args.grant_writer,
+            relays: &args.grant_relay,
+        };
+        return print(&script.text(&outbox::migrator().migrations)).context("the script cannot be written");
+    }
     let database = args.database.options("outbox-relay migrate", STATEMENT_TIMEOUT)?;
     let mut conn = database.connect().await.context("the database cannot be reached")?;
     let source = outbox::install(&mut conn, &args.source).await?;

@@ -14,7 +14,7 @@ pub use append::{
     AppendError, MAX_HEADER_COUNT, MAX_HEADER_DEPTH, MAX_HEADERS, MAX_PAYLOAD, NewEvent, append, headers_rule,
 };
 pub use erase::{Ended, erase};
-pub use schema::{SCHEMA, Source, SourceError, install, migrator, require_utf8, source};
+pub use schema::{SCHEMA, Source, SourceError, check_source_name, install, migrator, require_utf8, source};
 pub use wake::{CHANNEL, Waker};
 
 /// The README's program compiles.

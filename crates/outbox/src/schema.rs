@@ -79,12 +79,7 @@ pub enum SourceError {
 /// Installs the outbox, or brings it up to date, and names its source. Running it again changes nothing.
 /// Afterwards the session has `standard_conforming_strings` on, which the migrations rely on.
 pub async fn install(conn: &mut PgConnection, name: &str) -> Result<Source, SourceError> {
-    let valid = name.len() <= 63
-        && name.starts_with(|c: char| c.is_ascii_lowercase())
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b));
-    if !valid {
-        return Err(SourceError::Invalid(name.to_owned()));
-    }
+    check_source_name(name)?;
     require_utf8(conn).await?;
     sqlx::query("SET standard_conforming_strings = on").execute(&mut *conn).await?;
     migrator().run(&mut *conn).await?;
@@ -100,6 +95,14 @@ pub async fn install(conn: &mut PgConnection, name: &str) -> Result<Source, Sour
     } else {
         Err(SourceError::Taken { stored: stored.name, asked: name.to_owned() })
     }
+}
+
+/// Refuses a name that no source can have.
+pub fn check_source_name(name: &str) -> Result<(), SourceError> {
+    let valid = name.len() <= 63
+        && name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b));
+    if valid { Ok(()) } else { Err(SourceError::Invalid(name.to_owned())) }
 }
 
 /// Refuses a database whose texts are not UTF-8.

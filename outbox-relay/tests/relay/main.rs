@@ -26,6 +26,7 @@ mod publishing;
 mod repairs;
 mod replay;
 mod rows;
+mod script;
 mod sequence;
 mod status;
 mod systemd;
