@@ -12,6 +12,10 @@
 --
 --   PGOPTIONS='-c roles.outbox_relay=relay_of_orders' psql ...
 --
+-- Each change is told in a NOTICE. In a database that is not the example's, the script changes nothing but these roles and
+-- their rights. Before PostgreSQL 15 everybody may create objects in the schema `public` of a database; a setting takes
+-- that right away: `-c roles.public=revoke`.
+--
 -- A service of your own that appends to an outbox has a role of your naming: `-c roles.writer=orders`. So has an operator
 -- or a program that only looks at one, and sees no body of an event: `-c roles.reader=oncall`.
 DO $$
@@ -19,7 +23,12 @@ DECLARE
     wanted record;
     option record;
     taken  record;
+    ours   boolean := to_regnamespace('person') IS NOT NULL OR to_regnamespace('score') IS NOT NULL;
+    tells  text := coalesce(nullif(current_setting('roles.public', true), ''), 'keep');
 BEGIN
+    IF tells NOT IN ('keep', 'revoke') THEN
+        RAISE EXCEPTION 'roles.public is %, and should be keep or revoke', tells;
+    END IF;
     FOR wanted IN
         SELECT coalesce(nullif(current_setting('roles.' || r.program, true), ''),
                         CASE WHEN r.program NOT IN ('writer', 'reader') THEN r.program END) AS role,
@@ -39,6 +48,7 @@ BEGIN
         CONTINUE WHEN wanted.role IS NULL OR to_regnamespace(wanted.about) IS NULL;
         IF to_regrole(quote_ident(wanted.role)) IS NULL THEN
             EXECUTE format('CREATE ROLE %I LOGIN', wanted.role);
+            RAISE NOTICE 'created the role %, without a password', wanted.role;
         END IF;
         -- What is personal must not get into the server's log, whatever else an operator has it log: it would outlive
         -- the person's erasure. The programs log each failure themselves, by its code and constraint.
@@ -58,22 +68,32 @@ BEGIN
             CONTINUE WHEN coalesce((SELECT rolconfig @> ARRAY[option.name || '=' || option.value]
                                     FROM pg_roles WHERE rolname = wanted.role), false);
             EXECUTE format('ALTER ROLE %I SET %s = %L', wanted.role, option.name, option.value);
+            RAISE NOTICE 'the role % has % = % now', wanted.role, option.name, option.value;
         END LOOP;
-        EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), wanted.role);
+        IF NOT EXISTS (SELECT FROM pg_database d, aclexplode(d.datacl) a
+                       WHERE d.datname = current_database() AND a.privilege_type = 'CONNECT'
+                         AND a.grantee = to_regrole(quote_ident(wanted.role))) THEN
+            EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), wanted.role);
+            RAISE NOTICE 'the role % may connect to the database %', wanted.role, current_database();
+        END IF;
         IF to_regprocedure(wanted.function || '(regrole)') IS NULL THEN
             RAISE NOTICE '% is not there yet: migrate, and run this again', wanted.function;
             CONTINUE;
         END IF;
         EXECUTE format('SELECT %s(%L::regrole)', wanted.function, quote_ident(wanted.role));
+        RAISE NOTICE 'the role % has the rights of %', wanted.role, wanted.function;
         -- To see who sleeps in a transaction: otherwise every idle one that has appended counts as a possible
         -- writer of whatever is missing.
         IF wanted.function = 'outbox.grant_relay' AND NOT pg_has_role(wanted.role, 'pg_read_all_stats', 'MEMBER') THEN
             EXECUTE format('GRANT pg_read_all_stats TO %I', wanted.role);
+            RAISE NOTICE 'the role % is a member of pg_read_all_stats', wanted.role;
         END IF;
     END LOOP;
 
     -- The databases of persons and of scores are for nobody else. (Another service's may well be.)
-    IF to_regnamespace('person') IS NOT NULL OR to_regnamespace('score') IS NOT NULL THEN
+    IF ours THEN
+        RAISE NOTICE 'in the database % only roles that were granted it may connect, make temporary tables and large objects',
+            current_database();
         EXECUTE format('REVOKE CONNECT, TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
         -- Large objects belong to no table, so whoever may make one may store what it likes.
         REVOKE EXECUTE ON FUNCTION lo_creat(integer), lo_create(oid), lo_from_bytea(oid, bytea) FROM PUBLIC;
@@ -82,7 +102,9 @@ BEGIN
     -- role that only reads could stop every writer. The programs' roles take theirs by functions of the schemas, which
     -- run with the owners' rights. So the owners keep the right, which `migrate` needs as well. (In a database that
     -- others use, too, they may depend on these locks.)
-    IF to_regnamespace('person') IS NOT NULL OR to_regnamespace('score') IS NOT NULL THEN
+    IF ours THEN
+        RAISE NOTICE 'in the database % only superusers and the owners of our schemas may call advisory lock functions',
+            current_database();
         FOR taken IN
             SELECT p.oid::regprocedure AS function FROM pg_proc p
             WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.proname ~ '^pg_(try_)?advisory'
@@ -101,7 +123,17 @@ BEGIN
     WHERE a.attrelid = s.starelid AND a.attnum = s.staattnum AND a.attstattarget = 0
       AND a.attrelid IN (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                          WHERE n.nspname IN ('person', 'score', 'score_shadow', 'score_old', 'inbox', 'outbox'));
-    -- As everywhere from PostgreSQL 15 on.
-    REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+    -- As everywhere from PostgreSQL 15 on. The programs of a database that is not ours may rely on it.
+    IF EXISTS (SELECT FROM pg_namespace n, aclexplode(n.nspacl) a
+               WHERE n.nspname = 'public' AND a.grantee = 0 AND a.privilege_type = 'CREATE') THEN
+        IF ours OR tells = 'revoke' THEN
+            REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+            RAISE NOTICE 'in the database % only roles that were granted it may create objects in the schema public',
+                current_database();
+        ELSE
+            RAISE NOTICE 'in the database % everybody may create objects in the schema public; to take that right away, '
+                         'set roles.public=revoke', current_database();
+        END IF;
+    END IF;
 END
 $$;

@@ -293,5 +293,12 @@ fn the_script_speaks_to_the_rabbitmqctl_of_4_0() {
 
     shop nobody administrator
     => 2
+
+    shop declares declaring-relay
+    => 0
+    -q list_users
+    add_user declares < secret
+    -q set_user_tags declares
+    -q set_permissions -p shop declares ^event_dispatcher([.]by_aggregate)?$ ^event_dispatcher([.]by_aggregate)?$ ^event_dispatcher$
     ");
 }

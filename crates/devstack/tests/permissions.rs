@@ -147,6 +147,80 @@ async fn the_options_of_migrate_grant_the_same() {
     }
 }
 
+/// A service's own database keeps what its other programs may rely on, and the script says what it changes.
+#[tokio::test]
+async fn a_database_of_others_is_changed_only_where_it_is_told() {
+    let admin = database("foreign").await;
+    let mut conn = PgConnection::connect(&admin).await.unwrap();
+    let migrate = Command::new(find("outbox-relay").unwrap())
+        .args(["migrate", "--source", "shop"])
+        .env("DATABASE_URL", &admin)
+        .output()
+        .unwrap();
+    assert!(migrate.status.success(), "{migrate:?}");
+    let (_, name) = admin.rsplit_once('/').unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/permissions/roles.sql");
+    let run = |setting: &str| {
+        let settings = format!("-c roles.outbox_relay={name}_relay -c roles.writer={name}_orders {setting}");
+        let output = Command::new("psql")
+            .args(["-X", "-q", "-d", &admin, "-f", script])
+            .env("PGOPTIONS", settings)
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap().replace(name, "DATABASE");
+        let lines = said.lines().filter_map(|line| line.split_once("roles.sql:")?.1.split_once(": "));
+        lines.map(|(_, line)| line.to_owned() + "\n").collect::<String>()
+    };
+    let is_open = "SELECT EXISTS (SELECT FROM pg_namespace n, aclexplode(n.nspacl) a
+                                  WHERE nspname = 'public' AND a.grantee = 0 AND a.privilege_type = 'CREATE')";
+    conn.execute("GRANT CREATE ON SCHEMA public TO PUBLIC").await.unwrap();
+    let mut said = format!("# the first time\n{}", run(""));
+    said += &format!("\n# again\n{}", run(""));
+    assert!(sqlx::query_scalar::<_, bool>(is_open).fetch_one(&mut conn).await.unwrap());
+    said += &format!("\n# roles.public=revoke\n{}", run("-c roles.public=revoke"));
+    assert!(!sqlx::query_scalar::<_, bool>(is_open).fetch_one(&mut conn).await.unwrap());
+    said += &format!("\n# roles.public=off\n{}", run("-c roles.public=off"));
+    insta::assert_snapshot!(said, @"
+    # the first time
+    NOTICE:  created the role DATABASE_relay, without a password
+    NOTICE:  the role DATABASE_relay has log_parameter_max_length = 0 now
+    NOTICE:  the role DATABASE_relay has log_parameter_max_length_on_error = 0 now
+    NOTICE:  the role DATABASE_relay has log_min_messages = log now
+    NOTICE:  the role DATABASE_relay has log_error_verbosity = terse now
+    NOTICE:  the role DATABASE_relay has log_min_error_statement = panic now
+    NOTICE:  the role DATABASE_relay has auto_explain.log_min_duration = -1 now
+    NOTICE:  the role DATABASE_relay may connect to the database DATABASE
+    NOTICE:  the role DATABASE_relay has the rights of outbox.grant_relay
+    NOTICE:  the role DATABASE_relay is a member of pg_read_all_stats
+    NOTICE:  created the role DATABASE_orders, without a password
+    NOTICE:  the role DATABASE_orders has log_parameter_max_length = 0 now
+    NOTICE:  the role DATABASE_orders has log_parameter_max_length_on_error = 0 now
+    NOTICE:  the role DATABASE_orders has log_min_messages = log now
+    NOTICE:  the role DATABASE_orders has log_error_verbosity = terse now
+    NOTICE:  the role DATABASE_orders has log_min_error_statement = panic now
+    NOTICE:  the role DATABASE_orders has auto_explain.log_min_duration = -1 now
+    NOTICE:  the role DATABASE_orders may connect to the database DATABASE
+    NOTICE:  the role DATABASE_orders has the rights of outbox.grant_writer
+    NOTICE:  in the database DATABASE everybody may create objects in the schema public; to take that right away, set roles.public=revoke
+
+    # again
+    NOTICE:  the role DATABASE_relay has the rights of outbox.grant_relay
+    NOTICE:  the role DATABASE_orders has the rights of outbox.grant_writer
+    NOTICE:  in the database DATABASE everybody may create objects in the schema public; to take that right away, set roles.public=revoke
+
+    # roles.public=revoke
+    NOTICE:  the role DATABASE_relay has the rights of outbox.grant_relay
+    NOTICE:  the role DATABASE_orders has the rights of outbox.grant_writer
+    NOTICE:  in the database DATABASE only roles that were granted it may create objects in the schema public
+
+    # roles.public=off
+    ERROR:  roles.public is off, and should be keep or revoke
+    ");
+    let anybody = "SELECT has_database_privilege('public', current_database(), 'CONNECT')
+                   AND has_function_privilege('public', 'pg_advisory_lock(bigint)', 'EXECUTE')";
+    assert!(sqlx::query_scalar::<_, bool>(anybody).fetch_one(&mut conn).await.unwrap());
+}
+
 /// What no role may do, in either database.
 const ANYBODY: [&str; 16] = [
     "CREATE SCHEMA mine",
