@@ -38,6 +38,9 @@ impl Origin {
     }
 }
 
+/// The relay's own headers, also where an event has none of them: a writer could break its aggregate's chain with them.
+const NEVER_THE_WRITERS: [&str; 3] = ["previous_id", "source_parent", "chain_start"];
+
 /// As `app_id` spells it.
 impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -65,7 +68,8 @@ pub fn message(event: &Event, origin: &Origin) -> Result<(ShortString, BasicProp
     // Longer ones would not fit beside the rest, and a schema without its checks could hold them.
     let bounded =
         |what: &str, text: &str| short(what, text).map(|text| AMQPValue::LongString(text.as_str().into()));
-    for (name, value) in event.headers.iter().flatten() {
+    let own = |name: &str| NEVER_THE_WRITERS.contains(&name);
+    for (name, value) in event.headers.iter().flatten().filter(|(name, _)| !own(name)) {
         headers.insert(short("a header's name", name)?, header(value));
     }
     // After the writer's own headers, so that none of them can take these names.

@@ -56,6 +56,7 @@ async fn a_message_as_a_subscriber_receives_it() {
                       (id, aggregate_type, aggregate_id, version, type, payload, headers, created_at)
                   VALUES ($1::uuid, 'person', $2, $3, $4, $5::json, $6::jsonb, '2019-06-15 19:23:55.9-03')";
     let headers = r#"{"aggregate_type": "mine", "aggregate_id": 1, "aggregate_version": 99,
+        "previous_id": "01890a5d-ac96-774b-bcce-b302099a8057", "chain_start": true, "source_parent": 7,
         "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "baseline": true, "no": false,
         "null": null, "integer": -42, "beyond 64 bits": 9223372036854775808, "decimal": 1.50,
         "text": "Ação", "array": [1, "a"], "object": {"a": null}}"#;
