@@ -125,7 +125,7 @@ fn guard(before: i64) -> String {
 fn one(migration: &Migration) -> String {
     let Migration { version, description, checksum, .. } = migration;
     let description = description.replace('\'', "''");
-    let checksum: String = checksum.iter().map(|byte| format!("{byte:02x}")).collect();
+    let checksum = checksum.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
     format!(
         "\n\n-- Migration {version}: {description}\n\n{sql}\n\
          INSERT INTO outbox.migration (version, description, success, checksum, execution_time)\n\
