@@ -94,9 +94,8 @@ impl Script<'_> {
         }
         text += "END\n$outbox$;\n";
         if before > 0 {
-            text += "\n-- Partitions that were large already may lack an index, which takes no part in any transaction:\n\
-                     -- SELECT name FROM outbox.partition_without_index. Everything works without it, and `outbox-relay migrate`\n\
-                     -- makes it beside writers.\n";
+            text += "\n-- Tables that were large already may lack an index, which is built beside writers and takes no part in a\n\
+                     -- transaction. Everything works without it. Run `outbox-relay migrate` at any time to build it.\n";
         }
         text
     }
