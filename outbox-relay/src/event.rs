@@ -24,6 +24,8 @@ pub struct Event {
     pub headers: Option<serde_json::Map<String, serde_json::Value>>,
     /// When its writer's transaction began.
     pub created_at: DateTime<Utc>,
+    /// The id of the aggregate's event before it; none at the start of a chain, and where it is not known.
+    pub previous_id: Option<Uuid>,
 }
 
 impl Event {

@@ -76,6 +76,9 @@ pub fn message(event: &Event, origin: &Origin) -> Result<(ShortString, BasicProp
     headers.insert("aggregate_type".into(), bounded("the aggregate's type", &event.aggregate_type)?);
     headers.insert("aggregate_id".into(), bounded("the aggregate's id", &event.aggregate_id)?);
     headers.insert("aggregate_version".into(), AMQPValue::LongLongInt(event.version));
+    if let Some(previous) = event.previous_id {
+        headers.insert("previous_id".into(), AMQPValue::LongString(previous.to_string().into()));
+    }
     if let Some(parent) = origin.parent {
         headers.insert("source_parent".into(), AMQPValue::LongLongInt(parent));
     }

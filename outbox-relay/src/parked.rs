@@ -107,9 +107,9 @@ pub async fn park(
         WITH fence AS (SELECT dropped_by_hand FROM outbox.relay WHERE name = $1 AND epoch = $2), \
         parked AS ( \
             INSERT INTO outbox.parked (relay, position, id, aggregate_type, aggregate_id, version, type, payload, \
-                                       headers, created_at, reason, detail, next_attempt_at) \
+                                       headers, created_at, previous_id, reason, detail, next_attempt_at) \
             SELECT $1, e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload, \
-                   e.headers, e.created_at, p.reason, p.detail, \
+                   e.headers, e.created_at, e.previous_id, p.reason, p.detail, \
                    CASE WHEN p.reason <> 'refused' THEN now() + interval '1 second' END \
             FROM unnest($3::bigint[], $4::text[], $5::text[]) AS p (position, reason, detail) \
             JOIN outbox.readable e USING (position) \
@@ -117,6 +117,7 @@ pub async fn park(
             ORDER BY e.position \
             ON CONFLICT (relay, position) DO UPDATE \
             SET state = 'parked', payload = excluded.payload, headers = excluded.headers, \
+                previous_id = excluded.previous_id, \
                 reason = excluded.reason, detail = excluded.detail, attempts = parked.attempts + 1, \
                 parked_at = now(), last_attempt_at = now(), next_attempt_at = excluded.next_attempt_at \
             WHERE parked.state = 'waiting') \
@@ -207,7 +208,7 @@ pub async fn due(
             WHERE p.relay = $1 AND p.state = 'parked' AND position <> ALL ($4) \
             ORDER BY position LIMIT $5) \
         SELECT e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload::text, e.headers, \
-               e.created_at, q.attempts, q.reason, extract(epoch FROM now() - q.parked_at)::float8 \
+               e.created_at, e.previous_id, q.attempts, q.reason, extract(epoch FROM now() - q.parked_at)::float8 \
         FROM chosen c \
         JOIN outbox.readable_parked e ON e.relay = $1 AND e.position = c.position \
         JOIN outbox.parked q ON q.relay = $1 AND q.position = c.position \

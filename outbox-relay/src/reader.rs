@@ -49,12 +49,13 @@ pub struct Batch {
 /// event overtake its predecessor. Each leg has its own order and limit, so that each is an index scan
 /// of at most `$4` rows; a limit around the union would read the whole rest.
 pub const READ: &str = "\
-(SELECT e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload::text, e.headers, e.created_at
+(SELECT e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload::text, e.headers, e.created_at,
+        e.previous_id
  FROM unnest($1::bigint[], $2::bigint[]) AS gap (lo, hi)
  CROSS JOIN LATERAL (SELECT * FROM outbox.readable WHERE position BETWEEN gap.lo AND gap.hi ORDER BY position LIMIT $4) e
  ORDER BY e.position LIMIT $4)
 UNION ALL
-(SELECT position, id, aggregate_type, aggregate_id, version, type, payload::text, headers, created_at
+(SELECT position, id, aggregate_type, aggregate_id, version, type, payload::text, headers, created_at, previous_id
  FROM outbox.readable WHERE position > $3 ORDER BY position LIMIT $5)
 ORDER BY position";
 

@@ -12,11 +12,12 @@ use sqlx::{
     postgres::{PgRow, PgTypeInfo, PgValueFormat, PgValueRef},
     types::Json,
 };
+use uuid::Uuid;
 
 use crate::event::Event;
 
 /// A row's columns are read in this order: position, id, aggregate type and id, version, type, body as text, headers,
-/// time.
+/// time, the id of the event before it.
 #[derive(Clone, Debug)]
 pub enum Row {
     /// An event.
@@ -102,6 +103,7 @@ fn event(row: &PgRow) -> Result<Event, Fault> {
         created_at: made
             .time()
             .ok_or_else(|| Fault::Row(format!("its created_at is {made}, which no message can carry")))?,
+        previous_id: column(row, 9, "previous_id")?.filter(|id: &Uuid| !id.is_nil()),
     })
 }
 

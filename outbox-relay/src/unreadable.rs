@@ -27,11 +27,11 @@ pub async fn set_aside(
         WITH fence AS (SELECT dropped_by_hand FROM outbox.relay WHERE name = $1 AND epoch = $2), \
         parked AS ( \
             INSERT INTO outbox.parked (relay, position, id, aggregate_type, aggregate_id, version, type, payload, \
-                                       headers, created_at, reason, detail) \
+                                       headers, created_at, previous_id, reason, detail) \
             SELECT $1, e.position, coalesce(e.id, '00000000-0000-0000-0000-000000000000'), \
                    left(coalesce(e.aggregate_type, ''), 255), left(coalesce(e.aggregate_id, ''), 255), \
                    coalesce(e.version, 0), left(coalesce(e.type, ''), 255), coalesce(e.payload, 'null'), e.headers, \
-                   coalesce(e.created_at, now()), 'refused', \
+                   coalesce(e.created_at, now()), e.previous_id, 'refused', \
                    'the event at position ' || e.position || ' cannot be published: ' || p.reason \
             FROM unnest($3::bigint[], $4::text[]) AS p (position, reason) \
             JOIN outbox.readable e USING (position) \

@@ -272,7 +272,7 @@ pub async fn due(
             WINDOW turn AS (ORDER BY h.next_attempt_at, h.position, r.position) \
             ORDER BY n LIMIT $9) \
         SELECT e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload::text, e.headers, \
-               e.created_at, c.attempts, c.reason, extract(epoch FROM now() - c.parked_at)::float8 \
+               e.created_at, e.previous_id, c.attempts, c.reason, extract(epoch FROM now() - c.parked_at)::float8 \
         FROM chosen c JOIN outbox.readable e ON e.position = c.position \
         WHERE c.bytes <= $10 OR c.n = 1 \
         ORDER BY c.n";
@@ -322,9 +322,9 @@ impl<'r> sqlx::FromRow<'r, sqlx::postgres::PgRow> for RetryRow {
         use sqlx::Row as _;
         Ok(Self {
             event: Row::from_row(row)?,
-            attempts: row.try_get(9)?,
-            reason: row.try_get(10)?,
-            age: row.try_get(11)?,
+            attempts: row.try_get(10)?,
+            reason: row.try_get(11)?,
+            age: row.try_get(12)?,
         })
     }
 }

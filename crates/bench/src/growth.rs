@@ -72,9 +72,10 @@ pub(crate) async fn history(testbed: &Testbed, database: &str, count: i64) -> an
         for n in (first..partitions).step_by(2) {
             let (from, to) = (n * PARTITION + 1, ((n + 1) * PARTITION).min(count));
             let sql = format!(
-                r#"INSERT INTO outbox.event (position, id, aggregate_type, aggregate_id, version, type, payload)
+                r#"INSERT INTO outbox.event (position, id, aggregate_type, aggregate_id, version, type, payload, previous_id)
                    SELECT n, uuid, 'person', uuid::text, 1, 'person.new', format(
-                       '{{"id":"%s","cpf":%s,"name":"Maria da Silva Santos","address":"Rua das Laranjeiras 100, Rio de Janeiro","date_of_birth":"1980-05-17T00:00:00+00:00","created_at":"2026-03-01T09:00:00.123456+00:00"}}', uuid, n)::json
+                       '{{"id":"%s","cpf":%s,"name":"Maria da Silva Santos","address":"Rua das Laranjeiras 100, Rio de Janeiro","date_of_birth":"1980-05-17T00:00:00+00:00","created_at":"2026-03-01T09:00:00.123456+00:00"}}', uuid, n)::json,
+                       '00000000-0000-0000-0000-000000000000'
                    FROM generate_series({from}, {to}) n,
                         LATERAL (SELECT (lpad(to_hex(1750000000000 + n), 12, '0') || '7000a' || lpad(n::text, 15, '0'))::uuid AS uuid OFFSET 0) u"#
             );
@@ -83,9 +84,15 @@ pub(crate) async fn history(testbed: &Testbed, database: &str, count: i64) -> an
         anyhow::Ok(())
     };
     tokio::try_join!(fill(0), fill(1))?;
+    conn.execute(
+        "INSERT INTO outbox.aggregate (aggregate_type, aggregate_id, version, last_event_id, last_position, state)
+         SELECT aggregate_type, aggregate_id, version, id, position, 'live' FROM outbox.event
+         ON CONFLICT DO NOTHING",
+    )
+    .await?;
     conn.execute(AssertSqlSafe(format!("SELECT setval('outbox.position', {count})"))).await?;
     // What the server would do by itself some time later, in the middle of a round.
-    conn.execute("VACUUM (FREEZE, ANALYZE) outbox.event").await?;
+    conn.execute("VACUUM (FREEZE, ANALYZE) outbox.event, outbox.aggregate").await?;
     Ok(())
 }
 

@@ -251,6 +251,12 @@ const REFUSED: [(&str, &str, &[&str]); 5] = [
             "INSERT INTO outbox.event (position, aggregate_type, aggregate_id, version, type, payload)
                  VALUES (1, 'person', 'x', 1, 'person.new', '{}')",
             "SELECT payload FROM outbox.event",
+            "SELECT headers FROM outbox.event",
+            "DELETE FROM outbox.aggregate",
+            "UPDATE outbox.aggregate SET version = 9",
+            "SELECT outbox.number_by('person', 'outbox')",
+            "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, previous_id)
+                 VALUES ('person', 'x', 1, 'person.new', '{}', outbox.uuid7())",
             "UPDATE outbox.event SET payload = '{}'",
             "DELETE FROM outbox.event",
             "TRUNCATE outbox.event",

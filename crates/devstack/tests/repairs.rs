@@ -207,7 +207,12 @@ async fn rewritten_history(used: &mut Used) {
                     SELECT count(*) FROM lost;
                     DELETE FROM outbox.event WHERE position IN (
                         SELECT position FROM outbox.event ORDER BY position DESC LIMIT 2);
-                    UPDATE person.person SET version = version - 2";
+                    UPDATE person.person SET version = version - 2;
+                    UPDATE outbox.aggregate a
+                    SET version = e.version, last_event_id = e.id, previous_event_id = e.previous_id,
+                        last_position = e.position
+                    FROM (SELECT * FROM outbox.event ORDER BY position DESC LIMIT 1) e
+                    WHERE a.aggregate_id = e.aggregate_id";
     used.on(&person, restored).await;
     used.score -= 2 * INCOME;
     used.stack.person_relay.start().await.unwrap();

@@ -17,9 +17,12 @@ async fn database() -> PgPool {
 /// Which constraint refuses an event with this value, or `taken`.
 async fn said(pool: &PgPool, column: &str, value: &str) -> String {
     let given = |of, default| if column == of { value.to_owned() } else { String::from(default) };
+    // With a predecessor, any version is taken for the next one.
+    let previous_id = if column == "version" { "gen_random_uuid()" } else { "NULL::uuid" };
     let sql = format!(
-        "INSERT INTO outbox.event (position, aggregate_type, aggregate_id, version, type, payload, headers, created_at)
-         SELECT {}, {}, {}, {}, {}, {}, {}, {}",
+        "INSERT INTO outbox.event (position, aggregate_type, aggregate_id, version, type, payload, headers, created_at,
+                                   previous_id)
+         SELECT {}, {}, {}, {}, {}, {}, {}, {}, {previous_id}",
         given("position", "outbox.next_position()"),
         given("aggregate_type", "'thing'"),
         given("aggregate_id", "gen_random_uuid()::text"),
@@ -185,10 +188,11 @@ async fn a_row_of_before_is_erased() {
             FOR c IN SELECT * FROM rule LOOP
                 EXECUTE format('ALTER TABLE outbox.event DROP CONSTRAINT %I', c.conname);
             END LOOP;
-            INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers, created_at) VALUES
-                ('thing', 'a', 1, 'thing.new', '{}', NULL, 'infinity'),
-                ('thing', 'a', 2, 'thing.new', '{}', '{\"CC\": [[[[[1]]]]]}', '-infinity'),
-                ('thing', 'a', 9223372036854775807, 'thing.new', '{}', NULL, now());
+            INSERT INTO outbox.event
+                (aggregate_type, aggregate_id, version, type, payload, headers, created_at, previous_id) VALUES
+                ('thing', 'a', 1, 'thing.new', '{}', NULL, 'infinity', gen_random_uuid()),
+                ('thing', 'a', 2, 'thing.new', '{}', '{\"CC\": [[[[[1]]]]]}', '-infinity', gen_random_uuid()),
+                ('thing', 'a', 9223372036854775807, 'thing.new', '{}', NULL, now(), gen_random_uuid());
             FOR c IN SELECT * FROM rule LOOP
                 EXECUTE format('ALTER TABLE outbox.event ADD CONSTRAINT %I %s', c.conname, c.def);
             END LOOP;

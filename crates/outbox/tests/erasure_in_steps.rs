@@ -138,9 +138,10 @@ async fn erasures_take_turns_so_that_a_short_one_is_not_behind_long_ones() {
 #[tokio::test]
 async fn what_is_erased_is_what_lay_below_the_end_when_it_was_asked() {
     let pool = database("erasure_bounds").await;
-    // Versions far apart, the last of which there is.
-    let sparse = "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-                  SELECT 'thing', 'sparse', v, 'thing.changed', '{\"name\": \"Ada\"}'
+    // Versions far apart, the last of which there is: as an outbox from before the chains may have them.
+    let sparse =
+        "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, previous_id)
+                  SELECT 'thing', 'sparse', v, 'thing.changed', '{\"name\": \"Ada\"}', gen_random_uuid()
                   FROM unnest(ARRAY[3, 1700000000000, 9223372036854775805]) v";
     pool.execute(sparse).await.unwrap();
     assert_eq!(end(&pool, &[("sparse", 9_223_372_036_854_775_806)]).await, 3);
@@ -156,11 +157,11 @@ async fn what_is_erased_is_what_lay_below_the_end_when_it_was_asked() {
     assert_eq!(end(&pool, &[("odd", 4)]).await, 3);
     assert_eq!(count(&pool, STORED).await, 0);
 
-    // A key that is used again, with versions from 1, while its former life is still being erased.
+    // A key that is used again, while its former events are still being erased. With versions from 1, as before the chains.
     append(&pool, "again", 5_000).await;
     assert_eq!(end(&pool, &[("again", 5_001)]).await, 2_000);
-    let next = "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-                SELECT 'thing', 'again', n, 'thing.new', '{\"name\": \"Ada II\"}' FROM generate_series(1, 10) n";
+    let next = "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, previous_id)
+                SELECT 'thing', 'again', n, 'thing.new', '{\"name\": \"Ada II\"}', gen_random_uuid() FROM generate_series(1, 10) n";
     // In a partition of its own, as after some time.
     pool.execute("SELECT outbox.add_partition(1000)").await.unwrap();
     pool.execute("SELECT setval('outbox.position', 1000000)").await.unwrap();

@@ -102,7 +102,7 @@ async fn a_key_that_is_used_again_keeps_its_deletion() {
     assert_eq!(why_kept(&pool).await.0, None);
     pool.execute(
         "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-         VALUES ('thing', 'a17', 2, 'thing.new', '{}')",
+         VALUES ('thing', 'a17', 4, 'thing.new', '{}')",
     )
     .await
     .unwrap();

@@ -105,6 +105,7 @@ impl Relay {
                 payload: "x".repeat(if *large { 20_000 } else { 2 }).into(),
                 headers: None,
                 created_at: Utc::now(),
+                previous_id: None,
             };
             self.stored.insert(position, event);
         }

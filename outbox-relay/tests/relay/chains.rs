@@ -14,10 +14,11 @@ async fn versions(stack: &Stack) -> String {
     told.join("\n")
 }
 
+/// As they were stored before the outbox checked it.
 fn appended(aggregate: &str, versions: &[i64], headers: &str) -> String {
     format!(
-        "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers)
-         SELECT 'order', '{aggregate}', v, 'order.changed', '{{}}', {headers} FROM unnest(ARRAY{versions:?}::bigint[]) v;"
+        "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers, previous_id)
+         SELECT 'order', '{aggregate}', v, 'order.changed', '{{}}', {headers}, gen_random_uuid() FROM unnest(ARRAY{versions:?}::bigint[]) v;"
     )
 }
 

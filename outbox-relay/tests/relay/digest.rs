@@ -123,14 +123,18 @@ async fn sums_of_the_largest_versions_agree() {
     let stack = Stack::new("digest_extreme").await;
     let old = Inbox::with(&[inbox[0], inbox[1], OLD]).await;
     let inbox = Inbox::with(&[inbox[0], inbox[1], OLD, SUMS]).await;
-    let extreme = "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers)
-                   SELECT t, t || n, v, 'any.new', '{}', h::jsonb
+    let extreme = "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers, previous_id)
+                   SELECT t, t || n, v, 'any.new', '{}', h::jsonb, gen_random_uuid()
                    FROM (VALUES ('two', 1, 9223372036854775806, NULL), ('two', 2, 2, NULL),
                                 ('three', 1, 9223372036854775806, NULL), ('three', 2, 9223372036854775806, NULL),
                                 ('three', 3, 9223372036854775806, NULL),
                                 ('last', 1, 9223372036854775807, '{\"erased\": true}'), ('last', 2, 1, NULL),
                                 ('fits', 1, 9223372036854775806, NULL), ('fits', 2, 1, NULL)) AS e (t, n, v, h)";
-    stack.writer.execute(extreme).await.unwrap();
+    stack.admin.execute(extreme).await.unwrap();
+    let ends =
+        "INSERT INTO outbox.aggregate (aggregate_type, aggregate_id, version, last_event_id, last_position)
+                SELECT aggregate_type, aggregate_id, version, id, position FROM outbox.event";
+    stack.admin.execute(ends).await.unwrap();
     inbox.follow(&stack, "person", "").await;
     old.follow(&stack, "person", "").await;
     let sums = async |pool: &PgPool, digest: &str| -> Vec<String> {

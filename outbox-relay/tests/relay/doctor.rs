@@ -29,8 +29,8 @@ async fn a_stack_with_several_problems() {
     stack.append(0..10, 10, &["thing.new"]).await;
     let troubles = "
         ALTER SEQUENCE outbox.position CACHE 10;
-        INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-            SELECT 'thing', 'person-17', n, 'thing.new', '{}' FROM unnest(ARRAY[1, 2, 5, 6, 9]) n;
+        INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, previous_id)
+            SELECT 'thing', 'person-17', n, 'thing.new', '{}', gen_random_uuid() FROM unnest(ARRAY[1, 2, 5, 6, 9]) n;
         INSERT INTO outbox.event (position, aggregate_type, aggregate_id, version, type, payload)
             VALUES (1000005, 'thing', 'b', 1, 'thing.new', '{}');
         INSERT INTO outbox.relay (name, low_water, high, leader, heartbeat_at, paused_at, paused_by)

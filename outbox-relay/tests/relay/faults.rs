@@ -187,7 +187,7 @@ async fn an_event_that_the_broker_refuses_is_found() {
     let parked = eventually("it is set aside", async || {
         let parked = "SELECT format('%s, attempts %s, next attempt %s, because %s', reason, attempts,
                                     coalesce(next_attempt_at::text, 'by hand'), replace(detail, id::text, 'ID'))
-                      FROM outbox.parked WHERE type = 'secret.new'";
+                      FROM outbox.parked WHERE type = 'secret.new' AND state = 'parked'";
         sqlx::query_scalar::<_, String>(parked).fetch_optional(&stack.admin).await.unwrap()
     })
     .await;

@@ -17,7 +17,7 @@ use tokio::{
     process::Command,
 };
 
-use crate::stack::{EXCHANGE, Message, Relay, Stack, output};
+use crate::stack::{EXCHANGE, Message, Relay, Stack, eventually, output};
 
 /// To everybody, unless a queue is named, without a question.
 async fn replay(stack: &Stack, arguments: &str) -> String {
@@ -259,10 +259,9 @@ async fn beside_a_full_queue() {
         let order = n >= 70 && n % 10 == 0;
         sqlx::query(
             "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-             VALUES ('thing', $1, $2, $3, json_build_object('n', $4))",
+             SELECT 'thing', $1, count(*) + 1, $2, json_build_object('n', $3) FROM outbox.event WHERE aggregate_id = $1",
         )
         .bind(if order { format!("o{n}") } else { "bill".to_owned() })
-        .bind(if order { 1 } else { n + 1 })
         .bind(if order { "order.new" } else { "bill.new" })
         .bind(n)
         .execute(&stack.writer)
@@ -369,8 +368,14 @@ async fn history(stack: &Stack) {
     stack.admin.execute("VACUUM ANALYZE outbox.event").await.unwrap();
 }
 
-/// Rows that the server reads of events, by an index or without.
+/// Rows that the server has read of events, by an index or without. A session tells when it ends, a moment after its program.
 async fn rows_read(stack: &Stack) -> i64 {
+    eventually("the program's sessions have ended", async || {
+        let sql = "SELECT count(*) = 0 FROM pg_stat_activity
+                   WHERE datname = current_database() AND application_name LIKE 'outbox-relay%'";
+        sqlx::query_scalar::<_, bool>(sql).fetch_one(&stack.admin).await.unwrap().then_some(())
+    })
+    .await;
     let sql = "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0))::bigint FROM pg_stat_user_tables
                WHERE schemaname = 'outbox' AND relname LIKE 'event%'";
     sqlx::query_scalar(sql).fetch_one(&stack.admin).await.unwrap()

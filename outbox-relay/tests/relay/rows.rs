@@ -52,9 +52,11 @@ const ODD: [(&str, &str); 27] = [
 /// An event of its own aggregate, `n`, with one odd value.
 fn insert(n: usize, column: &str, value: &str) -> String {
     let given = |of, default: &str| if column == of { value.to_owned() } else { default.to_owned() };
+    // With a predecessor, any version is taken for the next one.
+    let previous_id = if column == "version" { "gen_random_uuid()" } else { "NULL::uuid" };
     format!(
-        "INSERT INTO outbox.event (id, aggregate_type, aggregate_id, version, type, payload, headers, created_at)
-         SELECT {}, {}, {}, {}, {}, {}, {}, {}",
+        "INSERT INTO outbox.event (id, aggregate_type, aggregate_id, version, type, payload, headers, created_at, previous_id)
+         SELECT {}, {}, {}, {}, {}, {}, {}, {}, {previous_id}",
         given("id", "outbox.uuid7()"),
         given("aggregate_type", "'odd'"),
         given("aggregate_id", &format!("'{n}'")),

@@ -215,9 +215,11 @@ impl Stack {
     pub(crate) async fn append(&self, numbers: std::ops::Range<i64>, aggregates: i64, types: &[&str]) {
         sqlx::query(
             "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-             SELECT 'thing', 'a' || n % $3, n / $3 + 1, ($4::text[])[n % cardinality($4) + 1],
-                    json_build_object('n', n)
-             FROM generate_series($1, $2 - 1) n ORDER BY n",
+             SELECT 'thing', id, row_number() OVER (PARTITION BY id ORDER BY n)
+                        + coalesce((SELECT max(e.version) FROM outbox.event e
+                                    WHERE e.aggregate_type = 'thing' AND e.aggregate_id = new.id), 0),
+                    ($4::text[])[n % cardinality($4) + 1], json_build_object('n', n)
+             FROM (SELECT n, 'a' || n % $3 AS id FROM generate_series($1, $2 - 1) n) AS new ORDER BY n",
         )
         .bind(numbers.start)
         .bind(numbers.end)

@@ -80,6 +80,15 @@ CREATE FUNCTION pg_temp.item_id(pos bigint) RETURNS uuid LANGUAGE sql IMMUTABLE 
     RETURN pg_temp.v7(pg_temp.ms(pos), pos, 20);
 CREATE FUNCTION pg_temp.event_id(pos bigint) RETURNS uuid LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN pg_temp.v7(pg_temp.ms(pos), pos, 40);
+-- The zero UUID stands for the event before the first one.
+CREATE FUNCTION pg_temp.person_event_id(person bigint, version bigint) RETURNS uuid LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE version WHEN 0 THEN '00000000-0000-0000-0000-000000000000'
+                        ELSE pg_temp.event_id(pg_temp.position_of(person, version)) END;
+-- By the version of the person, whose first event made no score.
+CREATE FUNCTION pg_temp.score_event_id(person bigint, version bigint) RETURNS uuid LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE version WHEN 1 THEN '00000000-0000-0000-0000-000000000000'
+                        ELSE pg_temp.v7(pg_temp.ms(pg_temp.position_of(person, version)) + 30,
+                                        pg_temp.position_of(person, version), 60) END;
 
 -- What is known of a person. The cpf of person n is 10000000000 + n.
 SET TimeZone = 'UTC';

@@ -85,15 +85,16 @@ impl OutboxSide {
 
     /// Whether there is any event of this incarnation.
     pub(super) async fn has_events(&mut self) -> anyhow::Result<bool> {
-        sqlx::query_scalar("SELECT EXISTS (SELECT FROM outbox.event WHERE position > $1)")
-            .bind(self.from.unwrap_or(0))
-            .fetch_one(&mut self.conn)
-            .await
-            .map_err(unreadable)
+        sqlx::query_scalar(
+            "SELECT EXISTS (SELECT FROM outbox.aggregate WHERE version > 0 AND last_position > $1)",
+        )
+        .bind(self.from.unwrap_or(0))
+        .fetch_one(&mut self.conn)
+        .await
+        .map_err(unreadable)
     }
 
-    /// The next page of a type after an id, in the order of the database. Of the first incarnation, it is read from the
-    /// indexes of the partitions alone.
+    /// The next page of a type after an id, in the order of the ids' bytes.
     pub(super) async fn page(
         &mut self,
         type_: &str,
@@ -118,17 +119,18 @@ impl OutboxSide {
     }
 
     fn versions(&self, which: &str, limit: &str) -> String {
-        let from = self.from.map_or(String::new(), |from| format!("AND position > {from}"));
+        let from = self.from.unwrap_or(0);
         format!(
-            "SELECT aggregate_id, max(version) FROM outbox.event
-             WHERE aggregate_type = $1 AND {which} AND version IS NOT NULL {from}
-             GROUP BY aggregate_id ORDER BY aggregate_id {limit}"
+            "SELECT aggregate_id, version FROM outbox.aggregate
+             WHERE aggregate_type = $1 AND {which} AND version > 0 AND last_position > {from}
+             ORDER BY aggregate_id {limit}"
         )
     }
 
-    /// Whether some of the outbox's history is gone.
+    /// Whether history was retired before the outbox kept its chains: an aggregate of that time may have none.
     pub(super) async fn is_retired(&mut self) -> anyhow::Result<bool> {
-        sqlx::query_scalar("SELECT outbox.is_retired()").fetch_one(&mut self.conn).await.map_err(unreadable)
+        let adopts = "SELECT EXISTS (SELECT FROM outbox.source WHERE adopts_chains)";
+        sqlx::query_scalar(adopts).fetch_one(&mut self.conn).await.map_err(unreadable)
     }
 }
 

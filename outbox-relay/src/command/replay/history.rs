@@ -65,7 +65,7 @@ fn aggregate(text: &str) -> Result<(String, String), &'static str> {
 }
 
 const COLUMNS: &str = "SELECT e.position, e.id, e.aggregate_type, e.aggregate_id, e.version, e.type, e.payload::text, \
-                       e.headers, e.created_at FROM outbox.readable e WHERE ";
+                       e.headers, e.created_at, e.previous_id FROM outbox.readable e WHERE ";
 
 /// Where the events are.
 #[derive(Debug)]

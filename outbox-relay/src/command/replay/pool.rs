@@ -196,6 +196,7 @@ mod tests {
             payload: "{}".into(),
             headers: None,
             created_at: DateTime::UNIX_EPOCH,
+            previous_id: None,
         }
     }
 
