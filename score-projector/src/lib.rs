@@ -30,7 +30,7 @@ use daemon::{
     shutdown::Shutdown,
 };
 use metrics_exporter_prometheus::PrometheusHandle;
-use outbox::Waker;
+use outbox::{AppendError, Waker};
 use sqlx::{Connection, PgConnection, migrate::Migrator};
 
 use crate::{
@@ -79,6 +79,10 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
         }
     }
 
+    if !publish::chains_handed_over(&pool, &stop, |reason| database.waiting(reason)).await {
+        return shutdown.finish(drain).await;
+    }
+
     let waker = Waker::on(&[outbox::CHANNEL, CHANNEL]);
     let consumers = Consumers {
         pool: pool.clone(),
@@ -112,6 +116,9 @@ pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
     outbox::require_utf8(&mut conn).await?;
     apply(&mut conn, schema::SCHEMA, &schema::migrator()).await?;
     apply(&mut conn, inbox::SCHEMA, &inbox::migrator()).await?;
+    let hand_over = "SELECT score.hand_over_chains() WHERE to_regprocedure('outbox.number_by(text, text, text)') IS NOT NULL";
+    let handed_over = sqlx::query(hand_over).execute(&mut conn).await.map_err(AppendError::from);
+    handed_over.map_err(|error| anyhow!(publish::reason(&error)))?;
     for role in &args.grant_to {
         grant(&mut conn, role, "SELECT score.grant_projector($1::text::regrole)").await?;
         grant(&mut conn, role, "SELECT inbox.grant_consumer($1::text::regrole)").await?;

@@ -86,10 +86,11 @@ impl Handler for Projection {
 
 fn refusal(error: AppendError) -> HandlerError {
     match error {
-        AppendError::VersionTaken => {
-            HandlerError::poison("the score's next version is in the outbox already")
+        AppendError::Unfit { .. } | AppendError::VersionTaken(_) | AppendError::VersionSkipped(_) => {
+            HandlerError::poison(error.to_string())
         }
-        AppendError::Unfit { .. } => HandlerError::poison(error.to_string()),
-        AppendError::Database(error) => error.into(),
+        // Right for all events, until an operator has acted.
+        AppendError::NotSetUp(_) => HandlerError::Transient(error.to_string()),
+        AppendError::Conflict(error) | AppendError::Database(error) => error.into(),
     }
 }

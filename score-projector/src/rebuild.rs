@@ -17,7 +17,7 @@ mod swap;
 
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use daemon::{
     command::{CommandArgs, Verdict},
     config::broker::BrokerArgs,
@@ -28,7 +28,7 @@ use outbox::database::{Failure, again};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, Transaction};
 use tokio::time::Instant;
 
-use crate::{broker, schema};
+use crate::{broker, publish, schema};
 
 /// Settings of `rebuild`.
 #[derive(Debug, clap::Args)]
@@ -101,6 +101,9 @@ pub async fn rebuild(args: &RebuildArgs) -> anyhow::Result<Verdict> {
     | RebuildAction::Abort { broker } = &args.action
     {
         broker.nodes(args.common.database.require_tls)?;
+    }
+    if let RebuildAction::Swap { .. } = &args.action {
+        publish::hand_over_chains(&mut conn).await.map_err(|error| anyhow!(publish::reason(&error)))?;
     }
     let verdict = match &args.action {
         RebuildAction::Start { queue, broker } => start::start(args, &mut conn, broker, queue).await,

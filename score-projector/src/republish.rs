@@ -6,7 +6,10 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use daemon::shutdown::Shutdown;
 use events::{ScoreBaseline, ScoreBaselineEntry};
-use outbox::database::{Failure, describe};
+use outbox::{
+    AppendError,
+    database::{Failure, describe},
+};
 use serde_json::json;
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 use tokio::time::Instant;
@@ -61,6 +64,7 @@ pub struct Selection {
 pub async fn republish(args: &RepublishArgs) -> anyhow::Result<Verdict> {
     let mut conn =
         args.common.connect("score-projector republish", &schema::needed(), STATEMENT_TIMEOUT).await?;
+    publish::hand_over_chains(&mut conn).await.map_err(|error| anyhow!(publish::reason(&error)))?;
     sqlx::query(LOCK_TIMEOUT).execute(&mut conn).await.map_err(|error| failed(&error))?;
     let stop = Shutdown::on_signals()?;
     let stop = stop.requested();
@@ -115,7 +119,10 @@ async fn batch(
 }
 
 fn is_locked(error: &anyhow::Error) -> bool {
-    let sqlx = error.chain().find_map(|cause| cause.downcast_ref::<sqlx::Error>());
+    let sqlx = error.chain().find_map(|cause| match cause.downcast_ref::<AppendError>() {
+        Some(error) => error.database(),
+        None => cause.downcast_ref::<sqlx::Error>(),
+    });
     sqlx.is_some_and(|error| matches!(Failure::of(error), Failure::Locked | Failure::Conflict))
 }
 
@@ -125,18 +132,23 @@ async fn attempt(
     last: Option<Uuid>,
 ) -> anyhow::Result<(Option<Uuid>, u64)> {
     let mut tx = conn.begin().await?;
-    // The chain's lock: whoever changes a score and publishes it takes it as well, and keeps it until the commit. So what
-    // the next statement reads is the state at this version.
     let ids: Vec<Uuid> = sqlx::query_scalar(
-        "SELECT person_id FROM score.chain
-         WHERE ($1::uuid IS NULL OR person_id = $1) AND ($2::uuid IS NULL OR person_id > $2)
-         ORDER BY person_id LIMIT $3 FOR UPDATE",
+        "SELECT aggregate_id::uuid FROM outbox.aggregate
+         WHERE aggregate_type = $1 AND version > 0
+           AND ($2::text IS NULL OR aggregate_id = $2) AND ($3::text IS NULL OR aggregate_id > $3)
+         ORDER BY aggregate_id LIMIT $4",
     )
-    .bind(one)
-    .bind(last)
+    .bind(events::AGGREGATE_SCORE)
+    .bind(one.map(|id| id.to_string()))
+    .bind(last.map(|id| id.to_string()))
     .bind(BATCH)
     .fetch_all(&mut *tx)
     .await?;
+    // Whoever changes a score and publishes it takes this lock as well, and keeps it until the commit. So what the next
+    // statement reads is the state at this version.
+    let names: Vec<String> = ids.iter().map(Uuid::to_string).collect();
+    let scores = names.iter().map(|id| (events::AGGREGATE_SCORE, id.as_str())).collect();
+    outbox::lock_all(&mut tx, scores).await?;
     let Some(end) = ids.last().copied() else { return Ok((None, 0)) };
     // A chain whose person is gone has ended.
     let events = baselines(&mut tx, &ids).await?;

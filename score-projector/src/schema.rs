@@ -26,9 +26,6 @@ pub fn needs() -> Needs {
         ("score.entry", "UPDATE"),
         ("score.entry", "DELETE"),
         ("score.model", "SELECT"),
-        ("score.chain", "SELECT"),
-        ("score.chain", "INSERT"),
-        ("score.chain", "UPDATE"),
         ("inbox.aggregate", "SELECT"),
         ("inbox.aggregate", "INSERT"),
         ("inbox.aggregate", "UPDATE"),
@@ -39,6 +36,7 @@ pub fn needs() -> Needs {
         ("inbox.held", "INSERT"),
         ("inbox.held", "DELETE"),
         ("inbox.rejected", "INSERT"),
+        ("outbox.aggregate", "SELECT"),
         ("outbox.event", "INSERT"),
     ];
     Needs { schemas: needed().into(), writes: true, rights: RIGHTS }

@@ -325,8 +325,9 @@ async fn the_score_service_begins_anew(system: &System) {
     let (code, said) = of_scores("outbox-relay recover").await;
     // No subscriber of the scores keeps an inbox here.
     assert!(code == Some(3) && said.contains("next  subscribers: not looked at"), "{said}");
-    let chains =
-        system.count("SELECT count(*) FROM score.chain c JOIN score.person p ON p.id = c.person_id").await;
+    let chains = system
+        .count("SELECT count(*) FROM outbox.aggregate c JOIN score.person p ON p.id::text = c.aggregate_id")
+        .await;
     assert_eq!(system.count(published).await, chains);
 }
 

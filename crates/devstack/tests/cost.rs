@@ -169,7 +169,7 @@ async fn relay(stack: &mut Stack, meter: &mut Meter) -> String {
 /// All of them are in the queue when the projector starts.
 async fn project(stack: &mut Stack, meter: &mut Meter) -> String {
     let mut visited = HashMap::new();
-    for table in ["inbox.aggregate", "score.person", "score.chain", "score.entry"] {
+    for table in ["inbox.aggregate", "score.person", "outbox.aggregate", "score.entry"] {
         visited.insert(table, meter.visited(stack, table).await);
     }
     meter.reset().await;
@@ -181,7 +181,8 @@ async fn project(stack: &mut Stack, meter: &mut Meter) -> String {
     // A join, or a plan that was made when there was next to nothing in the tables, might read all that there is,
     // batch by batch. A row is visited where it is made or found, where it is
     // locked, where it is written, and a person where an entry refers to them.
-    for (table, most) in [("inbox.aggregate", 3), ("score.person", 3), ("score.chain", 2), ("score.entry", 1)]
+    for (table, most) in
+        [("inbox.aggregate", 3), ("score.person", 3), ("outbox.aggregate", 2), ("score.entry", 1)]
     {
         let visited = meter.visited(stack, table).await - visited[table];
         within(&format!("rows of {table} visited"), visited, most * EVENTS);
@@ -237,7 +238,7 @@ async fn read(stack: &mut Stack, meter: &mut Meter, apis: &Apis) -> String {
 }
 
 /// Tables whose rows are updated in place, each at most once for an event and for what `persons` did.
-const UPDATED: [&str; 5] = ["person.person", "outbox.aggregate", "inbox.aggregate", "score.person", "score.chain"];
+const UPDATED: [&str; 4] = ["person.person", "inbox.aggregate", "score.person", "outbox.aggregate"];
 
 /// What a vacuum would have to remove after all of it: of the outbox nothing, nor of anything else to which
 /// rows are only added.

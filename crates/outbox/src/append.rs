@@ -1,21 +1,26 @@
+use std::borrow::Cow;
+
 use serde_json::{Map, Value, value::RawValue};
 use sqlx::{Postgres, Transaction, types::Json};
 use uuid::Uuid;
 
-/// An event to be appended.
+use crate::AppendError;
+
+/// An event to be appended with a version of the writer's own. Where the writer has none, [`publish`](crate::publish) takes
+/// the next one.
 #[derive(Clone, Debug)]
 pub struct NewEvent {
     /// The event's own id, a UUIDv7: what a subscriber deduplicates by when it does not follow versions.
     pub id: Uuid,
     /// What kind of thing the event is about, 1 to 255 bytes.
-    pub aggregate_type: &'static str,
+    pub aggregate_type: Cow<'static, str>,
     /// Which one, 1 to 255 bytes. It travels in headers and logs, so it must not be personal data.
     pub aggregate_id: String,
     /// The aggregate's next version. Take it from the aggregate's row, under the row's lock, in the
     /// same transaction and before this call; then versions and positions rise together.
     pub version: i64,
     /// The event type and routing key, 1 to 255 bytes.
-    pub type_: &'static str,
+    pub type_: Cow<'static, str>,
     /// The body, forwarded byte for byte.
     pub payload: Box<RawValue>,
     /// Extra AMQP headers, such as `traceparent`.
@@ -31,28 +36,6 @@ pub const MAX_HEADER_COUNT: usize = 64;
 /// So deep at most: a header's value is at depth 1, and what an array or an object in it has is one deeper. The
 /// schema says so too.
 pub const MAX_HEADER_DEPTH: usize = 4;
-
-/// Why events were not appended. After an error of the database the transaction is aborted, as after any
-/// failed statement.
-#[derive(Debug, thiserror::Error)]
-pub enum AppendError {
-    /// No message could carry it. Nothing was sent to the database.
-    #[error("event {id} of type {type_} cannot be published: {rule}")]
-    Unfit {
-        /// The event's id.
-        id: Uuid,
-        /// Its type.
-        type_: &'static str,
-        /// What it should be like.
-        rule: String,
-    },
-    /// Somebody took the version already: it was not taken under the aggregate's row lock.
-    #[error("a version of this aggregate was taken twice; take it under the aggregate's row lock")]
-    VersionTaken,
-    /// The database refused or did not answer.
-    #[error(transparent)]
-    Database(#[from] sqlx::Error),
-}
 
 /// Appends events in the caller's transaction, in their order, in one round trip. Takes a transaction
 /// by type: appending outside of one would be the dual write that an outbox is there to avoid.
@@ -71,10 +54,10 @@ pub async fn append(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> 
     }
     events.iter().try_for_each(check)?;
     let ids: Vec<Uuid> = events.iter().map(|e| e.id).collect();
-    let aggregate_types: Vec<&str> = events.iter().map(|e| e.aggregate_type).collect();
+    let aggregate_types: Vec<&str> = events.iter().map(|e| e.aggregate_type.as_ref()).collect();
     let aggregate_ids: Vec<&str> = events.iter().map(|e| e.aggregate_id.as_str()).collect();
     let versions: Vec<i64> = events.iter().map(|e| e.version).collect();
-    let types: Vec<&str> = events.iter().map(|e| e.type_).collect();
+    let types: Vec<&str> = events.iter().map(|e| e.type_.as_ref()).collect();
     let payloads: Vec<&str> = events.iter().map(|e| e.payload.get()).collect();
     let headers: Vec<Option<Json<&Map<String, Value>>>> =
         events.iter().map(|e| e.headers.as_ref().map(Json)).collect();
@@ -95,31 +78,32 @@ pub async fn append(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> 
     .bind(payloads)
     .bind(headers)
     .execute(&mut **tx)
-    .await
-    .map_err(|error| match error.as_database_error() {
-        // Each partition has its own unique index; all of them guard the same rule.
-        Some(db) if db.is_unique_violation() => AppendError::VersionTaken,
-        _ => AppendError::Database(error),
-    })?;
+    .await?;
     Ok(())
 }
 
 /// What the relay would refuse later is its writer's error now.
 fn check(event: &NewEvent) -> Result<(), AppendError> {
-    let unfit = |rule| Err(AppendError::Unfit { id: event.id, type_: event.type_, rule });
-    if event.version == i64::MAX {
-        return unfit("its version is the last that there is, which has no next one".to_owned());
-    }
-    let payload = event.payload.get().len();
+    let rule = if event.version == i64::MAX {
+        Some("its version is the last that there is, which has no next one".to_owned())
+    } else {
+        content_rule(event.payload.get(), event.headers.as_ref())
+    };
+    rule.map_or(Ok(()), |rule| Err(AppendError::Unfit { id: event.id, type_: event.type_.clone(), rule }))
+}
+
+/// Which rule of the contract a body or headers break; none when they keep all.
+pub(crate) fn content_rule(payload: &str, headers: Option<&Map<String, Value>>) -> Option<String> {
+    let payload = payload.len();
     if payload > MAX_PAYLOAD {
-        return unfit(format!("its body has {payload} bytes, and at most {MAX_PAYLOAD} are allowed"));
+        return Some(format!("its body has {payload} bytes, and at most {MAX_PAYLOAD} are allowed"));
     }
-    let Some(headers) = &event.headers else { return Ok(()) };
+    let headers = headers?;
     let bytes = serde_json::to_string(headers).map_or(usize::MAX, |json| json.len());
     if bytes > MAX_HEADERS {
-        return unfit(format!("its headers have {bytes} bytes, and at most {MAX_HEADERS} are allowed"));
+        return Some(format!("its headers have {bytes} bytes, and at most {MAX_HEADERS} are allowed"));
     }
-    headers_rule(headers).map_or(Ok(()), unfit)
+    headers_rule(headers)
 }
 
 /// Which rule of the contract headers break, but for that of their size; none when they keep all.

@@ -98,10 +98,10 @@ async fn append_says_which_rule_an_event_breaks() {
     let pool = database().await;
     let event = |version: i64, headers: Value| NewEvent {
         id: Uuid::now_v7(),
-        aggregate_type: "thing",
+        aggregate_type: "thing".into(),
         aggregate_id: "a".to_owned(),
         version,
-        type_: "thing.new",
+        type_: "thing.new".into(),
         payload: RawValue::from_string("{}".to_owned()).unwrap(),
         headers: headers.as_object().cloned(),
     };

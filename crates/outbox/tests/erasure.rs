@@ -55,7 +55,7 @@ async fn rows(pool: &PgPool) -> String {
 }
 
 fn ended() -> [Ended; 1] {
-    [Ended { aggregate_type: "thing", aggregate_id: "a".to_owned(), version: 5 }]
+    [Ended { aggregate_type: "thing".into(), aggregate_id: "a".to_owned(), version: 5 }]
 }
 
 #[tokio::test]

@@ -41,7 +41,7 @@ async fn end(pool: &PgPool, ended: &[(&str, i64)]) -> u64 {
     let ended: Vec<Ended> = ended
         .iter()
         .map(|(id, version)| Ended {
-            aggregate_type: "thing",
+            aggregate_type: "thing".into(),
             aggregate_id: (*id).to_owned(),
             version: *version,
         })

@@ -25,10 +25,10 @@ async fn database() -> PgPool {
 fn event(aggregate: &str, version: i64) -> NewEvent {
     NewEvent {
         id: Uuid::now_v7(),
-        aggregate_type: "thing",
+        aggregate_type: "thing".into(),
         aggregate_id: aggregate.to_owned(),
         version,
-        type_: "thing.changed",
+        type_: "thing.changed".into(),
         payload: RawValue::from_string(format!(r#"{{"version":{version}}}"#)).unwrap(),
         headers: None,
     }
@@ -92,7 +92,7 @@ async fn a_version_cannot_be_taken_twice() {
     tx.commit().await.unwrap();
     let mut tx = pool.begin().await.unwrap();
     let error = append(&mut tx, &[event("c", 1), event("a", 1)]).await.unwrap_err();
-    assert!(matches!(error, AppendError::VersionTaken), "{error}");
+    assert!(matches!(error, AppendError::VersionTaken(_)), "{error}");
     tx.rollback().await.unwrap();
     assert_eq!(count(&pool).await, 2);
 }

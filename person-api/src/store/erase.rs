@@ -72,7 +72,8 @@ async fn delete(
         Some((id, _, true)) => id,
     };
     let (version, _): (i64, i64) = sqlx::query_as(DELETE).bind(id).bind(MANY).fetch_one(&mut *tx).await?;
-    let ended = Ended { aggregate_type: events::AGGREGATE_PERSON, aggregate_id: id.to_string(), version };
+    let ended =
+        Ended { aggregate_type: events::AGGREGATE_PERSON.into(), aggregate_id: id.to_string(), version };
     outbox::erase(&mut tx, &[ended]).await?;
     tx.commit().await?;
     Ok(Ok(Written { id, person_id: id, version }))

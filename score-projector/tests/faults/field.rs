@@ -258,7 +258,7 @@ impl Field {
         }
         let totals: Vec<(i64, i64)> = sqlx::query_as(
             "SELECT DISTINCT total::bigint, coalesce(c.version, 0)
-             FROM score.person p LEFT JOIN score.chain c ON c.person_id = p.id WHERE cpf <= $1",
+             FROM score.person p LEFT JOIN outbox.aggregate c ON c.aggregate_id = p.id::text WHERE cpf <= $1",
         )
         .bind(i64::from(PERSONS))
         .fetch_all(&self.stack.pool)

@@ -5,6 +5,7 @@
 
 mod batch;
 mod by_hand;
+mod chains;
 mod cli;
 mod hostile;
 mod incarnations;

@@ -187,7 +187,7 @@ async fn sigkill_loses_and_doubles_nothing() {
         stack.until_version(id(1_000 * n), items + 1).await;
     }
     let (totals, versions): (i64, i64) = sqlx::query_as(
-        "SELECT sum(total)::bigint, (SELECT sum(version)::bigint FROM score.chain) FROM score.person",
+        "SELECT sum(total)::bigint, (SELECT sum(version)::bigint FROM outbox.aggregate) FROM score.person",
     )
     .fetch_one(&stack.pool)
     .await

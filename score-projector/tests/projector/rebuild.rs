@@ -76,7 +76,8 @@ async fn a_live_model_that_is_wrong_is_repaired_by_the_swap() {
          UPDATE score.entry SET value = 1000, score = 3 WHERE id = '0198c0de-0000-7000-8000-00000000012d';
          DELETE FROM score.person WHERE id = '0198c0de-0000-7000-8000-000000000190';
          INSERT INTO score.person (id, cpf, created_at, version, total) VALUES ('0198c0de-0000-7000-8000-000000000999', 9, now(), 1, 0);
-         INSERT INTO score.chain VALUES ('0198c0de-0000-7000-8000-000000000999', 4);",
+         SELECT outbox.number_by('score', 'outbox',
+                                 $$SELECT '0198c0de-0000-7000-8000-000000000999' AS id, 4 AS version$$);",
     )
     .execute(&stack.pool)
     .await

@@ -227,7 +227,7 @@ impl Stack {
                 "score.person",
                 "SELECT concat_ws(' ', p.id, cpf, created_at, 'version', p.version, 'total', total,
                                   'score', coalesce(c.version, 0))
-                 FROM score.person p LEFT JOIN score.chain c ON c.person_id = p.id ORDER BY p.id",
+                 FROM score.person p LEFT JOIN outbox.aggregate c ON c.aggregate_id = p.id::text ORDER BY p.id",
             ),
             (
                 "score.entry",

@@ -85,8 +85,11 @@ impl Stored {
         conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ").await?;
         let score = Outbox::load(&mut conn).await.context("the outbox of scores")?;
         let scores = scores(&mut conn).await.context("the read model")?;
-        let chains: Vec<(Uuid, i64)> =
-            sqlx::query_as("SELECT person_id, version FROM score.chain").fetch_all(&mut conn).await?;
+        let chains: Vec<(Uuid, i64)> = sqlx::query_as(
+            "SELECT aggregate_id::uuid, version FROM outbox.aggregate WHERE aggregate_type = 'score'",
+        )
+        .fetch_all(&mut conn)
+        .await?;
         let applied = applied(&mut conn).await.context("the inbox")?;
         let held_or_rejected = sqlx::query_scalar(
             "SELECT 'held (' || reason || '): ' || aggregate_type || '/' || aggregate_id || ' version '
