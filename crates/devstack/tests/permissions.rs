@@ -174,13 +174,12 @@ async fn a_database_of_others_is_changed_only_where_it_is_told() {
     let is_open = "SELECT EXISTS (SELECT FROM pg_namespace n, aclexplode(n.nspacl) a
                                   WHERE nspname = 'public' AND a.grantee = 0 AND a.privilege_type = 'CREATE')";
     conn.execute("GRANT CREATE ON SCHEMA public TO PUBLIC").await.unwrap();
-    let mut said = format!("# the first time\n{}", run(""));
-    said += &format!("\n# again\n{}", run(""));
+    let mut said = vec![format!("# the first time\n{}", run("")), format!("# again\n{}", run(""))];
     assert!(sqlx::query_scalar::<_, bool>(is_open).fetch_one(&mut conn).await.unwrap());
-    said += &format!("\n# roles.public=revoke\n{}", run("-c roles.public=revoke"));
+    said.push(format!("# roles.public=revoke\n{}", run("-c roles.public=revoke")));
     assert!(!sqlx::query_scalar::<_, bool>(is_open).fetch_one(&mut conn).await.unwrap());
-    said += &format!("\n# roles.public=off\n{}", run("-c roles.public=off"));
-    insta::assert_snapshot!(said, @"
+    said.push(format!("# roles.public=off\n{}", run("-c roles.public=off")));
+    insta::assert_snapshot!(said.join("\n"), @"
     # the first time
     NOTICE:  created the role DATABASE_relay, without a password
     NOTICE:  the role DATABASE_relay has log_parameter_max_length = 0 now
