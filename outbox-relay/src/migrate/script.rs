@@ -128,7 +128,7 @@ fn one(migration: &Migration) -> String {
     format!(
         "\n\n-- Migration {version}: {description}\n\n{sql}\n\
          INSERT INTO outbox.migration (version, description, success, checksum, execution_time)\n\
-         VALUES ({version}, '{description}', true, '\\x{checksum}', 0);\n",
+         VALUES ({version}, '{description}', true, decode('{checksum}', 'hex'), 0);\n",
         sql = migration.sql.as_str().trim_end(),
     )
 }
