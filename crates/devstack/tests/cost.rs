@@ -55,7 +55,7 @@ const WAL_OF_A_WRITE: i64 = 1_480;
 const WAL_OF_A_KEYED_WRITE: i64 = 2_200;
 /// Of applying an event: versions of the person, of the inbox's aggregate and of the score's chain, an entry,
 /// and an event that is published.
-const WAL_OF_APPLYING: i64 = 1_700;
+const WAL_OF_APPLYING: i64 = 1_810;
 
 #[tokio::test]
 async fn an_event_costs_what_it_did() {

@@ -240,6 +240,8 @@ async fn persons_come_and_go(database: &Database) {
     sqlx::raw_sql(
         "INSERT INTO person.person (id, cpf, name, date_of_birth)
          SELECT outbox.uuid7(), n, 'n', now() FROM generate_series(401, 405) n;
+         INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+         SELECT 'person', id, 1, 'person.new', '{}' FROM person.person WHERE cpf > 400;
          DELETE FROM person.person WHERE cpf = 400",
     )
     .execute(&database.admin)

@@ -28,7 +28,7 @@ SELECT 'score', pg_temp.person_id(person), n - 1, pg_temp.score_event_id(person,
        4 * pg_temp.persons(), 'live'
 FROM (SELECT person, pg_temp.versions(person) AS n FROM generate_series(0, pg_temp.persons() + 100) person OFFSET 0) p
 ON CONFLICT DO NOTHING;
-INSERT INTO outbox.aggregate_type (aggregate_type, numbered_by) VALUES ('score', 'writer');
+INSERT INTO outbox.aggregate_type (aggregate_type, numbered_by) VALUES ('score', 'outbox');
 SELECT setval('outbox.position', pg_temp.persons() / 10 * 96 - 101);
 SELECT pg_temp.ages(pg_temp.persons() / 10 * 96 - 101, 106.0 / 96);
 INSERT INTO outbox.relay (name, low_water, high, incarnation, dropped_by_rule)

@@ -4,8 +4,8 @@ SELECT score.create_shadow();
 SELECT score.keep_no_samples();
 SELECT nextval('score.model_number');
 INSERT INTO score.model (role, consumer, queue) VALUES ('shadow', 'score-2', 'score.rebuild-2');
-TRUNCATE score.person, score.entry, score.chain, inbox.aggregate;
-SELECT pg_temp.bare('score.person', 'score.entry', 'score.chain', 'score_shadow.person', 'score_shadow.entry', 'inbox.aggregate');
+TRUNCATE score.person, score.entry, inbox.aggregate;
+SELECT pg_temp.bare('score.person', 'score.entry', 'score_shadow.person', 'score_shadow.entry', 'inbox.aggregate');
 CREATE TEMPORARY TABLE life AS
 SELECT person, pg_temp.person_id(person) AS id, pg_temp.versions(person) AS version,
        pg_temp.position_of(person, pg_temp.versions(person)) AS pos
@@ -22,7 +22,6 @@ SELECT pg_temp.item_id(pos), pg_temp.person_id(person), kind, pg_temp.value(pers
 FROM (SELECT pos, person, pg_temp.kind(pg_temp.version_at(pos, person)) AS kind
       FROM (SELECT pos, pg_temp.person_at(pos) AS person FROM generate_series(1, pg_temp.events()) pos OFFSET 0) a OFFSET 0) b
 WHERE kind <> 'person';
-INSERT INTO score.chain (person_id, version) SELECT id, version - 1 FROM life;
 INSERT INTO score_shadow.person SELECT * FROM score.person;
 INSERT INTO score_shadow.entry SELECT * FROM score.entry;
 
