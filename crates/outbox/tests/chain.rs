@@ -270,22 +270,22 @@ async fn chains_hold_under_concurrent_writers() {
             for round in 0..120_u64 {
                 let dice = (number * 7_919 + round * 104_729) % 1_000;
                 let id = dice % 5;
-                let isolation = if dice % 3 == 0 { "REPEATABLE READ" } else { "READ COMMITTED" };
-                let lock = if dice % 4 == 0 { "" } else { "FOR UPDATE" };
+                let isolation = if dice.is_multiple_of(3) { "REPEATABLE READ" } else { "READ COMMITTED" };
+                let lock = if dice.is_multiple_of(4) { "" } else { "FOR UPDATE" };
                 let add = format!(
                     "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
                      SELECT 'order', id, version + 1, 'order.changed', '{{}}' FROM item WHERE id = '{id}' {lock}"
                 );
                 let next = format!("UPDATE item SET version = version + 1 WHERE id = '{id}'");
                 let mut steps = vec![format!("BEGIN ISOLATION LEVEL {isolation}")];
-                if dice % 5 == 0 {
+                if dice.is_multiple_of(5) {
                     steps.extend(["SAVEPOINT s".into(), add.clone(), next.clone(), "ROLLBACK TO s".into()]);
                 }
                 steps.extend([add.clone(), next.clone()]);
-                if dice % 7 == 0 {
+                if dice.is_multiple_of(7) {
                     steps.extend([add, next]);
                 }
-                steps.push(if dice % 11 == 0 { "ROLLBACK" } else { "COMMIT" }.to_owned());
+                steps.push(if dice.is_multiple_of(11) { "ROLLBACK" } else { "COMMIT" }.to_owned());
                 let mut done = true;
                 for step in steps {
                     if let Err(error) = db.execute(AssertSqlSafe(step)).await {
@@ -479,13 +479,13 @@ async fn repairs_continue_the_chains() {
     assert_eq!(ends, 21);
     assert_eq!(said(&mut db, insert("c 2")).await, "taken");
     insta::assert_snapshot!(
-                sqlx::query_scalar::<_, String>(
-                    "SELECT string_agg(concat_ws(' ', position, aggregate_id, version, type), E'\n' ORDER BY position) FROM outbox.event"
-                )
-                .fetch_one(&pool)
-                .await
-                .unwrap(),
-                @r"
+                    sqlx::query_scalar::<_, String>(
+                        "SELECT string_agg(concat_ws(' ', position, aggregate_id, version, type), E'\n' ORDER BY position) FROM outbox.event"
+                    )
+                    .fetch_one(&pool)
+                    .await
+                    .unwrap(),
+                    @r"
 1 a 1 order.new
 2 b 1 order.new
 3 a 2 order.changed
@@ -498,5 +498,5 @@ async fn repairs_continue_the_chains() {
 21 c 1 order.new
 22 c 2 order.changed
 "
-            );
+                );
 }

@@ -20,14 +20,14 @@ pub(super) const QUEUE: &str = "history";
 /// Counts what is done.
 pub(super) enum Counter {
     Rows(PgConnection, &'static str),
-    Messages(BrokerConnection),
+    Messages(Box<BrokerConnection>),
 }
 
 impl Counter {
     pub(super) async fn open(count: Count, database: &str, broker: &str) -> anyhow::Result<Self> {
         Ok(match count {
             Count::Rows(sql) => Self::Rows(PgConnection::connect(database).await?, sql),
-            Count::Messages => Self::Messages(BrokerConnection::open(broker).await?),
+            Count::Messages => Self::Messages(Box::new(BrokerConnection::open(broker).await?)),
         })
     }
 
