@@ -209,6 +209,11 @@ async fn project(stack: &mut Stack, meter: &mut Meter) -> String {
     work.take(&["service.mark", "SELECT coalesce(current_setting(", "SELECT pg_is_in_recovery()"]);
     let set = work.take(&["set_config("]);
     within("settings of new connections, and of the look for a pooler", set.calls, SESSIONS);
+    // The start hands the versions of former releases over to the outbox, in a transaction of its own.
+    work.take(&["hand_over_chains", "SET LOCAL statement_timeout"]);
+    if let Some(commit) = work.0.iter_mut().find(|statement| statement.query == "COMMIT") {
+        commit.calls -= 1;
+    }
     work.0.retain(|statement| !["BEGIN", "ROLLBACK"].contains(&&*statement.query));
     let notices = work.take(&["pg_notify"]);
     within("notices, to the relay and to the readers", notices.calls, 2 * transactions);

@@ -1,6 +1,8 @@
 //! Whatever stands in a body, parsing it ends, without a panic, and takes no more memory than some copies of the body. A
 //! body that does not end keeps this test from ending.
 
+#![expect(clippy::unwrap_used, reason = "a panic is the report of a test")]
+
 use events::PersonEvent;
 
 /// The longest body has 7 MB. A number that is written out from its exponent would take a gigabyte.
