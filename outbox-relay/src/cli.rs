@@ -4,9 +4,9 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     command::{
-        digest::DigestArgs, doctor::DoctorArgs, erasures::ErasuresArgs, forget::ForgetArgs,
-        new_incarnation::NewIncarnationArgs, parked::ParkedArgs, pause::PauseArgs, prune::PruneArgs,
-        recover::RecoverArgs, replay::ReplayArgs, status::StatusArgs, trace::TraceArgs,
+        backfill::BackfillArgs, digest::DigestArgs, doctor::DoctorArgs, erasures::ErasuresArgs,
+        forget::ForgetArgs, new_incarnation::NewIncarnationArgs, parked::ParkedArgs, pause::PauseArgs,
+        prune::PruneArgs, recover::RecoverArgs, replay::ReplayArgs, status::StatusArgs, trace::TraceArgs,
     },
     config::{HealthArgs, MigrateArgs, RunArgs},
 };
@@ -40,6 +40,8 @@ pub enum Command {
     Parked(ParkedArgs),
     /// Publish history again, beside the live relay: to one queue alone, or to everybody.
     Replay(Box<ReplayArgs>),
+    /// Publish the state of each captured aggregate as a baseline, beside its writers: to everybody, or to one queue alone.
+    Backfill(Box<BackfillArgs>),
     /// Publish nothing more until `resume`; writers do not notice.
     Pause {
         /// Which relay.

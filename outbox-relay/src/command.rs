@@ -1,5 +1,6 @@
 //! The commands beside `run`: each asks the database, or changes something in it, says so, and ends.
 
+pub mod backfill;
 mod confirm;
 pub mod digest;
 pub mod doctor;

@@ -12,8 +12,8 @@ use daemon::{
 use outbox_relay::{
     cli::{Cli, Command},
     command::{
-        Verdict, digest, doctor, erasures, forget, new_incarnation, parked, pause, prune, recover, replay,
-        status, trace,
+        Verdict, backfill, digest, doctor, erasures, forget, new_incarnation, parked, pause, prune, recover,
+        replay, status, trace,
     },
 };
 
@@ -51,6 +51,10 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Replay(args) => {
             telemetry::start(&args.common.telemetry)?;
             return replay::replay(&args).await;
+        }
+        Command::Backfill(args) => {
+            telemetry::start(&args.common.telemetry)?;
+            return backfill::backfill(&args).await;
         }
         Command::Pause { args, reason } => {
             telemetry::start(&args.common.telemetry)?;

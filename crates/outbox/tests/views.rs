@@ -7,7 +7,7 @@ use outbox::install;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
 /// Each view for operators, with a question.
-const QUESTIONS: [&str; 12] = [
+const QUESTIONS: [&str; 14] = [
     "SELECT source, incarnation, last_position, used_position, partitions_end, pending_erasures FROM outbox.overview",
     "SELECT name, low_water, high, open_ranges, open_positions, open_events, new_events, parked_events, waiting_events,
             leads, paused_by FROM outbox.relay_status",
@@ -21,6 +21,8 @@ const QUESTIONS: [&str; 12] = [
     "SELECT name, lower, upper, is_default, first_position, kept_because FROM outbox.partition_status ORDER BY 1",
     "SELECT count(*) FROM outbox.lock_holder",
     "SELECT count(*) FROM outbox.leader_session",
+    "SELECT aggregate_type, table_name, is_root, key, body, left_out FROM outbox.captured",
+    "SELECT aggregate_type, table_name, finding, advice FROM outbox.capture_problem",
     "SELECT * FROM outbox.digest(1)",
     "SELECT position, version, type FROM outbox.event WHERE aggregate_id = 'b' ORDER BY position",
 ];
@@ -60,6 +62,11 @@ async fn database() -> (PgConnection, String) {
     let mut admin = PgConnection::connect(&url).await.unwrap();
     install(&mut admin, "test").await.unwrap();
     admin.execute(EVENTS).await.unwrap();
+    // In a schema that the role may not use.
+    let captured = "CREATE SCHEMA shop; CREATE TABLE shop.orders (id bigint PRIMARY KEY, secret text);
+                    SELECT outbox.capture('shop.orders', 'order', left_out => 'secret');
+                    ALTER TABLE shop.orders DISABLE TRIGGER ALL";
+    admin.execute(sqlx::raw_sql(captured)).await.unwrap();
     // Roles belong to the server, and the database's name is unique.
     let role = format!("{}_reader", url.rsplit_once('/').unwrap().1);
     admin.execute(AssertSqlSafe(format!("CREATE ROLE {role}"))).await.unwrap();

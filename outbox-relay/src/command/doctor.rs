@@ -2,6 +2,7 @@
 //! what was found and what to do.
 
 mod broker;
+mod captures;
 mod checks;
 mod positions;
 mod relays;
@@ -39,6 +40,9 @@ pub struct DoctorArgs {
     /// Only the relay of this name, instead of all.
     #[arg(long, env = "RELAY_NAME", value_parser = relay_name)]
     pub name: Option<String>,
+    /// Also compare each captured aggregate with its last event. This reads the captured tables, and locks nothing.
+    #[arg(long)]
+    pub deep: bool,
     /// The exchange that the relay publishes to. It is never declared here.
     #[arg(long, env = "EXCHANGE", default_value = "event_dispatcher", value_parser = exchange)]
     pub exchange: ShortString,
@@ -117,6 +121,9 @@ pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
     let mut checks = tokio::time::timeout(TIMEOUT, database)
         .await
         .map_err(|_| anyhow!("the database did not answer within {TIMEOUT:?}"))??;
+    if args.deep {
+        checks.extend(captures::compare(&mut conn, &said).await?);
+    }
     // The server need not keep a session while the broker takes its time.
     let closed = async { tokio::join!(conn.close(), second.close()) };
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, closed).await;

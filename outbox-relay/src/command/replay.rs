@@ -1,10 +1,10 @@
 //! `replay`: history is published again, beside the live relay, to one queue alone or to everybody.
 
-mod history;
+pub(super) mod history;
 mod one_queue;
 mod pace;
 mod pool;
-mod publisher;
+pub(super) mod publisher;
 mod registration;
 
 use std::{fmt::Write, time::Duration};
@@ -130,7 +130,7 @@ pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
         let said = Progress::new("replaying", "event");
         let (send, read) = mpsc::channel(AHEAD);
         let reader = tokio::spawn(history.send(reading, send));
-        let ended = publisher.publish(read, &mut outcome, &mut registration, &said, stop).await;
+        let ended = publisher.publish(read, &mut outcome, Some(&mut registration), &said, stop).await;
         // Its statement ends with its connection.
         reader.abort();
         drop(said);
@@ -159,13 +159,13 @@ pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
 
 /// What came of a replay so far.
 #[derive(Debug, Default)]
-struct Outcome {
+pub(super) struct Outcome {
     /// Published, or counted in a dry run.
-    events: u64,
+    pub(super) events: u64,
     unroutable: u64,
-    refused: u64,
+    pub(super) refused: u64,
     /// Where to go on.
-    next: i64,
+    pub(super) next: i64,
     /// The last position that is wanted.
     to: i64,
     /// How many of those that were published are published again then.

@@ -20,6 +20,7 @@ async fn help() {
         "parked",
         "parked drop",
         "replay",
+        "backfill",
         "pause",
         "resume",
         "recover",

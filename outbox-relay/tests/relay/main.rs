@@ -8,6 +8,7 @@
 mod stack;
 
 mod by_hand;
+mod capturing;
 mod chains;
 mod command_line;
 mod conflicts;

@@ -7,7 +7,7 @@ use daemon::config::database::SchemaError;
 use outbox::database::Failure;
 use sqlx::PgConnection;
 
-use super::{Check, positions, relays, settings, versions};
+use super::{Check, captures, positions, relays, settings, versions};
 use crate::{
     command::{span, state},
     lead::ELSEWHERE,
@@ -18,7 +18,7 @@ use crate::{
 const CLOCKS: f64 = 5.0;
 
 /// The checks that need the schema.
-const NEED_SCHEMA: [&str; 12] = [
+const NEED_SCHEMA: [&str; 13] = [
     "permissions",
     "source",
     "place",
@@ -30,6 +30,7 @@ const NEED_SCHEMA: [&str; 12] = [
     "row security",
     "outbox lock",
     "versions",
+    "captures",
     "relays",
 ];
 
@@ -42,7 +43,8 @@ FROM (VALUES ('source', '{SELECT}'::text[]), ('migration', '{SELECT}'), ('event'
              ('parked', '{SELECT,INSERT,UPDATE,DELETE}'), ('replay', '{SELECT,INSERT,UPDATE,DELETE}'),
              ('overview', '{SELECT}'), ('relay_status', '{SELECT}'), ('leader_session', '{SELECT}'), ('lock_holder', '{SELECT}'),
              ('event_progress', '{SELECT}'), ('parked_event', '{SELECT}'), ('parked_group', '{SELECT}'),
-             ('waiting_group', '{SELECT}'), ('partition_status', '{SELECT}'))
+             ('waiting_group', '{SELECT}'), ('partition_status', '{SELECT}'), ('captured', '{SELECT}'),
+             ('capture_problem', '{SELECT}'))
      AS needs (name, privileges)
 JOIN pg_namespace n ON n.nspname = 'outbox'
 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = needs.name
@@ -92,6 +94,7 @@ pub(super) async fn database(
     checks.push(finding("row security", settings::row_security(conn).await)?);
     checks.push(finding("outbox lock", positions::lock(conn).await)?);
     checks.push(finding("versions", versions::check(conn).await)?);
+    checks.push(finding("captures", captures::check(conn).await)?);
     match relays::relays(conn, name).await {
         Ok(relays) if !relays.is_empty() => checks.extend(relays),
         Ok(_) => {

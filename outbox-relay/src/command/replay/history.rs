@@ -94,7 +94,7 @@ pub(super) struct History {
 
 /// What the reading of a replay says.
 #[derive(Debug)]
-pub(super) enum Read {
+pub(in crate::command) enum Read {
     /// So many events are to be read, where that is known.
     Expected(u64),
     /// Events that were read together.
@@ -103,13 +103,13 @@ pub(super) enum Read {
 
 /// Events that were read together.
 #[derive(Debug)]
-pub(super) struct Page {
+pub(in crate::command) struct Page {
     /// Everything up to here was read.
-    pub(super) up_to: i64,
+    pub(in crate::command) up_to: i64,
     /// The events.
-    pub(super) events: Vec<Event>,
+    pub(in crate::command) events: Vec<Event>,
     /// Rows that are no events.
-    pub(super) unreadable: Vec<Unreadable>,
+    pub(in crate::command) unreadable: Vec<Unreadable>,
 }
 
 impl History {

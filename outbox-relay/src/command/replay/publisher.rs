@@ -53,7 +53,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const CLOSE: Duration = Duration::from_secs(2);
 
 /// Publishes what was read, each aggregate's events in their order.
-pub(super) struct Publisher {
+pub(in crate::command) struct Publisher {
     one_queue: Option<OneQueue>,
     lanes: Vec<LaneState>,
     reports: mpsc::UnboundedReceiver<(usize, Report)>,
@@ -94,7 +94,11 @@ struct Round {
 
 impl Publisher {
     /// Checks that the broker and the queue are there, and starts the lanes.
-    pub(super) async fn open(args: &ReplayArgs, origin: Origin, id: Uuid) -> anyhow::Result<Self> {
+    pub(in crate::command) async fn open(
+        args: &ReplayArgs,
+        origin: Origin,
+        id: Uuid,
+    ) -> anyhow::Result<Self> {
         let broker = Broker {
             nodes: args.broker.nodes(args.common.database.require_tls)?,
             exchange: args.exchange.clone(),
@@ -150,11 +154,11 @@ impl Publisher {
 
     /// Publishes what comes. What is not taken is tried again within the retry budget, until the broker takes nothing of
     /// it for long. False when it was interrupted; an error or an interruption waits for what is under way.
-    pub(super) async fn publish(
+    pub(in crate::command) async fn publish(
         &mut self,
         mut read: mpsc::Receiver<anyhow::Result<Read>>,
         outcome: &mut Outcome,
-        registration: &mut Registration<'_>,
+        mut registration: Option<&mut Registration<'_>>,
         said: &Progress,
         stop: &CancellationToken,
     ) -> anyhow::Result<bool> {
@@ -206,7 +210,9 @@ impl Publisher {
                 }
                 (None, None) => {}
             }
-            if let Err(error) = registration.keep_up(outcome.next).await {
+            if let Some(registration) = &mut registration
+                && let Err(error) = registration.keep_up(outcome.next).await
+            {
                 failed = failed.or(Some(error));
             }
         }
@@ -421,7 +427,7 @@ impl Publisher {
     }
 
     /// Closes its connections.
-    pub(super) async fn close(mut self) {
+    pub(in crate::command) async fn close(mut self) {
         self.stop_lanes.cancel();
         self.lanes.clear();
         let _ = timeout(CLOSE, async { while self.tasks.join_next().await.is_some() {} }).await;

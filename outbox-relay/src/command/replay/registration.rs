@@ -11,7 +11,7 @@ use uuid::Uuid;
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// The row, and the connection that writes it.
-pub(super) struct Registration<'a> {
+pub(in crate::command) struct Registration<'a> {
     conn: &'a mut PgConnection,
     id: Uuid,
     written_at: Instant,
