@@ -479,13 +479,13 @@ async fn repairs_continue_the_chains() {
     assert_eq!(ends, 21);
     assert_eq!(said(&mut db, insert("c 2")).await, "taken");
     insta::assert_snapshot!(
-                    sqlx::query_scalar::<_, String>(
-                        "SELECT string_agg(concat_ws(' ', position, aggregate_id, version, type), E'\n' ORDER BY position) FROM outbox.event"
-                    )
-                    .fetch_one(&pool)
-                    .await
-                    .unwrap(),
-                    @r"
+                        sqlx::query_scalar::<_, String>(
+                            "SELECT string_agg(concat_ws(' ', position, aggregate_id, version, type), E'\n' ORDER BY position) FROM outbox.event"
+                        )
+                        .fetch_one(&pool)
+                        .await
+                        .unwrap(),
+                        @r"
 1 a 1 order.new
 2 b 1 order.new
 3 a 2 order.changed
@@ -498,5 +498,5 @@ async fn repairs_continue_the_chains() {
 21 c 1 order.new
 22 c 2 order.changed
 "
-                );
+                    );
 }
