@@ -172,6 +172,15 @@ async fn pause(run: &mut Run<'_>) -> anyhow::Result<()> {
         Ok((settled && applied >= Some(version)).then_some(()))
     })
     .await?;
+    // Their rows are rewritten, so what is vacuumed before would not stay so.
+    for database in [&mut person, &mut score] {
+        wait::until("everybody who was deleted is erased", async || {
+            let pending = "SELECT count(*) FROM outbox.erasure";
+            let pending: i64 = sqlx::query_scalar(pending).fetch_one(&mut *database).await?;
+            Ok((pending == 0).then_some(()))
+        })
+        .await?;
+    }
     for program in run.stack.programs() {
         program.stop(&CancellationToken::new()).await;
     }
