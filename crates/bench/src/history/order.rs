@@ -53,13 +53,16 @@ pub(super) async fn all(run: &mut Run<'_>, history: History, length: Length) -> 
     users::make(&rabbitmq.management_url(), "%2f", replay, users::Rights::Replay(QUEUE)).await?;
 
     write(run, history)?;
-    run.all(LOOK).await?;
-    let relay_rate =
-        if run.only.is_empty() || run.done.iter().any(|outcome| outcome.operation.is_against_relay()) {
-            Some(Box::pin(relay_rate(run, &broker, history)).await?)
-        } else {
-            None
-        };
+    let mut relay_rate = None;
+    for operation in LOOK {
+        run.all(std::slice::from_ref(operation)).await?;
+        // Right after what is held against it, so that both have the same machine.
+        if operation.is_against_relay()
+            && run.done.last().is_some_and(|done| done.operation.is_against_relay())
+        {
+            relay_rate = Some(Box::pin(measure_relay(run, &broker, history)).await?);
+        }
+    }
     run.all(REQUESTS).await?;
     run.all(REBUILD).await?;
     set_aside(run, history).await?;
@@ -108,12 +111,16 @@ const MOST_HELD: i64 = 9_900;
 /// How many events are replayed to a queue, and published for the relay's own rate: what takes some seconds, where the
 /// history is long.
 fn replayed(history: History) -> i64 {
-    (history.scale / 200).clamp(2_000, 50_000)
+    (history.scale / 40).clamp(2_000, 100_000)
 }
 
 /// How fast the relay publishes events of the same bodies to the same queue, beside the same writers. Nothing else follows
 /// them.
-async fn relay_rate(run: &mut Run<'_>, broker: &BrokerConnection, history: History) -> anyhow::Result<f64> {
+async fn measure_relay(
+    run: &mut Run<'_>,
+    broker: &BrokerConnection,
+    history: History,
+) -> anyhow::Result<f64> {
     say("measuring the relay's own rate");
     broker.bind(QUEUE, "history.noted").await?;
     let rabbitmq = format!("{}/%2f", run.stack.servers.rabbitmq.url());
