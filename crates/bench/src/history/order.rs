@@ -161,7 +161,8 @@ async fn pause(run: &mut Run<'_>) -> anyhow::Result<()> {
     )?;
     wait::until("everything is published and applied", async || {
         let settled: bool = sqlx::query_scalar(
-            "SELECT (SELECT min(low_water) FROM outbox.relay) >= (SELECT last_position FROM outbox.overview)",
+            "SELECT (SELECT low_water FROM outbox.relay WHERE name = 'default')
+                    >= (SELECT last_position FROM outbox.overview)",
         )
         .fetch_one(&mut person)
         .await?;
