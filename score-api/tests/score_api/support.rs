@@ -214,7 +214,8 @@ impl Program {
         let log = tokio::spawn(async move {
             let mut log = Vec::new();
             while let Ok(Some(line)) = lines.next_line().await {
-                log.push(serde_json::from_str(&line).unwrap());
+                // An error that ends the program is a line of text.
+                log.push(serde_json::from_str(&line).unwrap_or(serde_json::Value::String(line)));
             }
             log
         });
