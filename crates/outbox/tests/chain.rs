@@ -478,25 +478,21 @@ async fn repairs_continue_the_chains() {
         .unwrap();
     assert_eq!(ends, 21);
     assert_eq!(said(&mut db, insert("c 2")).await, "taken");
-    insta::assert_snapshot!(
-                        sqlx::query_scalar::<_, String>(
-                            "SELECT string_agg(concat_ws(' ', position, aggregate_id, version, type), E'\n' ORDER BY position) FROM outbox.event"
-                        )
-                        .fetch_one(&pool)
-                        .await
-                        .unwrap(),
-                        @r"
-1 a 1 order.new
-2 b 1 order.new
-3 a 2 order.changed
-4 b 2 order.changed
-5 a 8 order.deleted
-6 lost 4 order.deleted
-7 a 9 order.new
-8 lost 5 order.new
-9 b 3 order.changed
-21 c 1 order.new
-22 c 2 order.changed
-"
-                    );
+    let sql =
+        "SELECT string_agg(concat_ws(' ', position, aggregate_id, version, type), E'\\n' ORDER BY position)
+               FROM outbox.event";
+    let stored: String = sqlx::query_scalar(sql).fetch_one(&pool).await.unwrap();
+    insta::assert_snapshot!(stored, @r"
+    1 a 1 order.new
+    2 b 1 order.new
+    3 a 2 order.changed
+    4 b 2 order.changed
+    5 a 8 order.deleted
+    6 lost 4 order.deleted
+    7 a 9 order.new
+    8 lost 5 order.new
+    9 b 3 order.changed
+    21 c 1 order.new
+    22 c 2 order.changed
+    ");
 }
