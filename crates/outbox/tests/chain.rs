@@ -25,11 +25,14 @@ async fn database(name: &str) -> (PgPool, PgPool) {
 
 async fn writer(url: &str, pool: &PgPool) -> PgPool {
     let role = format!("writer_{}", Uuid::now_v7().simple());
-    for sql in [format!("CREATE ROLE {role} LOGIN"), format!("SELECT outbox.grant_writer('{role}')")] {
+    for sql in [
+        format!("CREATE ROLE {role} LOGIN PASSWORD 'wr1ter'"),
+        format!("SELECT outbox.grant_writer('{role}')"),
+    ] {
         pool.execute(AssertSqlSafe(sql)).await.unwrap();
     }
     let options: sqlx::postgres::PgConnectOptions = url.parse().unwrap();
-    PgPool::connect_with(options.username(&role)).await.unwrap()
+    PgPool::connect_with(options.username(&role).password("wr1ter")).await.unwrap()
 }
 
 /// An INSERT of a list of `aggregate version` or `aggregate version type`; `_` stands for a space in an id.
