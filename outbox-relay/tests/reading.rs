@@ -381,8 +381,8 @@ async fn a_read_is_two_short_index_scans() {
     let server = prepare(devstack::testing::database("plan").await).await;
     let mut conn = connect(&server.admin).await;
     conn.execute(
-        "INSERT INTO outbox.event (position, aggregate_type, aggregate_id, version, type, payload)
-         SELECT n, 'test', (n % 1000)::text, n, 'test.changed', '{}' FROM generate_series(1, 1100000) n
+        "INSERT INTO outbox.event (position, aggregate_type, aggregate_id, version, type, payload, previous_id)
+         SELECT n, 'test', (n % 1000)::text, n, 'test.changed', '{}', outbox.uuid7() FROM generate_series(1, 1100000) n
          WHERE n % 1000 <> 0;
          SELECT setval('outbox.position', 1100000);
          ANALYZE outbox.event;

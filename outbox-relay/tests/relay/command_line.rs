@@ -175,7 +175,7 @@ async fn databases_that_it_does_not_start_on() {
             "DO $$ BEGIN EXECUTE format('REVOKE ALL ON outbox.migration FROM %I',
                           current_database() || '_relay'); END $$",
         ),
-        ("no outbox", "DROP SCHEMA outbox CASCADE"),
+        ("no outbox", "DROP SCHEMA outbox, outbox_capture CASCADE"),
     ] {
         stack.admin.execute(sql).await.unwrap();
         said.push(format!("## {case}\n{}", run().await));
