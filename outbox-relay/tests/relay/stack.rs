@@ -216,8 +216,8 @@ impl Stack {
         sqlx::query(
             "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
              SELECT 'thing', id, row_number() OVER (PARTITION BY id ORDER BY n)
-                        + coalesce((SELECT max(e.version) FROM outbox.event e
-                                    WHERE e.aggregate_type = 'thing' AND e.aggregate_id = new.id), 0),
+                        + coalesce((SELECT a.version FROM outbox.aggregate a
+                                    WHERE a.aggregate_type = 'thing' AND a.aggregate_id = new.id), 0),
                     ($4::text[])[n % cardinality($4) + 1], json_build_object('n', n)
              FROM (SELECT n, 'a' || n % $3 AS id FROM generate_series($1, $2 - 1) n) AS new ORDER BY n",
         )
