@@ -154,11 +154,7 @@ async fn the_tour_shows_what_it_says() {
     bodies.sort_by_key(|body| body.contains("tour-2"));
     assert_eq!(
         bodies,
-        [
-            r#"{"id":"tour-1","total":10}"#,
-            r#"{"id":"tour-1","total":12}"#,
-            r#"{"id":"tour-2","total":7}"#,
-        ]
+        [r#"{"id":"tour-1","total":10}"#, r#"{"id":"tour-1","total":12}"#, r#"{"id":"tour-2","total":7}"#,]
     );
     // The other samples count the versions of orders themselves, so they have an outbox of their own.
     let database = place.database("relay_samples").await;

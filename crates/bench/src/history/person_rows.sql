@@ -19,3 +19,7 @@ INSERT INTO person.asset SELECT id, person_id, 'apartment', value, at FROM pg_te
 INSERT INTO person.debt SELECT id, person_id, value, at FROM pg_temp.items('debt');
 SELECT pg_temp.dress();
 COMMIT;
+-- A captured table of somebody else in the same database, with a tenth as many rows as there are persons.
+CREATE TABLE public.contract (id bigint PRIMARY KEY, terms text NOT NULL);
+INSERT INTO public.contract SELECT n, 'terms ' || n FROM generate_series(1, pg_temp.persons() / 10) n;
+SELECT outbox.capture('public.contract', 'contract');

@@ -66,6 +66,8 @@ pub(super) const LOOK: &[Operation] = &[
     for_each_row("outbox-relay replay --from {from} --to {to} --to-queue history --rate 100000 --yes", 1.0)
         .reach(OfRelay(0.5))
         .counted(Count::Messages),
+    linear("outbox-relay backfill contract --dry-run"),
+    linear("outbox-relay backfill contract --to-queue history --rate 100000"),
     linear("outbox-relay prune --keep 30d --dry-run").reach(TimePerPartition(5.0)),
     linear("person-api republish --all --dry-run"),
     steady("person-api republish --person {ordinary}"),

@@ -60,9 +60,10 @@ impl Report {
                 reasons.into_iter().flatten().map(|why| format!("{}: {why}", outcome.operation.line)),
             );
         }
-        for (long, short) in self.long.alone.iter().zip(&self.short.alone) {
+        let short = self.short.alone.concat();
+        for long in &self.long.alone {
             for statement in long {
-                let why = statement.broken(short);
+                let why = statement.broken(&short);
                 broken.extend(
                     why.map(|why| format!("by itself, {}: {why}: {}", statement.role, statement.short())),
                 );
@@ -143,6 +144,7 @@ impl Report {
             let _never = writeln!(text, "{}", self.row((n, outcome)));
         }
         text.push_str("\nWhat the programs do by themselves, by buffers a call:\n\n| program | statement | calls | buffers | with the short history | longest | |\n|---|---|---|---|---|---|---|\n");
+        let all_short = self.short.alone.concat();
         for (n, (long, short)) in self.long.alone.iter().zip(&self.short.alone).enumerate() {
             for statement in long.iter().take(SHOWN) {
                 let before = short
@@ -158,7 +160,7 @@ impl Report {
                     number(statement.buffers),
                     before.map_or("–".to_owned(), |before| number(before.buffers)),
                     number(statement.longest_ms),
-                    if statement.broken(short).is_some() { "grows" } else { "bounded" },
+                    if statement.broken(&all_short).is_some() { "grows" } else { "bounded" },
                 );
             }
         }
