@@ -57,10 +57,15 @@ impl Figure for Write {
         let mut conn = testbed.database("person", DATABASE).await?;
         let persons = testbed.size.persons;
         sqlx::query(
-            "INSERT INTO person.person (id, cpf, name, address, date_of_birth)
-             SELECT outbox.uuid7(), n, 'Maria da Silva Santos', 'Rua das Laranjeiras 100, Rio de Janeiro',
-                    '1980-05-17'
-             FROM generate_series(1, $1::bigint) n",
+            "WITH person AS (
+                 INSERT INTO person.person (id, cpf, name, address, date_of_birth)
+                 SELECT outbox.uuid7(), n, 'Maria da Silva Santos', 'Rua das Laranjeiras 100, Rio de Janeiro',
+                        '1980-05-17'
+                 FROM generate_series(1, $1::bigint) n
+                 RETURNING id
+             )
+             INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+             SELECT 'person', id, 1, 'person.new', '{}' FROM person",
         )
         .bind(persons)
         .execute(&mut conn)
