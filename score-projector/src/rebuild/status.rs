@@ -71,8 +71,9 @@ async fn building(
     let progress = Progress::new("counting the aggregates", "aggregate");
     let mut look = Look::at(conn, &comparison, false).await?;
     let mut rate = follow(conn, &mut look, name).await?;
-    if !look.is_whole() && look.sample() == 0 {
-        // Nothing is behind of what was taken. Is there something among the rest?
+    if !look.is_whole() && look.sample() < FEW {
+        // Nearly nothing is behind of what was taken: too little for an estimate. What the shadow does not need is left
+        // out, and what remains may be few enough to look at each.
         look = Look::at(conn, &comparison, true).await?;
         rate = follow(conn, &mut look, name).await?;
     }
