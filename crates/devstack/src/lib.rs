@@ -42,8 +42,8 @@ pub fn show(text: &str) {
 /// The Rust that the documents print compiles.
 #[cfg(doctest)]
 mod documents {
-    #[doc = include_str!("../../../docs/writing.md")]
-    struct Writing;
+    #[doc = include_str!("../../../docs/writing/publish.md")]
+    struct Publishing;
     #[doc = include_str!("../../../docs/subscribing.md")]
     struct Subscribing;
 }

@@ -208,15 +208,16 @@ async fn permissions(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
 }
 
 async fn statistics(conn: &mut PgConnection) -> Result<Check, sqlx::Error> {
-    let may = sqlx::query_scalar("SELECT pg_has_role(current_user, 'pg_read_all_stats', 'USAGE')");
-    Ok(if may.fetch_one(conn).await? {
+    let asked = "SELECT pg_has_role(current_user, 'pg_read_all_stats', 'USAGE'), quote_ident(current_user)";
+    let (may, role): (bool, String) = sqlx::query_as(asked).fetch_one(conn).await?;
+    Ok(if may {
         Check::ok("statistics", "this role sees which transactions are idle")
     } else {
         Check::warning(
             "statistics",
             "this role does not see which transactions are idle, so the relay takes each of them for a possible \
             writer of every missing position",
-            "let a superuser run: GRANT pg_read_all_stats TO ROLE",
+            format!("let a superuser run: GRANT pg_read_all_stats TO {role}"),
         )
     })
 }
