@@ -1,6 +1,9 @@
 //! The command line: each command with its settings.
 
+use std::path::PathBuf;
+
 use clap::{Parser, Subcommand};
+use clap_complete::Shell;
 
 use crate::{
     command::{
@@ -68,4 +71,15 @@ pub enum Command {
     Forget(ForgetArgs),
     /// Ask a running relay whether it is ready; exit code 1, with the reasons, when it is not.
     Health(HealthArgs),
+    /// Print what completes this program's commands in a shell.
+    Completions {
+        /// Which shell.
+        shell: Shell,
+    },
+    /// Write the manual pages into a folder, one for each command.
+    #[command(hide = true)]
+    Man {
+        /// Where.
+        folder: PathBuf,
+    },
 }

@@ -7,6 +7,7 @@ pub mod doctor;
 pub mod erasures;
 pub mod forget;
 mod left_behind;
+pub mod manual;
 pub mod new_incarnation;
 pub mod parked;
 pub mod pause;

@@ -12,7 +12,7 @@ use daemon::{
 use outbox_relay::{
     cli::{Cli, Command},
     command::{
-        Verdict, backfill, digest, doctor, erasures, forget, new_incarnation, parked, pause, prune, recover,
+        Verdict, backfill, digest, doctor, erasures, forget, manual, new_incarnation, parked, pause, prune, recover,
         replay, status, trace,
     },
 };
@@ -103,6 +103,8 @@ async fn start() -> anyhow::Result<Verdict> {
             telemetry::start(&args.common.telemetry)?;
             return status::status(&args).await;
         }
+        Command::Completions { shell } => print(&manual::completions(shell)?)?,
+        Command::Man { folder } => manual::pages(&folder)?,
     }
     Ok(Verdict::Ok)
 }

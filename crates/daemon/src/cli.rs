@@ -66,7 +66,7 @@ impl fmt::Display for Source {
 /// Parses the command line, the environment, and the file that `--config` or `CONFIG_FILE` names. Prints the help, or an
 /// error of the command line or the environment, and ends the process, as clap does.
 pub fn parse<C: Parser>() -> Result<Parsed<C>, SettingError> {
-    let mut command = C::command().arg(config());
+    let mut command = command::<C>();
     let file = match path(&command, std::env::args_os()) {
         Some(path) => Some((read(&path, &command)?, path)),
         None => None,
@@ -87,6 +87,11 @@ pub fn parse<C: Parser>() -> Result<Parsed<C>, SettingError> {
     let cli =
         C::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| ended(&error.format(&mut command)));
     Ok(Parsed { cli, settings })
+}
+
+/// The program's command line, with the flag of the file. For completions and manual pages.
+pub fn command<C: Parser>() -> Command {
+    C::command().arg(config())
 }
 
 /// The flag of the file.
