@@ -1,6 +1,6 @@
 # Everything that a developer calls; `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: up demo env test test-faults test-containers schemathesis bench bench-history chaos help
+.PHONY: up demo env test test-faults test-containers test-helm packages test-packages schemathesis bench bench-history chaos help
 
 # `run -- COMMAND` puts private servers around a command and leaves nothing of them. The binary and not
 # `cargo run -p devstack`: for one package alone cargo builds the dependencies again, with fewer features.
@@ -38,6 +38,17 @@ test-faults: ## Run the fault suite: servers stopped and programs killed under l
 
 test-containers: ## Run README's container line for real, with an engine and images of its own; needs root and Debian
 	@exec deploy/containers/test
+
+test-helm: ## Hold the Helm charts against Helm and the schemas of Kubernetes, without a cluster
+	@crates/devstack/install tests
+	cargo build --workspace
+	@exec deploy/helm/check
+
+packages: ## Build the relay's Debian package, its archive for any Linux, and the schema as SQL
+	@exec deploy/packages/build
+
+test-packages: ## Install, use and remove the packages on clean Debian systems; needs root and Debian
+	@exec deploy/packages/test
 
 schemathesis: ## Hold the APIs against their documents, thousands of requests; SCHEMATHESIS_ARGS="--max-examples 1000"
 	@crates/devstack/install tests

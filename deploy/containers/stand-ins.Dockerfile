@@ -16,28 +16,32 @@ ENV RUSTUP_HOME=/usr/local/rustup CARGO_HOME=/usr/local/cargo \
     PATH=/usr/local/cargo/bin:/usr/local/rustup/toolchains/own/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 CMD ["bash"]
 
-FROM debian:trixie-slim AS postgres
+# A mirror of sid may be older than its Release file allows.
+FROM debian:sid-slim AS sid
+RUN echo 'Acquire::Check-Valid-Until "false";' > /etc/apt/apt.conf.d/90mirror
+
+FROM sid AS postgres
 RUN groupadd --system --gid 999 postgres \
     && useradd --system --gid 999 --uid 999 --home-dir /var/lib/postgresql --shell /bin/bash postgres \
     && apt-get update \
     && apt-get install --yes --no-install-recommends postgresql-common \
     && echo 'create_main_cluster = false' > /etc/postgresql-common/createcluster.conf \
-    && apt-get install --yes --no-install-recommends postgresql-17 \
+    && apt-get install --yes --no-install-recommends postgresql-18 \
     && rm -rf /var/lib/apt/lists/* \
-    && sed -i "s/^#listen_addresses = .*/listen_addresses = '*'/" /usr/share/postgresql/17/postgresql.conf.sample \
-    && mkdir -p /docker-entrypoint-initdb.d /var/lib/postgresql/data \
+    && sed -i "s/^#listen_addresses = .*/listen_addresses = '*'/" /usr/share/postgresql/18/postgresql.conf.sample \
+    && mkdir -p /docker-entrypoint-initdb.d /var/lib/postgresql \
     && install -d -m 3777 -o postgres -g postgres /var/run/postgresql \
-    && chown postgres:postgres /var/lib/postgresql /var/lib/postgresql/data && chmod 1777 /var/lib/postgresql/data
+    && chown postgres:postgres /var/lib/postgresql && chmod 1777 /var/lib/postgresql
 COPY --chmod=755 postgres-entrypoint.sh /usr/local/bin/docker-entrypoint.sh
 # UTF-8, as there: it becomes the encoding of the databases.
-ENV LANG=C.UTF-8 PG_MAJOR=17 PGDATA=/var/lib/postgresql/data \
-    PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/postgresql/17/bin
-VOLUME /var/lib/postgresql/data
+ENV LANG=C.UTF-8 PG_MAJOR=18 PGDATA=/var/lib/postgresql/18/docker \
+    PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/postgresql/18/bin
+VOLUME /var/lib/postgresql
 STOPSIGNAL SIGINT
 ENTRYPOINT ["docker-entrypoint.sh"]
 CMD ["postgres"]
 
-FROM debian:trixie-slim AS rabbitmq
+FROM sid AS rabbitmq
 RUN groupadd --system --gid 999 rabbitmq \
     && useradd --system --gid 999 --uid 999 --home-dir /var/lib/rabbitmq rabbitmq \
     && printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d && chmod 755 /usr/sbin/policy-rc.d \
