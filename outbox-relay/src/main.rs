@@ -12,8 +12,8 @@ use daemon::{
 use outbox_relay::{
     cli::{Cli, Command},
     command::{
-        Verdict, backfill, digest, doctor, erasures, forget, manual, new_incarnation, parked, pause, prune, recover,
-        replay, status, trace,
+        Verdict, backfill, digest, doctor, erasures, forget, manual, new_incarnation, parked, pause, prune,
+        recover, replay, status, trace,
     },
 };
 

@@ -58,8 +58,11 @@ async fn the_unit_is_sound_and_hardened() {
     let folder = std::env::temp_dir().join(uuid::Uuid::new_v4().simple().to_string());
     std::fs::create_dir(&folder).unwrap();
     let copy = folder.join("outbox-relay@person.service");
-    std::fs::write(&copy, text.replace("ExecStart=outbox-relay", concat!("ExecStart=", env!("CARGO_BIN_EXE_outbox-relay"))))
-        .unwrap();
+    std::fs::write(
+        &copy,
+        text.replace("ExecStart=outbox-relay", concat!("ExecStart=", env!("CARGO_BIN_EXE_outbox-relay"))),
+    )
+    .unwrap();
     let analyze = async |arguments: &[&str]| {
         let mut program = Command::new("systemd-analyze");
         match program.args(arguments).arg(&copy).output().await {
