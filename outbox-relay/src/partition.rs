@@ -11,7 +11,6 @@ use daemon::{
     health::Part,
 };
 use outbox::database::{Attempts, is_conflict};
-use serde::Serialize;
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
@@ -30,18 +29,28 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_AGAIN: Duration = Duration::from_millis(150);
 /// In seconds, 3,000 years: the server's calendar begins in the year -4713.
 const LONGEST_KEPT: f64 = 1e11;
+/// For so long writers fill a partition, so what is retired at once is about a day of events. Longer where much is kept, so
+/// that there are never many partitions, and shorter where little is kept.
+const IN_USE: Duration = Duration::from_hours(24);
+const SHORTEST_IN_USE: Duration = Duration::from_hours(1);
+/// So many partitions are kept at most, apart from those that fill up earlier.
+const MOST_KEPT: u32 = 30;
+/// Steps of a million positions in which a partition is ended, one after the other; the next round goes on.
+const STEPS: usize = 5;
 
 /// How the outbox is partitioned, and for how long events are kept.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct PartitionArgs {
-    /// Positions of each new partition of the outbox.
+    /// Positions of each new partition of the outbox. With --keep, writers begin the next partition after about a day in any
+    /// case, so this is the most that a partition holds.
     #[arg(long, env = "PARTITION_SIZE", default_value = "1000000", value_parser = clap::value_parser!(i64).range(1_000..=1_000_000_000))]
     pub partition_size: i64,
-    /// Partitions that are made before they are needed.
+    /// Partitions that are made before they are needed. A burst of events fits into all of them together.
     #[arg(long, env = "PARTITIONS_AHEAD", default_value = "2", value_parser = clap::value_parser!(i64).range(1..=100))]
     pub partitions_ahead: i64,
     /// Empty partitions that have been full for longer than this, by the server's clock: settled by every relay name, not set aside,
-    /// not being replayed, and with a newer baseline of each aggregate. Without it everything is kept.
+    /// not being replayed, and with a newer baseline of each aggregate. A partition is full after a day at the latest, or a
+    /// thirtieth of this if that is longer. Without it everything is kept.
     #[arg(long, env = "KEEP", value_parser = daemon::config::duration, value_name = "DURATION")]
     pub keep: Option<Duration>,
     /// With --keep: empty them also when an aggregate has no newer baseline, so that its history cannot be
@@ -50,23 +59,21 @@ pub struct PartitionArgs {
     pub without_baseline: bool,
 }
 
-/// A partition, and what is to become of it.
-#[derive(Debug, Serialize)]
-pub struct Partition {
-    /// Its name.
-    pub name: String,
+/// A partition, and what became of it.
+#[derive(Debug)]
+struct Partition {
+    name: String,
     /// The first position after it; none for the net.
-    pub upper: Option<i64>,
-    /// Why its events are kept; none when they may be, or were, retired.
-    pub kept: Option<String>,
+    upper: Option<i64>,
+    /// Why its events are kept; none when they were retired.
+    kept: Option<String>,
     /// It is kept because a session uses it, for now.
-    #[serde(skip)]
-    pub in_use: bool,
+    in_use: bool,
 }
 
 impl Partition {
     /// The next ones are kept, too: the aggregates' baselines may lie in this one.
-    pub fn ends(&self) -> bool {
+    fn ends(&self) -> bool {
         self.kept.is_some() && self.upper.is_some()
     }
 }
@@ -84,7 +91,7 @@ pub(crate) async fn maintain(
     let timeout = TIMEOUT.as_millis().to_string();
     let database = database.named("outbox-relay partitions").quiet().with("statement_timeout", timeout);
     let mut connection = TaskConnection::new(database);
-    let mut retention = args.keep.map(|keep| Retention::new(keep, args.without_baseline, false, PATIENCE));
+    let mut retention = args.keep.map(|keep| Retention::new(keep, args.without_baseline, PATIENCE));
     loop {
         let round = tokio::time::timeout(TIMEOUT, round(&mut connection, args, retention.as_mut()));
         match stop.run_until_cancelled(round).await {
@@ -160,7 +167,11 @@ async fn look(
     args: PartitionArgs,
     retention: Option<&mut Retention>,
 ) -> sqlx::Result<Round> {
-    let added = add(conn, args).await?;
+    let mut added = add(conn, args).await?;
+    if let Some(ended) = begin_next(conn, args.keep).await? {
+        tracing::info!(partition = ended, "writers begin the next partition");
+        added += add(conn, args).await?;
+    }
     if added > 0 {
         tracing::info!(added, "partitions were added");
     }
@@ -224,11 +235,62 @@ async fn add(conn: &mut PgConnection, args: PartitionArgs) -> Result<i64, sqlx::
     Ok(added)
 }
 
+/// How long writers fill a partition, where events are kept for `keep`.
+pub(crate) fn in_use_for(keep: Duration) -> Duration {
+    IN_USE.min(keep).max(keep / MOST_KEPT).max(SHORTEST_IN_USE)
+}
+
+/// The partition that writers fill.
+#[derive(Debug, sqlx::FromRow)]
+pub(crate) struct InUse {
+    pub(crate) name: String,
+    /// Writers should begin the next one: this has been in use for long enough, or is the net.
+    pub(crate) is_due: bool,
+    /// The next one is there.
+    pub(crate) has_next: bool,
+}
+
+pub(crate) async fn in_use(conn: &mut PgConnection, keep: Option<Duration>) -> sqlx::Result<InUse> {
+    sqlx::query_as(
+        "SELECT name, next_begins IS NOT NULL AS has_next,
+                is_default OR has_events AND coalesce(since < clock_timestamp() - make_interval(secs => $1), false) AS is_due
+         FROM outbox.partition_in_use",
+    )
+    .bind(keep.map(seconds_in_use))
+    .fetch_one(conn)
+    .await
+}
+
+/// Lets writers begin the next partition, when they are in the net or, if events are kept for `keep`, when they have filled
+/// this one for long enough. Returns the name of the one that has ended.
+pub(crate) async fn begin_next(
+    conn: &mut PgConnection,
+    keep: Option<Duration>,
+) -> sqlx::Result<Option<String>> {
+    for _ in 0..STEPS {
+        let sql = "SELECT partition, coalesce(has_begun, false)
+                   FROM outbox.begin_next_partition(coalesce(clock_timestamp() - make_interval(secs => $1), '-infinity'))";
+        let step = sqlx::query_as(sql).bind(keep.map(seconds_in_use)).fetch_one(&mut *conn).await?;
+        match step {
+            (Some(name), true) => return Ok(Some(name)),
+            (Some(_), false) => {}
+            // Nothing to do; or another session is at it.
+            (None, _) => break,
+        }
+    }
+    Ok(None)
+}
+
+/// By the server's clock alone, as the ages are.
+fn seconds_in_use(keep: Duration) -> f64 {
+    in_use_for(keep).as_secs_f64().min(LONGEST_KEPT)
+}
+
 /// A partition that holds something: the others were retired, or are not begun.
 #[derive(Debug, sqlx::FromRow)]
 pub(crate) struct Candidate {
     pub(crate) name: String,
-    upper: Option<i64>,
+    pub(crate) upper: Option<i64>,
 }
 
 /// The partitions in the order in which they are retired: first the net, then the oldest.
@@ -247,23 +309,32 @@ pub(crate) struct Retention {
     /// By the server's clock alone, as the ages are, in seconds.
     keep: f64,
     without_baseline: bool,
-    dry: bool,
     /// How long to try while a session uses the partition.
     patience: Duration,
     /// Partitions that lack baselines, as of when, and how that was said.
     lacking: HashMap<String, (Instant, String)>,
 }
 
+/// What keeps a partition.
+#[derive(Debug, sqlx::FromRow)]
+pub(crate) struct Keeper {
+    /// One word; `lacking` when only baselines are missing.
+    pub(crate) kind: String,
+    /// In words.
+    pub(crate) reason: String,
+    /// The first aggregates that lack one.
+    pub(crate) aggregates: Vec<String>,
+}
+
 impl Retention {
-    /// With `dry`, only says what it would do.
-    pub(crate) fn new(keep: Duration, without_baseline: bool, dry: bool, patience: Duration) -> Self {
+    pub(crate) fn new(keep: Duration, without_baseline: bool, patience: Duration) -> Self {
         // No partition is as old as what is beyond the server's calendar.
         let keep = keep.as_secs_f64().min(LONGEST_KEPT);
-        Self { keep, without_baseline, dry, patience, lacking: HashMap::new() }
+        Self { keep, without_baseline, patience, lacking: HashMap::new() }
     }
 
     /// Retires a partition, unless it must be kept.
-    pub(crate) async fn one(
+    async fn one(
         &mut self,
         conn: &mut PgConnection,
         Candidate { name, upper }: Candidate,
@@ -285,14 +356,9 @@ impl Retention {
             }
         }
         let mut in_use = false;
-        if kept.is_none() && !self.dry {
-            match self.retire(conn, &name).await {
-                Err(error) if Failure::of(&error) == Failure::Locked => {
-                    in_use = true;
-                    kept = Some(in_use_by(conn, &name).await?);
-                }
-                retired => retired?,
-            }
+        if kept.is_none() {
+            kept = self.retire(conn, &name).await?;
+            in_use = kept.is_some();
         }
         Ok(Partition { name, upper, kept, in_use })
     }
@@ -311,10 +377,25 @@ impl Retention {
             .await
     }
 
-    /// Retires it, and tries again when the server preferred another transaction, or a session uses the partition.
+    /// What keeps a partition, with the first `most` aggregates that lack a baseline; none when nothing does. Notes since
+    /// when the partition is full, if that was not noted.
+    pub(crate) async fn keeper(
+        &self,
+        conn: &mut PgConnection,
+        name: &str,
+        most: i32,
+    ) -> sqlx::Result<Option<Keeper>> {
+        self.why_kept(conn, name, true).await?;
+        let sql = "SELECT kind, reason, aggregates
+                   FROM outbox.what_keeps($1, clock_timestamp() - make_interval(secs => $2), $3) WHERE kind IS NOT NULL";
+        sqlx::query_as(sql).bind(name).bind(self.keep).bind(most).fetch_optional(conn).await
+    }
+
+    /// Retires it, and tries again when the server preferred another transaction, or a session uses the partition. When
+    /// that session goes on for too long, says which it is.
     ///
     /// That there are baselines is known, and they do not go away: this is not asked again.
-    async fn retire(&self, conn: &mut PgConnection, name: &str) -> sqlx::Result<()> {
+    pub(crate) async fn retire(&self, conn: &mut PgConnection, name: &str) -> sqlx::Result<Option<String>> {
         let (began, mut attempts) = (Instant::now(), Attempts::default());
         loop {
             let retire = sqlx::query(
@@ -322,11 +403,14 @@ impl Retention {
             );
             let done = retire.bind(name).bind(self.keep).execute(&mut *conn).await;
             match &done {
-                Err(error) if Failure::of(error) == Failure::Locked && began.elapsed() < self.patience => {
+                Err(error) if Failure::of(error) == Failure::Locked => {
+                    if began.elapsed() >= self.patience {
+                        return in_use_by(conn, name).await.map(Some);
+                    }
                     tokio::time::sleep(LOCK_AGAIN).await;
                 }
                 _ if is_conflict(&done) && attempts.again().await => {}
-                _ => return done.map(|_| ()),
+                _ => return done.map(|_| None),
             }
         }
     }
@@ -372,4 +456,16 @@ async fn drop_one(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
         Err(error) => return Err(error),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_partition_is_in_use_for_a_day_or_as_keep_says() {
+        let hours = |keep: u64| in_use_for(Duration::from_hours(keep)).as_secs() / 3_600;
+        let days = [1, 30, 60, 3_650].map(|days| hours(days * 24) / 24);
+        assert_eq!((hours(0), hours(6), days), (1, 6, [1, 1, 2, 121]));
+    }
 }

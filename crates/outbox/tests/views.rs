@@ -7,7 +7,7 @@ use outbox::install;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
 /// Each view for operators, with a question.
-const QUESTIONS: [&str; 14] = [
+const QUESTIONS: [&str; 15] = [
     "SELECT source, incarnation, last_position, used_position, partitions_end, pending_erasures FROM outbox.overview",
     "SELECT name, low_water, high, open_ranges, open_positions, open_events, new_events, parked_events, waiting_events,
             leads, paused_by FROM outbox.relay_status",
@@ -19,6 +19,7 @@ const QUESTIONS: [&str; 14] = [
      WHERE relay = 'default' ORDER BY 1, 2, 3, 4",
     "SELECT type, reason, aggregates, detail FROM outbox.waiting_group WHERE relay = 'default' ORDER BY 1, 2",
     "SELECT name, lower, upper, is_default, first_position, kept_because FROM outbox.partition_status ORDER BY 1",
+    "SELECT name, is_default, last_position, next_begins, has_events FROM outbox.partition_in_use",
     "SELECT count(*) FROM outbox.lock_holder",
     "SELECT count(*) FROM outbox.leader_session",
     "SELECT aggregate_type, table_name, is_root, key, body, left_out FROM outbox.captured",
@@ -28,7 +29,7 @@ const QUESTIONS: [&str; 14] = [
 ];
 
 /// What the role may not do, though the views are open to it.
-const REFUSED: [&str; 9] = [
+const REFUSED: [&str; 11] = [
     "SELECT payload FROM outbox.event",
     "SELECT headers FROM outbox.event",
     "SELECT payload FROM outbox.parked",
@@ -38,6 +39,8 @@ const REFUSED: [&str; 9] = [
     "DELETE FROM outbox.parked",
     "SELECT outbox.why_kept('event_1', 'infinity', true)",
     "SELECT outbox.retire_partition('event_1', 'infinity', true)",
+    "SELECT outbox.begin_next_partition('infinity')",
+    "SELECT outbox.what_keeps('event_1', 'infinity', 1)",
 ];
 
 /// Eight events of two aggregates; the relay has settled two, parked the third, and the fourth is under way; the fifth

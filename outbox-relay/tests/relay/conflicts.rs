@@ -72,7 +72,7 @@ async fn every_command_tries_again() {
         "erasures --finish",
         "parked drop --all --yes",
         "forget old --yes",
-        "prune --keep 1d --without-baseline",
+        "prune --keep 1d --yes --without-baseline",
         "new-incarnation --yes",
     ] {
         let run = async || {

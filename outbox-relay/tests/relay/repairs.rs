@@ -44,7 +44,8 @@ impl Used {
         // As long ago as it takes.
         used.run("SELECT outbox.why_kept(name, '-infinity', true) FROM outbox.partition").await;
         used.run("UPDATE outbox.partition_age SET full_since = now() - interval '2 days'").await;
-        let pruned = output(used.stack.command("prune").args(["--keep", "1d", "--without-baseline"])).await;
+        let pruned =
+            output(used.stack.command("prune").args(["--keep", "1d", "--without-baseline", "--yes"])).await;
         assert!(pruned.contains("event_1: retired"), "{pruned}");
         used
     }
@@ -166,7 +167,8 @@ async fn what_doctor_prints_cures() {
     used.works().await;
     used.run("SELECT outbox.why_kept(name, '-infinity', true) FROM outbox.partition").await;
     used.run("UPDATE outbox.partition_age SET full_since = now() - interval '2 days'").await;
-    let pruned = output(used.stack.command("prune").args(["--keep", "1d", "--without-baseline"])).await;
+    let pruned =
+        output(used.stack.command("prune").args(["--keep", "1d", "--without-baseline", "--yes"])).await;
     assert_eq!(used.advice("default partition").await, None, "{pruned}");
     used.works().await;
 }

@@ -12,12 +12,9 @@ use lapin::{
 };
 use serde_json::json;
 use sqlx::Executor;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    process::Command,
-};
+use tokio::process::Command;
 
-use crate::stack::{EXCHANGE, Message, Relay, Stack, eventually, output};
+use crate::stack::{EXCHANGE, Message, Relay, Stack, at_terminal, eventually, output};
 
 /// To everybody, unless a queue is named, without a question.
 async fn replay(stack: &Stack, arguments: &str) -> String {
@@ -160,36 +157,15 @@ async fn on_a_terminal_it_asks() {
     let _relay = Relay::ready(&mut stack.command("run")).await;
     live.complete(10).await;
     stack.settled("default", 10).await;
-    let answered = async |answer: &str| {
-        let program = stack.command("replay");
-        let program = program.as_std();
-        let command = format!("{} replay --all --to-everybody", program.get_program().to_str().unwrap());
-        // A pseudo-terminal, at which somebody types.
-        let mut terminal = Command::new("script");
-        terminal.args(["--quiet", "--return", "--command", &command, "/dev/null"]);
-        terminal.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
-        let mut terminal =
-            terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
-        let mut keys = terminal.stdin.take().unwrap();
-        let mut screen = terminal.stdout.take().unwrap();
-        let mut said = String::new();
-        while !said.contains("[y/N]") {
-            let mut some = [0; 1_000];
-            let read = screen.read(&mut some).await.unwrap();
-            assert!(read > 0, "{said}");
-            said.push_str(std::str::from_utf8(&some[..read]).unwrap());
-        }
-        assert!(
-            said.contains(
-                "Publish 10 events again to every queue that is bound to the exchange event_dispatcher? [y/N]"
-            ),
-            "{said}"
-        );
-        keys.write_all(answer.as_bytes()).await.unwrap();
-        screen.read_to_string(&mut said).await.unwrap();
-        (terminal.wait().await.unwrap().code(), said)
-    };
+    let answered =
+        async |answer| at_terminal(&stack.command("replay"), "replay --all --to-everybody", answer).await;
     let (code, said) = answered("n\n").await;
+    assert!(
+        said.contains(
+            "Publish 10 events again to every queue that is bound to the exchange event_dispatcher? [y/N]"
+        ),
+        "{said}"
+    );
     assert!(code == Some(3) && said.contains("10 events would be replayed"), "{said}");
     let (code, said) = answered("\n").await;
     assert!(code == Some(3) && said.contains("add --yes to do it"), "{said}");

@@ -265,6 +265,30 @@ pub(crate) fn program() -> Command {
     program
 }
 
+/// What a program says at a terminal at which somebody types this once it asks, and its exit code.
+pub(crate) async fn at_terminal(program: &Command, arguments: &str, typed: &str) -> (Option<i32>, String) {
+    let program = program.as_std();
+    let command = format!("{} {arguments}", program.get_program().to_str().unwrap());
+    // A pseudo-terminal.
+    let mut terminal = Command::new("script");
+    terminal.args(["--quiet", "--return", "--command", &command, "/dev/null"]);
+    terminal.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let mut terminal =
+        terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    let mut keys = terminal.stdin.take().unwrap();
+    let mut screen = terminal.stdout.take().unwrap();
+    let mut said = String::new();
+    while !said.contains("[y/N]") {
+        let mut some = [0; 1_000];
+        let read = screen.read(&mut some).await.unwrap();
+        assert!(read > 0, "{said}");
+        said.push_str(std::str::from_utf8(&some[..read]).unwrap());
+    }
+    keys.write_all(typed.as_bytes()).await.unwrap();
+    screen.read_to_string(&mut said).await.unwrap();
+    (terminal.wait().await.unwrap().code(), said)
+}
+
 /// Runs to the end and returns what there is to see, none of it secret.
 pub(crate) async fn output(program: &mut Command) -> String {
     let Ok(ended) = tokio::time::timeout(DEADLINE, program.output()).await else {

@@ -187,5 +187,7 @@ CREATE FUNCTION pg_temp.ages(last bigint, ratio double precision) RETURNS void L
     INSERT INTO outbox.partition_age (name, last_position, full_since)
     SELECT p.name, p.upper - 1, pg_temp.at(pg_temp.ms((p.upper * ratio)::bigint)) FROM outbox.partition p
     WHERE p.upper - 1 <= last
-    ON CONFLICT (name) DO UPDATE SET last_position = excluded.last_position, full_since = excluded.full_since
+    ON CONFLICT (name) DO UPDATE SET last_position = excluded.last_position, full_since = excluded.full_since;
+    -- The one in use began just now, so that no relay ends it meanwhile.
+    INSERT INTO outbox.partition_age (name, last_position) VALUES ('event_0', 0) ON CONFLICT DO NOTHING
 $$;

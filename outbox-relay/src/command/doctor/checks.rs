@@ -43,7 +43,7 @@ FROM (VALUES ('source', '{SELECT}'::text[]), ('migration', '{SELECT}'), ('event'
              ('parked', '{SELECT,INSERT,UPDATE,DELETE}'), ('replay', '{SELECT,INSERT,UPDATE,DELETE}'),
              ('overview', '{SELECT}'), ('relay_status', '{SELECT}'), ('leader_session', '{SELECT}'), ('lock_holder', '{SELECT}'),
              ('event_progress', '{SELECT}'), ('parked_event', '{SELECT}'), ('parked_group', '{SELECT}'),
-             ('waiting_group', '{SELECT}'), ('partition_status', '{SELECT}'), ('captured', '{SELECT}'),
+             ('waiting_group', '{SELECT}'), ('partition_status', '{SELECT}'), ('partition_in_use', '{SELECT}'), ('captured', '{SELECT}'),
              ('capture_problem', '{SELECT}'))
      AS needs (name, privileges)
 JOIN pg_namespace n ON n.nspname = 'outbox'
@@ -56,8 +56,8 @@ SELECT 'schema ' || nspname || ': USAGE' FROM pg_namespace
 WHERE nspname = 'outbox' AND NOT has_schema_privilege(oid, 'USAGE')
 UNION ALL
 SELECT 'outbox.' || p.proname || ': EXECUTE' FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-WHERE n.nspname = 'outbox' AND p.proname IN ('add_partition', 'why_kept', 'retire_partition', 'drop_partition',
-                                             'retention_blocker', 'leader_pid')
+WHERE n.nspname = 'outbox' AND p.proname IN ('add_partition', 'begin_next_partition', 'why_kept', 'what_keeps', 'retire_partition',
+                                             'drop_partition', 'retention_blocker', 'leader_pid')
   AND NOT has_function_privilege(p.oid, 'EXECUTE')
 ORDER BY 1";
 
