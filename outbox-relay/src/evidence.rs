@@ -203,6 +203,11 @@ impl Evidence {
         self.confirmed >= self.doubt
     }
 
+    /// Whether nothing is known yet.
+    pub fn is_untested(&self) -> bool {
+        self.confirmed == 0 && self.doubt == 0
+    }
+
     /// Whether something was taken that was handed out after `stamp`.
     pub fn taken_since(&self, stamp: Stamp) -> bool {
         self.confirmed > stamp

@@ -92,6 +92,8 @@ pub(crate) struct Lead<'a> {
     locate_at: Instant,
     /// Kinds of events that had a row, and are taken again.
     flowing: HashSet<EventKind>,
+    /// A read has found nothing new.
+    has_read_all: bool,
 }
 
 impl<'a> Lead<'a> {
@@ -143,7 +145,13 @@ impl<'a> Lead<'a> {
             load_at: now,
             locate_at: now,
             flowing: HashSet::new(),
+            has_read_all: false,
         }
+    }
+
+    /// Whether there is nothing to publish.
+    fn is_caught_up(&self) -> bool {
+        self.has_read_all && self.waiting.is_empty() && !self.queue.has_unsettled()
     }
 
     /// Reads and publishes until the process is to end and nothing is under way any more.
@@ -184,6 +192,7 @@ impl<'a> Lead<'a> {
                 if found {
                     idle.reset();
                 }
+                self.has_read_all |= !found;
                 if !more {
                     poll_at = Instant::now() + idle.step();
                 }

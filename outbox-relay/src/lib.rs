@@ -39,7 +39,7 @@ pub mod unreadable;
 pub mod waiting;
 mod wake;
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::AtomicBool};
 
 use daemon::{
     health::{Health, Identity},
@@ -108,6 +108,7 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
         database_health: health.part("database"),
         broker_health: health.part("broker"),
         events_health,
+        nothing_flows: AtomicBool::new(false),
         paused_health,
         server_health,
         sequence_health,

@@ -50,28 +50,19 @@ pub async fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The indexes that a migration makes for small tables alone, because it would lock out writers; and the statement that
-/// makes each beside them.
-const MISSING: &str = "
-SELECT p.name || '_whole_state' AS name, outbox.whole_state_index(p.name, true) AS statement, p.upper
-FROM outbox.partition_without_index p
-UNION ALL
-SELECT 'parked_id', outbox.parked_index(true), 0
-WHERE NOT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('outbox.parked_id') AND indisvalid)
-ORDER BY upper";
-
 /// Makes the indexes that are missing. Without them everything works, and some commands take longer.
 async fn build_indexes(conn: &mut PgConnection) -> anyhow::Result<()> {
-    let missing: Vec<(String, String)> = sqlx::query_as(MISSING)
-        .fetch_all(&mut *conn)
-        .await
-        .context("the outbox is current, but its indexes could not be looked at")?;
+    let missing: Vec<(String, String)> =
+        sqlx::query_as("SELECT name, statement FROM outbox.missing_index ORDER BY upper, name, step")
+            .fetch_all(&mut *conn)
+            .await
+            .context("the outbox is current, but its indexes could not be looked at")?;
     let all = missing.len() as u64;
     let said = Progress::new("making indexes", "table");
     let mut left = 0_u64;
     for (n, (index, statement)) in (0..).zip(missing) {
         said.at(n, all);
-        if let Err(error) = build_index(conn, &index, statement).await {
+        if let Err(error) = build_index(conn, statement).await {
             left += 1;
             let why = outbox::database::describe(&error);
             tracing::warn!(index, why, "an index could not be made; run migrate once more");
@@ -85,14 +76,8 @@ async fn build_indexes(conn: &mut PgConnection) -> anyhow::Result<()> {
 }
 
 /// Stops no writer, and waits for transactions that are open.
-async fn build_index(conn: &mut PgConnection, index: &str, statement: String) -> sqlx::Result<()> {
+async fn build_index(conn: &mut PgConnection, statement: String) -> sqlx::Result<()> {
     sqlx::raw_sql(AssertSqlSafe(format!("SET lock_timeout = '{LOCK_TIMEOUT}'"))).execute(&mut *conn).await?;
-    // One that was interrupted has left an index that is not valid.
-    let drop: String = sqlx::query_scalar("SELECT format('DROP INDEX CONCURRENTLY IF EXISTS outbox.%I', $1)")
-        .bind(index)
-        .fetch_one(&mut *conn)
-        .await?;
-    sqlx::raw_sql(AssertSqlSafe(drop)).execute(&mut *conn).await?;
     sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut *conn).await?;
     Ok(())
 }

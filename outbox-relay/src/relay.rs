@@ -1,6 +1,9 @@
 //! What a relay is given: from where it reads, to where it publishes, and where it says how it is.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use daemon::{
     config::database::Database,
@@ -60,6 +63,8 @@ pub struct Relay {
     pub broker_health: Part,
     /// Events that are not taken.
     pub events_health: Part,
+    /// Whether nothing that was published was taken, when that was last known. A new session of the leader knows less.
+    pub nothing_flows: AtomicBool,
     /// An operator's pause.
     pub paused_health: Part,
     /// Whether the database is where it was.

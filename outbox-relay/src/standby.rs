@@ -1,6 +1,6 @@
 //! The relay's life: stand by, take leadership, and again when it is lost.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use amqp::Backoff;
 use tokio_util::sync::CancellationToken;
@@ -56,6 +56,7 @@ async fn lead(relay: &Relay, pause: &mut Backoff, stop: &CancellationToken) -> R
         for part in [&relay.database_health, &relay.broker_health].into_iter().chain(leaders) {
             part.ready();
         }
+        relay.nothing_flows.store(false, Ordering::Relaxed);
         pause.reset();
         let again = STANDBY.min(relay.lease / 4);
         if stop.run_until_cancelled(tokio::time::sleep(again)).await.is_none() {
@@ -65,7 +66,6 @@ async fn lead(relay: &Relay, pause: &mut Backoff, stop: &CancellationToken) -> R
     }
     let session = candidate.lead().await?;
     relay.database_health.ready();
-    relay.events_health.ready();
     pause.reset();
     let mut lead = Lead::new(relay, session, stop);
     lead.work().await?;

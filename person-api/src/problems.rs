@@ -55,6 +55,16 @@ const PERSON_INACTIVE: ProblemType = problem_type(
     "An inactive person takes no new items. Nothing was stored. PATCH the person's `status` first.",
 );
 
+/// 409: somebody changed the person's row, or inserted it, without an event.
+const PERSON_INCONSISTENT: ProblemType = problem_type(
+    StatusCode::CONFLICT,
+    "person-inconsistent",
+    "The person is inconsistent",
+    "The record of this person was changed outside of this service, and does not continue the history of its events. \
+     Nothing was stored, and a retry fails, too. The operator finds the cause in the log, by the `X-Request-Id` of this \
+     response, and has to mend the record.",
+);
+
 /// 412: the person was changed, or deleted and created again.
 const OTHER_STATE: ProblemType = problem_type(
     StatusCode::PRECONDITION_FAILED,
@@ -190,6 +200,10 @@ impl From<StoreError> for Problem {
                 tracing::warn!(%error, "a request was not served");
                 OUTCOME_UNKNOWN.problem()
             }
+            StoreError::Inconsistent(_) => {
+                tracing::error!(%error, "a person cannot be changed");
+                PERSON_INCONSISTENT.problem()
+            }
             StoreError::Failed(_) => {
                 tracing::error!(%error, "a request failed");
                 Problem::internal()
@@ -212,6 +226,7 @@ mod tests {
             &CPF_EXISTS,
             &UNKNOWN_ITEM,
             &PERSON_INACTIVE,
+            &PERSON_INCONSISTENT,
             &OTHER_STATE,
             &KEY_REUSED,
             &KEY_SPENT,

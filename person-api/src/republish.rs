@@ -15,7 +15,10 @@ use daemon::{
     shutdown::Shutdown,
 };
 use events::Cpf;
-use outbox::database::{Failure, describe};
+use outbox::{
+    AppendError,
+    database::{Failure, describe},
+};
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
@@ -80,7 +83,7 @@ pub struct Selection {
 pub async fn republish(args: &RepublishArgs) -> anyhow::Result<Verdict> {
     let cpf = args.selection.cpf_stdin.then(read_cpf).transpose()?;
     let mut conn = args.common.connect("person-api republish", &schema::needed(), STATEMENT_TIMEOUT).await?;
-    sqlx::query(SETTINGS).execute(&mut conn).await.map_err(|e| failed(&e))?;
+    sqlx::query(SETTINGS).execute(&mut conn).await.map_err(failed)?;
     if args.selection.all { all(args, &mut conn).await } else { one(args, &mut conn, cpf).await }
 }
 
@@ -96,11 +99,11 @@ fn read_cpf() -> anyhow::Result<Cpf> {
 
 /// One person, in one transaction.
 async fn one(args: &RepublishArgs, conn: &mut PgConnection, cpf: Option<Cpf>) -> anyhow::Result<Verdict> {
-    let mut tx = conn.begin().await.map_err(|e| failed(&e))?;
+    let mut tx = conn.begin().await.map_err(failed)?;
     let locked =
         baseline::lock_one(&mut tx, args.selection.person, cpf).await.map_err(|e| match Failure::of(&e) {
             Failure::Locked => anyhow!("the person is locked by another transaction; nothing was published"),
-            _ => failed(&e),
+            _ => failed(e),
         })?;
     let Some(id) = locked else {
         bail!("there is no such person; nothing was published");
@@ -108,9 +111,9 @@ async fn one(args: &RepublishArgs, conn: &mut PgConnection, cpf: Option<Cpf>) ->
     let batch = if args.dry_run {
         Batch { persons: 1, ..Batch::default() }
     } else {
-        baseline::append(&mut tx, &[id]).await.map_err(|e| failed(&e))?
+        baseline::append(&mut tx, &[id]).await.map_err(failed)?
     };
-    tx.commit().await.map_err(|e| failed(&e))?;
+    tx.commit().await.map_err(failed)?;
     wake(conn).await;
     let result = json!({"person": id, "dry_run": args.dry_run, "persons": batch.persons, "too_large": batch.too_large});
     args.common.answer(&result, || match (batch.persons, args.dry_run) {
@@ -131,7 +134,7 @@ async fn all(args: &RepublishArgs, conn: &mut PgConnection) -> anyhow::Result<Ve
     let resumed = unfinished.is_some();
     let mut progress = match unfinished {
         Some(progress) => progress,
-        None => baseline::begin(conn, &source, &operator()).await.map_err(|e| failed(&e))?,
+        None => baseline::begin(conn, &source, &operator()).await.map_err(failed)?,
     };
     let mut run = Run { args, too_large: Vec::new(), now: 0 };
     let ended = run.batches(conn, &mut progress, Shutdown::on_signals()?.requested()).await;
@@ -169,14 +172,14 @@ async fn unfinished(
     conn: &mut PgConnection,
     source: &str,
 ) -> anyhow::Result<Option<Progress>> {
-    let last = baseline::progress(conn).await.map_err(|e| failed(&e))?;
+    let last = baseline::progress(conn).await.map_err(failed)?;
     Ok(last.filter(|last| !args.restart && !last.finished && last.source == source))
 }
 
 async fn count(args: &RepublishArgs, conn: &mut PgConnection, source: &str) -> anyhow::Result<Verdict> {
     let unfinished = unfinished(args, conn, source).await?;
     let (after, to) = unfinished.as_ref().map_or((Uuid::nil(), None), |p| (p.after_id, Some(p.to_id)));
-    let persons = baseline::count(conn, after, to).await.map_err(|e| failed(&e))?;
+    let persons = baseline::count(conn, after, to).await.map_err(failed)?;
     let result = json!({"dry_run": true, "resumed": unfinished.is_some(), "persons": persons});
     args.common.answer(&result, || {
         let rest = if unfinished.is_some() { "; the others were before it was interrupted" } else { "" };
@@ -187,14 +190,12 @@ async fn count(args: &RepublishArgs, conn: &mut PgConnection, source: &str) -> a
 
 /// Takes the lock that admits one `republish --all` at a time. It ends with the connection.
 async fn take_lock(conn: &mut PgConnection) -> anyhow::Result<()> {
-    let locked: bool = sqlx::query_scalar("SELECT person.try_republish()")
-        .fetch_one(&mut *conn)
-        .await
-        .map_err(|e| failed(&e))?;
+    let locked: bool =
+        sqlx::query_scalar("SELECT person.try_republish()").fetch_one(&mut *conn).await.map_err(failed)?;
     if locked {
         return Ok(());
     }
-    let other = baseline::progress(conn).await.map_err(|e| failed(&e))?.filter(|other| !other.finished);
+    let other = baseline::progress(conn).await.map_err(failed)?.filter(|other| !other.finished);
     let who = other.map_or_else(String::new, |other| {
         format!(
             "; {} started it, and {} of {} are done",
@@ -229,7 +230,7 @@ impl Run<'_> {
         let (mut size, mut attempts) = (1, 0);
         while !stop.is_cancelled() {
             let range = (progress.after_id, progress.to_id);
-            baseline::read_ahead(conn, range, size).await.map_err(|e| failed(&e))?;
+            baseline::read_ahead(conn, range, size).await.map_err(failed)?;
             let at = Instant::now();
             let batch = match self::batch(conn, range, size).await {
                 Ok(batch) => batch,
@@ -245,7 +246,7 @@ impl Run<'_> {
                     size = 1;
                     continue;
                 }
-                Err(error) => return Err(failed(&error)),
+                Err(error) => return Err(failed(error)),
             };
             attempts = 0;
             let next = if at.elapsed() > MOMENT { size / 2 } else { size * 2 };
@@ -291,7 +292,12 @@ async fn wake(conn: &mut PgConnection) {
     }
 }
 
-/// The failure, without stored values, which are personal data.
-fn failed(error: &sqlx::Error) -> anyhow::Error {
-    anyhow!("the database failed: {}", describe(error))
+/// The failure, without stored values, which are personal data. The outbox's own words name the person by id.
+fn failed(error: sqlx::Error) -> anyhow::Error {
+    match AppendError::from(error) {
+        AppendError::Conflict(error) | AppendError::Database(error) => {
+            anyhow!("the database failed: {}", describe(&error))
+        }
+        refused => anyhow!("the outbox refused a baseline: {refused}"),
+    }
 }

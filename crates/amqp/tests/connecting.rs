@@ -9,14 +9,12 @@ use std::{
 };
 
 use amqp::{Nodes, Reconnect};
+use devstack::testing::until;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    time::{sleep, timeout},
+    time::timeout,
 };
-
-/// A wait for what has to come takes no longer.
-const DEADLINE: Duration = Duration::from_secs(30);
 
 #[tokio::test]
 async fn each_node_is_named_with_its_reason_in_the_order_of_the_list() {
@@ -101,20 +99,10 @@ async fn a_half_open_connection_ends_after_two_heartbeats() {
     let channel = connection.create_channel().await.unwrap();
     // With nothing but heartbeats.
     let before = sent.load(Ordering::Relaxed);
-    let beats = async {
-        while sent.load(Ordering::Relaxed) < before + 4 {
-            sleep(Duration::from_millis(20)).await;
-        }
-    };
-    timeout(DEADLINE, beats).await.unwrap();
+    until("four heartbeats are sent", async || sent.load(Ordering::Relaxed) >= before + 4).await;
     assert!(channel.status().connected(), "an idle connection lives");
     cut.store(true, Ordering::Relaxed);
-    let ended = async {
-        while channel.status().connected() {
-            sleep(Duration::from_millis(20)).await;
-        }
-    };
-    timeout(DEADLINE, ended).await.unwrap();
+    until("the connection ends", async || !channel.status().connected()).await;
     // What is asked for then fails at once.
     timeout(Duration::from_secs(1), connection.create_channel()).await.unwrap().unwrap_err();
 }

@@ -5,10 +5,11 @@
 use std::{io, time::Duration};
 
 use amqp::{Connection, Nodes, Reconnect, Unreachable};
+use devstack::testing::until;
 use tokio::{
     io::AsyncReadExt,
     net::{TcpListener, TcpSocket, TcpStream},
-    time::{sleep, timeout},
+    time::timeout,
 };
 
 /// How long it is looked for an end that has to come at once.
@@ -69,12 +70,7 @@ async fn the_end_of(peer: &mut TcpStream) {
 }
 
 async fn no_threads(when: &str) {
-    let gone = async {
-        while threads() > 0 {
-            sleep(Duration::from_millis(20)).await;
-        }
-    };
-    timeout(SOON, gone).await.unwrap_or_else(|_| panic!("{when}: {} threads are left", threads()));
+    until(&format!("{when}: no thread is left"), async || threads() == 0).await;
 }
 
 /// The threads of this process on which lapin serves a connection.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 
 use crate::{
-    Growth, Idle, Latency, Memory, Project, Read, Relay, Write,
+    Capture, Growth, Idle, Latency, Memory, Project, Read, Relay, Write,
     figure::{self, Figure, Measured},
     files,
     machine::machine,
@@ -39,6 +39,7 @@ pub struct BenchArgs {
 pub enum Name {
     Relay,
     Write,
+    Capture,
     Read,
     Project,
     Latency,
@@ -101,6 +102,7 @@ async fn all(testbed: &Testbed, args: &BenchArgs) -> anyhow::Result<Report> {
     let mut run = Run { testbed, only: &args.only, results: Results::default() };
     run.figure::<Relay>(Name::Relay).await;
     run.figure::<Write>(Name::Write).await;
+    run.figure::<Capture>(Name::Capture).await;
     run.figure::<Read>(Name::Read).await;
     run.figure::<Project>(Name::Project).await;
     run.figure::<Latency>(Name::Latency).await;

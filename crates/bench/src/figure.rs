@@ -125,6 +125,7 @@ mod tests {
         assert!(!measured(Goal::RatioAtLeast(0.51), &[1.0, 5.0, 9.0], &[10.0; 3]).is_met());
         assert!(measured(Goal::DifferenceAtMost(16.0), &[20.0], &[4.0]).is_met());
         assert!(!measured(Goal::Below(1.0), &[1.0], &[]).is_met());
+        assert!(measured(Goal::AtLeast(1.0), &[1.0, 1.5, 0.5], &[]).is_met());
         // What was not measured is no goal met.
         assert!(!measured(Goal::RatioAtMost(2.5), &[], &[]).is_met());
     }

@@ -16,6 +16,8 @@ pub enum Goal {
     DifferenceAtMost(f64),
     /// The system takes less than this.
     Below(f64),
+    /// The system reaches at least this.
+    AtLeast(f64),
 }
 
 impl Goal {
@@ -24,13 +26,13 @@ impl Goal {
         match self {
             Self::RatioAtLeast(_) | Self::RatioAtMost(_) => system / ceiling,
             Self::DifferenceAtMost(_) => system - ceiling,
-            Self::Below(_) => system,
+            Self::Below(_) | Self::AtLeast(_) => system,
         }
     }
 
     pub(crate) fn is_met_by(self, value: f64) -> bool {
         match self {
-            Self::RatioAtLeast(goal) => value >= goal,
+            Self::RatioAtLeast(goal) | Self::AtLeast(goal) => value >= goal,
             Self::RatioAtMost(goal) | Self::DifferenceAtMost(goal) => value <= goal,
             Self::Below(goal) => value < goal,
         }
@@ -41,7 +43,8 @@ impl Goal {
         let (Self::RatioAtLeast(limit)
         | Self::RatioAtMost(limit)
         | Self::DifferenceAtMost(limit)
-        | Self::Below(limit)) = self;
+        | Self::Below(limit)
+        | Self::AtLeast(limit)) = self;
         limit
     }
 }
@@ -54,6 +57,7 @@ impl fmt::Display for Goal {
             Self::RatioAtMost(ratio) => write!(f, "≤ {ratio} times it"),
             Self::DifferenceAtMost(more) => write!(f, "≤ {more} more"),
             Self::Below(limit) => write!(f, "< {limit}"),
+            Self::AtLeast(limit) => write!(f, "≥ {limit}"),
         }
     }
 }

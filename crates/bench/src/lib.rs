@@ -11,6 +11,7 @@ pub mod statistics;
 pub mod testbed;
 
 mod broker;
+mod capture;
 mod events;
 mod files;
 mod growth;
@@ -28,6 +29,7 @@ mod relay;
 mod wait;
 mod write;
 
+pub use capture::Capture;
 pub use growth::Growth;
 pub use idle::Idle;
 pub use latency::Latency;

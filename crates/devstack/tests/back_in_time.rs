@@ -378,6 +378,7 @@ impl Load {
                 taken += u64::from(
                     apis.send("POST", &format!("/person/{cpf}/income"), &key, body).await.status == 201,
                 );
+                // A client's pace: a load is requests over time, and nothing waits for it to end.
                 tokio::time::sleep(std::time::Duration::from_millis(5)).await;
             }
             taken

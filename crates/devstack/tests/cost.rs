@@ -266,8 +266,6 @@ async fn dead_rows(stack: &Stack) {
             let most = match &*table {
                 // One row; what is dead on its page is reused.
                 "outbox.relay" => 100,
-                // The migration fills it once, for the size of its index.
-                "outbox.touched" => 40_000,
                 updated if UPDATED.contains(&updated) => rows + EVENTS,
                 _ => 0,
             };

@@ -5,7 +5,12 @@
 
 use std::time::Duration;
 
-use devstack::{folder::Folder, ports, program::Program, testing::client};
+use devstack::{
+    folder::Folder,
+    ports,
+    program::Program,
+    testing::{client, eventually, until},
+};
 use reqwest::StatusCode;
 
 const PROGRAMS: [&str; 4] = ["person-api", "outbox-relay", "score-projector", "score-api"];
@@ -35,12 +40,8 @@ async fn the_apis_ask_for_a_key() {
             let request = key.iter().fold(request, reqwest::RequestBuilder::bearer_auth);
             request.send().await.map(|answer| answer.status())
         };
-        let listens = async {
-            while ask("/live", None).await.ok() != Some(StatusCode::OK) {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(20), listens).await.unwrap();
+        until(&format!("{name} listens"), async || ask("/live", None).await.ok() == Some(StatusCode::OK))
+            .await;
         for (path, key, status) in [
             ("/ready", None, 503),
             ("/metrics", None, 401),
@@ -70,13 +71,11 @@ async fn no_api_listens_beyond_this_machine_without_keys() {
 
 /// Waits until a program answers at `/live`.
 async fn until_it_listens(client: &reqwest::Client, program: &Program) {
-    let listens = async {
-        let live = || client.get(format!("{}/live", program.url())).send();
-        while live().await.map(|answer| answer.status()).ok() != Some(StatusCode::OK) {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_mins(1), listens).await.unwrap();
+    let live = || client.get(format!("{}/live", program.url())).send();
+    until("the program listens", async || {
+        live().await.map(|answer| answer.status()).ok() == Some(StatusCode::OK)
+    })
+    .await;
 }
 
 /// A page of somebody else's could reach it under its own name (DNS rebinding).
@@ -126,17 +125,12 @@ async fn what_a_database_says_is_not_repeated_to_everybody() {
         program = program.env("DATABASE_URL", url).env("AMQP_URL", NOWHERE[1].1);
         program.start().await.unwrap();
         until_it_listens(&client, &program).await;
-        let tells = async {
-            loop {
-                let ready = client.get(format!("{}/ready", program.url())).send().await.unwrap();
-                let text = ready.text().await.unwrap();
-                if text.contains("SQLSTATE") {
-                    break text;
-                }
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        };
-        let text = tokio::time::timeout(Duration::from_mins(1), tells).await.expect("it says why");
+        let text = eventually("it says why", async || {
+            let ready = client.get(format!("{}/ready", program.url())).send().await.unwrap();
+            let text = ready.text().await.unwrap();
+            if text.contains("SQLSTATE") { Ok(text) } else { Err(text) }
+        })
+        .await;
         assert!(text.contains(&format!("the database refuses: SQLSTATE {said}")), "{name}: {text}");
         assert!(!text.contains("secret_"), "{name}: {text}");
         program.kill().await;

@@ -30,8 +30,9 @@ pub enum AppendError {
     /// Another transaction changed the aggregate meanwhile (40001, 40P01). Repeat the whole transaction.
     #[error("{}", words(.0))]
     Conflict(sqlx::Error),
-    /// The outbox is not set up for it (55000): its versions are counted the other way, which `outbox.number_by` changes,
-    /// or its sequence is behind. An operator has to act.
+    /// The outbox is not set up for it (55000): its versions are counted the other way, which `outbox.number_by` changes;
+    /// its sequence is behind, or at its end (2200H); or only one queue has the state of the aggregate. An operator has to
+    /// act.
     #[error("{}", words(.0))]
     NotSetUp(sqlx::Error),
     /// The database refused or did not answer.
@@ -59,7 +60,7 @@ impl From<sqlx::Error> for AppendError {
             Some("23000") => Self::VersionSkipped,
             Some("23505") => Self::VersionTaken,
             Some("40001" | "40P01") => Self::Conflict,
-            Some("55000") => Self::NotSetUp,
+            Some("55000" | "2200H") => Self::NotSetUp,
             _ => Self::Database,
         };
         kind(error)

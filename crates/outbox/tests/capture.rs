@@ -255,6 +255,61 @@ async fn the_body_is_read_after_the_lock() {
     insta::assert_snapshot!(shop.ask("SELECT payload::text FROM outbox.event ORDER BY position DESC LIMIT 1").await, @r#"{"id" : 1, "customer" : "Ada", "lines" : "A,B"}"#);
 }
 
+/// A baseline is the state at its version: it waits for a writer that has the chain's lock, and reads the body after that.
+#[tokio::test]
+async fn a_baseline_is_read_after_the_lock() {
+    let mut shop = Shop::open().await;
+    shop.run("INSERT INTO shop.orders (customer) VALUES ('Ada'); INSERT INTO shop.line (order_id, sku) VALUES (1, 'a')").await;
+    shop.run("BEGIN; UPDATE shop.line SET sku = 'A'; PREPARE TRANSACTION 'first $DATABASE'").await;
+    let mut second = shop.another().await;
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut second).await.unwrap();
+    let filling =
+        tokio::spawn(async move { run(&mut second, "SELECT outbox.publish_state('order', '1')").await });
+    let waits = format!("SELECT (cardinality(pg_blocking_pids({pid})) > 0)::text");
+    devstack::testing::until("the baseline waits", async || shop.ask(&waits).await == "true").await;
+    shop.run("COMMIT PREPARED 'first $DATABASE'").await;
+    filling.await.unwrap();
+    insta::assert_snapshot!(shop.told().await, @r#"
+    order/1 1 order.new {"id" : 1, "customer" : "Ada", "lines" : null}
+    order/1 2 order.changed {"id" : 1, "customer" : "Ada", "lines" : "a"}
+    order/1 3 order.changed {"id" : 1, "customer" : "Ada", "lines" : "A"}
+    order/1 4 order.baseline {"id" : 1, "customer" : "Ada", "lines" : "A"}
+    "#);
+}
+
+/// What a statement notes does not grow with its rows, but with the aggregates that it touches.
+#[tokio::test]
+async fn a_statement_notes_each_aggregate_once() {
+    let mut shop = Shop::open().await;
+    shop.run("INSERT INTO shop.orders (customer) VALUES ('Ada'), ('Bea')").await;
+    shop.run(
+        "BEGIN; INSERT INTO shop.line (order_id, sku) SELECT 1 + n % 2, 'a' FROM generate_series(1, 3000) n;
+              UPDATE shop.line SET sku = 'b'; DELETE FROM shop.line WHERE order_id = 2",
+    )
+    .await;
+    let noted = "SELECT string_agg(concat_ws(' ', capture, lived, k.keys), ', ')
+                 FROM (SELECT capture, lived, ARRAY(SELECT unnest(keys) ORDER BY 1) AS keys FROM outbox.touched ORDER BY keys) k";
+    insta::assert_snapshot!(shop.ask(noted).await, @"1 0 {1,2}, 1 0 {1,2}, 1 0 {2}");
+    shop.run("ROLLBACK").await;
+}
+
+/// A page of a thousand aggregates with large bodies is handed over in pieces, so that memory stays bounded.
+#[tokio::test]
+async fn large_bodies_are_handed_over_in_pieces() {
+    let mut shop = Shop::open().await;
+    shop.run("INSERT INTO shop.orders (customer) SELECT 'c' FROM generate_series(1, 8)").await;
+    shop.run(
+        "BEGIN; SET LOCAL track_functions = 'all'; UPDATE shop.orders SET customer = repeat('x', 3000000);
+         SET CONSTRAINTS ALL IMMEDIATE",
+    )
+    .await;
+    let calls = "SELECT string_agg(concat_ws(' ', funcname, calls), ', ' ORDER BY funcname) FROM pg_stat_xact_user_functions
+                 WHERE funcname IN ('append_1', 'append_captured')";
+    // Three bodies are more than 8 MB.
+    insta::assert_snapshot!(shop.ask(calls).await, @"append_1 1, append_captured 3");
+    shop.run("ROLLBACK").await;
+}
+
 /// A chain is locked by an UPDATE, also where nothing is published: a transaction with an older snapshot has to notice.
 #[tokio::test]
 async fn an_older_snapshot_is_refused_even_if_nothing_was_published() {
@@ -831,4 +886,191 @@ async fn a_capture_ends_and_begins_again() {
     order/1 2 order.changed {"id" : 1, "customer" : "seen", "lines" : "unseen"}
     order/1 3 order.changed {"id" : 1, "customer" : "Bea", "lines" : "unseen"}
     "#);
+}
+
+/// Changes the tables as an application does, with no right on the outbox.
+const WORK: &str = "BEGIN; INSERT INTO shop.orders (customer) VALUES ('Ada'), ('Bea'); UPDATE shop.orders SET gross = gross + 1;
+                    COMMIT; INSERT INTO shop.line (order_id, sku) SELECT min(id), 'a' FROM shop.orders;
+                    UPDATE shop.line SET sku = 'b'; DELETE FROM shop.orders WHERE id = (SELECT max(id) FROM shop.orders)";
+
+/// The triggers of captures, and what they do for a table: all of them, and those that go with the outbox.
+const TRIGGERS: &str =
+    "SELECT concat_ws(' ', count(*), count(tgqual)) FROM pg_trigger WHERE tgname LIKE 'outbox_capture%'";
+
+/// Who drops the schema of the outbox, and nothing else, stops no writer of a captured table. The outbox may come again.
+#[tokio::test]
+async fn an_outbox_that_is_dropped_leaves_no_trigger() {
+    for drop in [
+        "DROP SCHEMA outbox CASCADE",
+        "DROP TABLE outbox.touched CASCADE",
+        "DROP SCHEMA outbox_capture CASCADE",
+    ] {
+        let mut shop = Shop::open().await;
+        let writer = shop.role("writer").await;
+        shop.run(&format!(
+            "CREATE TABLE shop.visit (id int, day int) PARTITION BY LIST (day);
+             CREATE TABLE shop.visit_1 PARTITION OF shop.visit FOR VALUES IN (1);
+             CREATE INDEX ON shop.visit (id);
+             CREATE FUNCTION shop.visit_body(int) RETURNS json STABLE BEGIN ATOMIC SELECT '1'::json; END;
+             SELECT outbox.capture('shop.visit', 'visit', body => 'shop.visit_body');
+             GRANT USAGE ON SCHEMA shop TO {writer};
+             GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA shop TO {writer}"
+        ))
+        .await;
+        let work = format!("SET ROLE {writer}; {WORK}; INSERT INTO shop.visit_1 VALUES (1, 1); RESET ROLE");
+        shop.run(&work).await;
+        assert_eq!(shop.ask(TRIGGERS).await, "16 16", "{drop}");
+        // A truncated table is refused while it is captured.
+        assert!(shop.fails("TRUNCATE shop.line").await.contains("is captured"));
+        shop.run(drop).await;
+        shop.run(&work).await;
+        shop.run(&format!("SET ROLE {writer}; TRUNCATE shop.line, shop.orders; RESET ROLE")).await;
+        assert_eq!(shop.ask(TRIGGERS).await, "0 0", "{drop}");
+        if drop.starts_with("DROP SCHEMA outbox ") {
+            // And again, with what the first one has left in the other schema.
+            install(&mut shop.conn, "shop").await.unwrap();
+            shop.run(CAPTURE).await;
+            shop.run(&work).await;
+            assert_eq!(shop.ask("SELECT count(*)::text FROM outbox.event").await, "5");
+        }
+    }
+}
+
+/// An outbox that captures already gets such triggers by the migration, as far as its owner may make them. One that was
+/// disabled stays so.
+#[tokio::test]
+async fn the_triggers_of_an_earlier_release_are_renewed() {
+    let url = devstack::testing::database("capture").await;
+    let mut shop = Shop { conn: PgConnection::connect(&url).await.unwrap(), url };
+    let database = shop.url.rsplit_once('/').unwrap().1.to_owned();
+    let (owner, other) = (shop.role("owner").await, shop.role("other").await);
+    shop.run(&format!("ALTER DATABASE {database} OWNER TO {owner}; SET ROLE {owner}")).await;
+    let mut earlier = outbox::migrator();
+    earlier.migrations.to_mut().retain(|migration| migration.version <= 22);
+    earlier.run(&mut shop.conn).await.unwrap();
+    shop.run("INSERT INTO outbox.source (name) VALUES ('shop')").await;
+    shop.run(SHOP).await;
+    shop.run(CAPTURE).await;
+    shop.run(&format!(
+        "ALTER TABLE shop.line DISABLE TRIGGER outbox_capture_2_truncate; SELECT outbox.grant_capture('{other}'); RESET ROLE;
+         CREATE SCHEMA other AUTHORIZATION {other}; SET ROLE {other}; CREATE TABLE other.thing (id int PRIMARY KEY);
+         SELECT outbox.capture('other.thing', 'thing'); SET ROLE {owner}"
+    ))
+    .await;
+    assert_eq!(shop.ask(TRIGGERS).await, "12 0");
+    install(&mut shop.conn, "shop").await.unwrap();
+    assert_eq!(shop.ask(TRIGGERS).await, "12 8");
+    let disabled =
+        "SELECT string_agg(tgname, ' ') FROM pg_trigger WHERE tgenabled <> 'O' AND NOT tgisinternal
+                    AND tgname LIKE 'outbox_capture%'";
+    assert_eq!(shop.ask(disabled).await, "outbox_capture_2_truncate");
+    insta::assert_snapshot!(shop.problems().await);
+    shop.run(&format!("SET ROLE {other}; SELECT outbox.capture('other.thing', 'thing'); SET ROLE {owner}"))
+        .await;
+    shop.run(CAPTURE).await;
+    assert_eq!(shop.ask(TRIGGERS).await, "12 12");
+    assert_eq!(shop.problems().await, "");
+    shop.run(WORK).await;
+    shop.run("DROP SCHEMA outbox CASCADE").await;
+    shop.run(&format!("{WORK}; SET ROLE {other}; INSERT INTO other.thing VALUES (1)")).await;
+}
+
+/// Only a member of the role that owns a captured table may change its capture, by whatever way, and the owner of the outbox.
+#[tokio::test]
+async fn a_capture_belongs_to_the_owner_of_its_table() {
+    let url = devstack::testing::database("capture").await;
+    let mut shop = Shop { conn: PgConnection::connect(&url).await.unwrap(), url };
+    let database = shop.url.rsplit_once('/').unwrap().1.to_owned();
+    let (outbox, owner, member, other) = (
+        shop.role("outbox").await,
+        shop.role("owner").await,
+        shop.role("member").await,
+        shop.role("other").await,
+    );
+    shop.run(&format!("ALTER DATABASE {database} OWNER TO {outbox}; SET ROLE {outbox}")).await;
+    install(&mut shop.conn, "shop").await.unwrap();
+    let capture = format!(
+        "SET ROLE {owner}; SELECT outbox.capture('shop.orders', 'order'); SELECT outbox.capture('shop.line', 'order', 'order_id');
+         RESET ROLE"
+    );
+    shop.run(&format!(
+        "SELECT outbox.grant_capture('{owner}'), outbox.grant_capture('{other}'); RESET ROLE; GRANT {owner} TO {member};
+         CREATE SCHEMA shop AUTHORIZATION {owner}; GRANT USAGE ON SCHEMA shop TO {other}; SET ROLE {owner};
+         CREATE TABLE shop.orders (id int PRIMARY KEY); CREATE TABLE shop.line (order_id int); SET ROLE {other};
+         RESET ROLE;
+         CREATE SCHEMA mine AUTHORIZATION {other}; SET ROLE {other}; CREATE TABLE mine.t (id int PRIMARY KEY)"
+    ))
+    .await;
+    shop.run(&capture).await;
+    let mut told = Vec::new();
+    for sql in [
+        "SELECT outbox.uncapture('shop.line')",
+        "SELECT outbox.uncapture('shop.orders')",
+        "SELECT outbox.uncapture_type('order')",
+        "SELECT outbox.drop_captured_table(2)",
+        "SELECT outbox.capture('shop.orders', 'order')",
+        "SELECT outbox.capture('shop.line', 'order', 'order_id')",
+        "DELETE FROM outbox.captured_table",
+        "DELETE FROM outbox.captured_table WHERE number = 2",
+        "UPDATE outbox.captured_type SET left_out = '{1}'",
+        "UPDATE outbox.captured_table SET relation = 'mine.t'::regclass",
+        "INSERT INTO outbox.captured_type (aggregate_type, root, root_name) VALUES ('o', 'shop.orders', 'shop.orders')",
+        "INSERT INTO outbox.captured_table (capture, relation, name, key_columns, key_names)
+         SELECT 1, c.oid, format('%I.%I', n.nspname, c.relname), '{1}', '{id}'
+         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = 'mine.t'::regclass",
+        // Statements are made of the name.
+        "INSERT INTO outbox.captured_type (aggregate_type, root, root_name) VALUES ('o', 'mine.t', 'mine.t; DROP SCHEMA shop')",
+    ] {
+        let said = shop.fails(&format!("SET ROLE {other}; {sql}")).await;
+        told.push(format!("{sql}\n{said}"));
+    }
+    let captured = "SELECT string_agg(table_name, ' ' ORDER BY number) FROM outbox.captured";
+    assert_eq!(shop.ask(captured).await, "shop.orders shop.line");
+    let ends = format!("SET ROLE {other}; SELECT outbox.uncapture_type('order')");
+    let told = [told.join("\n"), shop.fails(&ends).await].join("\n");
+    // A member of the owner may, and the owner of the outbox, who has no right on the tables.
+    for role in [&owner, &member, &outbox] {
+        for end in [
+            "SELECT outbox.uncapture_type('order')",
+            "SELECT outbox.uncapture('shop.line'); SELECT outbox.uncapture_type('order')",
+        ] {
+            let end = if role == &outbox && end.contains("uncapture(") {
+                "SELECT outbox.uncapture_type('order')"
+            } else {
+                end
+            };
+            shop.run(&format!("SET ROLE {role}; {end}; RESET ROLE")).await;
+            assert_eq!(shop.ask(TRIGGERS).await, "0 0");
+            assert_eq!(shop.ask(captured).await, "");
+            shop.run(&capture).await;
+        }
+    }
+    // Of tables that were dropped, their former owner may, and no other role.
+    shop.run("DROP TABLE shop.orders, shop.line").await;
+    let told = [told, shop.fails(&ends).await].join("\n");
+    shop.run(&format!("SET ROLE {owner}; SELECT outbox.uncapture_type('order'); RESET ROLE")).await;
+    assert_eq!(shop.ask(captured).await, "");
+    let mut told = told;
+    for (role, name) in [(&outbox, "OUTBOX"), (&owner, "OWNER"), (&member, "MEMBER"), (&other, "OTHER")] {
+        told = told.replace(role.as_str(), name);
+    }
+    insta::assert_snapshot!(told);
+}
+
+/// An installation that captures nothing has an empty table; the first capture makes the index wide, and there is no second
+/// time.
+#[tokio::test]
+async fn the_index_of_what_is_touched_is_made_by_the_first_capture() {
+    let mut shop = Shop::closed().await;
+    let stands = "SELECT concat_ws(' ', pg_relation_size('outbox.touched'), pg_relation_size('outbox.touched_xid') / 8192 > 1000,
+                                   (SELECT count(*) FROM outbox.touched))";
+    assert_eq!(shop.ask(stands).await, "0 f 0");
+    shop.run(CAPTURE).await;
+    let wide = shop.ask(stands).await;
+    assert!(wide.ends_with(" t 0") && wide != "0 t 0", "{wide}");
+    let other = shop.role("other").await;
+    shop.run(&format!("SELECT outbox.uncapture('shop.orders'); SELECT outbox.grant_capture('{other}')"))
+        .await;
+    shop.run(CAPTURE).await;
+    assert_eq!(shop.ask(stands).await, wide);
 }

@@ -4,11 +4,17 @@
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
+use devstack::{folder::Folder, ports, postgres::Postgres, testing::Place};
 use outbox::install;
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 const WRITERS: u64 = 6;
 const TRANSACTIONS: u64 = 150;
@@ -87,62 +93,96 @@ impl Dice {
     }
 }
 
-/// Runs a statement; whether the transaction goes on. What conflicts may bring is no fault.
+/// Runs a statement; whether the transaction goes on. What conflicts may bring is no fault, nor is a server that crashes.
 async fn takes(conn: &mut PgConnection, sql: &str) -> bool {
     match conn.execute(AssertSqlSafe(sql.to_owned())).await {
         Ok(_) => true,
         Err(error) => {
-            let error = error.into_database_error().unwrap();
+            // A connection that is lost: the next transaction finds out.
+            let Some(error) = error.into_database_error() else { return false };
             let code = error.code().unwrap_or_default().into_owned();
-            assert!(["40001", "40P01", "23503", "23505", "21000"].contains(&code.as_str()), "{sql}: {error}");
+            assert!(
+                ["40001", "40P01", "23503", "23505", "21000", "57P01", "57P02", "57P03"]
+                    .contains(&code.as_str()),
+                "{sql}: {error}"
+            );
             false
         }
     }
 }
 
-/// One writer's transactions. Returns how many were committed.
-async fn write(url: String, writer: u64, mut dice: Dice) -> u64 {
+async fn copies(conn: &mut PgConnection, rows: String) -> bool {
+    let Ok(mut copy) = conn.copy_in_raw("COPY orders FROM STDIN").await else { return false };
+    copy.send(rows.into_bytes()).await.is_ok() && copy.finish().await.is_ok()
+}
+
+/// A connection to a server that is being started again, without what the writer had prepared: it is committed. The server
+/// may crash once more meanwhile.
+async fn connect_again(url: &str, gid: &str) -> PgConnection {
+    let end = Instant::now() + devstack::testing::DEADLINE;
+    loop {
+        match connect_and_commit(url, gid).await {
+            Ok(conn) => return conn,
+            Err(error) => assert!(Instant::now() < end, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn connect_and_commit(url: &str, gid: &str) -> sqlx::Result<PgConnection> {
+    let mut conn = PgConnection::connect(url).await?;
+    let prepared = "SELECT EXISTS (SELECT FROM pg_prepared_xacts WHERE gid = $1)";
+    if sqlx::query_scalar(prepared).bind(gid).fetch_one(&mut conn).await? {
+        conn.execute(AssertSqlSafe(format!("COMMIT PREPARED '{gid}'"))).await?;
+    }
+    Ok(conn)
+}
+
+/// One writer's transactions. Returns how many were committed. `crashes`: the server may be gone for a while.
+async fn write(url: String, writer: u64, mut dice: Dice, crashes: bool) -> u64 {
     let mut conn = PgConnection::connect(&url).await.unwrap();
     let mut committed = 0;
     let gid = format!("{}_{writer}", url.rsplit_once('/').unwrap().1);
     for _ in 0..TRANSACTIONS {
-        conn.execute("SET deadlock_timeout = '20ms'").await.unwrap();
+        while let Err(error) = conn.execute("SET deadlock_timeout = '20ms'").await {
+            assert!(crashes, "{error}");
+            conn = connect_again(&url, &gid).await;
+        }
         let level =
             ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"][usize::try_from(dice.below(3)).unwrap()];
-        conn.execute(AssertSqlSafe(format!("BEGIN ISOLATION LEVEL {level}"))).await.unwrap();
-        let mut goes_on = true;
+        let mut goes_on = takes(&mut conn, &format!("BEGIN ISOLATION LEVEL {level}")).await;
+        assert!(goes_on || crashes);
         for _ in 0..=dice.below(4) {
-            goes_on = match dice.below(6) {
-                // A part that is taken back, and one that stays.
-                0 => {
-                    takes(&mut conn, "SAVEPOINT s").await;
-                    let (one, two) = (dice.statement(), dice.statement());
-                    let _may_fail = takes(&mut conn, &one).await && takes(&mut conn, &two).await;
-                    takes(&mut conn, "ROLLBACK TO s").await
-                }
-                1 => {
-                    let (one, two) = (dice.statement(), dice.statement());
-                    takes(&mut conn, "SAVEPOINT s").await
-                        && takes(&mut conn, &one).await
-                        && takes(&mut conn, "RELEASE s").await
-                        && takes(&mut conn, &two).await
-                }
-                2 => {
-                    let rows = format!(
-                        "{}\t{}\n{}\t1\n",
-                        100 + writer * 1000 + dice.below(900),
-                        dice.below(4),
-                        8 + dice.below(2)
-                    );
-                    let mut copy = conn.copy_in_raw("COPY orders FROM STDIN").await.unwrap();
-                    copy.send(rows.as_bytes()).await.unwrap();
-                    copy.finish().await.is_ok()
-                }
-                _ => {
-                    let sql = dice.statement();
-                    takes(&mut conn, &sql).await
-                }
-            };
+            goes_on = goes_on
+                && match dice.below(6) {
+                    // A part that is taken back, and one that stays.
+                    0 => {
+                        takes(&mut conn, "SAVEPOINT s").await;
+                        let (one, two) = (dice.statement(), dice.statement());
+                        let _may_fail = takes(&mut conn, &one).await && takes(&mut conn, &two).await;
+                        takes(&mut conn, "ROLLBACK TO s").await
+                    }
+                    1 => {
+                        let (one, two) = (dice.statement(), dice.statement());
+                        takes(&mut conn, "SAVEPOINT s").await
+                            && takes(&mut conn, &one).await
+                            && takes(&mut conn, "RELEASE s").await
+                            && takes(&mut conn, &two).await
+                    }
+                    2 => {
+                        let rows = format!(
+                            "{}\t{}\n{}\t1\n",
+                            100 + writer * 1000 + dice.below(900),
+                            dice.below(4),
+                            8 + dice.below(2)
+                        );
+                        copies(&mut conn, rows).await
+                    }
+                    _ => {
+                        let sql = dice.statement();
+                        takes(&mut conn, &sql).await
+                    }
+                };
             if !goes_on {
                 break;
             }
@@ -154,7 +194,7 @@ async fn write(url: String, writer: u64, mut dice: Dice) -> u64 {
             // The client dies.
             1 => {
                 drop(conn);
-                conn = PgConnection::connect(&url).await.unwrap();
+                conn = connect_again(&url, &gid).await;
             }
             2 | 3 if goes_on => {
                 if takes(&mut conn, &format!("PREPARE TRANSACTION '{gid}'")).await {
@@ -212,25 +252,68 @@ impl Rows {
 
 #[tokio::test]
 async fn each_event_is_the_state_that_its_transaction_committed() {
+    let url = devstack::testing::database("capture_property").await;
+    let (mut conn, writers) = begin(&url, false).await;
+    let committed = finish(writers).await;
+    verify(&mut conn, committed).await;
+}
+
+/// The server crashes beside the writers, three times: what it had noted of transactions under way is gone with them, and
+/// what was prepared is published as it was.
+#[tokio::test]
+async fn a_crash_of_the_server_changes_nothing_of_it() {
+    let folder = Folder::temporary().unwrap();
+    let mut server = Postgres::new(&folder, ports::free(), true).await.unwrap();
+    server.start().await.unwrap();
+    let place = Place { postgres: server.url(), amqp: String::new(), management: String::new() };
+    let url = place.database("capture_crash").await;
+    let (mut conn, writers) = begin(&url, true).await;
+    for crash in 1..=3 {
+        devstack::testing::until("the writers have come further", async || {
+            let events: i64 =
+                sqlx::query_scalar("SELECT count(*) FROM outbox.event").fetch_one(&mut conn).await.unwrap();
+            events >= crash * 100
+        })
+        .await;
+        assert!(writers.iter().any(|writer| !writer.is_finished()), "they were done before crash {crash}");
+        server.abort().await;
+        server.start().await.unwrap();
+        conn = PgConnection::connect(&url).await.unwrap();
+    }
+    let committed = finish(writers).await;
+    verify(&mut conn, committed).await;
+    server.stop(&CancellationToken::new()).await;
+}
+
+/// Captured tables, with writers that are under way.
+async fn begin(url: &str, crashes: bool) -> (PgConnection, Vec<JoinHandle<u64>>) {
     let seed = std::env::var("CAPTURE_SEED")
         .map_or_else(|_| uuid::Uuid::new_v4().as_u64_pair().0, |seed| seed.parse().unwrap());
     println!("CAPTURE_SEED={seed}");
-    let url = devstack::testing::database("capture_property").await;
-    let mut conn = PgConnection::connect(&url).await.unwrap();
+    let mut conn = PgConnection::connect(url).await.unwrap();
     install(&mut conn, "shop").await.unwrap();
     for sql in TABLES {
         conn.execute(sql).await.unwrap();
     }
     let mut dice = Dice(seed);
-    let writers: Vec<_> = (0..WRITERS)
-        .map(|writer| tokio::spawn(write(url.clone(), writer, Dice(dice.below(u64::MAX)))))
+    let writers = (0..WRITERS)
+        .map(|writer| tokio::spawn(write(url.to_owned(), writer, Dice(dice.below(u64::MAX)), crashes)))
         .collect();
+    (conn, writers)
+}
+
+/// How many transactions were committed.
+async fn finish(writers: Vec<JoinHandle<u64>>) -> u64 {
     let mut committed = 0;
     for writer in writers {
         committed += writer.await.unwrap();
     }
     assert!(committed > WRITERS * TRANSACTIONS / 4, "only {committed} were committed");
+    committed
+}
 
+/// Asserts that the events replay the transactions.
+async fn verify(conn: &mut PgConnection, committed: u64) {
     // One event for each aggregate and transaction, versions from 1 by position, and each names the one before.
     let wrong: Vec<String> = sqlx::query_scalar(
         "SELECT format('%s/%s version %s at position %s', aggregate_type, aggregate_id, version, position)
@@ -240,7 +323,7 @@ async fn each_event_is_the_state_that_its_transaction_committed() {
                WINDOW a AS (PARTITION BY aggregate_type, aggregate_id ORDER BY position)) AS e
          WHERE version <> number OR previous_id <> before OR of_transaction > 1",
     )
-    .fetch_all(&mut conn)
+    .fetch_all(&mut *conn)
     .await
     .unwrap();
     assert!(wrong.is_empty(), "{wrong:#?}");
@@ -249,7 +332,7 @@ async fn each_event_is_the_state_that_its_transaction_committed() {
     let log: Vec<(String, String, Value, Value)> = sqlx::query_as(
         "SELECT (xid::bigint % 4294967296)::text, source, coalesce(before, 'null'), coalesce(after, 'null') FROM log ORDER BY number",
     )
-    .fetch_all(&mut conn)
+    .fetch_all(&mut *conn)
     .await
     .unwrap();
     let mut by_transaction: BTreeMap<&str, Vec<(&str, &Value, &Value)>> = BTreeMap::new();
@@ -259,7 +342,7 @@ async fn each_event_is_the_state_that_its_transaction_committed() {
     let events: Vec<(String, String, String, String, Value)> = sqlx::query_as(
         "SELECT aggregate_type, aggregate_id, type, xmin::text, payload FROM outbox.event ORDER BY position",
     )
-    .fetch_all(&mut conn)
+    .fetch_all(&mut *conn)
     .await
     .unwrap();
     let mut aggregates: BTreeMap<(&str, &str), Rows> = BTreeMap::new();
@@ -291,7 +374,7 @@ async fn each_event_is_the_state_that_its_transaction_committed() {
               outbox.captured_difference(k.type, k.ids) AS d
          UNION ALL SELECT 'touched' FROM outbox.touched",
     )
-    .fetch_all(&mut conn)
+    .fetch_all(&mut *conn)
     .await
     .unwrap();
     assert!(differs.is_empty(), "{differs:#?}");

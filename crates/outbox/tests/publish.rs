@@ -829,3 +829,42 @@ async fn a_conflict_is_what_the_workspace_calls_one() {
     let error = publish(&mut old, nth("1", 0)).await.unwrap_err();
     assert_eq!(error.database().map(Failure::of), Some(Failure::Conflict), "{error}");
 }
+
+/// A chain whose only version went to one queue alone goes on with a whole state, whoever counts the versions.
+#[tokio::test]
+async fn a_version_that_one_queue_alone_has_is_followed_by_a_whole_state() {
+    let pool = database().await;
+    // As outbox.begin_captured leaves them; others have the versions that outbox.number_by was told.
+    execute(
+        &pool,
+        "INSERT INTO outbox.aggregate (aggregate_type, aggregate_id, version, last_event_id, last_position, state)
+         SELECT type, id, 1, outbox.uuid7(), 0, 'unknown' FROM unnest('{item,order}'::text[]) type, unnest('{a,b,c}'::text[]) id;
+         SELECT outbox.number_by('item', 'writer', 'SELECT ''d'' AS id, 7 AS version');
+         SELECT outbox.number_by('order', 'outbox', 'SELECT ''d'' AS id, 7 AS version')",
+    )
+    .await;
+    let mut conn = pool.acquire().await.unwrap();
+    let insert = |of: &str, rest: &str| {
+        format!(
+            "INSERT INTO outbox.event (aggregate_type, aggregate_id, type, payload, version, headers) VALUES ('item', '{of}', {rest})"
+        )
+    };
+    let statements = [
+        "SELECT outbox.publish('order.paid', 'order', 'a', '{}')".to_owned(),
+        "SELECT outbox.publish('order.paid', 'order', 'a', '{}', '{\"baseline\": false}')".to_owned(),
+        "SELECT outbox.publish('order.paid', 'order', 'b', '{}', '{\"baseline\": true}')".to_owned(),
+        "SELECT outbox.publish('order.deleted', 'order', 'c', '{}')".to_owned(),
+        "SELECT outbox.publish('order.paid', 'order', 'b', '{}')".to_owned(),
+        "SELECT outbox.publish('order.paid', 'order', 'd', '{}')".to_owned(),
+        insert("a", "'item.changed', '{}', 2, NULL"),
+        insert("b", "'item.changed', '{}', 2, '{\"baseline\": true}'"),
+        insert("c", "'item.deleted', '{}', 2, NULL"),
+        insert("b", "'item.changed', '{}', 3, NULL"),
+        insert("d", "'item.changed', '{}', 8, NULL"),
+    ];
+    let said = said(&mut conn, &statements.each_ref().map(String::as_str)).await;
+    insta::assert_snapshot!(said);
+    let mut tx = pool.begin().await.unwrap();
+    let refused = outbox::publish(&mut tx, Event::new("order.paid", "order", "a", "")).await.unwrap_err();
+    assert!(matches!(refused, AppendError::NotSetUp(_)), "{refused}");
+}

@@ -67,6 +67,9 @@ impl Lead<'_> {
         let relay = self.relay;
         let health = &relay.events_health;
         let evidence = &self.queue.evidence;
+        if !evidence.is_untested() && evidence.flows() {
+            relay.nothing_flows.store(false, Ordering::Relaxed);
+        }
         let why = || {
             let why = evidence.why(|_, _| true);
             why.unwrap_or("outbox-relay parked list says which and why").to_owned()
@@ -84,8 +87,15 @@ impl Lead<'_> {
                 self.parked,
                 why()
             ));
-        } else if waiting > 0 && !evidence.flows() {
+        } else if !evidence.flows() && (waiting > 0 || self.queue.has_unsettled()) {
+            // Also while each of them is under way, for another try.
+            relay.nothing_flows.store(true, Ordering::Relaxed);
             health.waiting(why());
+        } else if evidence.is_untested()
+            && relay.nothing_flows.load(Ordering::Relaxed)
+            && !self.is_caught_up()
+        {
+            // What an earlier session of the leader has said, until something is known.
         } else if let Some(why) = evidence.why(|type_, failure| {
             failure == PublishFailure::Unroutable && relay.policies.unroutable.of(type_) == Unroutable::Hold
         }) {

@@ -20,6 +20,23 @@ pub(super) struct Script<'a> {
 /// its value again at the end.
 const SETTINGS: [&str; 3] = ["search_path", "lock_timeout", "standard_conforming_strings"];
 
+/// Says which indexes are missing, and how they are made.
+const INDEXES: &str = "
+-- A table that was large already may lack an index. It is made beside writers, which a transaction cannot do. A warning
+-- names each one. After the commit, run in psql: SELECT statement FROM outbox.missing_index \\gexec
+-- Or run `outbox-relay migrate`. Until then everything works.
+DO $outbox$
+DECLARE
+    missing record;
+BEGIN
+    FOR missing IN SELECT m.statement FROM outbox.missing_index m ORDER BY m.upper, m.name, m.step LOOP
+        RAISE WARNING 'an index of the outbox is missing'
+            USING HINT = format('Run outside of a transaction: %s', missing.statement);
+    END LOOP;
+END
+$outbox$;
+";
+
 impl Script<'_> {
     /// SQL that makes of these migrations what is missing, and records each as `outbox-relay migrate` does.
     pub(super) fn text(self, migrations: &[Migration]) -> String {
@@ -94,8 +111,7 @@ impl Script<'_> {
         }
         text += "END\n$outbox$;\n";
         if before > 0 {
-            text += "\n-- Tables that were large already may lack an index, which is built beside writers and takes no part in a\n\
-                     -- transaction. Everything works without it. Run `outbox-relay migrate` at any time to build it.\n";
+            text += INDEXES;
         }
         text
     }

@@ -16,6 +16,13 @@ impl Queue {
         ids.flat_map(|aggregate| &aggregate.items).filter(|item| item.stored_in != StoredIn::Parked).count()
     }
 
+    /// Whether an event in memory is not settled: it waits, or is under way.
+    pub fn has_unsettled(&self) -> bool {
+        let mut items =
+            self.aggregates.values().flat_map(|aggregate| aggregate.items.iter().chain(&aggregate.in_flight));
+        items.any(|item| item.stored_in != StoredIn::Parked)
+    }
+
     /// Takes what waits out of the memory: all of it when that is more than `most`, and what waits for long. A kind
     /// stays that may not have more rows.
     pub fn spill(&mut self, most: usize, now: Instant, may: impl Fn(&EventKind) -> bool) -> Vec<Spilled> {

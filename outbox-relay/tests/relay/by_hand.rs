@@ -55,7 +55,7 @@ async fn what_was_dropped_does_not_come_back() {
     let stack = Stack::new("hand_dropped").await;
     let mut subscriber = stack.subscribe("thing.*").await;
     // As before the schema knew of such headers.
-    stack.admin.execute("ALTER TABLE outbox.event DROP CONSTRAINT event_headers_fit").await.unwrap();
+    stack.admin.execute("ALTER TABLE outbox.event DROP CONSTRAINT event_rules").await.unwrap();
     let append =
         "INSERT INTO outbox.event (id, aggregate_type, aggregate_id, version, type, payload, headers) VALUES
              ('01890000-0000-7000-8000-000000000001', 'thing', 'a', 1, 'thing.new', '{\"n\": 0}', '{\"CC\": \"queue\"}')";
@@ -84,7 +84,7 @@ async fn parked() {
              ('01890000-0000-7000-8000-000000000002', 'thing', 'b', 1, 'score.new', '{\"n\": 1}', NULL),
              ('01890000-0000-7000-8000-000000000003', 'thing', 'c', 1, 'score.new', '{\"n\": 2}', NULL)";
     // As before the schema knew of such headers.
-    stack.admin.execute("ALTER TABLE outbox.event DROP CONSTRAINT event_headers_fit").await.unwrap();
+    stack.admin.execute("ALTER TABLE outbox.event DROP CONSTRAINT event_rules").await.unwrap();
     stack.writer.execute(append).await.unwrap();
     // What somebody takes tells that somebody listens.
     let mut n = 0;

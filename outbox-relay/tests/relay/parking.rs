@@ -125,6 +125,50 @@ async fn when_everything_comes_back_the_relay_waits() {
     assert_eq!(relay.metric("outbox_relay_parked_total").await, None);
 }
 
+/// While a try is under way the relay says what it waits for, and so does a new session of the leader before its first try.
+/// It logs each change, so no moment is missed here.
+#[tokio::test]
+async fn a_relay_that_waits_is_not_ready_in_between() {
+    let stack = Stack::new("relay_still_nobody").await;
+    let relay = Relay::ready(&mut stack.command("run")).await;
+    // With one event, nothing waits while a try is under way.
+    stack.append(0..1, 1, &["person.new"]).await;
+    relay.waits("no queue").await;
+    let tries = async || {
+        relay.metric("outbox_relay_window_seconds_count").await.map_or(0, |n| n.parse::<u64>().unwrap())
+    };
+    for session in 0..2 {
+        let before = tries().await;
+        eventually("it has tried several times", async || {
+            let (status, body) = relay.get("ready").await?;
+            assert_eq!(status, 503, "{session}: {body}");
+            (tries().await >= before + 3).then_some(())
+        })
+        .await;
+        // 1869968492 is the class of the leader's lock.
+        let kill = "SELECT pg_terminate_backend(pid) FROM pg_locks
+                    WHERE locktype = 'advisory' AND classid = 1869968492 AND objsubid = 2
+                      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+        let ended: Vec<bool> = sqlx::query_scalar(kill).fetch_all(&stack.admin).await.unwrap();
+        assert_eq!(ended, [true]);
+    }
+    let said = |relay: &Relay| -> Vec<String> {
+        let log = relay.log();
+        let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let events = lines.filter(|line| line["part"] == "events" || line["fields"]["part"] == "events");
+        let message = |line: serde_json::Value| {
+            line["message"].as_str().or(line["fields"]["message"].as_str()).map(str::to_owned)
+        };
+        events.filter_map(message).collect()
+    };
+    // It started, and was ready once, before there was an event.
+    assert_eq!(said(&relay), ["waiting", "ready", "waiting"], "{}", relay.log());
+    let mut all = stack.subscribe("#").await;
+    all.complete(1).await;
+    relay.is_ready().await;
+    assert_eq!(said(&relay), ["waiting", "ready", "waiting", "ready"]);
+}
+
 #[tokio::test]
 async fn when_too_much_is_aside_the_relay_waits() {
     let stack = Stack::new("relay_many").await;
@@ -159,8 +203,7 @@ async fn what_cannot_be_carried_is_set_aside() {
     let mut subscriber = stack.subscribe("#").await;
     // As before the schema had limits: it leaves alone what is stored already.
     let append = "
-        ALTER TABLE outbox.event DROP CONSTRAINT event_payload_size, DROP CONSTRAINT event_headers_size,
-            DROP CONSTRAINT event_headers_fit;
+        ALTER TABLE outbox.event DROP CONSTRAINT event_rules;
         INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers) VALUES
             ('thing', 'a', 1, 'thing.new', '{\"n\": 0}', '{\"CC\": \"queue\"}'),
             ('thing', 'b', 1, 'thing.new', to_json(repeat('x', 16 * 1024 * 1024)), NULL),

@@ -104,6 +104,12 @@ impl Used {
                      SELECT $1, n, 1, $1, json_build_object('n', n - 1) FROM generate_series(1, 3) n";
         sqlx::query(again).bind(&type_).execute(&self.stack.writer).await.unwrap();
         subscriber.complete(3).await;
+        // Positions that were left out before them are known to be unused only after another look.
+        eventually("everything is settled", async || {
+            let settled = "SELECT low_water >= (SELECT max(position) FROM outbox.event) FROM outbox.relay";
+            sqlx::query_scalar::<_, bool>(settled).fetch_one(&self.stack.admin).await.unwrap().then_some(())
+        })
+        .await;
         assert!(relay.terminate().await.success());
     }
 }

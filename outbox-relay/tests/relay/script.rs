@@ -2,47 +2,27 @@
 
 use std::collections::HashSet;
 
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{Connection, PgConnection};
 use tokio::process::Command;
+use tokio_util::sync::CancellationToken;
 
 use crate::stack::{Relay, Stack, output, program};
 
-/// Everything that the schema has, and who may use it.
-const OBJECTS: &str = "
-SELECT string_agg(object, E'\\n' ORDER BY object COLLATE \"C\") FROM (
-    SELECT pg_get_functiondef(p.oid) || coalesce(p.proacl::text, '') FROM pg_proc p
-    WHERE p.pronamespace = 'outbox'::regnamespace AND p.prokind IN ('f', 'p')
-    UNION ALL
-    SELECT concat_ws(' ', c.relkind, c.relname, c.relpersistence, c.reloptions, c.relacl,
-                     pg_get_expr(c.relpartbound, c.oid)) FROM pg_class c
-    WHERE c.relnamespace = 'outbox'::regnamespace
-    UNION ALL
-    SELECT concat_ws(' ', c.relname, a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
-                     a.attacl, a.attcollation, a.attstorage, pg_get_expr(d.adbin, d.adrelid))
-    FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-    LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
-    WHERE c.relnamespace = 'outbox'::regnamespace
-    UNION ALL
-    SELECT concat_ws(' ', k.conrelid::regclass, k.conname, pg_get_constraintdef(k.oid)) FROM pg_constraint k
-    WHERE k.connamespace = 'outbox'::regnamespace
-    UNION ALL
-    SELECT concat_ws(' ', pg_get_indexdef(i.indexrelid), i.indisvalid) FROM pg_index i
-    JOIN pg_class c ON c.oid = i.indexrelid WHERE c.relnamespace = 'outbox'::regnamespace
-    UNION ALL
-    SELECT pg_get_triggerdef(t.oid) || t.tgenabled::text FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
-    WHERE c.relnamespace = 'outbox'::regnamespace AND NOT t.tgisinternal
-    UNION ALL
-    SELECT concat_ws(' ', v.viewname, v.definition) FROM pg_views v WHERE v.schemaname = 'outbox'
-    UNION ALL
-    SELECT concat_ws(' ', s.sequencename, s.data_type, s.start_value, s.increment_by, s.cache_size)
-    FROM pg_sequences s WHERE s.schemaname = 'outbox'
-    UNION ALL
-    SELECT n.nspacl::text FROM pg_namespace n WHERE n.nspname = 'outbox'
-    UNION ALL
-    SELECT concat_ws(' ', m.version, m.description, m.success, m.checksum) FROM outbox.migration m) AS o (object)";
-
-async fn objects(pool: &PgPool) -> String {
-    sqlx::query_scalar(OBJECTS).fetch_one(pool).await.unwrap()
+/// Everything that the schemas have, and who may use it: as `pg_dump` writes it, and the record of the migrations.
+async fn objects(database: &str) -> String {
+    let mut dump = Command::new("pg_dump");
+    dump.args(["--schema-only", "--schema=outbox", "--schema=outbox_capture", "--dbname", database]);
+    let output = dump.output().await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let dump = String::from_utf8(output.stdout).unwrap();
+    // Newer ones begin and end with a random word.
+    let mut lines: Vec<&str> = dump.lines().filter(|line| !line.starts_with('\\')).collect();
+    let mut conn = PgConnection::connect(database).await.unwrap();
+    let sql = "SELECT concat_ws(' ', version, description, success, checksum) FROM outbox.migration ORDER BY version";
+    let record: Vec<String> = sqlx::query_scalar(sql).fetch_all(&mut conn).await.unwrap();
+    conn.close().await.unwrap();
+    lines.extend(record.iter().map(String::as_str));
+    lines.join("\n")
 }
 
 /// Names the lines that differ, and no others.
@@ -95,13 +75,13 @@ fn url(stack: &Stack) -> String {
 #[tokio::test]
 async fn it_makes_what_migrate_makes() {
     let stack = Stack::new("script_psql").await;
-    let expected = objects(&stack.admin).await;
     let database = url(&stack);
+    let expected = objects(&database).await;
     let drop = "DROP SCHEMA outbox CASCADE";
     sqlx::raw_sql(drop).execute(&stack.admin).await.unwrap();
     // What roles.sql had granted went with it.
     outbox::install(&mut stack.admin.acquire().await.unwrap(), "person").await.unwrap();
-    let bare = objects(&stack.admin).await;
+    let bare = objects(&database).await;
     assert_ne!(expected, bare);
     sqlx::raw_sql(drop).execute(&stack.admin).await.unwrap();
 
@@ -109,7 +89,7 @@ async fn it_makes_what_migrate_makes() {
     let settings = "SELECT concat_ws(' ', current_setting('search_path'), current_setting('lock_timeout'))";
     let whole = script(&[]).await;
     assert_eq!(psql(&database, &whole, settings).await.unwrap(), "\"$user\", public 0");
-    assert_same(&objects(&stack.admin).await, &bare);
+    assert_same(&objects(&database).await, &bare);
     // Not upon another one, not even in part.
     let again = psql(&database, &whole, settings).await.unwrap_err();
     assert!(again.contains("this database has an outbox already"), "{again}");
@@ -122,7 +102,7 @@ async fn it_makes_what_migrate_makes() {
     sqlx::raw_sql(odd).execute(&mut conn).await.unwrap();
     sqlx::raw_sql(sqlx::AssertSqlSafe(whole)).execute(&mut conn).await.unwrap();
     conn.close().await.unwrap();
-    assert_same(&objects(&stack.admin).await, &bare);
+    assert_same(&objects(&database).await, &bare);
 
     // Migrate has nothing to do, and an event goes through.
     sqlx::raw_sql(drop).execute(&stack.admin).await.unwrap();
@@ -143,36 +123,94 @@ async fn it_makes_what_migrate_makes() {
     subscriber.complete(10).await;
 }
 
+/// As an earlier release left it, in use: with so many events, and so many that are set aside, that indexes are not made in a
+/// transaction.
+async fn older(stack: &Stack) {
+    sqlx::raw_sql("DROP SCHEMA outbox CASCADE").execute(&stack.admin).await.unwrap();
+    let mut old = outbox::migrator();
+    old.migrations.to_mut().retain(|migration| migration.version <= 9);
+    old.run(&stack.admin).await.unwrap();
+    let used = "INSERT INTO outbox.source (name) VALUES ('person');
+                INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+                SELECT 'person', n, 1, 'person.new', '{}' FROM generate_series(1, 10001) n;
+                INSERT INTO outbox.relay (name) VALUES ('default');
+                INSERT INTO outbox.parked (relay, position, id, aggregate_type, aggregate_id, version, type, payload,
+                                           created_at, reason, detail, state)
+                SELECT 'default', n, gen_random_uuid(), 'person', n, 1, 'person.new', '{}', now(), 'unroutable', '', 'parked'
+                FROM generate_series(1, 100001) n";
+    sqlx::raw_sql(used).execute(&stack.admin).await.unwrap();
+}
+
 #[tokio::test]
 async fn it_brings_an_older_outbox_up_to_date() {
     let stack = Stack::new("script_update").await;
     let database = url(&stack);
-    let reset = "DROP SCHEMA outbox CASCADE";
-    sqlx::raw_sql(reset).execute(&stack.admin).await.unwrap();
-    outbox::install(&mut stack.admin.acquire().await.unwrap(), "person").await.unwrap();
-    let expected = objects(&stack.admin).await;
-    sqlx::raw_sql(reset).execute(&stack.admin).await.unwrap();
+    older(&stack).await;
+    migrate(&database).await;
+    let expected = objects(&database).await;
 
-    // As an earlier release left it, with an event.
-    let mut old = outbox::migrator();
-    old.migrations.to_mut().retain(|migration| migration.version <= 9);
-    old.run(&stack.admin).await.unwrap();
-    let named = "INSERT INTO outbox.source (name) VALUES ('person');
-                 INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-                 VALUES ('person', 'a', 1, 'person.new', '{}')";
-    sqlx::raw_sql(named).execute(&stack.admin).await.unwrap();
-
+    older(&stack).await;
     let other = psql(&database, &script(&["--after", "8"]).await, "").await.unwrap_err();
     assert!(other.contains("the newest migration of this outbox is 9, and this script follows 8"), "{other}");
     let foreign = script(&["--after", "10"]).await.replace("'person'", "'score'");
     let foreign = psql(&database, &foreign, "").await.unwrap_err();
     assert!(foreign.contains("this database already publishes under another name than"), "{foreign}");
+
+    // Beside a writer.
+    let stop = CancellationToken::new();
+    let writer = tokio::spawn({
+        let (pool, stop) = (stack.admin.clone(), stop.clone());
+        async move {
+            let mut version = 0;
+            while !stop.is_cancelled() {
+                version += 1;
+                let sql = "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+                           VALUES ('person', 'written', $1, 'person.changed', '{}')";
+                sqlx::query(sql).bind(version).execute(&pool).await.unwrap();
+            }
+            version
+        }
+    });
     psql(&database, &script(&["--after", "9"]).await, "").await.unwrap();
-    assert_same(&objects(&stack.admin).await, &expected);
-    migrate(&database).await;
-    let stored: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM outbox.event").fetch_one(&stack.admin).await.unwrap();
-    assert_eq!(stored, 1);
+    // What takes no part in a transaction, as the end of the script says.
+    assert_eq!(psql(&database, "", "SELECT count(*) FROM outbox.missing_index").await.unwrap(), "2");
+    assert!(objects(&database).await != expected);
+    execute_each(&database, "SELECT statement FROM outbox.missing_index").await;
+    stop.cancel();
+    let written: i64 = writer.await.unwrap();
+    assert_same(&objects(&database).await, &expected);
+    let stored = "SELECT count(*) FROM outbox.event";
+    let stored: i64 = sqlx::query_scalar(stored).fetch_one(&stack.admin).await.unwrap();
+    assert_eq!(stored, 10_001 + written);
+
+    // An index that was interrupted is made anew, by the same statements and by migrate.
+    let interrupted = "UPDATE pg_index SET indisvalid = false WHERE indexrelid IN
+                       (SELECT oid FROM pg_class WHERE relname IN ('parked_id', 'event_default_whole_state'))";
+    let left = "SELECT count(*) FROM outbox.missing_index";
+    for by_migrate in [false, true] {
+        sqlx::raw_sql(interrupted).execute(&stack.admin).await.unwrap();
+        let steps: i64 = sqlx::query_scalar(left).fetch_one(&stack.admin).await.unwrap();
+        assert_eq!(steps, 4);
+        if by_migrate {
+            migrate(&database).await;
+        } else {
+            execute_each(&database, "SELECT statement FROM outbox.missing_index").await;
+        }
+        let steps: i64 = sqlx::query_scalar(left).fetch_one(&stack.admin).await.unwrap();
+        assert_eq!(steps, 0);
+        assert_same(&objects(&database).await, &expected);
+    }
+}
+
+/// As the end of the script says: psql runs what a query returns.
+async fn execute_each(database: &str, query: &str) {
+    let file = std::env::temp_dir().join(format!("outbox-script-{}", uuid::Uuid::now_v7()));
+    std::fs::write(&file, format!("{query} \\gexec\n")).unwrap();
+    let mut psql = Command::new("psql");
+    psql.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", database, "-f"]).arg(&file);
+    let output = psql.output().await.unwrap();
+    std::fs::remove_file(&file).unwrap();
+    assert!(output.status.success(), "{output:?}");
 }
 
 /// A name that could become SQL does not.

@@ -2,7 +2,10 @@
 
 use std::{future::Future, time::Duration};
 
-use outbox::database::{Failure, describe};
+use outbox::{
+    AppendError,
+    database::{Failure, describe},
+};
 use sqlx::error::DatabaseError;
 
 /// How long a statement may take, on the wire and back. The server ends one earlier, by its `statement_timeout`; this
@@ -32,6 +35,10 @@ pub enum StoreError {
         /// For operators.
         reason: String,
     },
+    /// The person's row does not continue the history of its events, since it was changed without this program; nothing
+    /// was stored. Names the person by id, and the versions.
+    #[error("the person's row does not continue the history of its events: {0}")]
+    Inconsistent(String),
     /// A defect of this program, or of the schema.
     #[error("the statement failed: {0}")]
     Failed(String),
@@ -65,10 +72,26 @@ pub(super) async fn bounded<T>(statement: impl Future<Output = sqlx::Result<T>>)
         Failure::Away => StoreError::Unknown(described),
         // A row is locked for longer than a session waits for it.
         Failure::Locked => StoreError::Busy,
-        Failure::Defect => StoreError::Failed(described),
+        Failure::Defect => refused(error).unwrap_or(StoreError::Failed(described)),
         // The server says that it rolled the statement back.
         _ => StoreError::Unavailable(failure, described),
     })
+}
+
+/// The outbox's own errors about an event, which name ids and versions and no other data.
+fn refused(error: sqlx::Error) -> Option<StoreError> {
+    // One of a table has the name of a constraint.
+    let is_of_a_table = error.as_database_error().is_some_and(|error| error.constraint().is_some());
+    match AppendError::from(error) {
+        error @ (AppendError::VersionSkipped(_) | AppendError::VersionTaken(_)) if !is_of_a_table => {
+            Some(StoreError::Inconsistent(error.to_string()))
+        }
+        error @ AppendError::NotSetUp(_) => Some(StoreError::CannotStore {
+            what: "its outbox does not take the events of this service",
+            reason: format!("the outbox does not take the events of this service: {error}"),
+        }),
+        _ => None,
+    }
 }
 
 /// What the server lacks, so that no write can succeed. Connections (53300) are not in the list: their lack is over in a

@@ -5,6 +5,7 @@
 
 mod answers;
 mod bad_input;
+mod by_hand;
 mod concurrency;
 mod documentation;
 mod erasing_much;

@@ -31,7 +31,7 @@ fn republish(database: &Database, arguments: &str) -> Command {
 }
 
 /// What it says, as a user sees it, with its exit code.
-async fn said(database: &Database, arguments: &str, input: &str) -> String {
+pub(crate) async fn said(database: &Database, arguments: &str, input: &str) -> String {
     let mut program = republish(database, arguments);
     program.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = program.spawn().unwrap();

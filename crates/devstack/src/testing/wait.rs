@@ -13,19 +13,23 @@ const INTERVAL: Duration = Duration::from_millis(10);
 ///
 /// # Panics
 /// When there is none within [`DEADLINE`]: with what was `awaited` and what was seen last.
-pub async fn eventually<T>(awaited: &str, mut ask: impl AsyncFnMut() -> Result<T, String>) -> T {
-    let end = Instant::now() + DEADLINE;
+pub async fn eventually<T>(awaited: &str, ask: impl AsyncFnMut() -> Result<T, String>) -> T {
+    within(DEADLINE, awaited, ask).await
+}
+
+async fn within<T>(deadline: Duration, awaited: &str, mut ask: impl AsyncFnMut() -> Result<T, String>) -> T {
+    let end = Instant::now() + deadline;
     let mut seen = "nothing, the first question was not answered".to_owned();
-    loop {
-        let Ok(answer) = timeout_at(end, ask()).await else {
-            panic!("not within {DEADLINE:?}: {awaited}; last seen: {seen}");
-        };
-        match answer {
-            Ok(answer) => return answer,
-            Err(answer) => seen = answer,
+    // An answer that is there at once is never too late for `timeout_at`.
+    while Instant::now() < end {
+        match timeout_at(end, ask()).await {
+            Ok(Ok(answer)) => return answer,
+            Ok(Err(answer)) => seen = answer,
+            Err(_) => break,
         }
         sleep(INTERVAL).await;
     }
+    panic!("not within {deadline:?}: {awaited}; last seen: {seen}");
 }
 
 /// Asks until `condition` holds.
@@ -42,4 +46,15 @@ pub async fn until(awaited: &str, mut condition: impl AsyncFnMut() -> bool) {
 /// When there is no TLS, which is a fault of the build.
 pub fn client() -> reqwest::Client {
     reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(20)).build().expect("the build has TLS")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    #[should_panic(expected = "not within 50ms: the end; last seen: not yet")]
+    async fn a_question_that_is_answered_at_once_has_an_end_too() {
+        within(Duration::from_millis(50), "the end", async || Err::<(), _>("not yet".to_owned())).await;
+    }
 }
