@@ -1,7 +1,7 @@
 -- Gives a table that was there before the outbox its first events: one baseline for each row, which is the row's whole
 -- state. It runs beside the service, in batches, and may be run again.
 --
---   psql "$DATABASE_URL" -f docs/examples/backfill.sql
+--   psql "$DATABASE_URL" -f docs/examples/sql/backfill.sql
 
 -- For the example: a table with rows, from the time before the outbox.
 CREATE TABLE IF NOT EXISTS product (
