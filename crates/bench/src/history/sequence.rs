@@ -158,8 +158,9 @@ pub(super) const RETIRE: &[Operation] = &[
 ];
 
 /// Commands that are not in any list, and why.
-const LEFT_OUT: [(&str, &str); 3] = [
+const LEFT_OUT: [(&str, &str); 4] = [
     ("run", "the programs run all the time"),
+    ("completions", "it connects to nothing"),
     ("help", "it reads no database"),
     ("new-incarnation", "it changes what everything else is about"),
 ];
