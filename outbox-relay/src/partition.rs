@@ -1,42 +1,32 @@
 //! Partitions of the outbox: made ahead, and emptied when they are older than what is kept.
 
-use std::{
-    collections::HashMap,
-    time::{Duration, Instant},
-};
+mod in_use;
+mod retire;
+
+use std::time::Duration;
 
 use amqp::Backoff;
 use daemon::{
     config::database::{Database, Failure},
     health::Part,
 };
-use outbox::database::{Attempts, is_conflict};
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
-use crate::{command::state::LockHolder, task_connection::TaskConnection};
+pub(crate) use self::{
+    in_use::{begin_next, in_use, in_use_for},
+    retire::{Candidate, Keeper, Retention, candidates},
+};
+use crate::task_connection::TaskConnection;
 
-/// How often somebody looks whether there is a partition to be made or emptied.
+/// In seconds, 3,000 years: the server's calendar begins in the year -4713.
+const LONGEST_KEPT: f64 = 1e11;
+/// How often the relay looks whether there is a partition to be made or emptied.
 const ROUND: Duration = Duration::from_secs(10);
 /// A round takes no longer. Looking for baselines reads an index over a whole partition.
 const TIMEOUT: Duration = Duration::from_mins(5);
-/// When an aggregate has no newer baseline, the relay looks again after so long: by then they may be there, and each look
-/// that finds another such aggregate begins anew.
-const BASELINES_AGAIN: Duration = Duration::from_hours(3);
 /// The relay waits no longer for a reader of a partition; it comes again.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How often a lock is tried meanwhile. Each try waits for a tenth of a second at most.
-const LOCK_AGAIN: Duration = Duration::from_millis(150);
-/// In seconds, 3,000 years: the server's calendar begins in the year -4713.
-const LONGEST_KEPT: f64 = 1e11;
-/// For so long writers fill a partition, so what is retired at once is about a day of events. Longer where much is kept, so
-/// that there are never many partitions, and shorter where little is kept.
-const IN_USE: Duration = Duration::from_hours(24);
-const SHORTEST_IN_USE: Duration = Duration::from_hours(1);
-/// So many partitions are kept at most, apart from those that fill up earlier.
-const MOST_KEPT: u32 = 30;
-/// Steps of a million positions in which a partition is ended, one after the other; the next round goes on.
-const STEPS: usize = 5;
 
 /// How the outbox is partitioned, and for how long events are kept.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -235,211 +225,6 @@ async fn add(conn: &mut PgConnection, args: PartitionArgs) -> Result<i64, sqlx::
     Ok(added)
 }
 
-/// How long writers fill a partition, where events are kept for `keep`.
-pub(crate) fn in_use_for(keep: Duration) -> Duration {
-    IN_USE.min(keep).max(keep / MOST_KEPT).max(SHORTEST_IN_USE)
-}
-
-/// The partition that writers fill.
-#[derive(Debug, sqlx::FromRow)]
-pub(crate) struct InUse {
-    pub(crate) name: String,
-    /// Writers should begin the next one: this has been in use for long enough, or is the net.
-    pub(crate) is_due: bool,
-    /// The next one is there.
-    pub(crate) has_next: bool,
-}
-
-pub(crate) async fn in_use(conn: &mut PgConnection, keep: Option<Duration>) -> sqlx::Result<InUse> {
-    sqlx::query_as(
-        "SELECT name, next_begins IS NOT NULL AS has_next,
-                is_default OR has_events AND coalesce(since < clock_timestamp() - make_interval(secs => $1), false) AS is_due
-         FROM outbox.partition_in_use",
-    )
-    .bind(keep.map(seconds_in_use))
-    .fetch_one(conn)
-    .await
-}
-
-/// Lets writers begin the next partition, when they are in the net or, if events are kept for `keep`, when they have filled
-/// this one for long enough. Returns the name of the one that has ended.
-pub(crate) async fn begin_next(
-    conn: &mut PgConnection,
-    keep: Option<Duration>,
-) -> sqlx::Result<Option<String>> {
-    for _ in 0..STEPS {
-        let sql = "SELECT partition, coalesce(has_begun, false)
-                   FROM outbox.begin_next_partition(coalesce(clock_timestamp() - make_interval(secs => $1), '-infinity'))";
-        let step = sqlx::query_as(sql).bind(keep.map(seconds_in_use)).fetch_one(&mut *conn).await?;
-        match step {
-            (Some(name), true) => return Ok(Some(name)),
-            (Some(_), false) => {}
-            // Nothing to do; or another session is at it.
-            (None, _) => break,
-        }
-    }
-    Ok(None)
-}
-
-/// By the server's clock alone, as the ages are.
-fn seconds_in_use(keep: Duration) -> f64 {
-    in_use_for(keep).as_secs_f64().min(LONGEST_KEPT)
-}
-
-/// A partition that holds something: the others were retired, or are not begun.
-#[derive(Debug, sqlx::FromRow)]
-pub(crate) struct Candidate {
-    pub(crate) name: String,
-    pub(crate) upper: Option<i64>,
-}
-
-/// The partitions in the order in which they are retired: first the net, then the oldest.
-pub(crate) async fn candidates(conn: &mut PgConnection) -> sqlx::Result<Vec<Candidate>> {
-    sqlx::query_as(
-        "SELECT name, upper FROM outbox.partition_status WHERE first_position IS NOT NULL
-         ORDER BY is_default DESC, upper",
-    )
-    .fetch_all(conn)
-    .await
-}
-
-/// How to retire.
-#[derive(Debug)]
-pub(crate) struct Retention {
-    /// By the server's clock alone, as the ages are, in seconds.
-    keep: f64,
-    without_baseline: bool,
-    /// How long to try while a session uses the partition.
-    patience: Duration,
-    /// Partitions that lack baselines, as of when, and how that was said.
-    lacking: HashMap<String, (Instant, String)>,
-}
-
-/// What keeps a partition.
-#[derive(Debug, sqlx::FromRow)]
-pub(crate) struct Keeper {
-    /// One word; `lacking` when only baselines are missing.
-    pub(crate) kind: String,
-    /// In words.
-    pub(crate) reason: String,
-    /// The first aggregates that lack one.
-    pub(crate) aggregates: Vec<String>,
-}
-
-impl Retention {
-    pub(crate) fn new(keep: Duration, without_baseline: bool, patience: Duration) -> Self {
-        // No partition is as old as what is beyond the server's calendar.
-        let keep = keep.as_secs_f64().min(LONGEST_KEPT);
-        Self { keep, without_baseline, patience, lacking: HashMap::new() }
-    }
-
-    /// Retires a partition, unless it must be kept.
-    async fn one(
-        &mut self,
-        conn: &mut PgConnection,
-        Candidate { name, upper }: Candidate,
-    ) -> sqlx::Result<Partition> {
-        let mut kept = self.why_kept(conn, &name, true).await?;
-        if kept.is_none() && !self.without_baseline {
-            let known = self.lacking.get(&name).filter(|(at, _)| at.elapsed() < BASELINES_AGAIN);
-            kept = match known {
-                Some((_, reason)) => Some(reason.clone()),
-                None => self.why_kept(conn, &name, false).await?,
-            };
-            match &kept {
-                Some(reason) => {
-                    self.lacking.entry(name.clone()).or_insert_with(|| (Instant::now(), reason.clone()));
-                }
-                None => {
-                    self.lacking.remove(&name);
-                }
-            }
-        }
-        let mut in_use = false;
-        if kept.is_none() {
-            kept = self.retire(conn, &name).await?;
-            in_use = kept.is_some();
-        }
-        Ok(Partition { name, upper, kept, in_use })
-    }
-
-    async fn why_kept(
-        &self,
-        conn: &mut PgConnection,
-        name: &str,
-        without_baseline: bool,
-    ) -> sqlx::Result<Option<String>> {
-        sqlx::query_scalar("SELECT outbox.why_kept($1, clock_timestamp() - make_interval(secs => $2), $3)")
-            .bind(name)
-            .bind(self.keep)
-            .bind(without_baseline)
-            .fetch_one(conn)
-            .await
-    }
-
-    /// What keeps a partition, with the first `most` aggregates that lack a baseline; none when nothing does. Notes since
-    /// when the partition is full, if that was not noted.
-    pub(crate) async fn keeper(
-        &self,
-        conn: &mut PgConnection,
-        name: &str,
-        most: i32,
-    ) -> sqlx::Result<Option<Keeper>> {
-        self.why_kept(conn, name, true).await?;
-        let sql = "SELECT kind, reason, aggregates
-                   FROM outbox.what_keeps($1, clock_timestamp() - make_interval(secs => $2), $3) WHERE kind IS NOT NULL";
-        sqlx::query_as(sql).bind(name).bind(self.keep).bind(most).fetch_optional(conn).await
-    }
-
-    /// Retires it, and tries again when the server preferred another transaction, or a session uses the partition. When
-    /// that session goes on for too long, says which it is.
-    ///
-    /// That there are baselines is known, and they do not go away: this is not asked again.
-    pub(crate) async fn retire(&self, conn: &mut PgConnection, name: &str) -> sqlx::Result<Option<String>> {
-        let (began, mut attempts) = (Instant::now(), Attempts::default());
-        loop {
-            let retire = sqlx::query(
-                "SELECT outbox.retire_partition($1, clock_timestamp() - make_interval(secs => $2), true)",
-            );
-            let done = retire.bind(name).bind(self.keep).execute(&mut *conn).await;
-            match &done {
-                Err(error) if Failure::of(error) == Failure::Locked => {
-                    if began.elapsed() >= self.patience {
-                        return in_use_by(conn, name).await.map(Some);
-                    }
-                    tokio::time::sleep(LOCK_AGAIN).await;
-                }
-                _ if is_conflict(&done) && attempts.again().await => {}
-                _ => return done.map(|_| None),
-            }
-        }
-    }
-}
-
-/// Which sessions keep a partition from being emptied.
-async fn in_use_by(conn: &mut PgConnection, name: &str) -> sqlx::Result<String> {
-    // A row that a replay writes keeps it for a moment, too.
-    let sql = "SELECT a.pid, a.application_name, a.state, NULL::text AS gid, a.xact_start AS since,
-                      extract(epoch FROM statement_timestamp() - a.xact_start)::float8 AS seconds
-               FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
-               WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
-                 AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-                 AND (l.relation = to_regclass(format('outbox.%I', $1))
-                      OR l.relation = 'outbox.replay'::regclass AND l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
-               GROUP BY 1, 2, 3, 5
-               ORDER BY since NULLS LAST, pid LIMIT 5";
-    let sessions: Vec<LockHolder> = sqlx::query_as(sql).bind(name).fetch_all(conn).await?;
-    let sessions: Vec<String> = sessions.iter().map(LockHolder::text).collect();
-    Ok(if sessions.is_empty() {
-        "it is in use by a session that has ended just now: run this again".to_owned()
-    } else {
-        format!(
-            "it is in use by {}: end its transaction, or wait for it, and run this again",
-            sessions.join("; ")
-        )
-    })
-}
-
 /// Drops the oldest partition that is retired, if nobody is in the way: an empty one costs next to nothing.
 async fn drop_one(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
     let sql = "SELECT name FROM outbox.partition_status
@@ -456,16 +241,4 @@ async fn drop_one(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
         Err(error) => return Err(error),
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_partition_is_in_use_for_a_day_or_as_keep_says() {
-        let hours = |keep: u64| in_use_for(Duration::from_hours(keep)).as_secs() / 3_600;
-        let days = [1, 30, 60, 3_650].map(|days| hours(days * 24) / 24);
-        assert_eq!((hours(0), hours(6), days), (1, 6, [1, 1, 2, 121]));
-    }
 }
