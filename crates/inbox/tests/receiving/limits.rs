@@ -29,7 +29,7 @@ fn uuids(count: u128) -> Vec<u8> {
 async fn kept(pool: &PgPool) -> Vec<(String, i64, i32, i32, i64)> {
     sqlx::query_as(
         "SELECT detail, bytes, octet_length(body), cardinality(about), times FROM inbox.rejected
-         ORDER BY bytes, times",
+         ORDER BY 2, 5, 1, 3, 4",
     )
     .fetch_all(pool)
     .await

@@ -247,7 +247,7 @@ pub(crate) async fn tables(pool: &PgPool, consumer: &str) -> String {
             "inbox.rejected",
             "SELECT concat_ws(' ', reason, quote_literal(detail), routing_key, properties,
                               encode(body, 'escape'), 'times ' || times, length(digest) || ' bytes of digest')
-             FROM inbox.rejected WHERE consumer = $1 ORDER BY reason DESC, body, detail",
+             FROM inbox.rejected WHERE consumer = $1 ORDER BY reason DESC, body, detail, properties::text",
         ),
     ];
     for (title, sql) in sections {
