@@ -49,15 +49,20 @@ async fn lead(relay: &Relay, pause: &mut Backoff, stop: &CancellationToken) -> R
     let mut candidate = candidate?;
     relay.connected.cancel();
     relay.health.is_known_as("source", &candidate.source);
+    let mut refused = false;
     while !candidate.ask().await? {
         relay.pulse.renew(lease::now());
-        // Healthy: somebody publishes, and this one stands by.
-        let leaders = [&relay.events_health, &relay.paused_health, &relay.sequence_health];
-        for part in [&relay.database_health, &relay.broker_health].into_iter().chain(leaders) {
-            part.ready();
+        // Healthy: somebody publishes, and this one stands by. Not yet at the first refusal: that may be the lock
+        // of this relay's own session, which was just ended and is not gone yet.
+        if refused {
+            let leaders = [&relay.events_health, &relay.paused_health, &relay.sequence_health];
+            for part in [&relay.database_health, &relay.broker_health].into_iter().chain(leaders) {
+                part.ready();
+            }
+            relay.nothing_flows.store(false, Ordering::Relaxed);
+            pause.reset();
         }
-        relay.nothing_flows.store(false, Ordering::Relaxed);
-        pause.reset();
+        refused = true;
         let again = STANDBY.min(relay.lease / 4);
         if stop.run_until_cancelled(tokio::time::sleep(again)).await.is_none() {
             candidate.close().await;
