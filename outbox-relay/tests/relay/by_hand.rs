@@ -91,7 +91,7 @@ async fn parked() {
     eventually("all three are aside", async || {
         stack.append(n..n + 1, 1, &["thing.new"]).await;
         n += 1;
-        let aside = "SELECT count(*) = 3 FROM outbox.parked";
+        let aside = "SELECT count(*) = 3 FROM outbox.parked WHERE state = 'parked'";
         sqlx::query_scalar::<_, bool>(aside).fetch_one(&stack.admin).await.unwrap().then_some(())
     })
     .await;

@@ -122,7 +122,7 @@ async fn trace_says_what_became_of_an_event() {
         // What somebody takes tells that somebody listens.
         stack.append(n..n + 1, 1, &["thing.new"]).await;
         n += 1;
-        let aside = "SELECT count(*) = 2 FROM outbox.parked WHERE reason = 'unroutable' AND type IN ('other.new', 'else.new')";
+        let aside = "SELECT count(*) = 2 FROM outbox.parked WHERE state = 'parked' AND type IN ('other.new', 'else.new')";
         sqlx::query_scalar::<_, bool>(aside).fetch_one(&stack.admin).await.unwrap().then_some(())
     })
     .await;

@@ -262,12 +262,11 @@ async fn a_moving_system() {
         }
     };
     let looks = async {
-        while sqlx::query_scalar::<_, i64>("SELECT count(*) FROM inbox.aggregate")
-            .fetch_one(&inbox.admin)
-            .await
-            .unwrap()
-            < 40
-        {}
+        eventually("each aggregate has come", async || {
+            let count = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM inbox.aggregate");
+            (count.fetch_one(&inbox.admin).await.unwrap() == 40).then_some(())
+        })
+        .await;
         for _ in 0..3 {
             let right = said(&stack, &inbox, "--consumer copy --wait 50s").await;
             assert!(right.contains("exit code: 0"), "{right}");
@@ -276,8 +275,11 @@ async fn a_moving_system() {
         // Until the subscriber has been round once more, a17 may still come.
         let sql = "SELECT sum(version) >= 40 + (SELECT sum(version) FROM inbox.aggregate WHERE aggregate_id = 'a17')
                    FROM inbox.aggregate WHERE aggregate_id = 'a18'";
-        while !sqlx::query_scalar::<_, bool>(sql).fetch_one(&inbox.admin).await.unwrap() {}
-        let wrong = said(&stack, &inbox, "--consumer copy --wait 5s --json").await;
+        eventually("the others have gone on", async || {
+            sqlx::query_scalar::<_, bool>(sql).fetch_one(&inbox.admin).await.unwrap().then_some(())
+        })
+        .await;
+        let wrong = said(&stack, &inbox, "--consumer copy --wait 15s --json").await;
         // What it says of its progress follows.
         let answer = wrong.split_once("exit code: 3\n").unwrap().1;
         let answer: serde_json::Value =

@@ -29,7 +29,7 @@ async fn ids_and_types_reach_terminals_and_logs_escaped() {
     eventually("it is set aside, since others are taken", async || {
         stack.append(number..number + 1, 1, &["thing.new"]).await;
         number += 1;
-        let parked = "SELECT count(*) FROM outbox.parked";
+        let parked = "SELECT count(*) FROM outbox.parked WHERE state = 'parked'";
         (sqlx::query_scalar::<_, i64>(parked).fetch_one(&stack.admin).await.unwrap() == 1).then_some(())
     })
     .await;

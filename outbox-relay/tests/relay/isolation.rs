@@ -1,6 +1,6 @@
 //! Trouble belongs to what has it: other aggregates, types and subscribers go on.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, time::Instant};
 
 use lapin::{
     BasicProperties, Confirmation, ExchangeKind,
@@ -144,6 +144,7 @@ async fn a_full_queue_stops_no_other_subscriber() {
     stack.bind("full", "order.#", arguments).await;
     fill(&stack, "full").await;
     let mut well = stack.subscribe("#").await;
+    let began = Instant::now();
     let mut relay = Relay::ready(&mut stack.command("run")).await;
     for n in 0..8 {
         one(&stack, ("order", &format!("o{n}")), 1, "order.new", &format!(r#"{{"n": {n}}}"#)).await;
@@ -164,9 +165,10 @@ async fn a_full_queue_stops_no_other_subscriber() {
     low_water(&stack, last).await;
     well.until(|messages| messages.iter().any(|m| m.number() == 200)).await;
     assert!(well.messages.iter().all(|m| m.number() != 50), "it overtook its predecessor");
-    let seconds = 60;
+    let seconds = usize::try_from(began.elapsed().as_secs()).unwrap() + 1;
     let copies = |messages: &[Message]| messages.iter().filter(|m| m.number() < 8).count();
-    assert!(copies(&well.messages) < 8 + 10 * seconds, "{} copies", copies(&well.messages));
+    // The first try, the budget of a pause, and what it gets in a second.
+    assert!(copies(&well.messages) <= 8 + 10 + 10 * seconds, "{} copies", copies(&well.messages));
 
     // Across a restart; then the queue is emptied again and again.
     assert!(relay.terminate().await.success());

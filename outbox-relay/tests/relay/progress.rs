@@ -102,13 +102,15 @@ async fn a_stopped_leader_loses_its_leadership() {
     stack.append(0..5_000, 100, &["person.new"]).await;
     subscriber.until(|messages| messages.len() >= 500).await;
     first.signal("STOP").await;
-    subscriber.complete(5_000).await;
-    stack.settled("default", 5_000).await;
+    // Whatever it has published by then, these are left to the other one.
+    stack.append(5_000..5_500, 100, &["person.new"]).await;
+    subscriber.complete(5_500).await;
+    stack.settled("default", 5_500).await;
     assert_ne!(second.counted().await.0, "0");
 
     // What it had in mind is void when it wakes up; it stands by, and leads again when its turn comes.
     first.signal("CONT").await;
-    stack.append(5_000..6_000, 100, &["person.new"]).await;
+    stack.append(5_500..6_000, 100, &["person.new"]).await;
     subscriber.complete(6_000).await;
     stack.settled("default", 6_000).await;
     assert!(second.terminate().await.success());
@@ -126,7 +128,9 @@ async fn a_leader_that_hears_nothing_publishes_nothing() {
     let (database, broker) = (Proxy::new(&stack.database_url).await, Proxy::new(&stack.amqp_url).await);
     // With the long lease of stack.command: a busy machine does not take the lead from it.
     let mut first = stack.command("run");
-    first.env("DATABASE_URL", database.url(&stack.database_url)).env("AMQP_URL", broker.url(&stack.amqp_url));
+    // Its broker's connection is silent for longer than two heartbeats of 10 s where the machine is busy.
+    let silent = format!("{}?heartbeat=60", broker.url(&stack.amqp_url));
+    first.env("DATABASE_URL", database.url(&stack.database_url)).env("AMQP_URL", silent);
     let first = Relay::ready(&mut first).await;
     first.is_ready_with_all_connections().await;
     // What it read first, 100 events, is on its way; each lane has its next window in its hands.
@@ -138,10 +142,11 @@ async fn a_leader_that_hears_nothing_publishes_nothing() {
     subscriber.complete(5_000).await;
     broker.hold_up(false);
     first.waits("the database did not answer").await;
+    // What was on its way comes now, a second time.
+    subscriber.until(|messages| messages.len() > 5_000).await;
     stack.append(5_000..5_001, 5_000, &["person.new"]).await;
     let came = subscriber.complete(5_001).await.len();
     assert!(came <= 5_001 + 100, "{came}: what was not on its way was published all the same");
-    assert!(came > 5_001, "nothing was on its way");
 }
 
 /// As when it hangs in the middle of a statement, or on a socket that the server's timers do not cover:
@@ -159,7 +164,7 @@ async fn a_leader_that_says_nothing_for_long_is_ended() {
     let second = Relay::ready(&mut stack.command("run")).await;
     // Silent for a moment only: it is left alone.
     let beat = "UPDATE outbox.relay SET heartbeat_at = now() - interval '1 second' * ";
-    stack.admin.execute(sqlx::AssertSqlSafe(format!("{beat} 10"))).await.unwrap();
+    stack.admin.execute(sqlx::AssertSqlSafe(format!("{beat} 5"))).await.unwrap();
     silent.execute("SELECT pg_sleep(1)").await.unwrap();
     assert_eq!(second.counted().await.0, "0");
     stack.admin.execute(sqlx::AssertSqlSafe(format!("{beat} 16"))).await.unwrap();

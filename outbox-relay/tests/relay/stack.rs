@@ -2,13 +2,14 @@
 
 use std::{
     collections::HashMap,
-    net::TcpListener,
     path::PathBuf,
     process::{ExitStatus, Output, Stdio},
-    time::Duration,
 };
 
-use devstack::testing::{self, DEADLINE, Place, client};
+use devstack::{
+    ports,
+    testing::{self, DEADLINE, Place, client},
+};
 use futures_util::StreamExt;
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties, Consumer, ExchangeKind,
@@ -329,9 +330,9 @@ pub(crate) struct Relay {
 impl Relay {
     /// Starts it and waits until it lives.
     pub(crate) async fn start(program: &mut Command) -> Self {
-        let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build().unwrap();
+        let http = client();
         loop {
-            let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+            let address = format!("127.0.0.1:{}", ports::free());
             let log =
                 PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("relay-{}.log", Uuid::new_v4()));
             let stderr = std::fs::File::create(&log).unwrap();

@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use devstack::testing::Place;
+use devstack::{
+    ports,
+    testing::{DEADLINE, Place},
+};
 use tokio::process::Command;
 
 /// The blocks of shell of a page, from one heading to another.
@@ -27,7 +30,7 @@ async fn the_tour_shows_what_it_says() {
     let management = format!("{}/api", place.management);
     let program = Path::new(env!("CARGO_BIN_EXE_outbox-relay")).parent().unwrap();
     let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
-    let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let listen = format!("127.0.0.1:{}", ports::free());
     assert_eq!(tour.matches("127.0.0.1:8012").count(), 2, "{tour}");
     let tour = tour.replace("%2f", vhost).replace("127.0.0.1:8012", &listen);
     let script = format!("trap 'kill $relay; wait' EXIT\n{tour}");
@@ -37,7 +40,7 @@ async fn the_tour_shows_what_it_says() {
         .env("AMQP_URL", &broker)
         .env("MANAGEMENT", management)
         .kill_on_drop(true);
-    let done = tokio::time::timeout(std::time::Duration::from_mins(2), bash.output());
+    let done = tokio::time::timeout(DEADLINE, bash.output());
     let done = done.await.expect("the tour ends").unwrap();
     let said = String::from_utf8(done.stdout).unwrap();
     assert!(done.status.success(), "{said}\n{}", String::from_utf8_lossy(&done.stderr));
