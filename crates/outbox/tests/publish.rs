@@ -18,7 +18,7 @@ use sqlx::{
 use tokio::{sync::Barrier, time::timeout};
 use uuid::Uuid;
 
-const LIMIT: Duration = Duration::from_mins(1);
+const LIMIT: Duration = devstack::testing::DEADLINE;
 
 /// Orders with lines, and the function that reads an order's body. The order has no version and no row to lock.
 const SHOP: &str = "CREATE SCHEMA shop;

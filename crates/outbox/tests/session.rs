@@ -9,7 +9,7 @@ use outbox::database::Session;
 use sqlx::{PgConnection, PgPool, postgres::PgPoolOptions};
 use tokio::time::{sleep, timeout};
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = devstack::testing::DEADLINE;
 
 /// A database of its own, with at most `connections`.
 async fn pool(connections: u32) -> PgPool {

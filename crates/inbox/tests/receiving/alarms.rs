@@ -7,12 +7,12 @@ use lapin::options::QueueDeleteOptions;
 
 use crate::{
     consumer::{Running, World},
-    support::{Recorder, event, forked, until},
+    support::{DEADLINE, Recorder, event, forked, until},
 };
 
 async fn says(running: &mut Running, what: impl FnMut(&Status) -> bool) -> Status {
     let waited = running.status.wait_for(what);
-    tokio::time::timeout(Duration::from_secs(30), waited).await.unwrap().unwrap().clone()
+    tokio::time::timeout(DEADLINE, waited).await.unwrap().unwrap().clone()
 }
 
 #[tokio::test]
@@ -57,7 +57,7 @@ async fn holes_and_forks_are_named_with_what_to_do() {
     world.publish(event("f", 2, "")).await;
     world.publish(forked(event("a", 1, "other"), "a", 1, 0)).await;
     let status = says(&mut running, |status| {
-        status.forks.is_some() && status.holes.as_ref().is_some_and(|holes| holes.contains("others"))
+        status.forks.is_some() && status.holes.as_ref().is_some_and(|holes| holes.contains("2 others"))
     })
     .await;
     assert_eq!(status.consuming, Ok(()), "work goes on");

@@ -7,14 +7,14 @@ use sqlx::PgPool;
 
 use crate::{
     consumer::{Running, World},
-    support::{Recorder, event, until},
+    support::{DEADLINE, Recorder, event, until},
 };
 
 async fn stopped(running: &mut Running) -> String {
     let waited = running
         .status
         .wait_for(|status| matches!(&status.consuming, Err(reason) if reason.contains("inbox.held")));
-    let status = tokio::time::timeout(std::time::Duration::from_secs(30), waited).await.unwrap().unwrap();
+    let status = tokio::time::timeout(DEADLINE, waited).await.unwrap().unwrap();
     status.consuming.clone().unwrap_err()
 }
 

@@ -4,9 +4,9 @@
 use std::sync::atomic::Ordering;
 
 use inbox::{Outcome, Redrive, RedriveError, Sequencer, Skip, held, rejected};
-use sqlx::{AssertSqlSafe, Executor, PgPool};
+use sqlx::{AssertSqlSafe, Executor, PgPool, postgres::PgPoolOptions};
 
-use crate::support::{Recorder, database, event, until};
+use crate::support::{Recorder, database, event, until, waiting_for_locks};
 
 /// Statements fail like a deadlock's victim, then like a serialization failure, as often as was asked for. A sequence
 /// counts what is rolled back, too.
@@ -147,23 +147,22 @@ async fn what_is_done_by_hand_is_tried_again() {
 /// Not only what looks like one: two transactions that wait for each other, and ours is the victim.
 #[tokio::test]
 async fn the_victim_of_a_real_deadlock_is_tried_again() {
-    let (pool, _, sequencer) = new("deadlock").await;
+    let (pool, handler, _) = new("deadlock").await;
+    // The one that looks first is the victim. Time enough for the other one to come, on a busy machine as well.
+    let patient = pool.connect_options();
+    let patient = (*patient).clone().options([("deadlock_timeout", "5s")]);
+    let patient = PgPoolOptions::new().max_connections(8).connect_with(patient).await.unwrap();
+    let sequencer = Sequencer::new("deadlock", patient, handler);
     let batch = |version| [event("a", version, "1"), event("b", version, "1")];
     sequencer.apply(&batch(1)).await.unwrap();
     let mut other = pool.begin().await.unwrap();
-    // The one that looks first is the victim.
     other.execute("SET LOCAL deadlock_timeout = '1min'").await.unwrap();
     let lock = |aggregate: &str| {
         AssertSqlSafe(format!("SELECT FROM inbox.aggregate WHERE aggregate_id = '{aggregate}' FOR UPDATE"))
     };
     other.execute(lock("b")).await.unwrap();
     let circle = async {
-        until("it has a and waits for b", async || {
-            let waits = "SELECT count(*) = 1 FROM pg_stat_activity
-                         WHERE datname = current_database() AND wait_event_type = 'Lock'";
-            sqlx::query_scalar::<_, bool>(waits).fetch_one(&pool).await.unwrap()
-        })
-        .await;
+        until("it has a and waits for b", async || waiting_for_locks(&pool).await == 1).await;
         // An error, if it were the victim.
         other.execute(lock("a")).await.unwrap();
         other.commit().await.unwrap();

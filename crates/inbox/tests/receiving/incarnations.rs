@@ -11,7 +11,7 @@ use sqlx::PgPool;
 
 use crate::{
     consumer::{Running, World},
-    support::{Recorder, database, event, in_incarnation, tables, typed},
+    support::{DEADLINE, Recorder, database, event, in_incarnation, tables, typed},
 };
 
 /// The newest incarnation of these tests, as a clock gives it.
@@ -320,7 +320,7 @@ async fn one_batch_may_have_events_of_both() {
 
 async fn says(running: &mut Running, what: impl FnMut(&Status) -> bool) -> Status {
     let waited = running.status.wait_for(what);
-    tokio::time::timeout(Duration::from_mins(1), waited).await.unwrap().unwrap().clone()
+    tokio::time::timeout(DEADLINE, waited).await.unwrap().unwrap().clone()
 }
 
 #[tokio::test]

@@ -1,14 +1,12 @@
 //! What a consumer remembers of its sources: under races, of a database of before, and by an index.
 
-use std::time::Duration;
-
 use inbox::{Envelope, Outcome, Sequencer};
 use lapin::types::AMQPValue;
 use sqlx::PgPool;
 
 use crate::{
     incarnations::{Case, NEW, baseline, named, new},
-    support::event,
+    support::{event, until, waiting_for_locks},
 };
 
 /// The transaction that applies an event of the earlier one and the one that takes the newer one wait for each other.
@@ -17,13 +15,22 @@ async fn nothing_of_an_earlier_incarnation_is_applied_after_a_newer_one() {
     let case = Case::new("incarnation_race").await;
     case.apply(&[event("a", 1, "1"), event("b", 1, "1")]).await;
     let other = Sequencer::new(case.consumer, case.pool.clone(), case.handler.clone());
-    // It holds its locks for half a second.
-    let (slow, begun) = ([event("a", 2, "slow"), event("c", 1, "1000")], [new(baseline("c", 2, "7"))]);
+    let mut holder = case.pool.begin().await.unwrap();
+    sqlx::raw_sql("SELECT pg_advisory_xact_lock(1)").execute(&mut *holder).await.unwrap();
+    let waiting = async |sessions: i64| {
+        until("they wait", async || waiting_for_locks(&case.pool).await == sessions).await;
+    };
+    let (locked, begun) = ([event("a", 2, "locked"), event("c", 1, "1000")], [new(baseline("c", 2, "7"))]);
     let raise = async {
-        tokio::time::sleep(Duration::from_millis(150)).await;
+        // The first one has locks, and its handler is at work.
+        waiting(1).await;
         case.apply(&begun).await
     };
-    let (first, second) = tokio::join!(other.apply(&slow), raise);
+    let release = async {
+        waiting(2).await;
+        holder.commit().await.unwrap();
+    };
+    let (first, second, ()) = tokio::join!(other.apply(&locked), raise, release);
     assert_eq!((first.unwrap().applied, second.applied), (2, 1));
     assert_eq!(case.state().await, named(&[("a", 1), ("b", 1), ("c", 7)]));
     assert_eq!(other.apply(&[event("a", 3, "1000")]).await.unwrap().superseded, 1);

@@ -1,7 +1,5 @@
 //! Nothing that a sender makes grows without a limit, and a limit that is reached shows.
 
-use std::time::Duration;
-
 use inbox::{Envelope, Outcome, Sequencer, held, rejected};
 use lapin::{
     BasicProperties,
@@ -12,7 +10,7 @@ use uuid::Uuid;
 
 use crate::{
     consumer::World,
-    support::{Recorder, database, event, tables, typed, until},
+    support::{DEADLINE, Recorder, database, event, tables, typed, until},
 };
 
 /// A message without properties.
@@ -136,7 +134,7 @@ async fn what_is_rejected_beyond_the_limit_is_counted_and_what_was_kept_before_s
     insta::assert_debug_snapshot!(rows);
 
     let limits = running.status.wait_for(|status| status.limits.is_some());
-    let limits = tokio::time::timeout(Duration::from_secs(30), limits).await.unwrap().unwrap().limits.clone();
+    let limits = tokio::time::timeout(DEADLINE, limits).await.unwrap().unwrap().limits.clone();
     insta::assert_snapshot!(limits.unwrap());
     assert!(running.status.borrow().waiting().is_empty(), "it goes on");
 
@@ -144,7 +142,7 @@ async fn what_is_rejected_beyond_the_limit_is_counted_and_what_was_kept_before_s
     let mut conn = world.pool.acquire().await.unwrap();
     rejected::drop(&mut conn, "things", &rejected::Filter::default()).await.unwrap();
     let gone = running.status.wait_for(|status| status.limits.is_none());
-    tokio::time::timeout(Duration::from_secs(30), gone).await.unwrap().unwrap();
+    tokio::time::timeout(DEADLINE, gone).await.unwrap().unwrap();
     reject(9).await;
     until("it is kept again", async || kept(&world.pool).await.len() == 1).await;
     running.stop().await;
@@ -160,8 +158,7 @@ async fn events_that_wait_for_missing_versions_are_limited_and_the_others_are_ap
         world.publish(event(aggregate, 2, "1")).await;
     }
     let reached = running.status.wait_for(|status| status.limits.is_some());
-    let limits =
-        tokio::time::timeout(Duration::from_secs(30), reached).await.unwrap().unwrap().limits.clone();
+    let limits = tokio::time::timeout(DEADLINE, reached).await.unwrap().unwrap().limits.clone();
     insta::assert_snapshot!(limits.unwrap());
 
     // Unknown and too early: nothing of them is stored but that they came.

@@ -1,12 +1,10 @@
 //! A database that takes no writes is nobody's fault: nothing is rejected, and no delivery is used up.
 
-use std::time::Duration;
-
 use sqlx::{AssertSqlSafe, Executor, PgConnection};
 
 use crate::{
     consumer::World,
-    support::{Recorder, event, until},
+    support::{DEADLINE, Recorder, event, until},
 };
 
 /// Sets whether new transactions may only read, and ends the sessions of before.
@@ -43,7 +41,7 @@ async fn a_database_that_takes_no_writes_costs_no_message_anything() {
     let says =
         |status: &inbox::Status| status.database.as_ref().is_err_and(|why| why.contains("takes no writes"));
     let waited = running.status.wait_for(says);
-    tokio::time::timeout(Duration::from_secs(30), waited).await.unwrap().unwrap();
+    tokio::time::timeout(DEADLINE, waited).await.unwrap().unwrap();
     // Whoever consumes nothing uses up nothing.
     until("nobody consumes", async || world.consumers("things").await == Some(0)).await;
     assert!(says(&running.status.borrow()), "{:?}", running.status.borrow());

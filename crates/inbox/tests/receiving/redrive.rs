@@ -8,7 +8,7 @@ use inbox::{
 };
 use sqlx::PgPool;
 
-use crate::support::{Recorder, database, event, tables, typed};
+use crate::support::{Recorder, database, event, tables, typed, until, waiting_for_locks};
 
 const ALL: Redrive =
     Redrive { filter: Filter { aggregate: None, reason: None, error: None }, batch: 64, dry_run: false };
@@ -179,7 +179,7 @@ async fn a_redrive_goes_on_where_another_was_killed() {
                 if v == 1 {
                     "broken"
                 } else if v == 100 {
-                    "slow"
+                    "locked"
                 } else {
                     "1"
                 },
@@ -189,20 +189,17 @@ async fn a_redrive_goes_on_where_another_was_killed() {
     case.apply(&chain).await;
     case.fix();
     let small = Redrive { batch: 10, ..ALL };
+    let mut holder = case.pool.begin().await.unwrap();
+    sqlx::raw_sql("SELECT pg_advisory_xact_lock(1)").execute(&mut *holder).await.unwrap();
     let killed = case.replica();
     let killed = tokio::spawn({
         let small = small.clone();
         async move { killed.redrive(&small, |_| ()).await }
     });
-    crate::support::until("it is at the slow one", async || {
-        let sql = "SELECT count(*) > 0 FROM pg_stat_activity
-                   WHERE datname = current_database() AND query LIKE '%pg_sleep%' AND state = 'active'
-                     AND pid <> pg_backend_pid()";
-        sqlx::query_scalar::<_, bool>(sql).fetch_one(&case.pool).await.unwrap()
-    })
-    .await;
+    until("it is at the hundredth", async || waiting_for_locks(&case.pool).await == 1).await;
     killed.abort();
     assert!(killed.await.unwrap_err().is_cancelled());
+    holder.commit().await.unwrap();
     assert_eq!(case.redrive(&small).await.aggregates, 1, "it is found, though nothing of it is poison");
     let order: Vec<i64> =
         sqlx::query_scalar("SELECT version FROM applied ORDER BY n").fetch_all(&case.pool).await.unwrap();

@@ -6,7 +6,7 @@ use sqlx::{Connection, PgConnection};
 
 use crate::{
     consumer::World,
-    support::{Recorder, event},
+    support::{DEADLINE, Recorder, event},
 };
 
 /// The status says it for as long as it is so, without a moment of health between two attempts: it is followed by
@@ -37,8 +37,7 @@ async fn a_table_that_stays_locked_is_a_reason_not_to_be_ready() {
         .unwrap();
     world.publish(event("a", 1, "")).await;
     let stalled = running.status.wait_for(|status| status.applying.is_err());
-    let stalled =
-        tokio::time::timeout(Duration::from_mins(1), stalled).await.unwrap().unwrap().applying.clone();
+    let stalled = tokio::time::timeout(DEADLINE, stalled).await.unwrap().unwrap().applying.clone();
     let reason = stalled.unwrap_err();
     assert!(
         reason.starts_with("messages wait, and none was applied for 10s or more; the last attempt: "),
@@ -51,7 +50,7 @@ async fn a_table_that_stays_locked_is_a_reason_not_to_be_ready() {
 
     sqlx::raw_sql("ROLLBACK").execute(&mut locker).await.unwrap();
     let healthy = running.status.wait_for(|status| status.waiting().is_empty());
-    tokio::time::timeout(Duration::from_mins(1), healthy).await.unwrap().unwrap();
+    tokio::time::timeout(DEADLINE, healthy).await.unwrap().unwrap();
     world.until_version("a", 1).await;
     running.stop().await;
 }

@@ -6,7 +6,6 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
-    time::Duration,
 };
 
 use inbox::{Envelope, Event, Handler, HandlerError, Publisher, Sources};
@@ -18,17 +17,12 @@ use sqlx::{PgPool, Postgres, Transaction, postgres::PgPoolOptions};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-pub(crate) use devstack::testing::until;
+pub(crate) use devstack::testing::{DEADLINE, until};
 
 /// A fresh database with the inbox and the subscriber's own table.
 pub(crate) async fn database(name: &str) -> PgPool {
     let url = devstack::testing::database(name).await;
-    let pool = PgPoolOptions::new()
-        .max_connections(8)
-        .acquire_timeout(Duration::from_secs(5))
-        .connect(&url)
-        .await
-        .unwrap();
+    let pool = PgPoolOptions::new().max_connections(8).acquire_timeout(DEADLINE).connect(&url).await.unwrap();
     inbox::migrator().run(&pool).await.unwrap();
     sqlx::raw_sql(
         "CREATE TABLE applied (n bigint GENERATED ALWAYS AS IDENTITY, consumer text, source text, aggregate text,
@@ -108,6 +102,13 @@ impl Handler for Recorder {
             // A handler that overlooks an error leaves a transaction that can do nothing more.
             "overlook" => drop(run(tx, "SELECT 1 / 0").await),
             "slow" => run(tx, "SELECT pg_sleep(0.5)").await?,
+            // Until whoever has the lock of that number gives it back.
+            "locked" => run(tx, "SELECT pg_advisory_xact_lock_shared(1)").await?,
+            // Where there is a limit, longer than it can be.
+            "too long" => {
+                let sql = "SELECT pg_sleep(600) WHERE current_setting('statement_timeout') <> '0'";
+                run(tx, sql).await?;
+            }
             body => {
                 if let Ok(number) = body.parse::<i64>() {
                     let sql = if event.is_baseline() {
@@ -149,6 +150,13 @@ impl Handler for Recorder {
 async fn run(tx: &mut Transaction<'_, Postgres>, sql: &'static str) -> sqlx::Result<()> {
     sqlx::query(sql).execute(&mut **tx).await?;
     Ok(())
+}
+
+/// How many sessions of the database wait for a lock.
+pub(crate) async fn waiting_for_locks(pool: &PgPool) -> i64 {
+    let sql = "SELECT count(*) FROM pg_stat_activity
+               WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    sqlx::query_scalar(sql).fetch_one(pool).await.unwrap()
 }
 
 /// An id that tells what it is of; made at a fixed time, plus `seconds`.
