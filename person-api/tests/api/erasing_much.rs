@@ -61,7 +61,7 @@ const ITEMS: &str = "SELECT (SELECT count(*) FROM person.income) + (SELECT count
 async fn who_has_very_much_is_gone_at_once_and_the_rest_goes_in_steps() {
     let database = Database::new().await;
     // The limit of a statement is one that the whole would exceed by far.
-    let api = database.api(Duration::from_secs(3), Waker::new());
+    let api = database.api(Duration::from_secs(10), Waker::new());
     let app = crate::support::App::new(&api);
     app.call(with(post("/person", PERSON), "idempotency-key", "k")).await;
     app.create("/person", ANOTHER).await;
@@ -115,10 +115,15 @@ async fn a_program_that_is_killed_in_between_goes_on_where_it_was() {
     app.call(plain(Method::DELETE, &format!("/person/{CPF}"))).await;
     assert_eq!(count(&database, ITEMS).await, 60_000);
 
+    // It cannot be done before it is killed.
+    let mut holder = database.admin.begin().await.unwrap();
+    let last = "SELECT FROM person.debt ORDER BY id DESC LIMIT 1 FOR UPDATE";
+    sqlx::query(last).execute(&mut *holder).await.unwrap();
     let mut program = Program::start(&database.url(None)).await;
     until("some of it is removed", async || count(&database, ITEMS).await < 60_000).await;
     program.kill().await;
     assert!(count(&database, ITEMS).await > 0, "it was killed in between");
+    holder.rollback().await.unwrap();
     let _next = Program::start(&database.url(None)).await;
     until("everything is removed", async || count(&database, EMPTIED).await == 0).await;
     assert_eq!(count(&database, ITEMS).await, 0);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use daemon::config::database;
+use devstack::testing::DEADLINE;
 use outbox::Waker;
 use person_api::{api::Api, store::Store};
 use poem::http::Method;
@@ -25,7 +26,7 @@ fn get(path: &str) -> String {
 #[tokio::test]
 async fn a_client_that_is_slow_is_cut_off() {
     let database = Database::new().await;
-    let settings = ["--header-timeout", "100ms", "--body-timeout", "100ms", "--idle-timeout", "1h"];
+    let settings = ["--header-timeout", "500ms", "--body-timeout", "500ms", "--idle-timeout", "1h"];
     let program = Program::start_with(&database.url(None), &settings).await;
     let mut shown = String::new();
     let head = "POST /person HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n";
@@ -44,9 +45,9 @@ async fn a_client_that_is_slow_is_cut_off() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), cut_off).await.expect("it is cut off");
+    tokio::time::timeout(DEADLINE, cut_off).await.expect("it is cut off");
     // Idle after a response; and with half a request behind it.
-    let settings = ["--header-timeout", "1h", "--idle-timeout", "100ms"];
+    let settings = ["--header-timeout", "1h", "--idle-timeout", "500ms"];
     let program = Program::start_with(&database.url(None), &settings).await;
     for (name, more) in [("nothing more", ""), ("half a request more", "GET /li")] {
         let kept = answer(program.send(&(get("/live") + more)).await).await;

@@ -12,7 +12,7 @@ use crate::support::{
 };
 
 /// How long a test waits for what should come at once.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = devstack::testing::DEADLINE;
 pub(crate) const PERSON: &str = r#"{"cpf": 11111, "name": "abc", "date_of_birth": "2019-06-15"}"#;
 pub(crate) const DEBT: &str = r#"{"value": 1}"#;
 
@@ -76,7 +76,7 @@ async fn a_connection_lost_in_the_middle_leaves_the_outcome_open() {
 #[tokio::test]
 async fn a_statement_that_takes_too_long_is_given_up() {
     let database = Database::new().await;
-    let app = App::new(&database.api(Duration::from_millis(200), Waker::new()));
+    let app = App::new(&database.api(Duration::from_secs(2), Waker::new()));
     app.create("/person", PERSON).await;
     let before = database.rows().await;
     let holder = lock(&database).await;

@@ -183,12 +183,12 @@ async fn killed_interrupted_and_continued() {
         let sql = "SELECT count(*) FROM outbox.event WHERE type = 'person.baseline'";
         sqlx::query_scalar(sql).fetch_one(&database.admin).await.unwrap()
     };
-    let mut killed = republish(&database, "--all --rate 100").spawn().unwrap();
+    let mut killed = republish(&database, "--all --rate 40").spawn().unwrap();
     until("it has begun", async || done().await > 20).await;
     let mut shown = said(&database, "--all", "").await;
     killed.kill().await.unwrap();
 
-    let mut program = republish(&database, "--all --rate 100");
+    let mut program = republish(&database, "--all --rate 40");
     let program = program.stdout(Stdio::piped());
     let before = done().await;
     // The server notices the end of a connection a little later than everybody else.

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// What must not be waited for ends sooner, or the test fails.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = devstack::testing::DEADLINE;
 
 /// The id of the person that a tag names.
 fn id(tag: &str) -> &str {

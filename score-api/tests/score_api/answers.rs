@@ -67,29 +67,47 @@ async fn readers_who_come_together_get_each_their_own() {
         database.person(cpf, u32::try_from(cpf).unwrap(), 1, cpf, "1").await;
     }
     let program = Program::ready(&database.url()).await;
-    let mut lock = database.admin.begin().await.unwrap();
-    sqlx::query("LOCK TABLE score.person").execute(&mut *lock).await.unwrap();
     // Each twice, and twenty that nobody knows.
     let cpfs: Vec<i64> = (1..=70).chain(1..=50).collect();
-    let asked: Vec<_> = cpfs.iter().map(|cpf| program.asks(format!("/{cpf}/score"))).collect();
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let waiting: i64 = sqlx::query_scalar(
-        "SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND wait_event_type = 'Lock'",
-    )
-    .bind(&database.role)
-    .fetch_one(&mut *lock)
-    .await
-    .unwrap();
-    lock.rollback().await.unwrap();
-    for (cpf, answer) in cpfs.into_iter().zip(asked) {
-        let answer = answer.await.unwrap();
+    let mut answers = Vec::new();
+    for attempt in 1.. {
+        let mut lock = database.admin.begin().await.unwrap();
+        sqlx::query("LOCK TABLE score.person").execute(&mut *lock).await.unwrap();
+        let asked: Vec<_> = cpfs.iter().map(|cpf| program.asks(format!("/{cpf}/score"))).collect();
+        // For as long as it takes the others to come.
+        let (mut waited, mut looks) = (0, 0);
+        while looks < 30 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            // A transaction sees the sessions as they were when it first looked.
+            sqlx::query("SELECT pg_stat_clear_snapshot()").execute(&mut *lock).await.unwrap();
+            let waiting: i64 = sqlx::query_scalar(
+                "SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND wait_event_type = 'Lock'",
+            )
+            .bind(&database.role)
+            .fetch_one(&mut *lock)
+            .await
+            .unwrap();
+            assert!(waiting <= 1, "{waiting} statements wait");
+            waited += waiting;
+            looks += i64::from(waited > 0);
+        }
+        lock.rollback().await.unwrap();
+        for asked in asked {
+            answers.push(asked.await.unwrap());
+        }
+        // The program gives a statement one second, which is over on a busy machine before the lock is.
+        if attempt == 20 || answers.iter().all(|answer| answer.status != 503) {
+            break;
+        }
+        answers.clear();
+    }
+    for (cpf, answer) in cpfs.into_iter().zip(answers) {
         if cpf > 50 {
             assert_eq!(answer.status, 404, "{answer}");
         } else {
             assert!(answer.body.contains(&format!("\"version\":{cpf},")), "{answer}");
         }
     }
-    assert_eq!(waiting, 1);
 }
 
 #[tokio::test]

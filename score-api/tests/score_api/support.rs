@@ -7,6 +7,7 @@ use reqwest::{
     Method, StatusCode,
     header::{HeaderMap, HeaderName, HeaderValue},
 };
+use rustix::process::{Pid, Signal};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgConnectOptions};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
@@ -15,7 +16,7 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
-pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
+pub(crate) use devstack::testing::DEADLINE;
 
 /// A database with the schemas `score` and `inbox`, and a role that has what the API is granted and no more.
 pub(crate) struct Database {
@@ -288,9 +289,9 @@ impl Program {
         (std::fs::read_dir(format!("{proc}/fd")).unwrap().count(), memory)
     }
 
-    pub(crate) async fn signal(&self) {
-        let pid = self.child.id().unwrap().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
+    pub(crate) fn signal(&self) {
+        let pid = self.child.id().unwrap().try_into().unwrap();
+        rustix::process::kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
     }
 
     /// The lines of one that has ended.
@@ -398,8 +399,9 @@ pub(crate) struct Wire {
 impl Wire {
     pub(crate) async fn to(database: &Database) -> Self {
         let to = format!("{}:{}", database.options.get_host(), database.options.get_port());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        // None of those that the system gives to outgoing connections: it is to be had again after a cut.
+        let address = SocketAddr::from(([127, 0, 0, 1], devstack::ports::free()));
+        let listener = TcpListener::bind(address).await.unwrap();
         let task = tokio::spawn(forward(listener, to.clone()));
         Self { address, to, task }
     }

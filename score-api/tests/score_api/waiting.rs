@@ -253,7 +253,7 @@ async fn sigterm_answers_those_who_wait() {
     let mut program = Program::ready_with(&database.url(), &settings).await;
     let waiting = program.asks(read(1, 1, "50s"));
     program.until_waiting(1).await;
-    program.signal().await;
+    program.signal();
     insta::assert_snapshot!(waiting.await.unwrap(), @r#"
     > GET /1/score?after=0198c0de-0000-7000-8000-000000000001.1&wait=50s
     503

@@ -168,7 +168,7 @@ impl Field {
 
     /// One that has its read model elsewhere.
     pub(crate) fn start_at(&self, database: &str, failpoint: &str) -> Program {
-        let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let listen = format!("127.0.0.1:{}", devstack::ports::free());
         let process = Command::new(PROGRAM)
             .args(["run", "--listen", &listen])
             .env("DATABASE_URL", database)

@@ -176,7 +176,7 @@ async fn sigkill_loses_and_doubles_nothing() {
     };
     for _ in 0..4 {
         let before = published().await;
-        let program = stack.start().await;
+        let program = stack.start_slow().await;
         // In the middle of the batches that follow the first one.
         until("it has begun", async || published().await > before).await;
         drop(program);

@@ -428,7 +428,14 @@ async fn what_a_killed_swap_leaves_notes_nothing() {
         .execute(&stack.pool)
         .await
         .unwrap();
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut swap).await.unwrap();
     swap.close().await.unwrap();
+    // Its lock lasts as long as the server's process.
+    until("the session is gone", async || {
+        let gone = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)";
+        sqlx::query_scalar(gone).bind(pid).fetch_one(&stack.pool).await.unwrap()
+    })
+    .await;
     stack.publish("asset.new", p, 5, &item(id(105), p, 1, "20")).await;
     stack.until_version(p, 5).await;
     assert!(noted().await.is_empty());

@@ -24,7 +24,7 @@ const PERSONS: u128 = 8;
 async fn score_api(stack: &Stack) -> (Program, String) {
     let program = Path::new(PROGRAM).with_file_name("score-api");
     assert!(program.exists(), "score-api is not built: cargo build -p score-api");
-    let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let listen = format!("127.0.0.1:{}", devstack::ports::free());
     let mut command = Command::new(program);
     command.args(["run", "--listen", &listen]).env("DATABASE_URL", &stack.admin).stderr(Stdio::null());
     let program = Program(command.spawn().unwrap());

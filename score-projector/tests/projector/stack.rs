@@ -88,13 +88,23 @@ impl Stack {
 
     /// Starts the program; it has declared its queue when it is ready.
     pub(crate) async fn start(&self) -> Program {
-        let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        self.start_with("").await
+    }
+
+    /// One that sleeps before each commit, if it has failpoints: it is not done before somebody has looked.
+    pub(crate) async fn start_slow(&self) -> Program {
+        self.start_with("apply=sleep(100)").await
+    }
+
+    async fn start_with(&self, failpoints: &str) -> Program {
+        let listen = format!("127.0.0.1:{}", devstack::ports::free());
         let program = Program(
             Command::new(PROGRAM)
                 .args(["run", "--listen", &listen])
                 .env("DATABASE_URL", &self.database)
                 .env("AMQP_URL", &self.broker)
                 .env("SOURCE", format!("person={PUBLISHER}"))
+                .env("FAILPOINTS", failpoints)
                 .stderr(Stdio::null())
                 .spawn()
                 .unwrap(),

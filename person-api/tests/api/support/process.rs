@@ -15,7 +15,7 @@ use tokio::{
 };
 
 /// How long anything of the program may take before the test fails.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = devstack::testing::DEADLINE;
 
 /// A running `person-api run`.
 pub(crate) struct Program {
@@ -61,7 +61,7 @@ impl Program {
         let mut child = command
             .args(["run", "--listen", "127.0.0.1:0"])
             .args(settings)
-            .env("DRAIN_TIMEOUT", "3s")
+            .env("DRAIN_TIMEOUT", "20s")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

@@ -13,8 +13,9 @@ pub(crate) struct Proxy {
 
 impl Proxy {
     pub(crate) async fn new(target: String) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
+        // None of those that the system gives to outgoing connections: it is to be had again after a cut.
+        let port = devstack::ports::free();
+        let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
         let open = CancellationToken::new();
         let task = Some(tokio::spawn(forward(listener, target.clone(), open.clone())));
         Self { port, target, open, task }
