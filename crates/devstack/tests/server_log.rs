@@ -1,7 +1,7 @@
 //! Nothing personal gets into PostgreSQL's log by a program's role, whatever fails and however much an operator has
 //! the server log.
 
-use std::{net::TcpListener, process::Command};
+use std::process::Command;
 
 use devstack::{binary::find, folder::Folder, postgres::Postgres};
 use sqlx::{Connection, Executor, PgConnection};
@@ -48,7 +48,7 @@ const FAILS: [(&str, &str); 12] = [
 #[tokio::test]
 async fn what_fails_or_is_slow_is_logged_without_what_is_personal() {
     let folder = Folder::temporary().unwrap();
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = devstack::ports::free();
     let mut server = Postgres::new(&folder, port, false).await.unwrap().with(SETTINGS);
     server.start().await.unwrap();
     let url = format!("{}/postgres", server.url());

@@ -79,7 +79,7 @@ impl Apis {
         let localhost = "127.0.0.1:0".parse().unwrap();
         let client = reqwest::Client::builder()
             .no_proxy()
-            .timeout(Duration::from_secs(10))
+            .timeout(Duration::from_secs(30))
             .resolve("person.localhost", localhost)
             .resolve("score.localhost", localhost);
         Self {
