@@ -14,7 +14,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devstack::{folder::Folder, ports, postgres::Postgres, testing::Roles};
+use devstack::{
+    folder::Folder,
+    ports,
+    postgres::Postgres,
+    testing::{DEADLINE, Roles},
+};
 use outbox_relay::{
     event::Event,
     reader::{Budget, READ},
@@ -210,7 +215,7 @@ impl Relay {
         self.delivered.iter().map(|e| e.id).collect()
     }
 
-    /// Reads on until `done`, at most for half a minute.
+    /// Reads on until `done`, at most for [`DEADLINE`].
     async fn until(
         &mut self,
         server: &Server,
@@ -218,11 +223,11 @@ impl Relay {
         what: &str,
         done: impl AsyncFn(&Self) -> bool,
     ) {
-        let end = Instant::now() + Duration::from_secs(30);
+        let end = Instant::now() + DEADLINE;
         while !done(self).await {
             assert!(
                 Instant::now() < end,
-                "{what}: not within 30 s; open: {:?}",
+                "{what}: not within {DEADLINE:?}; open: {:?}",
                 self.leader.as_ref().map(|l| l.positions().open(50))
             );
             for _ in 0..20 {
@@ -367,7 +372,7 @@ async fn too_many_gaps_stop_the_reading_visibly_and_not_for_ever() {
     assert_eq!(more(&mut leader).await, stalled_at, "it reads on");
 
     holder.execute("COMMIT").await.unwrap();
-    let end = Instant::now() + Duration::from_secs(30);
+    let end = Instant::now() + DEADLINE;
     while more(&mut leader).await < 12_000 {
         assert!(Instant::now() < end, "the reading does not go on");
     }

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 pub use self::{
     document::Document,
-    wait::{DEADLINE, client, eventually, until},
+    wait::{DEADLINE, client, eventually, is_progress, until},
 };
 use crate::{servers::Servers, users};
 

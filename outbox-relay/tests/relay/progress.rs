@@ -28,11 +28,11 @@ async fn killed_it_goes_on_and_loses_nothing() {
     let mut subscriber = stack.subscribe("#").await;
     stack.append(0..5_000, 100, &["person.new"]).await;
     for seen in [500, 1_500, 3_000] {
-        let relay = Relay::start(&mut stack.command("run")).await;
+        let relay = Relay::start(stack.command("run").env("LEASE", "1m")).await;
         subscriber.until(|messages| messages.last().is_some_and(|m| m.number() >= seen)).await;
         relay.kill().await;
     }
-    let _relay = Relay::ready(&mut stack.command("run")).await;
+    let _relay = Relay::ready(stack.command("run").env("LEASE", "1m")).await;
     subscriber.complete(5_000).await;
     stack.settled("default", 5_000).await;
     insta::assert_snapshot!(

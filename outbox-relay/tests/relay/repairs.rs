@@ -1,8 +1,6 @@
 //! What `doctor` and the relay print as a repair is run as it stands, on an outbox that was used, and cures what it is
 //! printed for.
 
-use std::time::Duration;
-
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
@@ -240,7 +238,9 @@ async fn who_is_in_the_way_is_ended() {
     // The server would end the session of a leader that says nothing for its lease.
     let stopped = Relay::ready(used.stack.command("run").env("LEASE", "1m")).await;
     stopped.signal("STOP").await;
-    let leader = long("the leader is silent for long", async || {
+    let leader = eventually("the leader is silent for long", async || {
+        // As if that time had passed.
+        used.run("UPDATE outbox.relay SET heartbeat_at = heartbeat_at - interval '1 minute'").await;
         let advice = used.advice("relay default, leader").await?;
         advice.find("SELECT pg_terminate_backend").map(|at| advice[at..].to_owned())
     })
@@ -257,25 +257,23 @@ async fn who_is_in_the_way_is_ended() {
         let at = advice.find("run: ")? + 5;
         Some(advice[at..].to_owned())
     };
-    let first = long("a transaction is open for long", lock).await;
+    // They were begun a minute earlier than they were.
+    used.run(
+        "DO $$ BEGIN
+             EXECUTE format('CREATE OR REPLACE VIEW outbox.lock_holder AS
+                             SELECT virtual_transaction, pid, application_name, state, gid,
+                                    since - interval ''1 minute'' AS since, idle_since FROM (%s) AS real',
+                            rtrim(pg_get_viewdef('outbox.lock_holder'::regclass), ';'));
+         END $$",
+    )
+    .await;
+    let first = eventually("a transaction is open for long", lock).await;
     assert!(first.starts_with("ROLLBACK PREPARED"), "{first}");
     used.run(&first).await;
-    let second = long("the other one is open for long", lock).await;
+    let second = eventually("the other one is open for long", lock).await;
     assert!(second.starts_with("SELECT pg_terminate_backend("), "{second}");
     used.run(&second).await;
     eventually("nobody is in the way", async || used.advice("outbox lock").await.is_none().then_some(()))
         .await;
     drop(open);
-}
-
-/// Waits for what takes a minute by definition.
-async fn long<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
-    let end = std::time::Instant::now() + Duration::from_mins(3);
-    loop {
-        if let Some(answer) = ask().await {
-            return answer;
-        }
-        assert!(std::time::Instant::now() < end, "this never happened: {what}");
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
 }

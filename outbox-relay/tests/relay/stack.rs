@@ -8,7 +8,7 @@ use std::{
 
 use devstack::{
     ports,
-    testing::{self, DEADLINE, Place, client},
+    testing::{self, DEADLINE, Place, client, is_progress},
 };
 use futures_util::StreamExt;
 use lapin::{
@@ -309,14 +309,6 @@ pub(crate) async fn output(program: &mut Command) -> String {
         .filter(|part| !part.is_empty())
         .collect::<Vec<_>>()
         .join("\n")
-}
-
-/// Whether a line is what a command says while it works: on a slow machine there are some.
-fn is_progress(line: &str) -> bool {
-    line.rsplit_once(": ").is_some_and(|(_, rest)| {
-        let ends = [" s", " min", " left"].iter().any(|end| rest.ends_with(end));
-        ends && rest.starts_with(|c: char| c == '[' || c.is_ascii_digit())
-    })
 }
 
 /// A relay that runs; killed when dropped.

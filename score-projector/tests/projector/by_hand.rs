@@ -14,7 +14,7 @@ fn told(output: &Output) -> String {
         .unwrap()
         .lines()
         // The log's lines are JSON.
-        .filter(|line| !line.starts_with('{'))
+        .filter(|line| !line.starts_with('{') && !devstack::testing::is_progress(line))
         .collect();
     format!("{code}\n{}{}", String::from_utf8_lossy(out), err.join("\n"))
 }

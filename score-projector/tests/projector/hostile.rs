@@ -11,7 +11,7 @@ const HOSTILE: &str = "x\nscore: nothing is held\u{1b}[31m\u{202e}$(touch forged
 fn said(stack: &Stack, arguments: &[&str]) -> String {
     let mut command = Command::new(PROGRAM);
     let output = command.args(arguments).env("DATABASE_URL", &stack.database).output().unwrap();
-    let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+    let said = crate::stack::said(output);
     let moves = |c: char| {
         c.is_control() && c != '\n' || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };

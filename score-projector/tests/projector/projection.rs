@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use events::ItemKind;
 
-use crate::stack::{DEADLINE, Stack, command, id, item, person, until};
+use crate::stack::{DEADLINE, Stack, command, id, item, person, said, until};
 
 #[tokio::test]
 async fn the_samples_give_4970() {
@@ -25,8 +25,7 @@ async fn the_samples_give_4970() {
     insta::assert_snapshot!(stack.state().await);
     let digest = |arguments: &str| {
         let arguments: Vec<&str> = arguments.split_whitespace().collect();
-        let output = command(&arguments, &stack.database);
-        let said = [output.stdout, output.stderr].map(|said| String::from_utf8(said).unwrap()).concat();
+        let said = said(command(&arguments, &stack.database));
         format!("## {}\n{said}", arguments.join(" "))
     };
     insta::assert_snapshot!(

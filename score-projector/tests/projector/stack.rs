@@ -7,7 +7,7 @@ use std::{
 };
 
 use devstack::{
-    testing::{Place, Roles},
+    testing::{Place, Roles, is_progress},
     users::Rights,
 };
 use lapin::{
@@ -57,6 +57,13 @@ impl Drop for Program {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// What a command said, but for how far it was: on a slow machine there is something of that.
+pub(crate) fn said(output: std::process::Output) -> String {
+    let [mut said, error] = [output.stdout, output.stderr].map(|said| String::from_utf8(said).unwrap());
+    said.extend(error.split_inclusive('\n').filter(|line| !is_progress(line.trim_end())));
+    said
 }
 
 /// Runs a command of the program to its end.
@@ -200,9 +207,7 @@ impl Stack {
         let mut command = Command::new(PROGRAM);
         command.args(arguments).env("DATABASE_URL", &self.admin).env("AMQP_URL", &self.broker);
         let output = command.env("RUST_LOG", "off").output().unwrap();
-        let mut said = String::from_utf8(output.stdout).unwrap();
-        said += &String::from_utf8(output.stderr).unwrap();
-        (output.status.code().unwrap(), said)
+        (output.status.code().unwrap(), said(output))
     }
 
     /// The virtual host's queues.

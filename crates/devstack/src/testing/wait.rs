@@ -48,6 +48,14 @@ pub fn client() -> reqwest::Client {
     reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(20)).build().expect("the build has TLS")
 }
 
+/// Whether a line is what a command says while it works: on a slow machine there are some.
+pub fn is_progress(line: &str) -> bool {
+    line.rsplit_once(": ").is_some_and(|(_, rest)| {
+        let ends = [" s", " min", " left"].iter().any(|end| rest.ends_with(end));
+        ends && rest.starts_with(|c: char| c == '[' || c.is_ascii_digit())
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
