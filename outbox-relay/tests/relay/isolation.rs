@@ -187,14 +187,16 @@ async fn a_full_queue_stops_no_other_subscriber() {
 #[tokio::test]
 async fn a_burst_that_nobody_takes_stops_nobody() {
     let stack = Stack::new("relay_burst").await;
-    for (name, settings) in [("default", vec![]), ("small", vec![("MAX_EVENTS", "100"), ("LANES", "1")])] {
+    let small = vec![("MAX_EVENTS", "100"), ("LANES", "1")];
+    for (name, events, settings) in [("default", 10_000, vec![]), ("small", 1_000, small)] {
         let mut incomes = stack.subscribe(&format!("{name}.income")).await;
         sqlx::query(
             "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-             SELECT 'audit', $1 || n % 5000, n / 5000 + 1, $1 || '.seen', json_build_object('n', n)
-             FROM generate_series(0, 9999) n ORDER BY n",
+             SELECT 'audit', $1 || n % ($2 / 2), n / ($2 / 2) + 1, $1 || '.seen', json_build_object('n', n)
+             FROM generate_series(0, $2 - 1) n ORDER BY n",
         )
         .bind(name)
+        .bind(i32::try_from(events).unwrap())
         .execute(&stack.writer)
         .await
         .unwrap();
@@ -210,7 +212,7 @@ async fn a_burst_that_nobody_takes_stops_nobody() {
         let mut seen = stack.consume(&format!("{name}.seen")).await;
         // Those of which it was certain were set aside, and let later ones of their aggregates go on.
         let all = |messages: &[Message]| messages.iter().map(Message::number).collect::<HashSet<_>>().len();
-        seen.until(|messages| messages.len() >= 10_000 && all(messages) == 10_000).await;
+        seen.until(|messages| messages.len() >= events && all(messages) == events).await;
         eventually("nothing is left", async || rows(&stack).await.is_empty().then_some(())).await;
         assert!(relay.terminate().await.success());
     }
