@@ -3,11 +3,9 @@
 use std::{fs, time::Duration};
 
 use anyhow::{Context, ensure};
-use rustix::process::Signal;
 use sqlx::PgConnection;
 
 use super::testbed::Testbed;
-use devstack::process::Launch;
 
 /// The statement with `text` in it that a program has sent last, as the server got it: so that pgbench
 /// repeats what the program does, and not what somebody once copied from it.
@@ -36,10 +34,10 @@ pub(crate) async fn run(
     let file = home.join("script.sql");
     fs::write(&file, script)?;
     let log = folder.log("pgbench")?;
-    let (program, port) = (postgres.program("pgbench")?, postgres.port());
+    let port = postgres.port();
     let seconds = length.as_secs().max(1);
-    let launch = Launch::new("pgbench", &program, None, Signal::KILL, folder.mark(), log.clone());
-    launch
+    postgres
+        .client("pgbench", log.clone())
         .env("PGPASSWORD", &folder.secrets().postgres)
         .args(["--no-vacuum", "--protocol=prepared", "--jobs=2", "--host=127.0.0.1"])
         .args([format!("--client={clients}"), format!("--time={seconds}"), format!("--username={role}")])

@@ -18,6 +18,7 @@ pub mod process;
 pub mod program;
 pub mod rabbitmq;
 pub mod reaper;
+pub mod release;
 pub mod roles;
 pub mod servers;
 pub mod shutdown;

@@ -16,16 +16,17 @@ use crate::{
     folder::{Folder, write_private},
     log::Log,
     process::{Launch, Process, User},
+    release::Programs,
     tls::Certificate,
 };
 
-/// The oldest release that the schemas work on: `int8multirange` came with it.
-const OLDEST: u32 = 14;
+/// The oldest release that the schemas work on: views with `security_invoker` came with it.
+const OLDEST: u32 = 15;
 
 /// A server that listens on 127.0.0.1 alone, with its data in a stack's folder.
 #[derive(Debug)]
 pub struct Postgres {
-    bin: PathBuf,
+    programs: Programs,
     data: PathBuf,
     user: Option<User>,
     port: u16,
@@ -35,6 +36,7 @@ pub struct Postgres {
     mark: String,
     log: Log,
     process: Option<Process>,
+    version: String,
 }
 
 impl Postgres {
@@ -53,7 +55,7 @@ impl Postgres {
         let data = home.join("data");
         let user = user(folder.path(), &home)?;
         let postgres = Self {
-            bin: find(&data)?,
+            programs: find(&data)?,
             data,
             user,
             port,
@@ -63,6 +65,7 @@ impl Postgres {
             mark: folder.mark().to_owned(),
             log: folder.log(name)?,
             process: None,
+            version: String::new(),
         };
         Ok((postgres, home))
     }
@@ -72,6 +75,17 @@ impl Postgres {
     pub fn with(mut self, settings: &'static [&'static str]) -> Self {
         self.settings = settings;
         self
+    }
+
+    /// Starts it with the programs of this release (`18`) from the next start on.
+    pub fn set_release(&mut self, release: &str) -> anyhow::Result<()> {
+        self.programs = Programs::of("postgres", release)?;
+        Ok(())
+    }
+
+    /// What it calls its version, once it was started.
+    pub fn version(&self) -> &str {
+        &self.version
     }
 
     /// Starts it with these settings from the next start on, instead of those of before.
@@ -84,7 +98,7 @@ impl Postgres {
         let (standby, _) = Self::place(folder, "standby", port, self.durable)?;
         // `--write-recovery-conf` stores the connection, password and all, in the copy.
         standby
-            .launch(standby.program("pg_basebackup")?)
+            .launch("pg_basebackup")
             .env("PGPASSWORD", &self.password)
             .env("PGHOST", "127.0.0.1")
             .env("PGPORT", self.port.to_string())
@@ -123,17 +137,12 @@ impl Postgres {
         Ok(())
     }
 
-    /// Runs `program`, of the server's folder if it is a name alone.
-    fn launch(&self, program: impl AsRef<Path>) -> Launch {
+    /// Runs the server's program `name`.
+    fn launch(&self, name: &str) -> Launch {
         // SIGQUIT: when this process is killed, the server ends at once and takes its sessions along.
-        Launch::new(
-            "PostgreSQL",
-            &self.bin.join(program.as_ref()),
-            self.user,
-            Signal::QUIT,
-            &self.mark,
-            self.log.clone(),
-        )
+        let file = self.programs.file(name);
+        Launch::new("PostgreSQL", &file, self.user, Signal::QUIT, &self.mark, self.log.clone())
+            .inside(self.programs.system())
     }
 
     /// Starts it and waits until it answers.
@@ -162,7 +171,10 @@ impl Postgres {
             let url = format!("postgres://postgres:{}@127.0.0.1:{}/postgres", self.password, self.port);
             let attempt = tokio::time::timeout(Duration::from_secs(5), PgConnection::connect(&url)).await;
             let reason = match attempt {
-                Ok(Ok(conn)) => return Ok(conn.close().await?),
+                Ok(Ok(mut conn)) => {
+                    self.version = sqlx::query_scalar("SHOW server_version").fetch_one(&mut conn).await?;
+                    return Ok(conn.close().await?);
+                }
                 Ok(Err(error)) => error.to_string(),
                 Err(_) => "it does not answer".to_owned(),
             };
@@ -243,8 +255,7 @@ impl Postgres {
 
     /// Runs a client program that comes with it (`pg_dump`) to its end, at most a minute, as the superuser.
     pub async fn tool(&self, name: &str, args: &[&str]) -> anyhow::Result<()> {
-        let file = self.program(name)?;
-        Launch::new(name, &file, None, Signal::KILL, &self.mark, self.log.clone())
+        self.client(name, self.log.clone())
             .env("PGPASSWORD", &self.password)
             .env("PGHOST", "127.0.0.1")
             .env("PGPORT", self.port.to_string())
@@ -254,12 +265,10 @@ impl Postgres {
             .await
     }
 
-    /// A program that comes with it. The server may be a link from elsewhere.
-    pub fn program(&self, name: &str) -> anyhow::Result<PathBuf> {
-        let postgres = self.bin.join("postgres");
-        let postgres =
-            postgres.canonicalize().with_context(|| format!("{} is not there", postgres.display()))?;
-        Ok(postgres.with_file_name(name))
+    /// A client program that comes with it, ready to be run.
+    pub fn client(&self, name: &str, log: Log) -> Launch {
+        let file = self.programs.file(name);
+        Launch::new(name, &file, None, Signal::KILL, &self.mark, log).inside(self.programs.system())
     }
 
     /// The URL of `role`, without a database.
@@ -355,19 +364,25 @@ fn account(accounts: &str, name: &str) -> Option<(u32, u32)> {
     Some((found.get(2)?.parse().ok()?, found.get(3)?.parse().ok()?))
 }
 
-/// The folder with `initdb` and `postgres`: `PG_BIN`, or the newest of the usual places. When there is
-/// data already, the release that made it.
-fn find(data: &Path) -> anyhow::Result<PathBuf> {
+/// The programs of the release that `DEVSTACK_POSTGRES` names, or those in `PG_BIN`, or the newest of the usual places.
+/// When there is data already, of the release that made it.
+fn find(data: &Path) -> anyhow::Result<Programs> {
     let made_by = fs::read_to_string(data.join("PG_VERSION")).ok().and_then(|text| text.trim().parse().ok());
-    let mut found: Vec<(u32, PathBuf)> =
-        candidates().into_iter().filter_map(|bin| Some((release(&bin)?, bin))).collect();
-    found.sort();
+    let found = match Programs::postgres()? {
+        Some(programs) => vec![programs],
+        None => candidates().into_iter().map(Programs::here).collect(),
+    };
+    let mut found: Vec<(u32, Programs)> =
+        found.into_iter().filter_map(|programs| Some((release(&programs)?, programs))).collect();
+    found.sort_by(|(one, _), (other, _)| one.cmp(other));
     let fits = |release: u32| made_by.map_or(release >= OLDEST, |made_by: u32| made_by == release);
-    if let Some((_, bin)) = found.iter().rev().find(|(release, _)| fits(*release)) {
-        return Ok(bin.clone());
+    if let Some((_, programs)) = found.iter().rev().find(|(release, _)| fits(*release)) {
+        return Ok(programs.clone());
     }
-    let found: Vec<_> =
-        found.iter().map(|(release, bin)| format!("{release} in {}", bin.display())).collect();
+    let found: Vec<_> = found
+        .iter()
+        .map(|(release, programs)| format!("{release} in {}", programs.folder().display()))
+        .collect();
     let found = if found.is_empty() { "none".to_owned() } else { found.join(", ") };
     match made_by {
         Some(made_by) => bail!(
@@ -397,14 +412,10 @@ fn candidates() -> Vec<PathBuf> {
     std::env::split_paths(&path).chain(places).collect()
 }
 
-/// The major release of the server in `bin`, if there is one.
-fn release(bin: &Path) -> Option<u32> {
-    if !bin.join("initdb").is_file() {
-        return None;
-    }
+/// The major release of the server, if there is one.
+fn release(programs: &Programs) -> Option<u32> {
     // `postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)`
-    let output = std::process::Command::new(bin.join("postgres")).arg("--version").output().ok()?;
-    let text = String::from_utf8(output.stdout).ok()?;
-    let digits: String = text.split_once(") ")?.1.chars().take_while(char::is_ascii_digit).collect();
+    let output = programs.output("initdb", "--version")?;
+    let digits: String = output.split_once(") ")?.1.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().ok()
 }

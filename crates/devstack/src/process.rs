@@ -4,7 +4,7 @@ use std::{
     ffi::OsStr,
     fs::File,
     os::unix::process::CommandExt,
-    path::Path,
+    path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     sync::{OnceLock, mpsc},
     time::Duration,
@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     log::Log,
     proc::{self, MARK},
+    release,
 };
 
 /// Another user, by number, for a program that refuses to run as root.
@@ -39,6 +40,7 @@ pub struct Launch {
     command: std::process::Command,
     log: Log,
     orphaned: Signal,
+    system: Option<PathBuf>,
 }
 
 impl Launch {
@@ -68,7 +70,14 @@ impl Launch {
         });
         // Another user could not stay in the folder that this process was started in.
         command.envs(passed).env(MARK, mark).current_dir("/");
-        Self { name: name.to_owned(), command, log, orphaned }
+        Self { name: name.to_owned(), command, log, orphaned, system: None }
+    }
+
+    /// Takes the program, and all libraries, from another Debian's system, if there is one.
+    #[must_use]
+    pub fn inside(mut self, system: Option<&Path>) -> Self {
+        self.system = system.map(Path::to_owned);
+        self
     }
 
     /// Adds arguments. Secrets belong into [`env`](Self::env): everybody may read a command line.
@@ -87,12 +96,16 @@ impl Launch {
 
     /// Starts it in a process group of its own, so that the terminal's Ctrl-C reaches only its parent,
     /// which ends it in the right order.
-    pub async fn spawn(mut self) -> anyhow::Result<Process> {
+    pub async fn spawn(self) -> anyhow::Result<Process> {
         let log = File::options().create(true).append(true).open(self.log.path());
         let log = log.with_context(|| format!("cannot write {}", self.log.path().display()))?;
         let begin = log.metadata()?.len();
-        self.command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
-        let child = spawn_lasting(self.command).await.map_err(|error| {
+        let mut command = match &self.system {
+            Some(system) => within(system, &self.command),
+            None => self.command,
+        };
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
+        let child = spawn_lasting(command).await.map_err(|error| {
             if error.kind() == std::io::ErrorKind::NotFound {
                 anyhow!("setpriv is not there; it is part of util-linux 2.33 or later")
             } else {
@@ -213,6 +226,16 @@ impl Drop for Process {
             self.resume();
         }
     }
+}
+
+/// The command inside a system.
+fn within(system: &Path, command: &std::process::Command) -> std::process::Command {
+    let mut words = release::inside(system).into_iter();
+    let mut outer = std::process::Command::new(words.next().unwrap_or_default());
+    outer.args(words).arg(command.get_program()).args(command.get_args());
+    outer.env_clear().envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    outer.current_dir("/");
+    outer
 }
 
 /// Spawns from a thread that lives as long as this process: the kernel sends the signal of a parent's

@@ -17,6 +17,7 @@ use crate::{
     ports,
     process::{Launch, Process},
     program::client,
+    release::Programs,
     tls::Certificate,
 };
 
@@ -30,8 +31,7 @@ pub const USER: &str = "devstack";
 /// its home and its epmd in a stack's folder.
 #[derive(Debug)]
 pub struct RabbitMq {
-    server: PathBuf,
-    epmd_program: PathBuf,
+    programs: Programs,
     node: String,
     home: PathBuf,
     ports: Ports,
@@ -41,6 +41,7 @@ pub struct RabbitMq {
     epmd_log: Log,
     process: Option<Process>,
     epmd: Option<Process>,
+    version: String,
 }
 
 /// Where a node listens.
@@ -109,8 +110,7 @@ impl RabbitMq {
             write_private(&cookie, &folder.secrets().cookie)?;
         }
         Ok(Self {
-            server: find()?,
-            epmd_program: find_epmd()?,
+            programs: find()?,
             node: node.to_owned(),
             home,
             ports,
@@ -120,6 +120,7 @@ impl RabbitMq {
             epmd_log: folder.log(&format!("{part}-epmd"))?,
             process: None,
             epmd: None,
+            version: String::new(),
         })
     }
 
@@ -153,11 +154,22 @@ impl RabbitMq {
         self.control(&["eval", &format!("application:set_env(rabbit, max_message_size, {bytes}).")]).await
     }
 
+    /// Starts it with the programs of this release (`4.3`) from the next start on.
+    pub fn set_release(&mut self, release: &str) -> anyhow::Result<()> {
+        self.programs = Programs::of("rabbitmq", release)?;
+        Ok(())
+    }
+
+    /// What it calls its version, once it was started.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
     /// Starts it and waits until it answers.
     pub async fn start(&mut self) -> anyhow::Result<()> {
         ensure!(self.process.is_none(), "RabbitMQ runs already");
         self.start_epmd().await?;
-        let launch = self.launch("RabbitMQ", &self.server, self.log.clone());
+        let launch = self.launch("RabbitMQ", &self.programs.file("rabbitmq-server"), self.log.clone());
         self.process = Some(launch.spawn().await?);
         self.ready().await
     }
@@ -169,7 +181,13 @@ impl RabbitMq {
         loop {
             process.check()?;
             let ports = self.ports;
-            let Err(reason) = answers(ports, &self.password).await else { return Ok(()) };
+            let reason = match answers(ports, &self.password).await {
+                Ok(version) => {
+                    self.version = version;
+                    return Ok(());
+                }
+                Err(reason) => reason,
+            };
             if tokio::time::Instant::now() > end {
                 bail!("RabbitMQ is not ready after 3 minutes: {reason}{}", process.last_words());
             }
@@ -182,7 +200,7 @@ impl RabbitMq {
         if TcpStream::connect(("127.0.0.1", self.ports.epmd)).await.is_ok() {
             return Ok(());
         }
-        let launch = self.launch("epmd", &self.epmd_program, self.epmd_log.clone());
+        let launch = self.launch("epmd", &find_epmd(&self.programs)?, self.epmd_log.clone());
         let epmd = self.epmd.insert(launch.spawn().await?);
         let end = tokio::time::Instant::now() + Duration::from_secs(10);
         while let Err(error) = TcpStream::connect(("127.0.0.1", self.ports.epmd)).await {
@@ -198,6 +216,7 @@ impl RabbitMq {
         let path = |name: &str| self.home.join(name);
         let node = self.node();
         Launch::new(name, program, None, Signal::KILL, &self.mark, log)
+            .inside(self.programs.system())
             .env("HOME", &self.home)
             .env("ERL_EPMD_PORT", epmd.to_string())
             .env("ERL_EPMD_ADDRESS", "127.0.0.1")
@@ -274,13 +293,13 @@ impl RabbitMq {
 
     /// Runs `rabbitmqctl` with `args` against the node.
     pub async fn control(&self, args: &[&str]) -> anyhow::Result<()> {
-        let program = self.server.with_file_name("rabbitmqctl");
+        let program = self.programs.file("rabbitmqctl");
         self.launch("rabbitmqctl", &program, self.log.beside("rabbitmqctl")).args(args).run().await
     }
 
     /// Runs a script that calls `rabbitmqctl`, with `args`, and with `input` as its standard input.
     pub async fn script(&self, script: &Path, args: &[&str], input: &Path) -> anyhow::Result<()> {
-        let folders = self.server.parent().map(Path::to_owned).into_iter().chain(path());
+        let folders = [self.programs.folder().to_owned()].into_iter().chain(path());
         self.launch("a script", Path::new("bash"), self.log.beside("script"))
             .env("PATH", std::env::join_paths(folders)?)
             .args(["-c", "input=$1; shift; exec \"$@\" < \"$input\"", "-"])
@@ -313,30 +332,39 @@ impl RabbitMq {
     }
 }
 
-/// Whether the management API lets the administrator in, and AMQP is open: it opens last.
-async fn answers(ports: Ports, password: &str) -> anyhow::Result<()> {
+/// Its version, once the management API lets the administrator in, and AMQP is open: it opens last.
+async fn answers(ports: Ports, password: &str) -> anyhow::Result<String> {
     let url = format!("http://127.0.0.1:{}/api/overview", ports.management);
     let answer = client()?.get(url).basic_auth(USER, Some(password)).send().await;
-    let status = answer.map_err(|_| anyhow::anyhow!("its management API does not answer"))?.status();
+    let answer = answer.map_err(|_| anyhow::anyhow!("its management API does not answer"))?;
+    let status = answer.status();
     ensure!(status.is_success(), "its management API answers {status}");
+    let overview: serde_json::Value = answer.json().await.context("its management API answers no JSON")?;
     TcpStream::connect(("127.0.0.1", ports.amqp)).await.context("its AMQP port is closed")?;
-    Ok(())
+    Ok(overview["rabbitmq_version"].as_str().unwrap_or("?").to_owned())
 }
 
-/// The script that becomes the node: in `RABBITMQ_BIN`, or in one of the usual places. Debian's wrapper
-/// in `/usr/sbin` insists on the user `rabbitmq`, so it comes last.
-fn find() -> anyhow::Result<PathBuf> {
-    let name = "rabbitmq-server";
+/// The programs of the release that `DEVSTACK_RABBITMQ` names, or those in `RABBITMQ_BIN`, or in one of the usual
+/// places. Debian's wrapper in `/usr/sbin` insists on the user `rabbitmq`, so it comes last.
+fn find() -> anyhow::Result<Programs> {
+    if let Some(programs) = Programs::rabbitmq()? {
+        return Ok(programs);
+    }
     let folders = match std::env::var_os("RABBITMQ_BIN") {
         Some(bin) => vec![PathBuf::from(bin)],
         None => [PathBuf::from("/usr/lib/rabbitmq/bin")].into_iter().chain(path()).collect(),
     };
-    folders.iter().map(|folder| folder.join(name)).find(|file| file.is_file()).context(
+    let folder = folders.into_iter().find(|folder| folder.join("rabbitmq-server").is_file());
+    folder.map(Programs::here).context(
         "RabbitMQ is not there; run crates/devstack/install, or set RABBITMQ_BIN to the folder with rabbitmq-server",
     )
 }
 
-fn find_epmd() -> anyhow::Result<PathBuf> {
+/// Of the same system.
+fn find_epmd(programs: &Programs) -> anyhow::Result<PathBuf> {
+    if programs.system().is_some() {
+        return Ok("/usr/bin/epmd".into());
+    }
     let folders = path().chain([PathBuf::from("/usr/lib/erlang/bin")]);
     folders
         .map(|folder| folder.join("epmd"))

@@ -54,13 +54,15 @@ impl Servers {
             let postgres = Postgres::new(folder, setup.port(5440), setup.durable).await?;
             let mut postgres = postgres.with(setup.settings);
             postgres.start().await?;
-            report(&format!("PostgreSQL answers after {:.1} s", begin.elapsed().as_secs_f32()));
+            let seconds = begin.elapsed().as_secs_f32();
+            report(&format!("PostgreSQL {} answers after {seconds:.1} s", postgres.version()));
             anyhow::Ok(postgres)
         };
         let rabbitmq = async {
             let mut rabbitmq = RabbitMq::new(folder, amqp, management)?;
             rabbitmq.start().await?;
-            report(&format!("RabbitMQ answers after {:.1} s", begin.elapsed().as_secs_f32()));
+            let seconds = begin.elapsed().as_secs_f32();
+            report(&format!("RabbitMQ {} answers after {seconds:.1} s", rabbitmq.version()));
             anyhow::Ok(rabbitmq)
         };
         let (postgres, rabbitmq) = tokio::try_join!(postgres, rabbitmq)?;

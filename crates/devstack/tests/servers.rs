@@ -10,6 +10,7 @@ use std::{
 
 use devstack::{
     folder::{self, Folder},
+    process::Launch,
     servers::{Servers, Setup},
     testing::{AMQP_URL, MANAGEMENT_URL, POSTGRES_URL},
 };
@@ -130,6 +131,63 @@ async fn two_at_once_each_get_their_servers_and_leave_nothing() {
         // Not "in the end": the command has ended, so nothing is left by now.
         assert_eq!((place.processes(), place.files()), (vec![], vec![]));
     }
+}
+
+#[tokio::test]
+async fn a_release_that_does_not_exist_is_refused_with_an_example() {
+    for (setting, value, refused) in [
+        (
+            "DEVSTACK_POSTGRES",
+            "9",
+            "is \"9\", which is none of: 15, 16, 17, 18. Set for example DEVSTACK_POSTGRES=18",
+        ),
+        (
+            "DEVSTACK_RABBITMQ",
+            "4",
+            "is \"4\", which is none of: 3.10, 4.0, 4.3. Set for example DEVSTACK_RABBITMQ=4.3",
+        ),
+    ] {
+        let place = Place::new();
+        let ended = place.run("echo started").env(setting, value).output().await.unwrap();
+        assert!(!ended.status.success());
+        assert_eq!(String::from_utf8_lossy(&ended.stdout), "");
+        let errors = String::from_utf8_lossy(&ended.stderr);
+        assert!(errors.contains(&format!("{setting} {refused}")), "{errors}");
+        // What fetches them says the same.
+        let install = Path::new(env!("CARGO_MANIFEST_DIR")).join("servers");
+        let ended = Command::new(install).env(setting, value).output().await.unwrap();
+        assert!(!ended.status.success());
+        let errors = String::from_utf8_lossy(&ended.stderr);
+        assert!(errors.contains(&format!("{setting} {refused}")), "{errors}");
+        place.empty().await;
+    }
+}
+
+/// This machine's own system takes the part of another one.
+#[tokio::test]
+async fn a_program_of_another_system_is_one_process_with_its_own_usr() {
+    let user = if rustix::process::geteuid().is_root() { "--mount" } else { "--user" };
+    if !Command::new("unshare").args([user, "true"]).status().await.unwrap().success() {
+        eprintln!("this user may not make namespaces: not tested");
+        return;
+    }
+    let folder = Folder::temporary().unwrap();
+    let launch = Launch::new(
+        "sleep",
+        Path::new("/usr/bin/sleep"),
+        None,
+        Signal::KILL,
+        folder.mark(),
+        folder.log("sleep").unwrap(),
+    );
+    let mut process = launch.inside(Some(Path::new("/"))).args(["1000"]).spawn().await.unwrap();
+    let of = |pid: &str, file: &str| fs::read_link(format!("/proc/{pid}/{file}"));
+    let pid = process.pid().to_string();
+    until("sleep runs", || of(&pid, "exe").is_ok_and(|exe| exe.ends_with("sleep"))).await;
+    assert_ne!(of(&pid, "ns/mnt").unwrap(), of("self", "ns/mnt").unwrap());
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    assert!(mounts.lines().any(|line| line.split(' ').nth(4) == Some("/usr")), "{mounts}");
+    assert!(process.stop(Signal::TERM, DEADLINE, &CancellationToken::new()).await, "the signal reached it");
 }
 
 #[tokio::test]
