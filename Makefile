@@ -1,11 +1,14 @@
 # Everything that a developer calls; `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: up demo env test test-faults test-containers test-helm packages test-packages schemathesis bench bench-history chaos help
+.PHONY: up demo env test test-matrix test-faults test-containers test-helm packages test-packages schemathesis bench bench-history chaos help
 
 # `run -- COMMAND` puts private servers around a command and leaves nothing of them. The binary and not
 # `cargo run -p devstack`: for one package alone cargo builds the dependencies again, with fewer features.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 DEVSTACK := $(TARGET)/debug/devstack
+
+# Other servers than this machine's, for every target that starts some: DEVSTACK_POSTGRES=18 DEVSTACK_RABBITMQ=4.3.
+# crates/devstack/releases lists them.
 
 # What users run, and the bench measures: built for release. The bench itself has a profile that is built faster.
 PROGRAMS := person-api outbox-relay score-projector score-api
@@ -24,12 +27,15 @@ env: ## Print the running stack's addresses as export lines for a shell
 	@cargo build --quiet --workspace
 	@exec $(DEVSTACK) env
 
-test test-faults schemathesis: export TMPDIR := $(shell crates/devstack/scratch)
+test test-matrix test-faults schemathesis: export TMPDIR := $(shell crates/devstack/scratch)
 
 test: ## Run all tests but the slow fault suite
 	@crates/devstack/install tests
 	cargo build --workspace
 	exec $(DEVSTACK) run -- cargo test --workspace --no-fail-fast
+
+test-matrix: ## Run all tests on each release of both servers, an hour or more; MATRIX="17/4.0 18/4.3"
+	@exec crates/devstack/matrix
 
 test-faults: ## Run the fault suite: servers stopped and programs killed under load
 	@crates/devstack/install tests
