@@ -33,7 +33,9 @@ WITH schema AS (
     WHERE has_schema_privilege($1, s.oid, p)
     UNION ALL
     SELECT 3, 'table ' || t.name, p
-    FROM relation t, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) p
+    FROM relation t, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']
+                            -- PostgreSQL 17 brought it, and earlier ones refuse the word.
+                            || CASE WHEN current_setting('server_version_num')::int >= 170000 THEN ARRAY['MAINTAIN'] END) p
     WHERE t.kind <> 'S' AND has_table_privilege($1, t.oid, p)
     UNION ALL
     SELECT 3, 'table ' || t.name, format('%s (%s)', p, string_agg(a.attname, ', ' ORDER BY a.attnum))

@@ -639,7 +639,9 @@ async fn the_errors_of_a_chain_are_told_apart() {
     ] {
         told.push(format!("{}: {error}", kind(&error)));
     }
-    let told: Vec<String> = told.into_iter().map(|text| without_ids(&text)).collect();
+    // sqlx shows the line of the server's own source, which each release has elsewhere.
+    let told = told.iter().map(|text| text.split_once(" at line ").map_or(text.as_str(), |(said, _)| said));
+    let told: Vec<String> = told.map(without_ids).collect();
     insta::assert_snapshot!(told.join("\n"));
 }
 

@@ -460,8 +460,10 @@ async fn a_shadow_has_the_tables_of_the_live_model() {
     let live = shape("score").await;
     start(&stack);
     assert_eq!(shape("score_shadow").await, live);
+    // PostgreSQL 18 makes a constraint of each NOT NULL, which the line of the column has, too.
+    let shown: Vec<String> = live.into_iter().filter(|line| !line.contains("_not_null NOT NULL ")).collect();
     let number = devstack::testing::Roles::of(&stack.admin).name("");
-    insta::assert_snapshot!(live.join("\n").replace(&number, ""));
+    insta::assert_snapshot!(shown.join("\n").replace(&number, ""));
     // A migration in the middle of a rebuild.
     sqlx::raw_sql("ALTER TABLE score.person ADD COLUMN later text").execute(&stack.pool).await.unwrap();
     let (code, said) = stack.owner(&["rebuild", "swap"]);
