@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context, bail, ensure};
@@ -105,10 +106,16 @@ impl Programs {
         if !self.on_disk(name).is_file() {
             return None;
         }
-        let mut words = self.system.as_deref().map(inside).unwrap_or_default();
-        words.extend([self.file(name).into(), argument.into()]);
-        let output = std::process::Command::new(words.first()?).args(words.get(1..)?).output().ok()?;
+        let output = self.command(name).arg(argument).output().ok()?;
         String::from_utf8(output.stdout).ok()
+    }
+
+    fn command(&self, name: &str) -> Command {
+        let words = self.system.as_deref().map(inside).unwrap_or_default();
+        let mut words = words.into_iter().chain([self.file(name).into()]);
+        let mut command = Command::new(words.next().unwrap_or_default());
+        command.args(words);
+        command
     }
 
     /// The same as this process sees it.
@@ -119,6 +126,15 @@ impl Programs {
             None => file,
         }
     }
+}
+
+/// A client program of PostgreSQL: of the release that the setting names, or this machine's. `pg_dump` refuses servers
+/// that are newer than itself.
+pub fn client(name: &str) -> anyhow::Result<Command> {
+    Ok(match Programs::postgres()? {
+        Some(programs) => programs.command(name),
+        None => Command::new(name),
+    })
 }
 
 /// Where `crates/devstack/servers` puts what it fetches: beside Cargo's build output.

@@ -10,7 +10,7 @@ use crate::stack::{Relay, Stack, output, program};
 
 /// Everything that the schemas have, and who may use it: as `pg_dump` writes it, and the record of the migrations.
 async fn objects(database: &str) -> String {
-    let mut dump = Command::new("pg_dump");
+    let mut dump = Command::from(devstack::release::client("pg_dump").unwrap());
     dump.args(["--schema-only", "--schema=outbox", "--schema=outbox_capture", "--dbname", database]);
     let output = dump.output().await.unwrap();
     assert!(output.status.success(), "{output:?}");
