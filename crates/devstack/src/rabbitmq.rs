@@ -151,7 +151,11 @@ impl RabbitMq {
         let conf = self.home.join("rabbitmq.conf");
         let settings = format!("{}max_message_size = {bytes}\n", fs::read_to_string(&conf)?);
         write_private(&conf, &settings)?;
-        self.control(&["eval", &format!("application:set_env(rabbit, max_message_size, {bytes}).")]).await
+        // RabbitMQ 4 reads the setting once, at its start, and keeps it here.
+        let set = format!(
+            "application:set_env(rabbit, max_message_size, {bytes}), persistent_term:put(max_message_size, {bytes})."
+        );
+        self.control(&["eval", &set]).await
     }
 
     /// Starts it with the programs of this release (`4.3`) from the next start on.
