@@ -129,8 +129,8 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     shutdown.finish(args.shutdown.drain_timeout).await
 }
 
-/// Begins with a task only when the relay has connected: behind a pooler in transaction mode, which the relay detects
-/// and names, the driver panics over the answers to somebody else's statements.
+/// Begins with a task only when the relay has connected: before, the task could only repeat what the relay says of the
+/// database.
 async fn when_connected(
     connected: CancellationToken,
     stop: CancellationToken,

@@ -10,6 +10,7 @@ mod leader;
 use std::time::Duration;
 
 use daemon::config::database::{Needs, Schema, SchemaError};
+use outbox::database::SharedSessions;
 
 pub use candidate::CandidateSession;
 pub use leader::{LeaderSession, MAX_DROPPED};
@@ -22,7 +23,7 @@ const TIMEOUT: Duration = Duration::from_secs(15);
 pub enum SessionError {
     /// The database is away or refuses a statement: forget everything, connect anew.
     #[error("{}", outbox::database::reason(.0))]
-    Database(#[from] sqlx::Error),
+    Database(sqlx::Error),
     /// As [`Database`](Self::Database), but without a word from it.
     #[error("the database did not answer within {TIMEOUT:?}")]
     Silent,
@@ -32,12 +33,9 @@ pub enum SessionError {
     /// This server is a standby, whose commits may still be undone by a failover.
     #[error("the server is in recovery: it is a standby or still starting; connect to the primary")]
     InRecovery,
-    /// Leadership would be a lock of somebody else's session, and what is asked of the session is lost.
-    #[error(
-        "there is a pooler between, which does not keep one session for one connection: {0}; connect the \
-         relay to PostgreSQL itself, or let the pooler do so for it (session mode)"
-    )]
-    Pooler(&'static str),
+    /// Leadership would be a lock of another client's session.
+    #[error(transparent)]
+    SharedSessions(SharedSessions),
     /// Another relay took over; what this one had in memory is void.
     #[error("another relay has taken over")]
     Deposed,
@@ -68,14 +66,24 @@ pub enum SessionError {
 impl SessionError {
     /// Whether waiting and trying again can help. What it cannot help ends the process.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, Self::Schema(_) | Self::Source(_) | Self::SequenceBehind { .. } | Self::Pooler(_))
+        matches!(self, Self::Schema(_) | Self::Source(_) | Self::SequenceBehind { .. } | Self::SharedSessions(_))
+    }
+}
+
+impl From<sqlx::Error> for SessionError {
+    fn from(error: sqlx::Error) -> Self {
+        match error {
+            sqlx::Error::Configuration(why) if why.is::<SharedSessions>() => Self::SharedSessions(SharedSessions),
+            error => Self::Database(error),
+        }
     }
 }
 
 impl From<SchemaError> for SessionError {
     fn from(error: SchemaError) -> Self {
         match error {
-            SchemaError::Database(error) => Self::Database(error),
+            SchemaError::Database(error) => error.into(),
+            SchemaError::SharedSessions(shared) => Self::SharedSessions(shared),
             SchemaError::Unmet(why) => Self::Unmet(why),
             other => Self::Schema(other),
         }
@@ -85,7 +93,7 @@ impl From<SchemaError> for SessionError {
 impl From<outbox::SourceError> for SessionError {
     fn from(error: outbox::SourceError) -> Self {
         match error {
-            outbox::SourceError::Database(error) => Self::Database(error),
+            outbox::SourceError::Database(error) => error.into(),
             other => Self::Source(other),
         }
     }

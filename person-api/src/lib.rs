@@ -31,7 +31,7 @@ use web::front::Front;
 use crate::{
     api::Api,
     config::{MigrateArgs, RunArgs},
-    store::{Store, erase, idempotency},
+    store::{Connections, Store, erase, idempotency},
 };
 
 /// How long the server lets one statement run.
@@ -56,9 +56,9 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let (database_health, health_of_erasures) = (health.part("database"), health.part("erasures"));
     health_of_erasures.ready();
     // Readiness and notices have connections of their own: they must not wait behind requests.
-    let aside = database.pool(2);
+    let aside = Connections::new(database.clone(), 2);
     let waker = Waker::new();
-    let store = Store::new(database.pool(POOL_SIZE)).limited_by(args.concurrency.limit());
+    let store = Store::new(Connections::new(database, POOL_SIZE)).limited_by(args.concurrency.limit());
     let api = Api::new(store, waker.clone()).checking(args.cpf_check);
     let served =
         front.start(&shutdown, web::health::add_to(api.routes(), &health, metrics.as_ref()), drain)?;
@@ -70,14 +70,14 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     });
     let (writes, stop) = (api.write_health(), shutdown.requested().clone());
     shutdown.spawn("database", readiness::watch(aside.clone(), database_health, writes, stop));
-    let (pool, stop) = (aside.clone(), shutdown.requested().clone());
+    let (connections, stop) = (aside.clone(), shutdown.requested().clone());
     shutdown.spawn("stored responses", async move {
-        idempotency::clean(pool, stop).await;
+        idempotency::clean(connections, stop).await;
         Ok(())
     });
     let stop = shutdown.requested().clone();
     shutdown.spawn("waker", async move {
-        waker.run(aside, stop).await;
+        waker.run(aside.pool().clone(), stop).await;
         Ok(())
     });
     // A write whose client hung up has no connection any more, and still has to end.

@@ -3,10 +3,9 @@
 use std::time::Duration;
 
 use daemon::{config::database::SchemaError, health::Part};
-use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
-use crate::{schema, store::write_health::WriteHealth};
+use crate::{schema, store::{Connections, write_health::WriteHealth}};
 
 /// How often to look. One read of two tables that have a handful of rows, and of the catalog's caches.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -17,20 +16,20 @@ const TIMEOUT: Duration = Duration::from_secs(6);
 /// up to date until `stop`. After a write that the server could not store, the program is ready again once a trial
 /// succeeds.
 pub(crate) async fn watch(
-    pool: PgPool,
+    connections: Connections,
     part: Part,
     writes: WriteHealth,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let needs = schema::needs();
-    if !needs.wait(&pool, &stop, |reason| part.waiting(reason)).await? {
+    let (needs, database) = (schema::needs(), connections.database());
+    if !needs.wait(database, connections.pool(), &stop, |reason| part.waiting(reason)).await? {
         return Ok(());
     }
     part.ready();
     while stop.run_until_cancelled(tokio::time::sleep(INTERVAL)).await.is_some() {
         let look = async {
-            let mut conn = pool.acquire().await?;
-            needs.check(&mut conn).await?;
+            let mut conn = connections.acquire().await?;
+            needs.check_of(database, &mut conn).await?;
             if writes.failure().is_some() {
                 writes.try_write(&mut conn).await?;
             }

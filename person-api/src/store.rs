@@ -17,7 +17,7 @@ mod plan;
 
 pub(crate) use self::outcome::ItemPage;
 pub use self::{
-    connection::Store,
+    connection::{Connections, Store},
     error::StoreError,
     outcome::{AddOutcome, ChangeOutcome, Refusal, Representation, StoredResponse, Written},
     write_slots::WRITES,

@@ -13,7 +13,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use daemon::{
     config::{
-        database::{DatabaseArgs, Schema},
+        database::{Database, DatabaseArgs, Schema},
         duration,
     },
     health::{Health, Identity, Part},
@@ -119,7 +119,7 @@ pub async fn run(
     let pool = database.pool(CONNECTIONS);
 
     let health = Health::of(Identity::of("score-api").at(&database));
-    let readiness = watch(pool.clone(), health.part("database"), shutdown.requested().clone());
+    let readiness = watch(database.clone(), pool.clone(), health.part("database"), shutdown.requested().clone());
     shutdown.spawn("readiness", readiness);
 
     let waiters = Waiters::new(front.connections().waiting as usize, shutdown.requested().clone());
@@ -145,14 +145,14 @@ pub async fn run(
 
 /// Ready while the database responds and its schemas are current. Another schema ends the program, also after a
 /// reconnect: waiting would not change it.
-async fn watch(pool: PgPool, database: Part, stop: CancellationToken) -> anyhow::Result<()> {
+async fn watch(options: Database, pool: PgPool, database: Part, stop: CancellationToken) -> anyhow::Result<()> {
     let needs = read_model::needs();
-    if !needs.wait(&pool, &stop, |reason| database.waiting(reason)).await? {
+    if !needs.wait(&options, &pool, &stop, |reason| database.waiting(reason)).await? {
         return Ok(());
     }
     database.ready();
     while stop.run_until_cancelled(tokio::time::sleep(PROBE_EVERY)).await.is_some() {
-        match needs.look(&pool).await {
+        match needs.look(&options, &pool).await {
             Ok(()) => database.ready(),
             Err(error) if error.passes() => database.waiting(error.to_string()),
             Err(fatal) => return Err(fatal.into()),

@@ -69,7 +69,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     // Without its schemas the program would hold or reject everything.
     let stop = shutdown.requested().clone();
     let needs = schema::needs();
-    match needs.wait(&pool, &stop, |reason| database.waiting(reason)).await {
+    match needs.wait(&options, &pool, &stop, |reason| database.waiting(reason)).await {
         Ok(true) => {}
         Ok(false) => return shutdown.finish(drain).await,
         Err(error) => {

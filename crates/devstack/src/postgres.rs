@@ -185,19 +185,20 @@ impl Postgres {
         }
     }
 
-    /// Starts `PgBouncer` before it, on `port`. In the mode `transaction` it gives a session to each transaction
-    /// anew, in the mode `session` to each connection. `users` log in with `password`.
+    /// Starts `PgBouncer` before it, on `port`, with `settings` of its file. In the `pool_mode` `transaction` it gives a
+    /// session to each transaction anew, in the mode `session` to each connection. `users` log in with `password`.
     pub async fn pooler(
         &self,
         folder: &Folder,
-        (port, mode): (u16, &str),
+        port: u16,
+        settings: &[&str],
         users: &[&str],
         password: &str,
     ) -> anyhow::Result<Process> {
-        let home = folder.part(&format!("pgbouncer-{mode}"))?;
+        let home = folder.part(&format!("pgbouncer-{port}"))?;
         let logins: Vec<_> = users.iter().map(|user| format!("\"{user}\" \"{password}\"\n")).collect();
         let users = home.join("users");
-        let settings = [
+        let first = [
             "[databases]".to_owned(),
             format!("* = host=127.0.0.1 port={}", self.port),
             "[pgbouncer]".to_owned(),
@@ -206,24 +207,17 @@ impl Postgres {
             "unix_socket_dir =".to_owned(),
             "auth_type = plain".to_owned(),
             format!("auth_file = {}", users.display()),
-            format!("pool_mode = {mode}"),
-            "default_pool_size = 40".to_owned(),
         ];
         let conf = home.join("pgbouncer.ini");
-        write_private(&conf, &(settings.join("\n") + "\n"))?;
+        write_private(&conf, &format!("{}\n{}\n", first.join("\n"), settings.join("\n")))?;
         write_private(&users, &logins.concat())?;
         if let Some(user) = self.user {
             for path in [&home, &conf, &users] {
                 chown(path, Some(user.uid), Some(user.gid))?;
             }
         }
-        // Debian keeps it where only root looks by itself.
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let mut folders = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
-        let program = folders.find_map(|folder| Some(folder.join("pgbouncer")).filter(|file| file.is_file()));
-        let program = program.context("PgBouncer is not there; run crates/devstack/install tests")?;
         let launch =
-            Launch::new("PgBouncer", &program, self.user, Signal::TERM, &self.mark, folder.log("pgbouncer")?);
+            Launch::new("PgBouncer", &pooler()?, self.user, Signal::TERM, &self.mark, folder.log("pgbouncer")?);
         let mut process = launch.args([conf]).spawn().await?;
         let end = tokio::time::Instant::now() + Duration::from_secs(10);
         while tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err() {
@@ -335,6 +329,24 @@ impl Postgres {
     pub fn resume(&self) {
         self.process.iter().for_each(Process::resume);
     }
+}
+
+fn pooler() -> anyhow::Result<PathBuf> {
+    // Debian keeps it where only root looks by itself.
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut folders = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
+    let program = folders.find_map(|folder| Some(folder.join("pgbouncer")).filter(|file| file.is_file()));
+    program.context("PgBouncer is not there; run crates/devstack/install tests")
+}
+
+/// The release of the `PgBouncer` that [`Postgres::pooler`] starts: 1 and 18.
+pub fn pooler_release() -> anyhow::Result<(u32, u32)> {
+    // `PgBouncer 1.18.0`
+    let output = std::process::Command::new(pooler()?).arg("--version").output()?;
+    let text = String::from_utf8(output.stdout)?;
+    let mut numbers = text.lines().next().and_then(|line| line.split(' ').nth(1)).unwrap_or_default().split('.');
+    let mut number = || numbers.next().and_then(|number| number.parse().ok());
+    number().zip(number()).with_context(|| format!("PgBouncer calls its version {text:?}"))
 }
 
 /// The server refuses to run as root, so root becomes somebody without rights: the owner of `home` if

@@ -209,7 +209,7 @@ async fn project(stack: &mut Stack, meter: &mut Meter) -> String {
     let transactions =
         work.0.iter().find(|statement| statement.query.starts_with("BEGIN ISOLATION")).map_or(0, |b| b.calls);
     // The look for a pooler at the start, and whether the database takes writes.
-    work.take(&["service.mark", "SELECT coalesce(current_setting(", "SELECT pg_is_in_recovery()"]);
+    work.take(&["pg_backend_pid", "SELECT coalesce(current_setting(", "SELECT pg_is_in_recovery()"]);
     let set = work.take(&["set_config("]);
     within("settings of new connections, and of the look for a pooler", set.calls, SESSIONS);
     // The start hands the versions of former releases over to the outbox, in a transaction of its own.

@@ -1,5 +1,5 @@
 //! What our programs rely on is what they set themselves: with hostile defaults of the database and of every role
-//! everything works, what they cannot change themselves is named at `/ready`, and so is a pooler.
+//! everything works, and what they cannot change themselves is named at `/ready`.
 
 #![expect(clippy::unwrap_used, reason = "a panic in a test is the report")]
 
@@ -296,49 +296,30 @@ async fn end_sessions(conn: &mut PgConnection) {
     conn.execute(end).await.unwrap();
 }
 
-/// A pooler that keeps one session for one connection is as good as none; one that does not is named.
+/// A pooler that keeps one session for one connection is as good as none.
 #[tokio::test]
-async fn a_pooler_in_session_mode_serves_and_one_in_transaction_mode_is_named() {
+async fn a_pooler_in_session_mode_serves() {
     let stack = servers().await;
     let password = password(&stack);
-    for mode in ["session", "transaction"] {
-        let port = ports::free();
-        let users = &ROLES[1..];
-        let pooler =
-            stack.servers.postgres.pooler(stack.folder(), (port, mode), users, &password).await.unwrap();
-        let mut programs = stack.programs_on(["person", "score"], "%2f").unwrap();
-        for (program, (role, database)) in programs.iter_mut().zip([
-            ("person_api", "person"),
-            ("outbox_relay", "person"),
-            ("score_projector", "score"),
-            ("outbox_relay", "score"),
-            ("score_api", "score"),
-        ]) {
-            let url = format!("postgres://{role}:{password}@127.0.0.1:{port}/{database}");
-            program.set_env("DATABASE_URL", &url);
-        }
-        if mode == "session" {
-            start(&mut programs).await;
-            writes_arrive(&programs[0].url(), &programs[4].url()).await;
-            stop(&mut programs).await;
-            drop(pooler);
-            continue;
-        }
-        for place in [0, 2, 4] {
-            let program = &mut programs[place];
-            program.start().await.unwrap();
-            eventually("the pooler is named", async || match program.not_ready().await {
-                Some(reason) if reason.contains("there is a pooler that does not keep one session") => Ok(()),
-                other => Err(format!("{other:?}")),
-            })
-            .await;
-        }
-        stop(&mut programs).await;
-        // Whether it ends at once or waits, the relay says so as well; see the relay's own tests.
-        let url = format!("postgres://outbox_relay:{password}@127.0.0.1:{port}/person");
-        let (healthy, said) = relay(&["doctor"], &url).await;
-        assert!(!healthy && said.contains("pooler"), "{said}");
-        drop(pooler);
+    let (port, settings) = (ports::free(), ["pool_mode = session", "default_pool_size = 40"]);
+    let postgres = &stack.servers.postgres;
+    let pooler = postgres.pooler(stack.folder(), port, &settings, &ROLES[1..], &password).await.unwrap();
+    let mut programs = stack.programs_on(["person", "score"], "%2f").unwrap();
+    for (program, (role, database)) in programs.iter_mut().zip([
+        ("person_api", "person"),
+        ("outbox_relay", "person"),
+        ("score_projector", "score"),
+        ("outbox_relay", "score"),
+        ("score_api", "score"),
+    ]) {
+        let url = format!("postgres://{role}:{password}@127.0.0.1:{port}/{database}");
+        program.set_env("DATABASE_URL", &url);
     }
+    start(&mut programs).await;
+    writes_arrive(&programs[0].url(), &programs[4].url()).await;
+    let (healthy, said) = relay(&["doctor"], programs[1].variable("DATABASE_URL").unwrap()).await;
+    assert!(said.contains("each connection has a session of its own"), "{healthy} {said}");
+    stop(&mut programs).await;
+    drop(pooler);
     stack.stop(&CancellationToken::new()).await;
 }

@@ -211,7 +211,7 @@ mod tests {
             ("Login: no such database", refusal("3D000"), Transient),
             ("Pooler: no such prepared statement", refusal("26000"), Transient),
             ("Pooler: statement prepared by another client", refusal("42P05"), Transient),
-            ("Pooler: protocol violation", refusal("08P01"), Transient),
+            ("Away: a pooler without a server", refusal("08P01"), Transient),
             ("Forbidden: a missing right, or row security", refusal("42501"), Poison),
             ("Defect: unique violation", refusal("23505"), Poison),
             ("Defect: undefined table", refusal("42P01"), Poison),

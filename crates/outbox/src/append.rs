@@ -4,7 +4,7 @@ use serde_json::{Map, Value, value::RawValue};
 use sqlx::{Postgres, Transaction, types::Json};
 use uuid::Uuid;
 
-use crate::AppendError;
+use crate::{AppendError, prepare};
 
 /// An event to be appended with a version of the writer's own. Where the writer has none, [`publish`](crate::publish) takes
 /// the next one.
@@ -77,6 +77,7 @@ pub async fn append(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> 
     .bind(types)
     .bind(payloads)
     .bind(headers)
+    .persistent(prepare::by_name(tx))
     .execute(&mut **tx)
     .await?;
     Ok(())

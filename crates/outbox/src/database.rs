@@ -6,6 +6,6 @@ mod session;
 mod words;
 
 pub use again::{ATTEMPTS, Attempts, again, is_conflict};
-pub use failure::Failure;
+pub use failure::{Failure, SharedSessions};
 pub use session::Session;
 pub use words::{POOLER, describe, meaning, reason};

@@ -2,6 +2,8 @@ use std::borrow::Cow;
 
 use sqlx::{Postgres, Transaction};
 
+use crate::prepare;
+
 /// An aggregate that ends, and whose content is to go.
 #[derive(Clone, Debug)]
 pub struct Ended {
@@ -32,6 +34,7 @@ pub async fn erase(tx: &mut Transaction<'_, Postgres>, ended: &[Ended]) -> sqlx:
         .bind(ended.iter().map(|e| e.aggregate_type.as_ref()).collect::<Vec<&str>>())
         .bind(ended.iter().map(|e| e.aggregate_id.as_str()).collect::<Vec<_>>())
         .bind(ended.iter().map(|e| e.version).collect::<Vec<_>>())
+        .persistent(prepare::by_name(tx))
         .fetch_one(&mut **tx)
         .await?;
     Ok(erased.unsigned_abs())

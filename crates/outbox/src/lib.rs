@@ -9,6 +9,7 @@ mod append;
 pub mod database;
 mod erase;
 mod error;
+mod prepare;
 mod publish;
 mod schema;
 mod trace;

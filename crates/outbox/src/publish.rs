@@ -5,7 +5,7 @@ use serde_json::{Map, Value, value::RawValue};
 use sqlx::{Postgres, Transaction, types::Json};
 use uuid::Uuid;
 
-use crate::{AppendError, append::content_rule};
+use crate::{AppendError, append::content_rule, prepare};
 
 /// An event to be published, without a version: [`publish`] takes the next one of its aggregate.
 ///
@@ -215,6 +215,7 @@ async fn versions(tx: &mut Transaction<'_, Postgres>, events: &[Event]) -> Resul
     .bind(events.iter().map(|event| event.id).collect::<Vec<Uuid>>())
     .bind(events.iter().map(function).collect::<Vec<Option<String>>>())
     .bind(is_sorted)
+    .persistent(prepare::by_name(tx))
     .fetch_all(&mut **tx)
     .await?;
     Ok(versions)
@@ -230,6 +231,7 @@ pub async fn lock(
     let version = sqlx::query_scalar("SELECT outbox.lock($1, $2)")
         .bind(aggregate_type)
         .bind(aggregate_id)
+        .persistent(prepare::by_name(tx))
         .fetch_one(&mut **tx)
         .await?;
     Ok(version)
@@ -249,6 +251,7 @@ pub async fn lock_all(
     )
     .bind(types)
     .bind(ids)
+    .persistent(prepare::by_name(tx))
     .fetch_all(&mut **tx)
     .await?;
     Ok(versions)

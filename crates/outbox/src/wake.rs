@@ -1,7 +1,7 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::database::Session;
-use sqlx::PgPool;
+use sqlx::{AssertSqlSafe, PgPool, SqlSafeStr};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -50,12 +50,14 @@ impl Waker {
     /// Sends the notices until `stop`.
     pub async fn run(self, pool: PgPool, stop: CancellationToken) {
         let channels = self.channels;
+        // Not prepared, since a pooler in transaction mode may lose that.
+        let notices: Vec<String> = channels.iter().map(|name| format!("pg_notify('{name}', '')")).collect();
+        let notify = AssertSqlSafe(format!("SELECT {}", notices.join(", "))).into_sql_str();
         let session = Session::of(pool);
         while stop.run_until_cancelled(self.woken.notified()).await.is_some() {
             let notice = async {
                 let mut conn = session.take().await?;
-                let notify = "SELECT pg_notify(channel, '') FROM unnest($1::text[]) AS channel";
-                sqlx::query(notify).bind(channels).execute(&mut *conn).await?;
+                sqlx::raw_sql(notify.clone()).execute(&mut *conn).await?;
                 session.keep(conn);
                 Ok::<_, sqlx::Error>(())
             };

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use daemon::config::database::{Database, shared};
+use daemon::config::database::Database;
 use sqlx::{Connection, PgConnection};
 
 use super::{Begin, LeaderSession, SessionError, needs, within_timeout};
@@ -28,14 +28,6 @@ pub struct CandidateSession {
     pub source: String,
 }
 
-/// Checks that the connection is a session of its own, with the help of a second one.
-async fn own_session(conn: &mut PgConnection, database: &Database) -> Result<(), SessionError> {
-    let mut second = within_timeout(database.connect()).await?;
-    let shared = within_timeout(shared(conn, &mut second)).await?;
-    within_timeout(second.close()).await?;
-    if shared { Err(SessionError::Pooler("its statements come to different sessions")) } else { Ok(()) }
-}
-
 impl CandidateSession {
     /// Connects, checks the schema, and registers the relay name where it is new. `lease`: how long the
     /// session may say nothing before the server ends it, and with it whatever leadership it has.
@@ -47,13 +39,13 @@ impl CandidateSession {
         lease: Duration,
     ) -> Result<Self, SessionError> {
         let milliseconds = lease.as_millis().to_string();
-        let database = database.clone().quiet();
+        // Anew each time: a pooler may have come between.
+        let database = database.clone().quiet().anew();
         // A leader that is stopped, or whose host is gone without a word, would otherwise keep the
         // others out for ever. While the server has something to say to it, it is the second one.
-        let leading = database.clone().with("idle_session_timeout", milliseconds.as_str());
+        let leading = database.with("idle_session_timeout", milliseconds.as_str());
         let mut conn =
             within_timeout(leading.with("tcp_user_timeout", milliseconds.as_str()).connect()).await?;
-        own_session(&mut conn, &database).await?;
         // Before anything else: a standby answers queries, but not with what is true.
         if within_timeout(sqlx::query_scalar("SELECT pg_is_in_recovery()").fetch_one(&mut conn)).await? {
             return Err(SessionError::InRecovery);

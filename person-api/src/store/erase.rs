@@ -8,12 +8,12 @@ use std::time::Duration;
 use daemon::{backoff, health::Part};
 use events::Cpf;
 use outbox::{Ended, database::describe};
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    connection::Store,
+    connection::{Connections, Store},
     error::{StoreError, bounded},
     outcome::{Refusal, Written},
 };
@@ -34,9 +34,6 @@ pub(super) const LOCK: &str = include_str!("sql/person/lock.sql");
 pub(super) const DELETE: &str = include_str!("sql/person/delete.sql");
 pub(super) const REMOVE: &str = include_str!("sql/person/remove.sql");
 
-/// Whether a person was emptied whose rows are not all removed.
-const LEFT: &str = "SELECT EXISTS (SELECT FROM person.person WHERE cpf IS NULL)";
-
 /// Persons who were emptied. Those that another process is removing are skipped.
 pub(super) const EMPTIED: &str = "
 SELECT id FROM person.person WHERE cpf IS NULL ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED";
@@ -53,25 +50,28 @@ impl Store {
         precondition: Precondition,
     ) -> Result<Result<Written, Refusal>, StoreError> {
         let mut conn = self.acquire_for(cpf).await?;
-        bounded(delete(&mut conn, cpf, &precondition)).await
+        let (connections, conn) = conn.parts();
+        bounded(delete(connections, conn, cpf, &precondition)).await
     }
 }
 
 async fn delete(
+    connections: &Connections,
     conn: &mut PgConnection,
     cpf: Cpf,
     precondition: &Precondition,
 ) -> sqlx::Result<Result<Written, Refusal>> {
-    let mut tx = conn.begin().await?;
+    let (mut tx, prepare) = (connections.begin(conn).await?, connections.prepare());
     let (ids, versions) = precondition.columns();
-    let locked: Option<(Uuid, i64, bool)> =
-        sqlx::query_as(LOCK).bind(cpf.get()).bind(ids).bind(versions).fetch_optional(&mut *tx).await?;
+    let lock = sqlx::query_as(LOCK).bind(cpf.get()).bind(ids).bind(versions).persistent(prepare);
+    let locked: Option<(Uuid, i64, bool)> = lock.fetch_optional(&mut *tx).await?;
     let id = match locked {
         None => return Ok(Err(Refusal::UnknownPerson)),
         Some((_, _, false)) => return Ok(Err(Refusal::OtherState)),
         Some((id, _, true)) => id,
     };
-    let (version, _): (i64, i64) = sqlx::query_as(DELETE).bind(id).bind(MANY).fetch_one(&mut *tx).await?;
+    let delete = sqlx::query_as(DELETE).bind(id).bind(MANY).persistent(prepare);
+    let (version, _): (i64, i64) = delete.fetch_one(&mut *tx).await?;
     let ended =
         Ended { aggregate_type: events::AGGREGATE_PERSON.into(), aggregate_id: id.to_string(), version };
     outbox::erase(&mut tx, &[ended]).await?;
@@ -80,11 +80,11 @@ async fn delete(
 }
 
 /// Removes the rows of persons who were emptied, until `stop`. A failure is shown as an attention, and tried again.
-pub async fn clean(pool: PgPool, health: Part, stop: CancellationToken) {
+pub async fn clean(connections: Connections, health: Part, stop: CancellationToken) {
     let (mut pause, mut rows, mut pauses) = (SOON, STEP, backoff(INTERVAL, LONGEST));
     while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
         // A database that does not respond must not keep the process from ending; the server rolls the step back.
-        let Some(removed) = stop.run_until_cancelled(remove(&pool, rows)).await else { return };
+        let Some(removed) = stop.run_until_cancelled(remove(&connections, rows)).await else { return };
         match removed {
             Ok(0) => {
                 health.ready();
@@ -107,18 +107,18 @@ pub async fn clean(pool: PgPool, health: Part, stop: CancellationToken) {
 
 /// One step of each of some persons, so that a person with few rows does not wait for one with many. Returns how many
 /// rows it removed; the last step of a person removes their own row.
-pub async fn remove(pool: &PgPool, step: i64) -> sqlx::Result<u64> {
-    if !sqlx::query_scalar::<_, bool>(LEFT).fetch_one(pool).await? {
-        return Ok(0);
-    }
-    let mut tx = pool.begin().await?;
-    let emptied: Vec<Uuid> = sqlx::query_scalar(EMPTIED).bind(SIDE_BY_SIDE).fetch_all(&mut *tx).await?;
+pub async fn remove(connections: &Connections, step: i64) -> sqlx::Result<u64> {
+    let mut conn = connections.acquire().await?;
+    let (mut tx, prepare) = (connections.begin(&mut conn).await?, connections.prepare());
+    let emptied = sqlx::query_scalar(EMPTIED).bind(SIDE_BY_SIDE).persistent(prepare);
+    let emptied: Vec<Uuid> = emptied.fetch_all(&mut *tx).await?;
     let mut removed = 0;
     for person in emptied {
-        let rows: i64 = sqlx::query_scalar(REMOVE).bind(person).bind(step).fetch_one(&mut *tx).await?;
+        let rows = sqlx::query_scalar(REMOVE).bind(person).bind(step).persistent(prepare);
+        let rows: i64 = rows.fetch_one(&mut *tx).await?;
         if rows == 0 {
             let delete = sqlx::query("DELETE FROM person.person WHERE id = $1 AND cpf IS NULL").bind(person);
-            removed += delete.execute(&mut *tx).await?.rows_affected();
+            removed += delete.persistent(prepare).execute(&mut *tx).await?.rows_affected();
         } else {
             removed += rows.unsigned_abs();
         }

@@ -4,15 +4,15 @@ use std::time::Duration;
 
 use outbox::database::describe;
 use sqlx::{
-    FromRow, PgConnection, PgPool, Postgres,
+    FromRow, Postgres,
     postgres::{PgArguments, PgRow},
     query::QueryAs,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    connection::Store,
-    error::{StoreError, bounded},
+    connection::{Connection, Connections, Store},
+    error::StoreError,
     outcome::{AddOutcome, Refusal, StoredResponse},
 };
 use crate::model::IdempotentRequest;
@@ -51,18 +51,18 @@ impl Store {
         if idempotent.is_none() {
             return Ok(None);
         }
-        find(idempotent, &mut *self.acquire().await?).await
+        find(idempotent, &mut self.acquire().await?).await
     }
 }
 
 async fn find(
     idempotent: Option<&IdempotentRequest>,
-    conn: &mut PgConnection,
+    conn: &mut Connection,
 ) -> Result<Option<AddOutcome>, StoreError> {
     let Some(IdempotentRequest { caller, route, key, digest }) = idempotent else { return Ok(None) };
     let find = sqlx::query_as(FIND).bind(caller).bind(route).bind(key).bind(digest);
     let stored: Option<(bool, bool, String, String, String)> =
-        bounded(find.fetch_optional(conn)).await.map_err(StoreError::of_a_read)?;
+        conn.fetch_optional(find).await.map_err(StoreError::of_a_read)?;
     Ok(stored.map(|(spent, same, location, etag, body)| match (spent, same) {
         (true, _) => AddOutcome::Refused(Refusal::KeySpent),
         (false, true) => AddOutcome::Repeated(StoredResponse { location, etag, body }),
@@ -74,7 +74,7 @@ async fn find(
 /// stored it while this one waited.
 pub(super) async fn find_or(
     idempotent: Option<&IdempotentRequest>,
-    conn: &mut PgConnection,
+    conn: &mut Connection,
     otherwise: Result<AddOutcome, StoreError>,
 ) -> Result<AddOutcome, StoreError> {
     match find(idempotent, conn).await? {
@@ -100,11 +100,11 @@ pub(super) fn bind<'q, O: for<'r> FromRow<'r, PgRow>>(
 }
 
 /// Removes stored responses that are older than a day, until `stop`.
-pub async fn clean(pool: PgPool, stop: CancellationToken) {
+pub async fn clean(connections: Connections, stop: CancellationToken) {
     let mut pause = SOON;
     while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
         pause = INTERVAL;
-        let Some(removed) = stop.run_until_cancelled(remove_old(&pool)).await else { return };
+        let Some(removed) = stop.run_until_cancelled(remove_old(&connections)).await else { return };
         match removed {
             Ok(0) => {}
             Ok(removed) => tracing::info!(removed, "old stored responses were removed"),
@@ -116,10 +116,14 @@ pub async fn clean(pool: PgPool, stop: CancellationToken) {
 }
 
 /// Removes stored responses that are older than a day, batch by batch. Returns how many.
-pub async fn remove_old(pool: &PgPool) -> sqlx::Result<u64> {
+pub async fn remove_old(connections: &Connections) -> sqlx::Result<u64> {
     let mut removed = 0;
     loop {
-        let batch = sqlx::query(REMOVE).bind(RETENTION).bind(BATCH).execute(pool).await?.rows_affected();
+        let mut conn = connections.acquire().await?;
+        let mut tx = connections.begin(&mut conn).await?;
+        let remove = sqlx::query(REMOVE).bind(RETENTION).bind(BATCH).persistent(connections.prepare());
+        let batch = remove.execute(&mut *tx).await?.rows_affected();
+        tx.commit().await?;
         removed += batch;
         if batch < BATCH.unsigned_abs() {
             return Ok(removed);

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{
     connection::Store,
-    error::{StoreError, bounded},
+    error::StoreError,
     idempotency,
     outcome::{AddOutcome, ChangeOutcome, ItemPage, Refusal, Representation, Written},
 };
@@ -83,7 +83,7 @@ impl Store {
         if let Some(type_) = item.type_ {
             insert = insert.bind(type_);
         }
-        let row: Inserted = bounded(insert.fetch_optional(&mut *conn)).await?;
+        let row: Inserted = conn.fetch_optional(insert).await?;
         let refused = match row {
             Some((_, _, Some(id), person_id, Some(version), _)) => {
                 return Ok(AddOutcome::Added(Written { id, person_id, version }));
@@ -117,7 +117,7 @@ impl Store {
         if let Some(type_) = item.type_ {
             change = change.bind(type_);
         }
-        let outcome: Outcome = bounded(change.fetch_optional(&mut *conn)).await?;
+        let outcome: Outcome = conn.fetch_optional(change).await?;
         Ok(changed(outcome))
     }
 
@@ -135,7 +135,7 @@ impl Store {
             .bind(id)
             .bind(ids)
             .bind(versions);
-        let outcome: Outcome = bounded(delete.fetch_optional(&mut *conn)).await?;
+        let outcome: Outcome = conn.fetch_optional(delete).await?;
         Ok(changed(outcome))
     }
 
@@ -151,7 +151,7 @@ impl Store {
             .bind(cpf.get())
             .bind(page.after.unwrap_or_default())
             .bind(page.limit);
-        bounded(select.fetch_optional(&mut *conn)).await.map_err(StoreError::of_a_read)
+        conn.fetch_optional(select).await.map_err(StoreError::of_a_read)
     }
 
     /// Reads an item of a person.
@@ -164,7 +164,7 @@ impl Store {
         let mut conn = self.acquire().await?;
         let select = sqlx::query_as(ItemSql::of(kind).read.as_str()).bind(cpf.get()).bind(id);
         let row: Option<(Uuid, i64, Option<String>)> =
-            bounded(select.fetch_optional(&mut *conn)).await.map_err(StoreError::of_a_read)?;
+            conn.fetch_optional(select).await.map_err(StoreError::of_a_read)?;
         Ok(match row {
             None => Err(Refusal::UnknownPerson),
             Some((_, _, None)) => Err(Refusal::UnknownItem),

@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::{
     connection::Store,
-    error::{StoreError, bounded},
+    error::StoreError,
     idempotency,
     outcome::{AddOutcome, ChangeOutcome, Refusal, Representation, Written},
 };
@@ -33,7 +33,7 @@ impl Store {
         let insert =
             sqlx::query_as(ADD).bind(new.cpf.get()).bind(new.name).bind(new.address).bind(new.date_of_birth);
         let insert = idempotency::bind(idempotent.as_ref(), insert, format!("/person/{}", new.cpf.get()));
-        let added: Result<Option<(Uuid, i64, i32)>, _> = bounded(insert.fetch_optional(&mut *conn)).await;
+        let added: Result<Option<(Uuid, i64, i32)>, _> = conn.fetch_optional(insert).await;
         match added {
             Ok(Some((id, version, _))) => Ok(AddOutcome::Added(Written { id, person_id: id, version })),
             Ok(None) => {
@@ -71,7 +71,7 @@ impl Store {
             .bind(patch.date_of_birth)
             .bind(patch.status.map(Status::as_str));
         let row: Option<(Uuid, i64, bool, Option<i64>, i32)> =
-            bounded(change.fetch_optional(&mut *conn)).await?;
+            conn.fetch_optional(change).await?;
         Ok(match row {
             None => Err(Refusal::UnknownPerson),
             Some((_, _, false, _, _)) => Err(Refusal::OtherState),
@@ -83,13 +83,13 @@ impl Store {
     pub async fn state(&self, cpf: Cpf) -> Result<Option<(Uuid, i64)>, StoreError> {
         let mut conn = self.acquire().await?;
         let select = sqlx::query_as(STATE).bind(cpf.get());
-        bounded(select.fetch_optional(&mut *conn)).await.map_err(StoreError::of_a_read)
+        conn.fetch_optional(select).await.map_err(StoreError::of_a_read)
     }
 
     /// Reads a person with their items; `None` when there is no such person.
     pub async fn person(&self, cpf: Cpf) -> Result<Option<Representation>, StoreError> {
         let mut conn = self.acquire().await?;
         let select = sqlx::query_as(READ).bind(cpf.get()).bind(ITEMS_MAX);
-        bounded(select.fetch_optional(&mut *conn)).await.map_err(StoreError::of_a_read)
+        conn.fetch_optional(select).await.map_err(StoreError::of_a_read)
     }
 }

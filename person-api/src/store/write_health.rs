@@ -39,7 +39,7 @@ impl WriteHealth {
     /// Stores something and rolls it back.
     pub(crate) async fn try_write(&self, conn: &mut PgConnection) -> sqlx::Result<()> {
         let mut trial = conn.begin().await?;
-        sqlx::query(TRIAL).execute(&mut *trial).await?;
+        sqlx::raw_sql(TRIAL).execute(&mut *trial).await?;
         trial.rollback().await?;
         self.set(None);
         Ok(())

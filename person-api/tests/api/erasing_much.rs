@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use outbox::Waker;
-use person_api::store::erase;
+use person_api::store::{Connections, erase};
 use poem::http::Method;
 use sqlx::PgPool;
 
@@ -91,7 +91,7 @@ async fn who_has_very_much_is_gone_at_once_and_the_rest_goes_in_steps() {
     app.call(plain(Method::DELETE, &path)).await;
 
     // As the program does it, under its role.
-    let role = PgPool::connect(&database.url(None)).await.unwrap();
+    let role = Connections::new(database.url(None).parse().unwrap(), 1);
     let mut steps = 0;
     while erase::remove(&role, 1_000).await.unwrap() > 0 {
         steps += 1;

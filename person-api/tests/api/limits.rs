@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use daemon::config::database;
-use devstack::testing::DEADLINE;
 use outbox::Waker;
-use person_api::{api::Api, store::Store};
+use person_api::{
+    api::Api,
+    store::{Connections, Store},
+};
 use poem::http::Method;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -201,7 +202,7 @@ async fn what_is_too_large_is_refused_and_the_answer_arrives() {
 #[tokio::test]
 async fn more_requests_than_the_database_can_take_are_told_to_come_again() {
     let database = Database::new().await;
-    let store = Store::new(database.url(None).parse::<database::Database>().unwrap().pool(4))
+    let store = Store::new(Connections::new(database.url(None).parse().unwrap(), 4))
         .limited_by(ConcurrencyLimit::new(2));
     let app = App::new(&Api::new(store, Waker::new()));
     app.create("/person", PERSON).await;

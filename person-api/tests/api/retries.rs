@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use outbox::Waker;
-use person_api::store::idempotency;
+use person_api::store::{Connections, idempotency};
 use poem::{Request, Response, http::Method};
 
 use crate::support::{App, Database, Redactions, exchange, plain, post, with};
@@ -120,7 +120,7 @@ async fn a_key_creates_nothing_again_after_its_person_was_deleted() {
     // A day later nobody knows the keys any more.
     let old = "UPDATE person.idempotency SET created_at = created_at - interval '25 hours' WHERE route = ''";
     sqlx::query(old).execute(&database.admin).await.unwrap();
-    let role = sqlx::PgPool::connect(&database.url(None)).await.unwrap();
+    let role = Connections::new(database.url(None).parse().unwrap(), 1);
     assert_eq!(idempotency::remove_old(&role).await.unwrap(), 2);
     app.call(plain(Method::DELETE, "/person/11111")).await;
     assert_eq!(app.call(keyed("/person", PERSON, "of-the-person")).await.status().as_u16(), 201);
@@ -266,7 +266,7 @@ async fn what_is_older_than_a_day_is_removed() {
     .execute(&database.admin)
     .await
     .unwrap();
-    let role = sqlx::PgPool::connect(&database.url(None)).await.unwrap();
+    let role = Connections::new(database.url(None).parse().unwrap(), 1);
     assert_eq!(idempotency::remove_old(&role).await.unwrap(), 2500);
     let left: Vec<String> = sqlx::query_scalar("SELECT key FROM person.idempotency ORDER BY 1")
         .fetch_all(&database.admin)

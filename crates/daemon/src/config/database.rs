@@ -1,8 +1,8 @@
 //! The connection to PostgreSQL, and the checks that it is the database that a program needs.
 
 mod needs;
-mod pooler;
 mod schema;
+mod sessions;
 mod target;
 mod url;
 
@@ -13,8 +13,8 @@ use sqlx::postgres::PgConnectOptions;
 
 pub use needs::Needs;
 pub use outbox::database::Failure;
-pub use pooler::shared;
 pub use schema::{Schema, SchemaError};
+pub use sessions::Sessions;
 pub use target::Database;
 
 use self::url::FORM;

@@ -2,10 +2,24 @@
 //!
 //! [`meaning`]: super::meaning
 
+use super::POOLER;
+
+/// The connection has no session of its own, and the program needs one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{POOLER}")]
+pub struct SharedSessions;
+
+impl From<SharedSessions> for sqlx::Error {
+    fn from(shared: SharedSessions) -> Self {
+        Self::Configuration(Box::new(shared))
+    }
+}
+
 /// Why a statement failed, by what can be done about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// No connection, or it broke. Whether a statement that was under way took effect is unknown.
+    /// No connection, or it broke. Whether a statement that was under way took effect is unknown. `PgBouncer` says so with
+    /// 08P01.
     Away,
     /// The server rolled the statement back in favour of another transaction: the same one succeeds as a rule
     /// when it is sent again at once (40001, 40P01 and their class).
@@ -41,6 +55,7 @@ impl Failure {
             | sqlx::Error::PoolTimedOut
             | sqlx::Error::PoolClosed
             | sqlx::Error::WorkerCrashed => return Self::Away,
+            sqlx::Error::Configuration(error) if error.is::<SharedSessions>() => return Self::Pooler,
             _ => return Self::Defect,
         };
         Self::of_code(database.code().as_deref().unwrap_or_default())
@@ -54,9 +69,8 @@ impl Failure {
             "25006" => Self::ReadOnly,
             "42501" => Self::Forbidden,
             "3D000" => Self::Login,
-            // A statement that was prepared on another session, or that another client has prepared on this one;
-            // a setting of the connection that PgBouncer does not pass on.
-            "26000" | "42P05" | "08P01" => Self::Pooler,
+            // A statement that was prepared on another session, or that another client has prepared on this one.
+            "26000" | "42P05" => Self::Pooler,
             _ => match code.get(..2).unwrap_or_default() {
                 "08" => Self::Away,
                 "28" => Self::Login,
@@ -91,7 +105,7 @@ mod tests {
             ("53300", Resources, true),
             ("25006", ReadOnly, true),
             ("08006", Away, true),
-            ("08P01", Pooler, false),
+            ("08P01", Away, true),
             ("26000", Pooler, false),
             ("42P05", Pooler, false),
             ("28P01", Login, false),

@@ -5,6 +5,8 @@
 
 use sqlx::Error;
 
+use super::SharedSessions;
+
 /// What is set and prepared on a session is lost, or is another client's.
 pub const POOLER: &str = "there is a pooler that does not keep one session for one connection; connect to PostgreSQL \
                           itself, or use the pooler's session mode";
@@ -14,8 +16,8 @@ pub fn meaning(code: &str) -> Option<&'static str> {
     Some(match code {
         "26000" | "42P05" => POOLER,
         "08P01" => {
-            "a protocol error; a pooler in transaction mode cannot be used here: connect to PostgreSQL itself, or in \
-             session mode"
+            "a pooler gives no session, or has lost it; the pooler's log says why (in statement mode it refuses \
+             transactions)"
         }
         "25006" => {
             "the server or the session is read-only; connect to the primary, and look at \
@@ -81,6 +83,7 @@ pub fn describe(error: &Error) -> String {
         }
         Error::PoolTimedOut => "no connection in time".to_owned(),
         Error::PoolClosed => "the pool is closed".to_owned(),
+        Error::Configuration(error) if error.is::<SharedSessions>() => error.to_string(),
         Error::Protocol(_) => "the connection broke off, or this is not PostgreSQL".to_owned(),
         _ => "its answer was not understood".to_owned(),
     }

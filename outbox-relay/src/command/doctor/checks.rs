@@ -191,6 +191,7 @@ async fn schema_check(conn: &mut PgConnection) -> anyhow::Result<(Check, bool)> 
             (Check::skipped(name, format!("this role may not read {schema}.migration")), true)
         }
         Err(SchemaError::Unmet(why)) => (Check::problem(name, why, migrate), false),
+        Err(SchemaError::SharedSessions(shared)) => (failed(name, shared.into())?, false),
         Err(SchemaError::Database(error)) => (failed(name, error)?, false),
     })
 }

@@ -1,26 +1,24 @@
 //! What `doctor` asks of settings that come from outside: of the database, of roles and of what lies between.
 
-use daemon::config::database::shared;
+use daemon::config::database::Sessions;
+use outbox::database::SharedSessions;
 use sqlx::PgConnection;
 
 use super::Check;
 
-/// A pooler that hands out another session per transaction takes leadership's lock away, and what was prepared
-/// and set.
+/// Connecting fails where a pooler shares sessions, so that nothing is asked of another client's session. This compares
+/// two connections that are open at the same time once more.
 pub(super) async fn session(
     conn: &mut PgConnection,
     second: &mut PgConnection,
 ) -> Result<Check, sqlx::Error> {
-    if !shared(conn, second).await? {
-        return Ok(Check::ok(
+    match Sessions::of(conn, second).await? {
+        Sessions::Own => Ok(Check::ok(
             "session",
             "each connection has a session of its own, so there is no pooler between",
-        ));
+        )),
+        Sessions::Shared => Err(SharedSessions.into()),
     }
-    let finding = "statements of one connection reach different sessions: there is a pooler between";
-    let advice = "connect the relay to PostgreSQL itself, or use the pooler's session mode: it leads by a lock of \
-                  its session";
-    Ok(Check::problem("session", finding, advice))
 }
 
 /// Defaults that no program may set aside, because an operator who sets them means them.

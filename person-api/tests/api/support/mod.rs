@@ -10,7 +10,11 @@ use std::time::Duration;
 use daemon::{config::database, health::Health};
 use devstack::testing::{Document, Roles};
 use outbox::Waker;
-use person_api::{api::Api, schema, store::Store};
+use person_api::{
+    api::Api,
+    schema,
+    store::{Connections, Store},
+};
 use poem::{Endpoint, EndpointExt, Request, Response};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 use tokio::sync::OnceCell;
@@ -65,8 +69,8 @@ impl Database {
     pub(crate) fn api(&self, statement_timeout: Duration, waker: Waker) -> Api {
         let database: database::Database = self.url(None).parse().unwrap();
         let timeout = statement_timeout.as_millis().to_string();
-        let pool = database.with("statement_timeout", timeout).pool(8);
-        Api::new(Store::new(pool), waker)
+        let connections = Connections::new(database.with("statement_timeout", timeout), 8);
+        Api::new(Store::new(connections), waker)
     }
 
     /// Every event, as the relay will forward it: version, type, headers and body.

@@ -6,14 +6,12 @@ use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    pooler,
+    Database,
     schema::{Applied, Schema, SchemaError},
 };
 
 /// No look takes longer. The pool gives no connection within 5 s while the database is away.
 const TIMEOUT: Duration = Duration::from_secs(6);
-/// Whether there is a pooler is asked once, and not for longer.
-const PROBE: Duration = Duration::from_secs(2);
 /// Between looks, the first and the longest pause.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Marks a row of the result that is a problem, and not a migration.
@@ -34,9 +32,24 @@ pub struct Needs {
 impl Needs {
     /// Checks everything, in one statement when it is there.
     pub async fn check(&self, conn: &mut PgConnection) -> Result<(), SchemaError> {
+        self.ask(conn, true).await
+    }
+
+    /// As [`check`](Self::check), over a connection of `database`, which may share its sessions.
+    pub async fn check_of(&self, database: &Database, conn: &mut PgConnection) -> Result<(), SchemaError> {
+        if !database.are_shared() {
+            return self.ask(conn, true).await;
+        }
+        let mut tx = database.begin(conn).await?;
+        self.ask(&mut tx, false).await?;
+        Ok(tx.commit().await?)
+    }
+
+    async fn ask(&self, conn: &mut PgConnection, is_prepared: bool) -> Result<(), SchemaError> {
         let mut each: Vec<String> = self.schemas.iter().map(Schema::applied).collect();
         each.push(self.problems());
-        let asked = sqlx::query_as(AssertSqlSafe(each.join(" UNION ALL "))).fetch_all(&mut *conn).await;
+        let ask = sqlx::query_as(AssertSqlSafe(each.join(" UNION ALL "))).persistent(is_prepared);
+        let asked = ask.fetch_all(&mut *conn).await;
         let rows: Vec<Applied> = match asked {
             Ok(rows) => rows,
             Err(sqlx::Error::Database(error)) => {
@@ -101,19 +114,20 @@ impl Needs {
         format!("SELECT '{PROBLEM}' || problem, 0, ''::bytea FROM ({problems}) AS problems (problem)")
     }
 
-    /// A look over a connection of `pool`, with a limit.
-    pub async fn look(&self, pool: &PgPool) -> Result<(), SchemaError> {
-        let look = async { self.check(&mut *pool.acquire().await?).await };
+    /// A look over a connection of `pool`, which is one of `database`, with a limit.
+    pub async fn look(&self, database: &Database, pool: &PgPool) -> Result<(), SchemaError> {
+        let look = async { self.check_of(database, &mut *pool.acquire().await?).await };
         tokio::time::timeout(TIMEOUT, look).await.unwrap_or_else(|_| {
             Err(SchemaError::Unmet(format!("the database does not respond within {TIMEOUT:?}")))
         })
     }
 
     /// Waits until the database has everything, and tells `waiting` what is missing. Ends with an error when a
-    /// schema is not what the program needs; waiting would not change that. `stop` ends the wait early, with `false`.
-    /// The pool needs two connections.
+    /// schema is not what the program needs, or when a pooler shares its sessions; waiting would not change that. `stop`
+    /// ends the wait early, with `false`.
     pub async fn wait(
         &self,
+        database: &Database,
         pool: &PgPool,
         stop: &CancellationToken,
         mut waiting: impl FnMut(String),
@@ -121,11 +135,9 @@ impl Needs {
         let mut pauses = crate::backoff(PAUSE.0, PAUSE.1);
         loop {
             let attempt = async {
-                self.look(pool).await?;
-                if has_pooler(pool).await {
-                    return Err(SchemaError::Unmet(outbox::database::POOLER.to_owned()));
-                }
-                Ok(())
+                // The pool would try for as long as a program waits for a connection, and keep the reason to itself.
+                database.refuse_shared().await?;
+                self.look(database, pool).await
             };
             // The attempt too: while the database is away it lasts as long as the pool waits for a connection.
             match stop.run_until_cancelled(attempt).await {
@@ -140,19 +152,4 @@ impl Needs {
             }
         }
     }
-}
-
-/// When it cannot be found out, such as for want of a second connection, statements that fail will tell.
-async fn has_pooler(pool: &PgPool) -> bool {
-    let probe = async {
-        let (mut a, mut b) = (pool.acquire().await?, pool.acquire().await?);
-        let shared = pooler::shared(&mut a, &mut b).await;
-        if shared.as_ref().map_or(true, |shared| *shared) {
-            // What state they are in is unknown.
-            a.close_on_drop();
-            b.close_on_drop();
-        }
-        shared
-    };
-    matches!(tokio::time::timeout(PROBE, probe).await, Ok(Ok(true)))
 }

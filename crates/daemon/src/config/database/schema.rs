@@ -1,5 +1,6 @@
 //! The check that a schema is the one that a program was built for.
 
+use outbox::database::SharedSessions;
 use sqlx::{AssertSqlSafe, PgConnection, migrate::Migrator};
 
 /// Why a program does not start on a schema.
@@ -39,6 +40,9 @@ pub enum SchemaError {
     /// The database refuses something that the program needs, until an operator changes it.
     #[error("{0}")]
     Unmet(String),
+    /// A pooler gives the program's connections no sessions of their own.
+    #[error(transparent)]
+    SharedSessions(#[from] SharedSessions),
     /// The database did not respond. Unlike the others but `Unmet`, a retry can help.
     #[error("{}", outbox::database::reason(.0))]
     Database(#[from] sqlx::Error),

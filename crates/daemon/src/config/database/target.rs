@@ -2,13 +2,21 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, str::FromStr, sync::Arc, time::Duration};
 
+use outbox::database::SharedSessions;
 use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool,
+    AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Postgres, Transaction,
     postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
 };
+use tokio::{sync::OnceCell, time::timeout};
+
+use super::Sessions;
 
 /// A connection that was used so recently is there still, but for the rarest of cases.
 const FRESH: Duration = Duration::from_millis(100);
+
+/// To find out whether sessions are shared takes no longer. A pooler that has no second session to give would keep a
+/// connection waiting for minutes.
+const PROBE: Duration = Duration::from_secs(4);
 
 /// What our SQL relies on, whatever the defaults of the server, the database and the role are. Not
 /// `default_transaction_read_only`: an operator who sets it means it, and readiness says so.
@@ -38,29 +46,39 @@ const RELIED_ON: [(&str, &str); 15] = [
 /// A setting that not every system has (a statement ends soon after its client was killed, and does not run on for
 /// minutes); one that PostgreSQL has from 17 on; and one that may be stricter than ours: `remote_apply` stays, `off` would
 /// lose in a crash what was reported or acknowledged.
-const CONDITIONAL: &str = "\
-    CASE WHEN version() ~ '(linux|darwin|bsd)'
-         THEN set_config('client_connection_check_interval', '1s', false) END,
-    CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
-         THEN set_config('transaction_timeout', '0', false) END,
-    CASE WHEN current_setting('synchronous_commit') = 'off'
-         THEN set_config('synchronous_commit', 'on', false) END";
+fn conditional(is_local: bool) -> String {
+    format!(
+        "CASE WHEN version() ~ '(linux|darwin|bsd)'
+              THEN set_config('client_connection_check_interval', '1s', {is_local}) END,
+         CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
+              THEN set_config('transaction_timeout', '0', {is_local}) END,
+         CASE WHEN current_setting('synchronous_commit') = 'off'
+              THEN set_config('synchronous_commit', 'on', {is_local}) END"
+    )
+}
+
+/// Settings that mean nothing within a transaction, or are about a connection that is the pooler's.
+const OF_A_SESSION: [&str; 4] =
+    ["default_transaction_isolation", "default_transaction_deferrable", "idle_session_timeout", "tcp_user_timeout"];
 
 /// How to connect: the address, the user, and the settings of the session.
 ///
 /// The settings are one statement after connecting and not parameters of the connection: `PgBouncer` refuses those, or
-/// drops them without a word.
+/// drops them without a word. Before anything is set, the first connection finds out whether a pooler would give the session
+/// to another client. Such connections are refused, unless the program [shares](Self::sharing) sessions.
 #[derive(Clone, Debug)]
 pub struct Database {
     options: PgConnectOptions,
     settings: BTreeMap<&'static str, String>,
+    sessions: Arc<OnceCell<Sessions>>,
+    shares: bool,
 }
 
 impl From<PgConnectOptions> for Database {
     fn from(options: PgConnectOptions) -> Self {
         let settings = RELIED_ON.map(|(name, value)| (name, value.to_owned())).into();
         // `PgBouncer` knows this parameter of the connection as little as others; it is set afterwards.
-        Self { options: options.extra_float_digits(None), settings }
+        Self { options: options.extra_float_digits(None), settings, sessions: Arc::default(), shares: false }
     }
 }
 
@@ -79,6 +97,19 @@ impl Database {
     pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.settings.insert(name, value.into());
         self
+    }
+
+    /// For a program that needs no session of its own. Each use of a connection is a transaction that
+    /// [`begin`](Self::begin) begins, and its statements have no names, if [`are_shared`](Self::are_shared).
+    #[must_use]
+    pub fn sharing(self) -> Self {
+        Self { shares: true, ..self }
+    }
+
+    /// Finds out anew whether sessions are shared, with the next connection.
+    #[must_use]
+    pub fn anew(self) -> Self {
+        Self { sessions: Arc::default(), ..self }
     }
 
     /// Under another name in `pg_stat_activity`.
@@ -149,20 +180,59 @@ impl Database {
         }
     }
 
-    /// The statement that comes first in each session.
-    fn sql(&self) -> String {
+    /// The settings as one statement, for the session or for the transaction that it is in.
+    fn sql(&self, is_local: bool) -> String {
         let mut sql = "SELECT ".to_owned();
         for (name, value) in &self.settings {
+            if is_local && OF_A_SESSION.contains(name) {
+                continue;
+            }
             let value = value.replace('\'', "''");
-            let _never = write!(sql, "set_config('{name}', '{value}', false), ");
+            let _never = write!(sql, "set_config('{name}', '{value}', {is_local}), ");
         }
-        sql + CONDITIONAL
+        sql + &conditional(is_local)
     }
 
-    /// Sets a session that was opened in another way.
+    /// Sets a session that was opened in another way, before anything else is asked of it. Fails with
+    /// [`SharedSessions`] when the connection has no session of its own.
     pub async fn prepare(&self, conn: &mut PgConnection) -> sqlx::Result<()> {
-        sqlx::raw_sql(AssertSqlSafe(self.sql())).execute(conn).await?;
+        match self.sessions.get_or_try_init(|| self.probe(conn)).await? {
+            Sessions::Own => {
+                sqlx::raw_sql(AssertSqlSafe(self.sql(false))).execute(conn).await?;
+            }
+            Sessions::Shared if self.shares => {}
+            Sessions::Shared => return Err(SharedSessions.into()),
+        }
         Ok(())
+    }
+
+    async fn probe(&self, conn: &mut PgConnection) -> sqlx::Result<Sessions> {
+        let probe = async {
+            let mut second = self.options.connect().await?;
+            let sessions = Sessions::of(conn, &mut second).await?;
+            second.close().await?;
+            Ok(sessions)
+        };
+        let sessions = timeout(PROBE, probe).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
+        if sessions == Sessions::Shared && self.shares {
+            tracing::info!("a pooler shares sessions; each request to the database is a transaction with its own settings");
+        }
+        Ok(sessions)
+    }
+
+    /// Whether a pooler shares the sessions of this program's connections, as its first connection has found out.
+    pub fn are_shared(&self) -> bool {
+        self.sessions.get() == Some(&Sessions::Shared)
+    }
+
+    /// Fails when sessions are shared, and this program needs its own. What else is the matter is not an error here:
+    /// connections will show it.
+    pub(super) async fn refuse_shared(&self) -> Result<(), SharedSessions> {
+        let is_known = self.shares || self.sessions.initialized();
+        if !is_known && let Ok(Ok(conn)) = timeout(2 * PROBE, self.connect()).await {
+            let _ = timeout(PROBE, conn.close()).await;
+        }
+        if self.are_shared() && !self.shares { Err(SharedSessions) } else { Ok(()) }
     }
 
     /// A connection of its own.
@@ -170,6 +240,14 @@ impl Database {
         let mut conn = self.options.connect().await?;
         self.prepare(&mut conn).await?;
         Ok(conn)
+    }
+
+    /// Begins a transaction, with the settings where its session is shared. One round trip in either case.
+    pub async fn begin<'c>(&self, conn: &'c mut PgConnection) -> sqlx::Result<Transaction<'c, Postgres>> {
+        if !self.are_shared() {
+            return conn.begin().await;
+        }
+        conn.begin_with(AssertSqlSafe(format!("BEGIN ISOLATION LEVEL READ COMMITTED; {}", self.sql(true)))).await
     }
 
     /// A pool that connects when it is first used, so that a program starts while its database is away and
@@ -196,13 +274,10 @@ impl Database {
 
     /// A pool with `options`, but for what is done after connecting.
     pub fn pool_of(&self, options: PgPoolOptions) -> PgPool {
-        let sql: Arc<str> = self.sql().into();
+        let database = self.clone();
         let options = options.after_connect(move |conn, _| {
-            let sql = Arc::clone(&sql);
-            Box::pin(async move {
-                sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await?;
-                Ok(())
-            })
+            let database = database.clone();
+            Box::pin(async move { database.prepare(conn).await })
         });
         options.connect_lazy_with(self.options.clone())
     }
