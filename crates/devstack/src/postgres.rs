@@ -16,7 +16,7 @@ use crate::{
     folder::{Folder, write_private},
     log::Log,
     process::{Launch, Process, User},
-    release::Programs,
+    release::{self, Programs},
     tls::Certificate,
 };
 
@@ -216,9 +216,9 @@ impl Postgres {
                 chown(path, Some(user.uid), Some(user.gid))?;
             }
         }
-        let launch =
-            Launch::new("PgBouncer", &pooler()?, self.user, Signal::TERM, &self.mark, folder.log("pgbouncer")?);
-        let mut process = launch.args([conf]).spawn().await?;
+        let (program, log) = (self.programs.pooler()?, folder.log("pgbouncer")?);
+        let launch = Launch::new("PgBouncer", &program, self.user, Signal::TERM, &self.mark, log);
+        let mut process = launch.inside(self.programs.system()).args([conf]).spawn().await?;
         let end = tokio::time::Instant::now() + Duration::from_secs(10);
         while tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err() {
             process.check()?;
@@ -230,6 +230,19 @@ impl Postgres {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Ok(process)
+    }
+
+    /// The release of the `PgBouncer` that [`pooler`](Self::pooler) starts, such as 1 and 18: the one of the server's Debian.
+    pub fn pooler_release(&self) -> anyhow::Result<(u32, u32)> {
+        let mut words = self.programs.system().map(release::inside).unwrap_or_default();
+        words.extend([self.programs.pooler()?.into(), "--version".into()]);
+        let mut words = words.into_iter();
+        let output = std::process::Command::new(words.next().unwrap_or_default()).args(words).output()?;
+        // `PgBouncer 1.18.0`
+        let text = String::from_utf8(output.stdout)?;
+        let version = text.lines().next().and_then(|line| line.split(' ').nth(1)).unwrap_or_default();
+        let mut numbers = version.split('.').map_while(|number| number.parse().ok());
+        numbers.next().zip(numbers.next()).with_context(|| format!("PgBouncer calls its version {text:?}"))
     }
 
     /// A superuser's URL, without a database.
@@ -329,24 +342,6 @@ impl Postgres {
     pub fn resume(&self) {
         self.process.iter().for_each(Process::resume);
     }
-}
-
-fn pooler() -> anyhow::Result<PathBuf> {
-    // Debian keeps it where only root looks by itself.
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut folders = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
-    let program = folders.find_map(|folder| Some(folder.join("pgbouncer")).filter(|file| file.is_file()));
-    program.context("PgBouncer is not there; run crates/devstack/install tests")
-}
-
-/// The release of the `PgBouncer` that [`Postgres::pooler`] starts: 1 and 18.
-pub fn pooler_release() -> anyhow::Result<(u32, u32)> {
-    // `PgBouncer 1.18.0`
-    let output = std::process::Command::new(pooler()?).arg("--version").output()?;
-    let text = String::from_utf8(output.stdout)?;
-    let mut numbers = text.lines().next().and_then(|line| line.split(' ').nth(1)).unwrap_or_default().split('.');
-    let mut number = || numbers.next().and_then(|number| number.parse().ok());
-    number().zip(number()).with_context(|| format!("PgBouncer calls its version {text:?}"))
 }
 
 /// The server refuses to run as root, so root becomes somebody without rights: the owner of `home` if

@@ -110,12 +110,16 @@ impl Programs {
         String::from_utf8(output.stdout).ok()
     }
 
-    fn command(&self, name: &str) -> Command {
-        let words = self.system.as_deref().map(inside).unwrap_or_default();
-        let mut words = words.into_iter().chain([self.file(name).into()]);
-        let mut command = Command::new(words.next().unwrap_or_default());
-        command.args(words);
-        command
+    /// The program `PgBouncer` of the same system, as a process inside sees it; this machine's where the server is.
+    pub(crate) fn pooler(&self) -> anyhow::Result<PathBuf> {
+        // Debian keeps it where only root looks by itself.
+        let usual = PathBuf::from("/usr/sbin/pgbouncer");
+        if self.system.is_some() {
+            return Ok(usual);
+        }
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let mut files = std::env::split_paths(&path).map(|folder| folder.join("pgbouncer")).chain([usual]);
+        files.find(|file| file.is_file()).context("PgBouncer is not there; run crates/devstack/install tests")
     }
 
     /// The same as this process sees it.

@@ -1,4 +1,4 @@
-//! PgBouncer between the programs and PostgreSQL, for real. In transaction mode, writers of all three ways and person-api
+//! `PgBouncer` between the programs and PostgreSQL, for real: the one of the server's Debian (1.18 beside PostgreSQL 15, 1.24 beside 17). In transaction mode, writers of all three ways and person-api
 //! work, in few sessions that they share; the other programs and every command refuse, at once, and leave nothing behind in
 //! the sessions of others.
 
@@ -18,7 +18,7 @@ use outbox::Event;
 use serde_json::json;
 use sqlx::{
     Connection, Executor, PgConnection, PgPool, Postgres, Transaction,
-    postgres::{PgArguments, PgPoolOptions},
+    postgres::{PgArguments, PgConnectOptions, PgPoolOptions},
     query::Query,
 };
 use support::stack;
@@ -60,6 +60,11 @@ fn password(stack: &Stack) -> String {
     login.rsplit_once(':').unwrap().1.to_owned()
 }
 
+/// Without the parameter that PgBouncer refuses by default.
+fn plain(url: &str) -> PgConnectOptions {
+    url.parse::<PgConnectOptions>().unwrap().extra_float_digits(None)
+}
+
 async fn admin(stack: &Stack) -> PgConnection {
     PgConnection::connect(&format!("{}/person", stack.servers.postgres.url())).await.unwrap()
 }
@@ -73,7 +78,7 @@ async fn writers_of_all_three_ways_and_person_api_share_sessions() {
     admin.execute(SHOP).await.unwrap();
     let postgres = &stack.servers.postgres;
     // From 1.21 on it can repeat in one session what a client has prepared in another.
-    let knows_prepared = devstack::postgres::pooler_release().unwrap() >= (1, 21);
+    let knows_prepared = postgres.pooler_release().unwrap() >= (1, 21);
     let mut settings = vec![SHARED, SESSIONS, IN_TURN];
     if knows_prepared {
         settings.push("max_prepared_statements = 10");
@@ -90,7 +95,7 @@ async fn writers_of_all_three_ways_and_person_api_share_sessions() {
         program.start().await.unwrap();
         program.ready(DEADLINE).await.unwrap_or_else(|error| panic!("{error:#}"));
     }
-    let writers = PgPoolOptions::new().max_connections(8).connect(&url("writer")).await.unwrap();
+    let writers = PgPoolOptions::new().max_connections(8).connect_with(plain(&url("writer"))).await.unwrap();
     let mut styles = vec![false];
     if knows_prepared {
         styles.push(true);
@@ -119,12 +124,12 @@ async fn writers_of_all_three_ways_and_person_api_share_sessions() {
     eventually("everything is published", async || {
         let behind = "SELECT (SELECT max(position) FROM outbox.event) - (SELECT low_water FROM outbox.relay)";
         let behind: i64 = sqlx::query_scalar(behind).fetch_one(&mut admin).await.unwrap();
-        if behind <= 0 { Ok(()) } else { Err(behind) }
+        if behind <= 0 { Ok(()) } else { Err(behind.to_string()) }
     })
     .await;
     // Of the settings that person-api needs, none is left in a session, and others see their own.
     for role in users {
-        let mut other = PgConnection::connect(&url(role)).await.unwrap();
+        let mut other = PgConnection::connect_with(&plain(&url(role))).await.unwrap();
         for _ in 0..8 {
             let set = "SELECT name || ' = ' || setting FROM pg_settings
                        WHERE source = 'session' AND name IN ('search_path', 'row_security', 'statement_timeout', 'jit',
@@ -260,7 +265,7 @@ async fn what_needs_a_session_refuses_at_once_and_leaves_nothing_behind() {
             other.abort();
             let _aborted = other.await;
         }
-        let mut other = PgConnection::connect(&url("outbox_relay", "person")).await.unwrap();
+        let mut other = PgConnection::connect_with(&plain(&url("outbox_relay", "person"))).await.unwrap();
         for _ in 0..8 {
             let path: String = read(&mut other, "SHOW search_path").await;
             assert_eq!(path, "\"$user\", public", "{settings:?}");
@@ -277,6 +282,6 @@ async fn read(conn: &mut PgConnection, sql: &'static str) -> String {
 
 /// Short transactions without end.
 async fn others(url: String) {
-    let Ok(mut conn) = PgConnection::connect(&url).await else { return };
+    let Ok(mut conn) = PgConnection::connect_with(&plain(&url)).await else { return };
     while conn.execute("SELECT pg_sleep(0.001)").await.is_ok() {}
 }
