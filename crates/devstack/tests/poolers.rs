@@ -43,6 +43,7 @@ CREATE TABLE shop.captured (id bigint PRIMARY KEY, n bigint NOT NULL);
 CREATE TABLE shop.published (LIKE shop.captured INCLUDING ALL);
 CREATE TABLE shop.inserted (id bigint PRIMARY KEY, version bigint NOT NULL);
 SELECT outbox.capture('shop.captured', 'captured');
+GRANT CONNECT ON DATABASE person TO writer;
 GRANT USAGE ON SCHEMA shop TO writer;
 GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA shop TO writer;
 SELECT outbox.grant_writer('writer')";
