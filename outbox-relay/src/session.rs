@@ -66,14 +66,19 @@ pub enum SessionError {
 impl SessionError {
     /// Whether waiting and trying again can help. What it cannot help ends the process.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, Self::Schema(_) | Self::Source(_) | Self::SequenceBehind { .. } | Self::SharedSessions(_))
+        matches!(
+            self,
+            Self::Schema(_) | Self::Source(_) | Self::SequenceBehind { .. } | Self::SharedSessions(_)
+        )
     }
 }
 
 impl From<sqlx::Error> for SessionError {
     fn from(error: sqlx::Error) -> Self {
         match error {
-            sqlx::Error::Configuration(why) if why.is::<SharedSessions>() => Self::SharedSessions(SharedSessions),
+            sqlx::Error::Configuration(why) if why.is::<SharedSessions>() => {
+                Self::SharedSessions(SharedSessions)
+            }
             error => Self::Database(error),
         }
     }

@@ -5,7 +5,10 @@ use std::time::Duration;
 use daemon::{config::database::SchemaError, health::Part};
 use tokio_util::sync::CancellationToken;
 
-use crate::{schema, store::{Connections, write_health::WriteHealth}};
+use crate::{
+    schema,
+    store::{Connections, write_health::WriteHealth},
+};
 
 /// How often to look. One read of two tables that have a handful of rows, and of the catalog's caches.
 const INTERVAL: Duration = Duration::from_secs(2);

@@ -119,7 +119,8 @@ pub async fn run(
     let pool = database.pool(CONNECTIONS);
 
     let health = Health::of(Identity::of("score-api").at(&database));
-    let readiness = watch(database.clone(), pool.clone(), health.part("database"), shutdown.requested().clone());
+    let readiness =
+        watch(database.clone(), pool.clone(), health.part("database"), shutdown.requested().clone());
     shutdown.spawn("readiness", readiness);
 
     let waiters = Waiters::new(front.connections().waiting as usize, shutdown.requested().clone());
@@ -145,7 +146,12 @@ pub async fn run(
 
 /// Ready while the database responds and its schemas are current. Another schema ends the program, also after a
 /// reconnect: waiting would not change it.
-async fn watch(options: Database, pool: PgPool, database: Part, stop: CancellationToken) -> anyhow::Result<()> {
+async fn watch(
+    options: Database,
+    pool: PgPool,
+    database: Part,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
     let needs = read_model::needs();
     if !needs.wait(&options, &pool, &stop, |reason| database.waiting(reason)).await? {
         return Ok(());

@@ -228,8 +228,10 @@ async fn what_needs_a_session_refuses_at_once_and_leaves_nothing_behind() {
     let users = ["outbox_relay", "score_projector", "score_api", "postgres"];
     for settings in [vec![SHARED], vec![SHARED, IN_TURN, SESSIONS], vec![SHARED, "default_pool_size = 1"]] {
         let port = ports::free();
-        let pooler = stack.servers.postgres.pooler(stack.folder(), port, &settings, &users, &password).await.unwrap();
-        let url = |role: &str, database: &str| format!("postgres://{role}:{password}@127.0.0.1:{port}/{database}");
+        let pooler =
+            stack.servers.postgres.pooler(stack.folder(), port, &settings, &users, &password).await.unwrap();
+        let url =
+            |role: &str, database: &str| format!("postgres://{role}:{password}@127.0.0.1:{port}/{database}");
         // Other clients of the pooler, which may have any of its sessions at any time.
         let others: Vec<_> = users.map(|role| tokio::spawn(others(url(role, "person")))).into();
 

@@ -125,11 +125,17 @@ async fn the_database() {
     let url = &field.stack.database_url;
     let user: sqlx::postgres::PgConnectOptions = url.parse().unwrap();
     let (port, name, pg) = (ports::free(), user.get_username(), &field.servers.postgres);
-    let pooler = pg.pooler(&field.folder, port, &["pool_mode = transaction"], &[name], DATABASE_PASSWORD).await.unwrap();
+    let pooler = pg
+        .pooler(&field.folder, port, &["pool_mode = transaction"], &[name], DATABASE_PASSWORD)
+        .await
+        .unwrap();
     let (_, database) = url.rsplit_once('/').unwrap();
     let url = format!("postgres://{name}:{DATABASE_PASSWORD}@127.0.0.1:{port}/{database}");
     let said = output(field.run().env("DATABASE_URL", url).env("LISTEN", "127.0.0.1:0")).await;
-    assert!(said.starts_with("exit code: 1") && said.contains("there is a pooler that does not keep one session"), "{said}");
+    assert!(
+        said.starts_with("exit code: 1") && said.contains("there is a pooler that does not keep one session"),
+        "{said}"
+    );
     drop(pooler);
     field.end().await;
 }

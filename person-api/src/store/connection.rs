@@ -49,7 +49,10 @@ impl Connections {
     }
 
     /// Begins a transaction on a connection of these.
-    pub(crate) async fn begin<'c>(&self, conn: &'c mut PgConnection) -> sqlx::Result<Transaction<'c, Postgres>> {
+    pub(crate) async fn begin<'c>(
+        &self,
+        conn: &'c mut PgConnection,
+    ) -> sqlx::Result<Transaction<'c, Postgres>> {
         self.database.begin(conn).await
     }
 

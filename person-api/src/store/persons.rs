@@ -70,8 +70,7 @@ impl Store {
             .bind(patch.address.flatten())
             .bind(patch.date_of_birth)
             .bind(patch.status.map(Status::as_str));
-        let row: Option<(Uuid, i64, bool, Option<i64>, i32)> =
-            conn.fetch_optional(change).await?;
+        let row: Option<(Uuid, i64, bool, Option<i64>, i32)> = conn.fetch_optional(change).await?;
         Ok(match row {
             None => Err(Refusal::UnknownPerson),
             Some((_, _, false, _, _)) => Err(Refusal::OtherState),

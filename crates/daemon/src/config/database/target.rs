@@ -58,8 +58,12 @@ fn conditional(is_local: bool) -> String {
 }
 
 /// Settings that mean nothing within a transaction, or are about a connection that is the pooler's.
-const OF_A_SESSION: [&str; 4] =
-    ["default_transaction_isolation", "default_transaction_deferrable", "idle_session_timeout", "tcp_user_timeout"];
+const OF_A_SESSION: [&str; 4] = [
+    "default_transaction_isolation",
+    "default_transaction_deferrable",
+    "idle_session_timeout",
+    "tcp_user_timeout",
+];
 
 /// How to connect: the address, the user, and the settings of the session.
 ///
@@ -215,7 +219,9 @@ impl Database {
         };
         let sessions = timeout(PROBE, probe).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
         if sessions == Sessions::Shared && self.shares {
-            tracing::info!("a pooler shares sessions; each request to the database is a transaction with its own settings");
+            tracing::info!(
+                "a pooler shares sessions; each request to the database is a transaction with its own settings"
+            );
         }
         Ok(sessions)
     }
@@ -247,7 +253,8 @@ impl Database {
         if !self.are_shared() {
             return conn.begin().await;
         }
-        conn.begin_with(AssertSqlSafe(format!("BEGIN ISOLATION LEVEL READ COMMITTED; {}", self.sql(true)))).await
+        conn.begin_with(AssertSqlSafe(format!("BEGIN ISOLATION LEVEL READ COMMITTED; {}", self.sql(true))))
+            .await
     }
 
     /// A pool that connects when it is first used, so that a program starts while its database is away and
