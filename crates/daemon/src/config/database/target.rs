@@ -200,7 +200,8 @@ impl Database {
     /// Sets a session that was opened in another way, before anything else is asked of it. Fails with
     /// [`SharedSessions`] when the connection has no session of its own.
     pub async fn prepare(&self, conn: &mut PgConnection) -> sqlx::Result<()> {
-        match self.sessions.get_or_try_init(|| self.probe(conn)).await? {
+        // Boxed: a large future, and needed once.
+        match self.sessions.get_or_try_init(|| Box::pin(self.probe(conn))).await? {
             Sessions::Own => {
                 sqlx::raw_sql(AssertSqlSafe(self.sql(false))).execute(conn).await?;
             }
