@@ -61,7 +61,7 @@ fn password(stack: &Stack) -> String {
     login.rsplit_once(':').unwrap().1.to_owned()
 }
 
-/// Without the parameter that PgBouncer refuses by default.
+/// Without the parameter that `PgBouncer` refuses by default.
 fn plain(url: &str) -> PgConnectOptions {
     url.parse::<PgConnectOptions>().unwrap().extra_float_digits(None)
 }

@@ -1,14 +1,10 @@
 //! The database is stopped, killed, full, locked, or forgets what it had committed.
 
-use devstack::ports;
 use sqlx::Executor;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    field::{Field, UNSTORED, WHILE},
-    stack::{DATABASE_PASSWORD, output},
-};
+use crate::field::{Field, UNSTORED, WHILE};
 
 const APPEND: &str = "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
                       VALUES ('thing', 'idle', $1, 'thing.changed', '{}')";
@@ -120,23 +116,6 @@ async fn the_database() {
         load.stop().await;
         field.whole(&fault, UNSTORED).await;
     }
-
-    // A relay behind a pooler that shares sessions would lead by nobody's lock.
-    let url = &field.stack.database_url;
-    let user: sqlx::postgres::PgConnectOptions = url.parse().unwrap();
-    let (port, name, pg) = (ports::free(), user.get_username(), &field.servers.postgres);
-    let pooler = pg
-        .pooler(&field.folder, port, &["pool_mode = transaction"], &[name], DATABASE_PASSWORD)
-        .await
-        .unwrap();
-    let (_, database) = url.rsplit_once('/').unwrap();
-    let url = format!("postgres://{name}:{DATABASE_PASSWORD}@127.0.0.1:{port}/{database}");
-    let said = output(field.run().env("DATABASE_URL", url).env("LISTEN", "127.0.0.1:0")).await;
-    assert!(
-        said.starts_with("exit code: 1") && said.contains("there is a pooler that does not keep one session"),
-        "{said}"
-    );
-    drop(pooler);
     field.end().await;
 }
 

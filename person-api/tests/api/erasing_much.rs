@@ -5,7 +5,6 @@ use std::time::Duration;
 use outbox::Waker;
 use person_api::store::{Connections, erase};
 use poem::http::Method;
-use sqlx::PgPool;
 
 use crate::support::{Database, Program, answer, plain, post, until, with};
 
