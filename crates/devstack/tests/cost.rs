@@ -42,6 +42,9 @@ const PERSONS: u64 = 200;
 const EVENTS: i64 = 400;
 /// Connections that a program has at most, each of which plans for itself.
 const SESSIONS: i64 = 10;
+/// How often a program looks which session it has, to find a pooler: 13 times at its start, and a relay as often when it
+/// connects to lead.
+const LOOKS: i64 = 26;
 /// The relay stores its progress at most four times a second (`SAVE_INTERVAL`).
 const SAVE_INTERVAL: Duration = Duration::from_millis(250);
 
@@ -128,7 +131,7 @@ async fn written(meter: &mut Meter, title: &str, wal: i64) -> String {
         "DELETE FROM person.idempotency",
         "SELECT FROM person.person WHERE cpf IS NULL",
     ]);
-    let notices = work.take(&["pg_notify"]);
+    let notices = work.take(&["NOTIFY "]);
     within("notices", notices.calls, writes);
     within(&format!("WAL bytes, {title}"), work.wal_bytes() / writes, wal);
     format!("{title}: {writes} of them\n{}", work.shown())
@@ -218,7 +221,7 @@ async fn project(stack: &mut Stack, meter: &mut Meter) -> String {
         commit.calls -= 1;
     }
     work.0.retain(|statement| !["BEGIN", "ROLLBACK"].contains(&&*statement.query));
-    let notices = work.take(&["pg_notify"]);
+    let notices = work.take(&["NOTIFY "]);
     within("notices, to the relay and to the readers", notices.calls, 2 * transactions);
     // A message that came alone.
     work.take(&["SAVEPOINT", "SET CONSTRAINTS"]);
@@ -383,7 +386,8 @@ impl Meter {
         statements.sort_by(|one, other| one.query.cmp(&other.query));
         for Statement { query, plans, compiled, .. } in &statements {
             within(&format!("functions compiled for {query}"), *compiled, 0);
-            within(&format!("times planned, {query}"), *plans, SESSIONS);
+            let most = if query.contains("pg_backend_pid") { LOOKS } else { SESSIONS };
+            within(&format!("times planned, {query}"), *plans, most);
         }
         Work(statements)
     }

@@ -50,9 +50,9 @@ impl Waker {
     /// Sends the notices until `stop`.
     pub async fn run(self, pool: PgPool, stop: CancellationToken) {
         let channels = self.channels;
-        // Not prepared, since a pooler in transaction mode may lose that.
-        let notices: Vec<String> = channels.iter().map(|name| format!("pg_notify('{name}', '')")).collect();
-        let notify = AssertSqlSafe(format!("SELECT {}", notices.join(", "))).into_sql_str();
+        // Commands, which the server does not plan, and not prepared, since a pooler in transaction mode may lose that.
+        let notices: Vec<String> = channels.iter().map(|name| format!("NOTIFY {name}")).collect();
+        let notify = AssertSqlSafe(notices.join("; ")).into_sql_str();
         let session = Session::of(pool);
         while stop.run_until_cancelled(self.woken.notified()).await.is_some() {
             let notice = async {
