@@ -1,6 +1,6 @@
 # Everything that a developer calls; `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: up demo env test test-matrix test-faults test-containers test-helm packages test-packages schemathesis bench bench-history chaos help
+.PHONY: up demo env test test-faults test-containers test-helm packages test-packages dist release test-release schemathesis bench bench-history chaos help
 
 # `run -- COMMAND` puts private servers around a command and leaves nothing of them. The binary and not
 # `cargo run -p devstack`: for one package alone cargo builds the dependencies again, with fewer features.
@@ -50,11 +50,20 @@ test-helm: ## Hold the Helm charts against Helm and the schemas of Kubernetes, w
 	cargo build --workspace
 	@exec deploy/helm/check
 
-packages: ## Build the relay's Debian package, its archive for any Linux, and the schema as SQL
+packages: ## Build the relay's Debian and RPM packages, its archive for any Linux, and the schema as SQL
 	@exec deploy/packages/build
 
 test-packages: ## Install, use and remove the packages on clean Debian systems; needs root and Debian
 	@exec deploy/packages/test
+
+dist: ## Build all that a release has, of the commit that is checked out
+	@exec deploy/release/artefacts
+
+release: ## Make the release VERSION of main, and publish nothing; VERSION=0.2.0 RELEASE_ARGS=--dry-run
+	@exec deploy/release/release $(RELEASE_ARGS) '$(VERSION)'
+
+test-release: ## Make a release in a clone, without tests and optimisation, and look at all that it has
+	@exec deploy/release/test
 
 schemathesis: ## Hold the APIs against their documents, thousands of requests; SCHEMATHESIS_ARGS="--max-examples 1000"
 	@crates/devstack/install tests
