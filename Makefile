@@ -1,6 +1,6 @@
 # Everything that a developer calls; `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: up demo env test test-faults test-containers test-helm packages test-packages dist release test-release schemathesis bench bench-history chaos help
+.PHONY: up demo env test test-matrix test-faults test-containers test-helm packages test-packages dist release test-release schemathesis bench bench-history chaos help
 
 # `run -- COMMAND` puts private servers around a command and leaves nothing of them. The binary and not
 # `cargo run -p devstack`: for one package alone cargo builds the dependencies again, with fewer features.

@@ -381,7 +381,7 @@ fn find(data: &Path) -> anyhow::Result<Programs> {
     };
     let mut found: Vec<(u32, Programs)> =
         found.into_iter().filter_map(|programs| Some((release(&programs)?, programs))).collect();
-    found.sort_by(|(one, _), (other, _)| one.cmp(other));
+    found.sort_by_key(|(release, _)| *release);
     let fits = |release: u32| made_by.map_or(release >= OLDEST, |made_by: u32| made_by == release);
     if let Some((_, programs)) = found.iter().rev().find(|(release, _)| fits(*release)) {
         return Ok(programs.clone());

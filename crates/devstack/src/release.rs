@@ -110,6 +110,14 @@ impl Programs {
         String::from_utf8(output.stdout).ok()
     }
 
+    fn command(&self, name: &str) -> Command {
+        let words = self.system.as_deref().map(inside).unwrap_or_default();
+        let mut words = words.into_iter().chain([self.file(name).into()]);
+        let mut command = Command::new(words.next().unwrap_or_default());
+        command.args(words);
+        command
+    }
+
     /// The program `PgBouncer` of the same system, as a process inside sees it; this machine's where the server is.
     pub(crate) fn pooler(&self) -> anyhow::Result<PathBuf> {
         // Debian keeps it where only root looks by itself.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use devstack::testing::DEADLINE;
 use outbox::Waker;
 use person_api::{
     api::Api,
