@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use daemon::cli::Tables;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 
@@ -13,6 +14,9 @@ use crate::{
     },
     config::{HealthArgs, MigrateArgs, RunArgs},
 };
+
+/// The configuration file may have several outboxes.
+pub const TABLES: Tables = Tables { kind: "outbox", commands: &["run", "health"] };
 
 /// Publishes the transactional outbox of any PostgreSQL database to RabbitMQ, reliably and in order.
 #[derive(Debug, Parser)]

@@ -3,7 +3,7 @@
 use std::{fmt::Write, net::SocketAddr, time::Duration};
 
 use daemon::{
-    cli::Setting,
+    cli::{Setting, Source, Table},
     config::{SettingError, broker::BrokerArgs, database::DatabaseArgs},
     probes::ProbeArgs,
     shutdown::ShutdownArgs,
@@ -12,9 +12,12 @@ use daemon::{
 use lapin::types::ShortString;
 
 use crate::{
+    cli::Cli,
+    outboxes,
     partition::PartitionArgs,
     relay::exchange,
     rules::{Nacked, Rules, Unroutable},
+    serve::Outbox,
     session::Begin,
 };
 
@@ -49,6 +52,30 @@ pub struct HealthArgs {
 /// Settings of `run`.
 #[derive(Debug, clap::Args)]
 pub struct RunArgs {
+    /// The outbox, or what holds for each of the outboxes.
+    #[command(flatten)]
+    pub outbox: OutboxArgs,
+    /// Where it answers.
+    #[command(flatten)]
+    pub listen: ListenArgs,
+    /// Logging.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+    /// Its health and its metrics.
+    #[command(flatten)]
+    pub probes: ProbeArgs,
+    /// Shutdown.
+    #[command(flatten)]
+    pub shutdown: ShutdownArgs,
+    /// Check all settings, read the files that they name, show what is set by whom, and end: with exit code
+    /// 2 if `run` would not start. Connects to nothing.
+    #[arg(long)]
+    pub check_config: bool,
+}
+
+/// An outbox, and how it is relayed.
+#[derive(Clone, Debug, clap::Args)]
+pub struct OutboxArgs {
     /// The database.
     #[command(flatten)]
     pub database: DatabaseArgs,
@@ -104,40 +131,38 @@ pub struct RunArgs {
     /// Partitions and retention.
     #[command(flatten)]
     pub partitions: PartitionArgs,
-    /// Where it answers.
-    #[command(flatten)]
-    pub listen: ListenArgs,
-    /// Logging.
-    #[command(flatten)]
-    pub telemetry: TelemetryArgs,
-    /// Its health and its metrics.
-    #[command(flatten)]
-    pub probes: ProbeArgs,
-    /// Shutdown.
-    #[command(flatten)]
-    pub shutdown: ShutdownArgs,
-    /// Check all settings, read the files that they name, show what is set by whom, and end: with exit code
-    /// 2 if `run` would not start. Connects to nothing.
-    #[arg(long)]
-    pub check_config: bool,
 }
 
 impl RunArgs {
-    /// What `settings` come to, for people; an error where `run` would not start.
-    pub fn check(&self, settings: &[Setting]) -> Result<String, SettingError> {
-        let database = self.database.options("outbox-relay", STATEMENT_TIMEOUT)?.address();
-        let nodes = self.broker.nodes(self.database.require_tls)?;
+    /// What `settings` come to, and those of each of `tables`, for people; an error where `run` would not start.
+    pub fn check(&self, settings: &[Setting], tables: Vec<Table<Cli>>) -> Result<String, SettingError> {
         let mut text = String::new();
-        for Setting { name, value, source } in settings {
-            let value = value.as_deref().unwrap_or("-");
-            let _never = writeln!(text, "{:<22} {value:<28} {source}", format!("--{name}"));
-        }
-        let _never = writeln!(text, "database: {database}");
-        for node in nodes.as_ref() {
-            let _never = writeln!(text, "broker: {node:?}");
+        describe(&mut text, settings);
+        if tables.is_empty() {
+            text.push_str(&Outbox::new(self.outbox.clone())?.describe());
+        } else {
+            let of_tables: Vec<_> =
+                tables.iter().map(|table| (table.name.clone(), table.settings.clone())).collect();
+            let outboxes = outboxes::checked(outboxes::outboxes(tables))?;
+            for (name, settings) in of_tables {
+                let _never = writeln!(text, "\n[outbox.{name}]");
+                let of_its_own = |setting: &&Setting| {
+                    matches!(&setting.source, Source::Table(..))
+                        || matches!(&setting.source, Source::Variable(name) if name.starts_with("OUTBOX_"))
+                };
+                describe(&mut text, settings.iter().filter(of_its_own));
+                text.push_str(&outboxes.get(&name).map(Outbox::describe).unwrap_or_default());
+            }
         }
         text.push_str("Every setting can be used.");
         Ok(text)
+    }
+}
+
+fn describe<'a>(text: &mut String, settings: impl IntoIterator<Item = &'a Setting>) {
+    for Setting { name, value, source } in settings {
+        let value = value.as_deref().unwrap_or("-");
+        let _never = writeln!(text, "{:<22} {value:<28} {source}", format!("--{name}"));
     }
 }
 

@@ -2,7 +2,10 @@
 //! the rest in `outbox.erasure`; readers get the erased form of it at once. What is noted is rewritten here, step by
 //! step, beside publishing and on a connection of its own.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
 
 use amqp::Backoff;
 use daemon::{
@@ -12,7 +15,11 @@ use daemon::{
 use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
 
-use crate::{failpoint, task_connection::TaskConnection};
+use crate::{
+    failpoint,
+    series::{Series, number},
+    task_connection::TaskConnection,
+};
 
 /// How often a relay looks whether there is something to erase.
 const ROUND: Duration = Duration::from_secs(10);
@@ -78,13 +85,14 @@ impl Size {
 pub(crate) async fn work_off(
     database: Database,
     most: i64,
+    series: Arc<OnceLock<Series>>,
     health: Part,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut pause = Backoff::new(ROUND, ROUND * 6);
     let mut connection = TaskConnection::new(for_steps(database));
     while !stop.is_cancelled() {
-        match round(&mut connection, Size::new(most), &health, &stop).await {
+        match round(&mut connection, Size::new(most), &series, &health, &stop).await {
             Ok(()) => pause.reset(),
             // The relay says so itself when the database is away.
             Err(error) => {
@@ -109,6 +117,7 @@ pub(crate) async fn work_off(
 async fn round(
     connection: &mut TaskConnection,
     size: Size,
+    series: &OnceLock<Series>,
     health: &Part,
     stop: &CancellationToken,
 ) -> sqlx::Result<()> {
@@ -118,7 +127,7 @@ async fn round(
     };
     let mut conn = connected?;
     // Then the server rolls back what it was at.
-    let Some(done) = stop.run_until_cancelled(Box::pin(steps(&mut conn, size, health, stop))).await else {
+    let Some(done) = stop.run_until_cancelled(Box::pin(steps(&mut conn, size, series, health, stop))).await else {
         return Ok(());
     };
     connection.keep(conn, &done);
@@ -128,20 +137,23 @@ async fn round(
 async fn steps(
     conn: &mut PgConnection,
     mut size: Size,
+    series: &OnceLock<Series>,
     health: &Part,
     stop: &CancellationToken,
 ) -> sqlx::Result<()> {
     no_samples(conn).await?;
     loop {
         let pending = bounded(pending(conn)).await?;
-        show(pending, health);
+        show(pending, series, health);
         if pending.aggregates == 0 || stop.is_cancelled() {
             return Ok(());
         }
         let began = Instant::now();
         // None: other relays are at all that is left.
         let Some(taken) = bounded(step(conn, &mut size)).await? else { return Ok(()) };
-        metrics::counter!("outbox_relay_erased_events_total").increment(taken.erased.unsigned_abs());
+        if let Some(series) = series.get() {
+            series.erased_events.increment(taken.erased.unsigned_abs());
+        }
         if taken.finished {
             let Step { aggregate_type, aggregate_id, .. } = &taken;
             tracing::info!(aggregate_type, aggregate_id, "nothing is left of an aggregate that was erased");
@@ -150,9 +162,10 @@ async fn steps(
     }
 }
 
-fn show(pending: Pending, health: &Part) {
-    #[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
-    metrics::gauge!("outbox_relay_pending_erasures").set(pending.aggregates as f64);
+fn show(pending: Pending, series: &OnceLock<Series>, health: &Part) {
+    if let Some(series) = series.get() {
+        series.pending_erasures.set(number(pending.aggregates));
+    }
     if Duration::from_secs(pending.seconds.unsigned_abs()) < LATE {
         health.ready();
     } else {

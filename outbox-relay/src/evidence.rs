@@ -52,6 +52,9 @@ pub enum PublishFailure {
 }
 
 impl PublishFailure {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Unroutable, Self::Nacked, Self::Refused, Self::Silent];
+
     /// As it is stored.
     pub fn as_str(self) -> &'static str {
         match self {

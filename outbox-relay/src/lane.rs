@@ -32,6 +32,8 @@ use patience::Patience;
 
 /// How often a lane with nothing to do looks whether its channel is still there.
 const LOOK: Duration = Duration::from_millis(500);
+/// A connection on demand is kept for so long with nothing to do.
+const IDLE: Duration = Duration::from_mins(1);
 /// How often it looks whether its lease is valid again.
 const LEASE_LOOK: Duration = Duration::from_millis(20);
 /// Confirms that take longer are a reason to be not ready.
@@ -42,6 +44,8 @@ const SLOW: Duration = Duration::from_secs(5);
 pub enum Report {
     /// Whether it can publish, and why it cannot.
     State(Result<(), String>),
+    /// It has no connection until it is given a window.
+    Asleep,
     /// What became of a window, and how long it took.
     Published(Window, Published, Duration),
     /// A window that it did not begin, for want of a connection.
@@ -70,8 +74,9 @@ pub struct Lane {
     pub last_confirmed: Arc<AtomicU64>,
     /// So many lanes may ask over another connection at a time, which takes as much memory as theirs.
     pub ask_permits: Arc<Semaphore>,
-    /// For windows that have a channel each. It connects only once there is something to publish, and goes again when
-    /// there is nothing for a while.
+    /// It connects only once there is something to publish for it, and goes again when there is nothing for a while.
+    pub on_demand: bool,
+    /// For windows that have a channel each.
     pub is_quarantine: bool,
 }
 
@@ -80,11 +85,11 @@ impl Lane {
     pub async fn run(self, mut windows: mpsc::Receiver<Window>) {
         let mut reconnect = Reconnect::default();
         let mut patience = Patience::default();
-        let mut asleep = self.is_quarantine;
+        let mut asleep = self.on_demand;
         while !self.stop.is_cancelled() && !windows.is_closed() {
             let mut first = None;
             if asleep {
-                self.report(Report::State(Ok(())));
+                self.report(Report::Asleep);
                 first = windows.recv().await;
                 if first.is_none() {
                     break;
@@ -101,7 +106,7 @@ impl Lane {
                     let ended = if self.is_quarantine {
                         self.serve_quarantine(&link, &mut windows, first, &mut reconnect).await
                     } else {
-                        self.serve(&mut link, &mut windows, &mut reconnect, &mut patience).await
+                        self.serve(&mut link, &mut windows, first, &mut reconnect, &mut patience).await
                     };
                     if let Err(error) = &ended {
                         self.report(Report::State(Err(error.to_string())));
@@ -144,14 +149,17 @@ impl Lane {
         &self,
         link: &mut Link,
         windows: &mut mpsc::Receiver<Window>,
+        mut first: Option<Window>,
         reconnect: &mut Reconnect,
         patience: &mut Patience,
     ) -> Result<End, BrokerError> {
         let mut changes = link.changes();
         self.report(Report::State(state(link)));
+        let mut worked = Instant::now();
         loop {
             let window = tokio::select! {
                 biased;
+                Some(first) = async { first.take() } => Some(first),
                 window = windows.recv() => window,
                 _ = changes.changed() => {
                     link.condition()?;
@@ -160,6 +168,9 @@ impl Lane {
                 }
                 () = tokio::time::sleep(LOOK) => {
                     if link.channel.status().connected() {
+                        if self.on_demand && worked.elapsed() >= IDLE {
+                            return Ok(End::Idle);
+                        }
                         continue;
                     }
                     let closed = BrokerError::Publish("the channel was closed".to_owned());
@@ -177,6 +188,7 @@ impl Lane {
             let nacked = published.fates.contains(&Some(Fate::Nacked));
             let (route, ended) = (window.route, published.ended.clone());
             self.report(Report::Published(window, published, began.elapsed()));
+            worked = Instant::now();
             match (ended, other) {
                 (None, _) => reconnect.works(),
                 // It was a channel of its own.

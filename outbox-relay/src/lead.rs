@@ -17,6 +17,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use aside::ToPark;
 
@@ -27,7 +28,8 @@ use crate::{
     queue::{DEPTH, QUARANTINE_WINDOWS, Queue, Route, Window},
     reader::Budget,
     relay::Relay,
-    session::{LeaderSession, SessionError},
+    series::{Series, number},
+    session::{LeaderSession, SessionError, Watch},
     waiting::WaitingCounts,
 };
 
@@ -60,6 +62,8 @@ pub(crate) const ELSEWHERE: &str = "the database was restored, or its server fai
 /// A leadership at work.
 pub(crate) struct Lead<'a> {
     relay: &'a Relay,
+    series: Series,
+    watch: Watch,
     session: LeaderSession,
     stop: &'a CancellationToken,
     queue: Queue,
@@ -69,6 +73,8 @@ pub(crate) struct Lead<'a> {
     reports: mpsc::UnboundedReceiver<(usize, Report)>,
     /// Why each lane cannot publish; none when it can.
     states: Vec<Option<String>>,
+    /// Which of them have no connection until they are given something.
+    asleep: Vec<bool>,
     /// How many windows each lane has.
     windows: Vec<usize>,
     saved: Instant,
@@ -97,7 +103,12 @@ pub(crate) struct Lead<'a> {
 }
 
 impl<'a> Lead<'a> {
-    pub(crate) fn new(relay: &'a Relay, session: LeaderSession, stop: &'a CancellationToken) -> Self {
+    pub(crate) fn new(
+        relay: &'a Relay,
+        (series, watch): (Series, Watch),
+        session: LeaderSession,
+        stop: &'a CancellationToken,
+    ) -> Self {
         let (report, reports) = mpsc::unbounded_channel();
         let (last_confirmed, ask_permits) =
             (Arc::new(AtomicU64::new(0)), Arc::new(Semaphore::new(ASK_PERMITS)));
@@ -117,19 +128,24 @@ impl<'a> Lead<'a> {
                     stop: stop.clone(),
                     last_confirmed: Arc::clone(&last_confirmed),
                     ask_permits: Arc::clone(&ask_permits),
+                    // The first one shows how the broker is.
+                    on_demand: number > 0,
                     is_quarantine,
                 };
-                tasks.spawn(lane.run(windows));
+                tasks.spawn(lane.run(windows).in_current_span());
                 send
             })
             .collect();
         let now = Instant::now();
         Self {
             relay,
+            series,
+            watch,
             session,
             stop,
             queue: Queue::new(relay.limits.lanes, WINDOW, relay.policies.clone(), now),
             states: vec![Some("connecting".to_owned()); lanes.len()],
+            asleep: vec![false; lanes.len()],
             windows: vec![0; lanes.len()],
             lanes,
             tasks,
@@ -176,6 +192,7 @@ impl<'a> Lead<'a> {
             self.report_health();
             self.save_if_due().await?;
             self.locate_if_due().await?;
+            self.session.watch(&mut self.watch).await?;
             self.park_if_due().await?;
 
             // No more than half of what may be in memory, so that reads are few and large.
@@ -261,7 +278,7 @@ impl<'a> Lead<'a> {
             self.relay.database_health.ready();
         }
         for position in &batch.late {
-            metrics::counter!("outbox_relay_late_events_total").increment(1);
+            self.series.late_events.increment(1);
             tracing::error!(
                 position,
                 "an event appeared at a position that was given up as rolled back; \
@@ -279,9 +296,9 @@ impl<'a> Lead<'a> {
             }
         }
         let positions = self.session.positions();
-        metrics::gauge!("outbox_relay_open_gaps").set(health::count(positions.gaps()));
-        metrics::gauge!("outbox_relay_low_water").set(health::position(positions.low_water()));
-        metrics::gauge!("outbox_relay_high").set(health::position(positions.high()));
+        self.series.open_gaps.set(health::count(positions.gaps()));
+        self.series.low_water.set(number(positions.low_water()));
+        self.series.high.set(number(positions.high()));
         Ok((found, more))
     }
 
@@ -344,7 +361,8 @@ impl<'a> Lead<'a> {
     /// Acts on what a lane says.
     async fn take_in(&mut self, lane: usize, report: Report) -> Result<(), SessionError> {
         match report {
-            Report::State(state) => self.states[lane] = state.err(),
+            Report::State(state) => (self.states[lane], self.asleep[lane]) = (state.err(), false),
+            Report::Asleep => (self.states[lane], self.asleep[lane]) = (None, true),
             Report::Returned(window) => {
                 self.windows[lane] -= 1;
                 self.queue.back(window);
@@ -352,10 +370,10 @@ impl<'a> Lead<'a> {
             Report::Published(window, published, took) => {
                 self.windows[lane] -= 1;
                 if published.ended.is_some() {
-                    metrics::counter!("outbox_relay_publish_failures_total").increment(1);
+                    self.series.publish_failures.increment(1);
                 } else {
                     failpoint::hit("confirm");
-                    metrics::histogram!("outbox_relay_window_seconds").record(took);
+                    self.series.window.record(took);
                 }
                 self.settle(window, published).await?;
             }

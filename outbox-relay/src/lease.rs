@@ -45,6 +45,11 @@ impl Lease {
         u128::from(now().saturating_sub(self.renewed.load(Ordering::Relaxed))) < self.length.as_millis()
     }
 
+    /// Whether it is the same one.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.renewed, &other.renewed)
+    }
+
     /// How long it lasts.
     pub fn length(&self) -> Duration {
         self.length

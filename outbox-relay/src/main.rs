@@ -5,16 +5,16 @@ use std::process::ExitCode;
 use daemon::{
     cli::{self, Parsed},
     command::print,
-    health::Identity,
     shutdown::{self, Shutdown},
     telemetry,
 };
 use outbox_relay::{
-    cli::{Cli, Command},
+    cli::{Cli, Command, TABLES},
     command::{
         Verdict, backfill, digest, doctor, erasures, forget, manual, new_incarnation, parked, pause, prune,
         recover, replay, status, trace,
     },
+    outboxes,
 };
 
 #[tokio::main]
@@ -26,15 +26,16 @@ async fn main() -> ExitCode {
 }
 
 async fn start() -> anyhow::Result<Verdict> {
-    let Parsed { cli, settings } = cli::parse::<Cli>()?;
+    let Parsed { cli, settings, tables } = cli::parse_tables::<Cli>(TABLES)?;
     match cli.command {
         Command::Run(args) if args.check_config => {
             telemetry::start(&args.telemetry)?;
-            print(&args.check(&settings)?)?;
+            print(&args.check(&settings, tables)?)?;
         }
         Command::Run(args) => {
             let metrics = telemetry::start(&args.telemetry)?;
-            outbox_relay::run(*args, metrics, Shutdown::on_signals()?).await?;
+            let reload = || Ok(outboxes::outboxes(cli::parse_again::<Cli>(TABLES)?.tables));
+            outbox_relay::run(*args, outboxes::outboxes(tables), reload, metrics, Shutdown::on_signals()?).await?;
         }
         Command::Migrate(args) => {
             telemetry::start(&args.telemetry)?;
@@ -93,11 +94,8 @@ async fn start() -> anyhow::Result<Verdict> {
             return erasures::erasures(&args).await;
         }
         Command::Health(args) => {
-            let asked = Identity::of("outbox-relay")
-                .with("relay", args.name)
-                .with_some("source", args.source)
-                .at_known(&args.database)?;
-            daemon::probes::health(args.listen.listen, &asked).await?;
+            let listen = args.listen.listen;
+            daemon::probes::health(listen, &outboxes::asked(args, tables)?).await?;
         }
         Command::Status(args) => {
             telemetry::start(&args.common.telemetry)?;

@@ -1,7 +1,7 @@
 //! What a relay is given: from where it reads, to where it publishes, and where it says how it is.
 
 use std::{
-    sync::{Arc, atomic::AtomicBool},
+    sync::{Arc, OnceLock, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -13,7 +13,7 @@ use lapin::types::ShortString;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::{broker::Broker, lease::Lease, rules::Policies, session::Begin};
+use crate::{broker::Broker, lease::Lease, rules::Policies, series::Series, session::Begin};
 
 /// How much a relay has in memory, and sets aside.
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +55,8 @@ pub struct Relay {
     pub pulse: Lease,
     /// Cancelled once a connection was found to be a session of its own, on a database as it should be.
     pub connected: CancellationToken,
+    /// Its metrics, once the source is known.
+    pub series: Arc<OnceLock<Series>>,
     /// What is shown at `/ready`, and stored with each heartbeat.
     pub health: Health,
     /// The database and leadership.

@@ -6,6 +6,7 @@
 
 mod candidate;
 mod leader;
+mod watch;
 
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use outbox::database::SharedSessions;
 
 pub use candidate::CandidateSession;
 pub use leader::{LeaderSession, MAX_DROPPED};
+pub use watch::Watch;
 
 /// No answer of the database takes longer, or the connection counts as lost.
 const TIMEOUT: Duration = Duration::from_secs(15);

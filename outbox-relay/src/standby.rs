@@ -9,7 +9,8 @@ use crate::{
     lead::Lead,
     lease,
     relay::Relay,
-    session::{CandidateSession, SessionError},
+    series::Series,
+    session::{CandidateSession, SessionError, Watch},
 };
 
 /// How often a relay that does not lead asks whether it may.
@@ -49,18 +50,16 @@ async fn lead(relay: &Relay, pause: &mut Backoff, stop: &CancellationToken) -> R
     let mut candidate = candidate?;
     relay.connected.cancel();
     relay.health.is_known_as("source", &candidate.source);
-    let mut refused = false;
+    let series = relay.series.get_or_init(|| Series::new(&candidate.source, &relay.name)).clone();
+    let mut watch = Watch::new(series.clone(), &relay.name);
+    series.leader.set(0.0);
     while !candidate.ask().await? {
         relay.pulse.renew(lease::now());
-        // Healthy: somebody publishes, and this one stands by. Not yet at the first refusal: that may be the lock
-        // of this relay's own session, which was just ended and is not gone yet.
-        if refused {
-            let leaders = [&relay.events_health, &relay.paused_health, &relay.sequence_health];
-            for part in [&relay.database_health, &relay.broker_health].into_iter().chain(leaders) {
-                part.ready();
-            }
-            relay.nothing_flows.store(false, Ordering::Relaxed);
-            pause.reset();
+        candidate.watch(&mut watch).await?;
+        // Healthy: somebody publishes, and this one stands by.
+        let leaders = [&relay.events_health, &relay.paused_health, &relay.sequence_health];
+        for part in [&relay.database_health, &relay.broker_health].into_iter().chain(leaders) {
+            part.ready();
         }
         refused = true;
         let again = STANDBY.min(relay.lease / 4);
@@ -72,7 +71,11 @@ async fn lead(relay: &Relay, pause: &mut Backoff, stop: &CancellationToken) -> R
     let session = candidate.lead().await?;
     relay.database_health.ready();
     pause.reset();
-    let mut lead = Lead::new(relay, session, stop);
-    lead.work().await?;
+    series.leader.set(1.0);
+    series.leaderships.increment(1);
+    let mut lead = Lead::new(relay, (series.clone(), watch), session, stop);
+    let ended = lead.work().await;
+    series.leader.set(0.0);
+    ended?;
     lead.end().await
 }

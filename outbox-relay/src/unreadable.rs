@@ -55,10 +55,8 @@ pub async fn set_aside(
     Ok(SetAside::fenced(mine))
 }
 
-/// Counts rows that were set aside, and says so once for all of them.
-pub fn count(rows: &[Unreadable]) -> i64 {
-    let Some(Unreadable { position, reason }) = rows.first() else { return 0 };
+/// Says once for all of them that rows were set aside.
+pub fn report(rows: &[Unreadable]) {
+    let Some(Unreadable { position, reason }) = rows.first() else { return };
     tracing::warn!(rows = rows.len(), position, reason, "events that cannot be read were set aside");
-    metrics::counter!("outbox_relay_parked_total", "reason" => "refused").increment(rows.len() as u64);
-    i64::try_from(rows.len()).unwrap_or(i64::MAX)
 }

@@ -2,22 +2,26 @@
 //! `lanes = 4`.
 //!
 //! A flag overrides a variable, a variable the file, the file the default. The file may set what has a variable too, but
-//! holds no secrets: those have files of their own. One file can serve all of a program's commands; each takes the
+//! holds no passwords: those have files of their own. One file can serve all of a program's commands; each takes the
 //! settings that it has.
+//!
+//! A program that does the same for several things, such as the relay for several outboxes, has a table for each:
+//! `[outbox.shop]`. What stands in it is for that one alone, and overrides the general variables and the rest of the file.
+//! A variable of its own, such as `OUTBOX_SHOP_LANES`, overrides the table.
 
-use std::{
-    ffi::OsString,
-    fmt,
-    path::{Path, PathBuf},
-};
+mod file;
 
-use clap::{Arg, ArgMatches, Command, Parser, parser::ValueSource, value_parser};
-use toml::{Table, Value};
+use std::{ffi::OsString, fmt, path::PathBuf};
 
-use crate::config::SettingError;
+use clap::{Arg, ArgMatches, Command, Parser, builder::Resettable, parser::ValueSource, value_parser};
+
+use crate::config::{SettingError, has_password};
+use file::{File, Values};
 
 const FLAG: &str = "config";
 const VARIABLE: &str = "CONFIG_FILE";
+/// How clap knows the flag that chooses a table.
+const TABLE: &str = "table";
 
 /// A parsed command line, and where each setting came from.
 #[derive(Debug)]
@@ -26,6 +30,28 @@ pub struct Parsed<C> {
     pub cli: C,
     /// The settings of the chosen command.
     pub settings: Vec<Setting>,
+    /// The file's tables, for a command that is for all of them and where none was chosen.
+    pub tables: Vec<Table<C>>,
+}
+
+/// A table of the file, such as `[outbox.shop]`, with what is set for all.
+#[derive(Debug)]
+pub struct Table<C> {
+    /// `shop`.
+    pub name: String,
+    /// The command and its settings.
+    pub cli: C,
+    /// The settings of the chosen command.
+    pub settings: Vec<Setting>,
+}
+
+/// The tables that a program's file may have.
+#[derive(Clone, Copy, Debug)]
+pub struct Tables {
+    /// What each is about: `outbox` for `[outbox.shop]`. The flag of this name chooses one.
+    pub kind: &'static str,
+    /// The commands that are for all tables at once. The others need one.
+    pub commands: &'static [&'static str],
 }
 
 /// A setting and its value.
@@ -48,6 +74,8 @@ pub enum Source {
     Variable(String),
     /// This configuration file.
     File(PathBuf),
+    /// This table of it.
+    Table(PathBuf, String),
     /// The default of the program.
     Default,
 }
@@ -58,6 +86,7 @@ impl fmt::Display for Source {
             Self::Flag => f.write_str("flag"),
             Self::Variable(name) => f.write_str(name),
             Self::File(path) => write!(f, "{}", path.display()),
+            Self::Table(path, table) => write!(f, "{} [{table}]", path.display()),
             Self::Default => f.write_str("default"),
         }
     }
@@ -66,32 +95,51 @@ impl fmt::Display for Source {
 /// Parses the command line, the environment, and the file that `--config` or `CONFIG_FILE` names. Prints the help, or an
 /// error of the command line or the environment, and ends the process, as clap does.
 pub fn parse<C: Parser>() -> Result<Parsed<C>, SettingError> {
-    let mut command = command::<C>();
-    let file = match path(&command, std::env::args_os()) {
-        Some(path) => Some((read(&path, &command)?, path)),
-        None => None,
-    };
-    if let Some((values, _)) = &file {
-        command = with_defaults(command, values);
+    parse_with(None)
+}
+
+/// As [`parse`], where the file may have tables.
+pub fn parse_tables<C: Parser>(tables: Tables) -> Result<Parsed<C>, SettingError> {
+    parse_with(Some(tables))
+}
+
+/// As [`parse_tables`], for a process that runs and whose file may be another by now: it is never ended.
+pub fn parse_again<C: Parser>(tables: Tables) -> Result<Parsed<C>, String> {
+    let line = Line { command: command_with::<C>(Some(tables)), args: std::env::args_os().collect() };
+    match line.parse(Some(tables)) {
+        Ok(parsed) => Ok(parsed),
+        Err(Wrong::Setting(error)) => Err(error.to_string()),
+        Err(Wrong::Line(error)) => Err(error.to_string()),
     }
-    let path = file.as_ref().map(|(_, path)| path.as_path());
-    let ended = |error: &clap::Error| -> ! {
-        let _closed = error.print();
-        if let (true, Some(path)) = (error.use_stderr(), path) {
-            eprintln!("\nSettings are also from {}.", path.display());
+}
+
+fn parse_with<C: Parser>(tables: Option<Tables>) -> Result<Parsed<C>, SettingError> {
+    let line = Line { command: command_with::<C>(tables), args: std::env::args_os().collect() };
+    match line.parse(tables) {
+        Ok(parsed) => Ok(parsed),
+        Err(Wrong::Setting(error)) => Err(error),
+        Err(Wrong::Line(error)) => {
+            let _closed = error.print();
+            if let (true, Some(path)) = (error.use_stderr(), line.path()) {
+                eprintln!("\nSettings are also from {}.", path.display());
+            }
+            std::process::exit(error.exit_code())
         }
-        std::process::exit(error.exit_code())
-    };
-    let mut matches = command.try_get_matches_from_mut(std::env::args_os()).unwrap_or_else(|e| ended(&e));
-    let settings = settings(&command, &matches, file.as_ref().map(|(values, path)| (values, path.as_path())));
-    let cli =
-        C::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| ended(&error.format(&mut command)));
-    Ok(Parsed { cli, settings })
+    }
 }
 
 /// The program's command line, with the flag of the file. For completions and manual pages.
 pub fn command<C: Parser>() -> Command {
-    C::command().arg(config())
+    command_with::<C>(None)
+}
+
+/// As [`command`], where the file may have tables.
+pub fn command_with<C: Parser>(tables: Option<Tables>) -> Command {
+    let command = C::command().arg(config());
+    match tables {
+        Some(tables) => command.arg(choice(tables.kind)),
+        None => command,
+    }
 }
 
 /// The flag of the file.
@@ -107,93 +155,206 @@ fn config() -> Arg {
         .help(help)
 }
 
-/// The path of the file, if there is one. Other errors wait until the file is read: it may set what is missing.
-fn path(command: &Command, args: impl IntoIterator<Item = OsString>) -> Option<PathBuf> {
-    // clap hands a global flag that stands behind the command up to here.
-    command.clone().ignore_errors(true).try_get_matches_from(args).ok()?.get_one(FLAG).cloned()
+/// The flag that chooses a table.
+fn choice(kind: &'static str) -> Arg {
+    let help = format!("The table of the file that is meant, [{kind}.NAME], where it has some");
+    Arg::new(TABLE).long(kind).env(kind.to_uppercase()).value_name("NAME").global(true).help(help)
 }
 
-/// The file's settings, with their values as a flag would have them.
-fn read(path: &Path, command: &Command) -> Result<Vec<(String, String)>, SettingError> {
-    let wrong = |problem: &dyn fmt::Display| {
-        SettingError::new(format!("{VARIABLE} (or --{FLAG})"), format_args!("{}: {problem}", path.display()))
-    };
-    let text = std::fs::read_to_string(path).map_err(|error| wrong(&error))?;
-    // The parser's own text would quote the line, which may hold a secret by mistake.
-    let table: Table = toml::from_str(&text).map_err(|error: toml::de::Error| {
-        let line =
-            error.span().and_then(|span| text.get(..span.start)).map_or(0, |s| s.matches('\n').count());
-        wrong(&format_args!("line {}: {}", line + 1, error.message()))
-    })?;
-    let mut known = Vec::new();
-    all(command, &mut known);
-    known.sort_unstable();
-    known.dedup();
-    let value = |(name, value): (String, Value)| {
-        if !known.contains(&name) {
-            let known = known.join(", ");
-            return Err(wrong(&format_args!("{name} is no setting; known are {known}")));
-        }
-        let value = match value {
-            Value::String(text) => text,
-            Value::Integer(number) => number.to_string(),
-            Value::Boolean(flag) => flag.to_string(),
-            _ => return Err(wrong(&format_args!("{name} should be a string, a number or true or false"))),
+/// What is wrong with the settings: as a whole, or as clap says it.
+enum Wrong {
+    Setting(SettingError),
+    Line(clap::Error),
+}
+
+impl From<SettingError> for Wrong {
+    fn from(error: SettingError) -> Self {
+        Self::Setting(error)
+    }
+}
+
+/// A command line, before it is parsed.
+struct Line {
+    command: Command,
+    args: Vec<OsString>,
+}
+
+impl Line {
+    fn parse<C: Parser>(&self, tables: Option<Tables>) -> Result<Parsed<C>, Wrong> {
+        let kind = tables.map(|tables| tables.kind);
+        let file = self.path().map(|path| File::read(path, &self.command, kind)).transpose()?;
+        let (Some(file), Some(tables)) = (&file, tables) else {
+            let (cli, settings) = self.parse_one(file.as_ref(), None)?;
+            return Ok(Parsed { cli, settings, tables: Vec::new() });
         };
-        Ok((name, value))
-    };
-    table.into_iter().map(value).collect()
+        let lenient = self.lenient();
+        let chosen = lenient.as_ref().and_then(|matches| matches.get_one::<String>(TABLE));
+        let command = lenient.as_ref().and_then(ArgMatches::subcommand_name);
+        let is_for_all = command.is_none_or(|command| tables.commands.contains(&command));
+        let table = match chosen {
+            Some(chosen) => Some(file.table(chosen, tables.kind)?),
+            None if is_for_all => None,
+            None => file.only_table(tables.kind)?,
+        };
+        let (cli, settings) = self.parse_one(Some(file), table)?;
+        let all = if table.is_none() && command.is_some() { file.tables.as_slice() } else { &[] };
+        let parse = |table: &(String, Values)| -> Result<Table<C>, Wrong> {
+            let (cli, settings) = self.parse_one(Some(file), Some(table))?;
+            Ok(Table { name: table.0.clone(), cli, settings })
+        };
+        Ok(Parsed { cli, settings, tables: all.iter().map(parse).collect::<Result<_, _>>()? })
+    }
+
+    fn parse_one<C: Parser>(
+        &self,
+        file: Option<&File>,
+        table: Option<&(String, Values)>,
+    ) -> Result<(C, Vec<Setting>), Wrong> {
+        let mut command = self.command.clone();
+        if let Some(file) = file {
+            command = with_defaults(command, &file.values);
+            if let (Some((name, values)), Some(kind)) = (table, file.kind) {
+                command = with_table(command, &Overrides { kind, name, values });
+            }
+        }
+        let mut matches = command.try_get_matches_from_mut(&self.args).map_err(Wrong::Line)?;
+        refuse_passwords(&command, &matches)?;
+        let settings = settings(&command, &matches, file, table);
+        let parsed = C::from_arg_matches_mut(&mut matches);
+        Ok((parsed.map_err(|error| Wrong::Line(error.format(&mut command)))?, settings))
+    }
+
+    /// Other errors wait until the file is read: it may set what is missing.
+    fn lenient(&self) -> Option<ArgMatches> {
+        self.command.clone().ignore_errors(true).try_get_matches_from(&self.args).ok()
+    }
+
+    /// The path of the file, if there is one. clap hands a global flag that stands behind the command up to here.
+    fn path(&self) -> Option<PathBuf> {
+        self.lenient()?.get_one(FLAG).cloned()
+    }
 }
 
 /// The name of a setting that the file may set: a flag that has a variable.
 fn name(arg: &Arg) -> Option<&str> {
-    arg.get_long().filter(|long| arg.get_env().is_some() && *long != FLAG)
-}
-
-fn all(command: &Command, names: &mut Vec<String>) {
-    names.extend(command.get_arguments().filter_map(name).map(str::to_owned));
-    command.get_subcommands().for_each(|inner| all(inner, names));
+    arg.get_long().filter(|long| arg.get_env().is_some() && *long != FLAG && arg.get_id() != TABLE)
 }
 
 /// The command with the file's values as its defaults.
-fn with_defaults(command: Command, values: &[(String, String)]) -> Command {
-    let command =
-        command.mut_args(|arg| match values.iter().find(|(name, _)| self::name(&arg) == Some(name)) {
-            Some((_, value)) => arg.default_value(value.clone()).required(false),
-            None => arg,
-        });
+fn with_defaults(command: Command, values: &Values) -> Command {
+    let command = command.mut_args(|arg| match name(&arg).and_then(|name| values.get(name)) {
+        Some(value) => arg.default_value(value.clone()).required(false),
+        None => arg,
+    });
     command.mut_subcommands(|inner| with_defaults(inner, values))
+}
+
+/// What is set for a table alone.
+struct Overrides<'a> {
+    kind: &'a str,
+    name: &'a str,
+    values: &'a Values,
+}
+
+impl Overrides<'_> {
+    /// The variable that sets for this table alone what `variable` sets for all.
+    fn variable(&self, variable: &str) -> String {
+        format!("{}_{}_{variable}", self.kind, self.name.replace('-', "_")).to_uppercase()
+    }
+
+    fn sets(&self, name: &str, variable: &str) -> bool {
+        self.values.contains_key(name) || std::env::var_os(self.variable(variable)).is_some()
+    }
+}
+
+/// The command with a table's values as its defaults, and with the table's own variables instead of the general ones.
+fn with_table(command: Command, table: &Overrides<'_>) -> Command {
+    const IN_FILE: &str = "-file";
+    let command = command.mut_args(|arg| {
+        let Some(name) = name(&arg) else { return arg };
+        let variable = arg.get_env().unwrap_or_default().to_string_lossy().into_owned();
+        if table.sets(name, &variable) {
+            let value = table.values.get(name).cloned();
+            let arg = arg.env(table.variable(&variable)).required(false);
+            return match value {
+                Some(value) => arg.default_value(value),
+                None => arg,
+            };
+        }
+        // A secret of this one alone, given in the other way, replaces the general one.
+        let other = match name.strip_suffix(IN_FILE) {
+            Some(plain) => table.sets(plain, variable.trim_end_matches("_FILE")),
+            None => table.sets(&format!("{name}{IN_FILE}"), &format!("{variable}_FILE")),
+        };
+        if other {
+            arg.env(table.variable(&variable)).default_value(Resettable::Reset).required(false)
+        } else {
+            arg
+        }
+    });
+    command.mut_subcommands(|inner| with_table(inner, table))
+}
+
+/// Every user of the machine can read a command line.
+fn refuse_passwords(command: &Command, matches: &ArgMatches) -> Result<(), SettingError> {
+    if let Some((inner, matches)) = matches.subcommand()
+        && let Some(command) = command.find_subcommand(inner)
+    {
+        return refuse_passwords(command, matches);
+    }
+    for arg in command.get_arguments().filter(|arg| arg.is_hide_env_values_set()) {
+        let id = arg.get_id().as_str();
+        let is_flag = matches.value_source(id) == Some(ValueSource::CommandLine);
+        let values = matches.get_raw(id).into_iter().flatten();
+        if is_flag && values.into_iter().any(|value| has_password(&value.to_string_lossy())) {
+            let variable = arg.get_env().unwrap_or_default().display().to_string();
+            let problem = format!(
+                "has a password, which every user of this machine could read; set the variable {variable}, or name a \
+                 file that holds the URL: --{id}-file",
+                id = arg.get_long().unwrap_or_default()
+            );
+            return Err(SettingError::new(format!("--{}", arg.get_long().unwrap_or_default()), problem));
+        }
+    }
+    Ok(())
 }
 
 /// The settings of the chosen command.
 fn settings(
     command: &Command,
     matches: &ArgMatches,
-    file: Option<(&Vec<(String, String)>, &Path)>,
+    file: Option<&File>,
+    table: Option<&(String, Values)>,
 ) -> Vec<Setting> {
     if let Some((inner, matches)) = matches.subcommand()
         && let Some(command) = command.find_subcommand(inner)
     {
-        return settings(command, matches, file);
+        return settings(command, matches, file, table);
     }
     let setting = |arg: &Arg| {
         let name = name(arg)?;
         let id = arg.get_id().as_str();
-        let raw = matches.get_raw(id).map(|values| {
+        let value = matches.get_raw(id).map(|values| {
             let values: Vec<_> = values.map(|value| value.to_string_lossy()).collect();
             values.join(",")
         });
+        // A secret's value is not shown.
+        let value = if arg.is_hide_env_values_set() { value.map(|_| "***".to_owned()) } else { value };
         let source = match (matches.value_source(id), file) {
             (Some(ValueSource::CommandLine), _) => Source::Flag,
             (Some(ValueSource::EnvVariable), _) => {
                 Source::Variable(arg.get_env().unwrap_or_default().to_string_lossy().into_owned())
             }
-            (Some(_), Some((values, path))) if values.iter().any(|(known, _)| known == name) => {
-                Source::File(path.to_owned())
-            }
+            (Some(_), Some(file)) => match table {
+                Some((table, values)) if values.contains_key(name) => {
+                    Source::Table(file.path.clone(), format!("{}.{table}", file.kind.unwrap_or_default()))
+                }
+                _ if file.values.contains_key(name) => Source::File(file.path.clone()),
+                _ => Source::Default,
+            },
             _ => Source::Default,
         };
-        Some(Setting { name: name.to_owned(), value: raw, source })
+        Some(Setting { name: name.to_owned(), value, source })
     };
     command.get_arguments().filter_map(setting).collect()
 }
@@ -206,12 +367,15 @@ mod tests {
     fn the_file_may_be_named_before_and_after_the_command_and_beside_errors() {
         let needed = Arg::new("needed").long("needed").required(true);
         let command = Command::new("program").arg(config()).subcommand(Command::new("run").arg(needed));
-        for line in
+        let line = |text: &str| Line {
+            command: command.clone(),
+            args: text.split(' ').map(OsString::from).collect(),
+        };
+        for text in
             ["program --config f run", "program run --config f", "program run --config=f --no-such-flag"]
         {
-            let path = path(&command, line.split(' ').map(OsString::from));
-            assert_eq!(path, Some(PathBuf::from("f")), "{line}");
+            assert_eq!(line(text).path(), Some(PathBuf::from("f")), "{text}");
         }
-        assert_eq!(path(&command, ["program", "run"].map(OsString::from)), None);
+        assert_eq!(line("program run").path(), None);
     }
 }

@@ -32,6 +32,23 @@ impl SettingError {
 /// Reads a secret from the variable `name`, or from the file that `name_FILE` (or its flag, in `file`)
 /// points to. `form` says what it should look like, for the error when there is none.
 pub fn secret(name: &str, file: Option<&PathBuf>, form: &str) -> Result<SecretString, SettingError> {
+    let value = match std::env::var(name) {
+        Ok(value) => Some(SecretString::from(value)),
+        Err(std::env::VarError::NotUnicode(_)) => {
+            return Err(SettingError::new(name, format_args!("is not UTF-8; it should look like {form}")));
+        }
+        Err(std::env::VarError::NotPresent) => None,
+    };
+    secret_or_file(name, value.as_ref(), file, form)
+}
+
+/// A secret that is given by its `value`, or by a `file` that holds it.
+fn secret_or_file(
+    name: &str,
+    value: Option<&SecretString>,
+    file: Option<&PathBuf>,
+    form: &str,
+) -> Result<SecretString, SettingError> {
     let from_file = match file {
         Some(path) => Some(std::fs::read_to_string(path).map_err(|e| {
             SettingError::new(format!("{name}_FILE"), format_args!("cannot read {}: {e}", path.display()))
@@ -39,15 +56,13 @@ pub fn secret(name: &str, file: Option<&PathBuf>, form: &str) -> Result<SecretSt
         .inspect(|_| permissions::warn_if_others_read(&format!("{name}_FILE"), path)),
         None => None,
     };
-    let value = match (std::env::var(name), from_file) {
-        (Ok(_), Some(_)) => {
+    let value = match (value, from_file) {
+        (Some(_), Some(_)) => {
             return Err(SettingError::new(name, format_args!("set either {name} or {name}_FILE, not both")));
         }
-        (Ok(value), None) | (Err(_), Some(value)) => value.trim().to_owned(),
-        (Err(std::env::VarError::NotUnicode(_)), None) => {
-            return Err(SettingError::new(name, format_args!("is not UTF-8; it should look like {form}")));
-        }
-        (Err(std::env::VarError::NotPresent), None) => {
+        (Some(value), None) => value.expose_secret().trim().to_owned(),
+        (None, Some(value)) => value.trim().to_owned(),
+        (None, None) => {
             let problem = format_args!("is not set; it should look like {form}");
             return Err(SettingError::new(format!("{name} (or {name}_FILE)"), problem));
         }
@@ -56,6 +71,22 @@ pub fn secret(name: &str, file: Option<&PathBuf>, form: &str) -> Result<SecretSt
         return Err(SettingError::new(name, format_args!("is empty; it should look like {form}")));
     }
     Ok(value.into())
+}
+
+/// A secret as clap takes it: any text, so that no error quotes it.
+#[expect(clippy::unnecessary_wraps, reason = "the form of a parser")]
+fn secret_text(text: &str) -> Result<SecretString, std::convert::Infallible> {
+    Ok(SecretString::from(text))
+}
+
+/// Whether one of a list of URLs has a password, as far as can be told of a text that may be no URL.
+pub(crate) fn has_password(urls: &str) -> bool {
+    urls.split(',').any(|url| {
+        let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+        let authority = rest.split(['/', '?']).next().unwrap_or_default();
+        let user = authority.rsplit_once('@').map_or("", |(user, _)| user);
+        user.contains(':') || url.contains("password=")
+    })
 }
 
 /// Parses a secret that came from [`secret`] without ever quoting it.
@@ -81,6 +112,20 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_password_in_a_url_is_seen() {
+        for (urls, has) in [
+            ("postgres://relay@db/shop", false),
+            ("postgres://relay:hush@db/shop", true),
+            ("postgres://db:5432/shop", false),
+            ("postgres://relay@db/shop?password=hush", true),
+            ("amqp://rabbit:5672,amqp://relay:hush@rabbit", true),
+            ("amqps://rabbit/?auth_mechanism=external", false),
+        ] {
+            assert_eq!(has_password(urls), has, "{urls}");
+        }
+    }
 
     #[test]
     fn durations_are_numbers_with_a_unit() {

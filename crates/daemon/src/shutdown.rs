@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context, anyhow};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::Instrument;
 
 use crate::config::SettingError;
 
@@ -34,7 +35,7 @@ pub fn exit_code(program: &str, result: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-/// The process's end, shared by all of its tasks.
+/// The process's end, shared by all of its tasks; or that of a part of it.
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown {
     requested: CancellationToken,
@@ -72,6 +73,13 @@ impl Shutdown {
         Ok(shutdown)
     }
 
+    /// The end of a part of the process: when `requested` is cancelled, or when one of the part's own tasks fails. The rest
+    /// of the process does not notice.
+    #[must_use]
+    pub fn part(requested: &CancellationToken) -> Self {
+        Self { requested: requested.child_token(), ..Self::default() }
+    }
+
     /// Cancelled once the end is requested: race it against waiting, never against work.
     pub fn requested(&self) -> &CancellationToken {
         &self.requested
@@ -89,7 +97,7 @@ impl Shutdown {
         F: Future<Output = anyhow::Result<()>> + Send + 'static,
     {
         let (requested, failure) = (self.requested.clone(), Arc::clone(&self.failure));
-        let task = tokio::spawn(task);
+        let task = tokio::spawn(task.in_current_span());
         self.tasks.spawn(async move {
             let error = match task.await {
                 Ok(Ok(())) if requested.is_cancelled() => return,

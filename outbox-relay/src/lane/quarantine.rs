@@ -7,7 +7,7 @@ use amqp::Reconnect;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::mpsc;
 
-use super::{End, LOOK, Lane, Report, state};
+use super::{End, IDLE, LOOK, Lane, Report, state};
 use crate::{
     broker::Link,
     condition::BrokerError,
@@ -15,9 +15,6 @@ use crate::{
     publish::{Guards, OnStall, Published},
     queue::Window,
 };
-
-/// A connection on demand is kept for so long with nothing to do.
-const IDLE: Duration = Duration::from_mins(1);
 
 impl Lane {
     /// One connection's life, for windows that have a channel each: many at once, because those without an answer take

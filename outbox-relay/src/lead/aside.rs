@@ -103,7 +103,9 @@ impl Lead<'_> {
                 self.to_park.later(Instant::now());
                 return Ok(());
             };
-            self.parked += unreadable::count(&rows);
+            unreadable::report(&rows);
+            self.series.set_aside(PublishFailure::Refused, rows.len() as u64);
+            self.parked += i64::try_from(rows.len()).unwrap_or(i64::MAX);
         }
         if self.to_park.events.is_empty() {
             self.to_park.wait = SHORTEST;
@@ -120,7 +122,7 @@ impl Lead<'_> {
         self.parked += i64::try_from(events.len()).unwrap_or(0);
         let (mut waited, mut kinds) = (Vec::new(), Vec::new());
         for Event { parking, stored_in, kind } in events {
-            metrics::counter!("outbox_relay_parked_total", "reason" => parking.reason.as_str()).increment(1);
+            self.series.set_aside(parking.reason, 1);
             match stored_in {
                 StoredIn::Outbox => self.session.settle(parking.position),
                 StoredIn::Waiting => {

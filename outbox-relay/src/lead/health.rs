@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::Lead;
-use crate::{evidence::PublishFailure, lease, rules::Unroutable};
+use crate::{evidence::PublishFailure, lease, rules::Unroutable, series::number};
 
 impl Lead<'_> {
     /// Says at `/ready` what the relay waits for.
@@ -20,16 +20,17 @@ impl Lead<'_> {
         }
         let in_memory = self.queue.waiting();
         let rows: i64 = self.waiting.values().sum();
-        metrics::gauge!("outbox_relay_held_events").set(count(in_memory) + position(rows));
-        metrics::gauge!("outbox_relay_waiting_rows").set(position(rows));
-        metrics::gauge!("outbox_relay_parked_events").set(position(self.parked));
+        self.series.held.set(count(in_memory) + number(rows));
+        self.series.waiting_rows.set(number(rows));
+        self.series.parked.set(number(self.parked));
         self.report_events(i64::try_from(in_memory).unwrap_or(i64::MAX).saturating_add(rows));
     }
 
     /// Lanes without a connection are no outage while others have one: they publish everything.
     fn report_broker(&self) {
-        let lanes = &self.states[..self.states.len() - 1];
-        let away: Vec<&String> = lanes.iter().flatten().collect();
+        let lanes = self.states.iter().zip(&self.asleep).take(self.states.len() - 1);
+        let lanes: Vec<_> = lanes.filter(|(_, asleep)| !**asleep).map(|(state, _)| state).collect();
+        let away: Vec<&String> = lanes.iter().copied().flatten().collect();
         let health = &self.relay.broker_health;
         match away.first() {
             None => health.ready(),
@@ -110,11 +111,6 @@ impl Lead<'_> {
             health.ready();
         }
     }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
-pub(super) fn position(position: i64) -> f64 {
-    position as f64
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]

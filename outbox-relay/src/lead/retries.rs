@@ -5,12 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Lead, health};
+use super::Lead;
 use crate::{
     event::Event,
     evidence::EventKind,
     parked::ParkedQuery,
     queue::StoredIn,
+    series::number,
     session::SessionError,
     waiting::{WaitingCounts, WaitingQuery},
 };
@@ -104,7 +105,7 @@ impl Lead<'_> {
         // More of what flows right away.
         let pause = if self.flowing.is_empty() || found == 0 { LOAD_INTERVAL } else { Duration::ZERO };
         self.load_at = Instant::now() + pause;
-        metrics::gauge!("outbox_relay_parked_events").set(health::position(self.parked));
+        self.series.parked.set(number(self.parked));
         Ok(())
     }
 

@@ -50,7 +50,7 @@ impl Lead<'_> {
         self.confirmed += confirmed.len() as u64;
         for item in &confirmed {
             let delay = (Utc::now() - item.event.created_at).to_std().unwrap_or_default();
-            metrics::histogram!("outbox_relay_delay_seconds").record(delay);
+            self.series.delay.record(delay);
             if item.stored_in != StoredIn::Outbox {
                 self.flowing.insert(EventKind::of(&item.event));
             }
@@ -75,8 +75,8 @@ impl Lead<'_> {
         for item in confirmed.iter().chain(&dropped).filter(|item| item.stored_in == StoredIn::Outbox) {
             self.session.settle(item.event.position);
         }
-        metrics::counter!("outbox_relay_published_total").increment(confirmed.len() as u64);
-        metrics::counter!("outbox_relay_dropped_total").increment(dropped.len() as u64);
+        self.series.confirmed(confirmed.len());
+        self.series.dropped.increment(dropped.len() as u64);
         Ok(())
     }
 
@@ -126,7 +126,7 @@ impl Lead<'_> {
                 .health
                 .reasons()
                 .into_iter()
-                .map(|(part, reason, seconds)| json!({"part": part, "reason": reason, "seconds": seconds}))
+                .map(|said| json!({"part": said.part, "reason": said.reason, "seconds": said.seconds}))
                 .collect();
             self.stored_reasons = json!(waiting).to_string();
             let progress = self.session.has_progress();

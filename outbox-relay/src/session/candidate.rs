@@ -5,7 +5,7 @@ use std::time::Duration;
 use daemon::config::database::Database;
 use sqlx::{Connection, PgConnection};
 
-use super::{Begin, LeaderSession, SessionError, needs, within_timeout};
+use super::{Begin, LeaderSession, SessionError, Watch, needs, within_timeout};
 use crate::{lease::Lease, message::Origin, position::Positions, reader::Reader};
 
 /// A relay's row as a leadership begins: its epoch, `low_water`, `high`, the ends of its open ranges, and those of what
@@ -148,6 +148,11 @@ impl CandidateSession {
         };
         leader.save("[]").await?;
         Ok(leader)
+    }
+
+    /// Shows how the database is, if it is time to.
+    pub async fn watch(&mut self, watch: &mut Watch) -> Result<(), SessionError> {
+        watch.look_if_due(&mut self.conn).await
     }
 
     /// Goes away in good order.

@@ -4,7 +4,7 @@ use std::{ops::Range, time::Duration};
 
 use sqlx::{Connection, PgConnection};
 
-use super::{SessionError, within_timeout};
+use super::{SessionError, Watch, within_timeout};
 use crate::{
     evidence::PublishFailure,
     lease::{self, Lease},
@@ -277,6 +277,11 @@ impl LeaderSession {
             "SELECT coalesce(is_elsewhere, false) AS is_elsewhere, used_position, last_position FROM outbox.overview",
         );
         within_timeout(sql.fetch_one(&mut self.conn)).await
+    }
+
+    /// Shows how the database is, if it is time to.
+    pub async fn watch(&mut self, watch: &mut Watch) -> Result<(), SessionError> {
+        watch.look_if_due(&mut self.conn).await
     }
 
     /// Gives up leadership, so that another relay can take it at once.

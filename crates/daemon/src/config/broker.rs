@@ -3,13 +3,18 @@
 use std::path::PathBuf;
 
 use amqp::{Node, Nodes};
-use secrecy::ExposeSecret;
+use secrecy::{ExposeSecret, SecretString};
 
-use super::{SettingError, permissions, secret};
+use super::{SettingError, permissions, secret_or_file, secret_text};
 
 /// Where the broker is. The URL itself is a secret: set `AMQP_URL`, or name a file that holds it.
 #[derive(Clone, Debug, clap::Args)]
 pub struct BrokerArgs {
+    /// The AMQP URL.
+    #[arg(
+        long, env = "AMQP_URL", hide = true, hide_env_values = true, value_parser = secret_text, value_name = "URL"
+    )]
+    pub amqp_url: Option<SecretString>,
     /// A file that holds the AMQP URL, instead of the variable `AMQP_URL`
     /// (`amqp://user:password@host:5672/vhost`; several nodes with commas between). With `amqps://`, the
     /// node must have a certificate for its host from an authority of this machine, or of `?cacertfile=PATH`;
@@ -19,10 +24,15 @@ pub struct BrokerArgs {
 }
 
 impl BrokerArgs {
+    /// The URLs, from where they are.
+    pub fn urls(&self) -> Result<SecretString, SettingError> {
+        secret_or_file("AMQP_URL", self.amqp_url.as_ref(), self.amqp_url_file.as_ref(), Nodes::FORM)
+    }
+
     /// The nodes, with the files that they need. With `require_tls`, a node on another machine without TLS is an
     /// error.
     pub fn nodes(&self, require_tls: bool) -> Result<Nodes, SettingError> {
-        let list = secret("AMQP_URL", self.amqp_url_file.as_ref(), Nodes::FORM)?;
+        let list = self.urls()?;
         let nodes: Nodes =
             list.expose_secret().parse().map_err(|invalid| SettingError::new("AMQP_URL", invalid))?;
         for key in nodes.as_ref().iter().filter_map(Node::key_file) {

@@ -15,7 +15,7 @@ const BLOCKED: &str = "blocked";
 
 /// The broker's nodes; none when nobody said where it is.
 pub(super) fn nodes(args: &BrokerArgs, require_tls: bool) -> Result<Option<Nodes>, SettingError> {
-    if args.amqp_url_file.is_none() && std::env::var_os("AMQP_URL").is_none() {
+    if args.amqp_url_file.is_none() && args.amqp_url.is_none() {
         return Ok(None);
     }
     args.nodes(require_tls).map(Some)

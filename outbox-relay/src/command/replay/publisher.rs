@@ -119,6 +119,7 @@ impl Publisher {
                 stop: stop_lanes.clone(),
                 last_confirmed: Arc::clone(&last_confirmed),
                 ask_permits: Arc::clone(&ask_permits),
+                on_demand: false,
                 is_quarantine: false,
             };
             tasks.spawn(lane.run(received));

@@ -38,6 +38,8 @@ impl Publisher {
                 self.lanes[lane].trouble = state.err();
                 return Ok(());
             }
+            // It begins with a connection here.
+            Report::Asleep => return Ok(()),
             Report::Published(window, published, _) => {
                 self.lanes[lane].under_way -= 1;
                 let round = self.settle(&window, published, outcome).await?;

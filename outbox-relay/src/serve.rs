@@ -1,0 +1,161 @@
+//! The tasks of one outbox: its relay, and what looks after its tables beside it.
+
+use std::{
+    sync::{Arc, OnceLock, atomic::AtomicBool},
+    time::Duration,
+};
+
+use amqp::Nodes;
+use daemon::{
+    config::{SettingError, database::Database},
+    health::{Health, Identity},
+    shutdown::Shutdown,
+};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    broker::Broker,
+    config::{OutboxArgs, STATEMENT_TIMEOUT},
+    erasure,
+    lease::Lease,
+    partition,
+    relay::{Limits, Relay},
+    rules::Policies,
+    standby, wake,
+};
+
+/// An outbox whose settings can be used.
+#[derive(Clone, Debug)]
+pub(crate) struct Outbox {
+    pub(crate) args: OutboxArgs,
+    database: Database,
+    nodes: Nodes,
+    /// Those of both, as they were read.
+    urls: [SecretString; 2],
+}
+
+impl Outbox {
+    pub(crate) fn new(args: OutboxArgs) -> Result<Self, SettingError> {
+        let database = args.database.options("outbox-relay", STATEMENT_TIMEOUT)?.by_index();
+        let nodes = args.broker.nodes(args.database.require_tls)?;
+        let urls = [args.database.url()?, args.broker.urls()?];
+        Ok(Self { args, database, nodes, urls })
+    }
+
+    /// Whether another has the same settings, secrets included.
+    pub(crate) fn is_as(&self, other: &Self) -> bool {
+        let urls = |outbox: &Self| outbox.urls.iter().map(|url| url.expose_secret().to_owned()).collect::<Vec<_>>();
+        format!("{:?}", self.args) == format!("{:?}", other.args) && urls(self) == urls(other)
+    }
+
+    /// Warns of what may be read on its way. For the start.
+    pub(crate) fn warn(&self) {
+        self.database.warn();
+        daemon::config::broker::warn(&self.nodes);
+    }
+
+    /// Where it leads, for people, without secrets.
+    pub(crate) fn describe(&self) -> String {
+        let brokers = self.nodes.as_ref().iter().map(|node| format!("broker: {node:?}\n"));
+        format!("database: {}\n{}", self.database.address(), brokers.collect::<String>())
+    }
+
+    /// Which relay of which database it is.
+    pub(crate) fn identify(&self, identity: Identity) -> Identity {
+        identity.with("relay", &self.args.name).at(&self.database)
+    }
+
+    /// Starts its tasks, which end at the latest with `shutdown`. `pulse` is renewed whenever the relay goes round. Returns
+    /// what is cancelled once the database was found to be as it should be.
+    pub(crate) fn start(
+        &self,
+        health: &Health,
+        pulse: Lease,
+        drain: Duration,
+        shutdown: &Shutdown,
+    ) -> CancellationToken {
+        let args = self.args.clone();
+        let identity = identity();
+        let broker = Broker {
+            nodes: self.nodes.clone(),
+            exchange: args.exchange.clone(),
+            declare: args.declare_exchange,
+            name: format!("outbox-relay {} {identity}", args.name),
+            was_missing: Arc::default(),
+        };
+        let [events_health, paused_health, server_health, sequence_health, exchange_health] =
+            ["events", "paused", "server", "sequence", "exchange"].map(|part| health.part(part));
+        let [partitions_health, erasures_health] = ["partitions", "erasures"].map(|part| health.part(part));
+        // There is nothing to wait for before there is an event, or a pause.
+        let of_the_relay =
+            [&events_health, &paused_health, &server_health, &sequence_health, &exchange_health];
+        for part in of_the_relay.into_iter().chain([&partitions_health, &erasures_health]) {
+            part.ready();
+        }
+        let wake = Arc::new(Notify::new());
+        let connected = CancellationToken::new();
+        let series = Arc::new(OnceLock::new());
+        let relay = Relay {
+            database: self.database.clone(),
+            name: args.name,
+            begin: args.begin,
+            identity,
+            broker,
+            policies: Policies { unroutable: args.unroutable, nacked: args.nacked, exchange: args.exchange },
+            lease: args.lease,
+            limits: Limits {
+                lanes: args.lanes,
+                events: args.max_events,
+                bytes: args.max_bytes,
+                parked: args.max_parked,
+                waiting: args.max_waiting,
+            },
+            wake: Arc::clone(&wake),
+            pulse,
+            series: Arc::clone(&series),
+            connected: connected.clone(),
+            health: health.clone(),
+            database_health: health.part("database"),
+            broker_health: health.part("broker"),
+            events_health,
+            nothing_flows: AtomicBool::new(false),
+            paused_health,
+            server_health,
+            sequence_health,
+            exchange_health,
+            // The rest is for closing the connections.
+            grace: drain * 3 / 4,
+        };
+        let (database, stop) = (&self.database, shutdown.requested());
+        shutdown.spawn("relay", standby::run(relay, stop.clone()));
+        shutdown.spawn("wake-up", wake::listen(database.clone(), wake, stop.clone()));
+        let erasures =
+            erasure::work_off(database.clone(), args.erasure_step, series, erasures_health, stop.clone());
+        shutdown.spawn("erasures", when_connected(connected.clone(), stop.clone(), erasures));
+        let partitions =
+            partition::maintain(database.clone(), args.partitions, partitions_health, stop.clone());
+        shutdown.spawn("partitions", when_connected(connected.clone(), stop.clone(), partitions));
+        connected
+    }
+}
+
+/// Begins with a task only when the relay has connected: behind a pooler in transaction mode, which the relay detects
+/// and names, the driver panics over the answers to somebody else's statements.
+async fn when_connected(
+    connected: CancellationToken,
+    stop: CancellationToken,
+    task: impl Future<Output = anyhow::Result<()>>,
+) -> anyhow::Result<()> {
+    match stop.run_until_cancelled(connected.cancelled()).await {
+        Some(()) => task.await,
+        None => Ok(()),
+    }
+}
+
+/// Who this process is, for people who look at the leader's row.
+fn identity() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}:{}", if host.trim().is_empty() { "localhost" } else { host.trim() }, std::process::id())
+}
