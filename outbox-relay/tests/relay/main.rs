@@ -19,6 +19,7 @@ mod faults;
 mod hostile;
 mod identity;
 mod isolation;
+mod outboxes;
 mod parking;
 mod partitions;
 mod progress;

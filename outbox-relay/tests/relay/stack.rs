@@ -402,10 +402,14 @@ impl Relay {
         .await
     }
 
-    /// A metric's value; none before it was first counted.
+    /// A metric's value; none before the relay knows its source. Of several series, the first.
     pub(crate) async fn metric(&self, name: &str) -> Option<String> {
         let (_, text) = self.get("metrics").await.unwrap();
-        text.lines().find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(' ')?.to_owned()))
+        text.lines().find_map(|line| {
+            let labels = line.strip_prefix(name)?;
+            let (_, value) = labels.strip_prefix('{')?.rsplit_once("} ")?;
+            Some(value.to_owned())
+        })
     }
 
     /// What was counted as published, and as dropped.
