@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use daemon::cli::Tables;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
+use daemon::cli::Tables;
 
 use crate::{
     command::{

@@ -127,7 +127,8 @@ async fn round(
     };
     let mut conn = connected?;
     // Then the server rolls back what it was at.
-    let Some(done) = stop.run_until_cancelled(Box::pin(steps(&mut conn, size, series, health, stop))).await else {
+    let Some(done) = stop.run_until_cancelled(Box::pin(steps(&mut conn, size, series, health, stop))).await
+    else {
         return Ok(());
     };
     connection.keep(conn, &done);

@@ -35,7 +35,8 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Run(args) => {
             let metrics = telemetry::start(&args.telemetry)?;
             let reload = || Ok(outboxes::outboxes(cli::parse_again::<Cli>(TABLES)?.tables));
-            outbox_relay::run(*args, outboxes::outboxes(tables), reload, metrics, Shutdown::on_signals()?).await?;
+            outbox_relay::run(*args, outboxes::outboxes(tables), reload, metrics, Shutdown::on_signals()?)
+                .await?;
         }
         Command::Migrate(args) => {
             telemetry::start(&args.telemetry)?;

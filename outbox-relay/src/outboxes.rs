@@ -46,6 +46,7 @@ pub async fn run(
         let outbox = Outbox::new(args.outbox)?;
         outbox.warn();
         let health = Health::of(outbox.identify(Identity::of("outbox-relay")));
+        health.has_version(env!("CARGO_PKG_VERSION"));
         let pulse = pulses.begin();
         probes::serve(&shutdown, args.listen.listen, &args.probes, &health, Some(metrics))?;
         outbox.start(&health, pulse.lease(), drain, &shutdown);
@@ -56,6 +57,7 @@ pub async fn run(
     let outboxes = checked(tables)?;
     outboxes.values().for_each(Outbox::warn);
     let health = Health::of(Identity::of("outbox-relay"));
+    health.has_version(env!("CARGO_PKG_VERSION"));
     probes::serve(&shutdown, args.listen.listen, &args.probes, &health, Some(metrics))?;
     let supervisor = Supervisor {
         settings: health.part("settings"),
@@ -76,9 +78,8 @@ pub async fn run(
 pub(crate) fn checked(tables: Outboxes) -> Result<BTreeMap<String, Outbox>, SettingError> {
     let mut outboxes: BTreeMap<String, Outbox> = BTreeMap::new();
     for (name, args) in tables {
-        let outbox = Outbox::new(args).map_err(|error| {
-            SettingError::new(format!("[outbox.{name}] {}", error.name), error.problem)
-        })?;
+        let outbox = Outbox::new(args)
+            .map_err(|error| SettingError::new(format!("[outbox.{name}] {}", error.name), error.problem))?;
         let identity = outbox.identify(Identity::default());
         let same = |(_, other): &(&String, &Outbox)| other.identify(Identity::default()) == identity;
         if let Some((other, _)) = outboxes.iter().find(same) {
@@ -205,12 +206,8 @@ impl Supervisor {
 
     fn start(&mut self, name: String, outbox: Outbox) {
         let health = self.health.member(TABLES.kind, &name, outbox.identify(Identity::default()));
-        let running = Running {
-            outbox,
-            health,
-            stop: self.stop.child_token(),
-            ended: CancellationToken::new(),
-        };
+        let running =
+            Running { outbox, health, stop: self.stop.child_token(), ended: CancellationToken::new() };
         let keep = keep(
             running.outbox.clone(),
             running.health.clone(),

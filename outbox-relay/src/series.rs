@@ -82,7 +82,7 @@ series! {
     Gauge backlog = "outbox_relay_backlog_events", Count,
         "Stored events that are not settled, whoever leads. Above 10,000, their positions are counted.";
     Gauge backlog_age = "outbox_relay_backlog_age_seconds", Seconds,
-        "Age of the first stored event that is not settled, by its created_at, whoever leads; 0 without one.";
+        "Age of the first stored event that is not settled, by its `created_at`, whoever leads; 0 without one.";
     Gauge heartbeat_age = "outbox_relay_heartbeat_age_seconds", Seconds,
         "Age of the leader's last sign of life, whoever leads.";
     Gauge last_publish = "outbox_relay_last_publish_timestamp_seconds", Seconds,
@@ -106,7 +106,7 @@ series! {
     Gauge pending_erasures = "outbox_relay_pending_erasures", Count,
         "Erased aggregates whose stored events are not all rewritten.";
     Histogram delay = "outbox_relay_delay_seconds", Seconds,
-        "From an event's created_at to its confirm.";
+        "From an event's `created_at` to its confirm.";
     Histogram window = "outbox_relay_window_seconds", Seconds,
         "From sending a window of events to the last of its confirms.";
 }

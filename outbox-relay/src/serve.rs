@@ -46,7 +46,8 @@ impl Outbox {
 
     /// Whether another has the same settings, secrets included.
     pub(crate) fn is_as(&self, other: &Self) -> bool {
-        let urls = |outbox: &Self| outbox.urls.iter().map(|url| url.expose_secret().to_owned()).collect::<Vec<_>>();
+        let urls =
+            |outbox: &Self| outbox.urls.iter().map(|url| url.expose_secret().to_owned()).collect::<Vec<_>>();
         format!("{:?}", self.args) == format!("{:?}", other.args) && urls(self) == urls(other)
     }
 

@@ -52,6 +52,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     database.warn();
     let database = database.with("lock_timeout", LOCK_TIMEOUT);
     let health = Health::of(Identity::of("person-api").at(&database));
+    health.has_version(env!("CARGO_PKG_VERSION"));
     // Before the first request: `/ready` does not wait for a part that has no name yet.
     let (database_health, health_of_erasures) = (health.part("database"), health.part("erasures"));
     health_of_erasures.ready();

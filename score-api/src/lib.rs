@@ -119,6 +119,7 @@ pub async fn run(
     let pool = database.pool(CONNECTIONS);
 
     let health = Health::of(Identity::of("score-api").at(&database));
+    health.has_version(env!("CARGO_PKG_VERSION"));
     let readiness =
         watch(database.clone(), pool.clone(), health.part("database"), shutdown.requested().clone());
     shutdown.spawn("readiness", readiness);

@@ -6,6 +6,7 @@
 mod listen;
 mod look;
 mod persons;
+mod series;
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -78,7 +79,7 @@ impl Missed {
 impl Waiters {
     /// At most `slots` reads wait at the same time, and none once `ending` is cancelled.
     pub(crate) fn new(slots: usize, ending: CancellationToken) -> Self {
-        metrics::gauge!("score_api_waiters").set(0);
+        series::begin();
         Self(Arc::new(Shared {
             slots: Semaphore::new(slots),
             persons: Mutex::default(),

@@ -76,7 +76,7 @@ impl Consumers {
                     }
                     // Its name is never used again.
                     for gone in before.difference(&after) {
-                        self.known.is_gone("consumer", gone);
+                        self.known.is_gone(&[("consumer", gone)]);
                     }
                 }
                 // The consumers report it themselves, and go on.

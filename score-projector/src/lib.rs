@@ -61,6 +61,7 @@ pub async fn run(args: RunArgs, metrics: Option<PrometheusHandle>, shutdown: Shu
     let nodes = broker::nodes(&args.broker, args.database.require_tls)?;
     let identity = Identity::of("score-projector").with("queue", &args.queue).at(&options);
     let health = Health::of(identity);
+    health.has_version(env!("CARGO_PKG_VERSION"));
     let [database, broker, consuming, sources, holes, forks, incarnations, queue, limits] =
         ["database", "broker", "consuming", "sources", "holes", "forks", "incarnations", "queue", "limits"]
             .map(|name| health.part(name));

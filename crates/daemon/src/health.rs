@@ -1,19 +1,20 @@
 //! `/live`, `/ready` and `/metrics`: whether the process runs, whether it can do its work, and why not.
 
+mod identity;
+mod part;
+mod series;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::json;
-use sha2::{Digest, Sha256};
 
-use crate::config::{
-    SettingError,
-    database::{Database, DatabaseArgs},
-};
+pub use identity::Identity;
+pub use part::Part;
 
 /// Whether the process runs.
 pub const LIVE: &str = "/live";
@@ -56,8 +57,8 @@ struct Member {
 struct State {
     identity: Identity,
     parts: BTreeMap<(Option<Member>, &'static str), Option<Waiting>>,
-    /// Labels of metrics whose series are not shown any more, as they are rendered.
-    gone: BTreeSet<String>,
+    /// Series with all of these labels are not shown any more.
+    gone: BTreeSet<Vec<String>>,
 }
 
 /// What a part says.
@@ -71,6 +72,11 @@ pub struct Said {
     pub reason: String,
     /// For how long.
     pub seconds: u64,
+}
+
+/// Labels as `/metrics` renders them.
+fn rendered(labels: &[(&str, &str)]) -> Vec<String> {
+    labels.iter().map(|(name, value)| series::label(name, value)).collect()
 }
 
 /// What a part waits for; or, when it is `ready`, what an operator should look at all the same.
@@ -112,11 +118,15 @@ impl Health {
         Self { state: Arc::clone(&self.state), member: Some(member) }
     }
 
-    /// Forgets a member and its parts: the program has nothing to do with it any more.
+    /// Forgets a member, its parts and its metrics: the program has nothing to do with it any more.
     pub fn remove(&self) {
         let mut state = self.state();
-        if let Some(member) = &self.member {
-            state.identity.members.remove(member);
+        if let Some(identity) = self.member.as_ref().and_then(|member| state.identity.members.remove(member))
+        {
+            let labels = identity.labels();
+            if !labels.is_empty() && state.identity.members.values().all(|other| other.labels() != labels) {
+                state.gone.insert(labels);
+            }
         }
         state.parts.retain(|(member, _), _| *member != self.member);
     }
@@ -130,13 +140,23 @@ impl Health {
         };
         if let Some(identity) = identity {
             identity.parts.insert(part, value.to_owned());
+            // It was removed, and is there again.
+            let labels = identity.labels();
+            state.gone.remove(&labels);
         }
     }
 
-    /// From now on, metrics with this label are left out: what it names does not exist any more, and its series would keep
-    /// their last values forever.
-    pub fn is_gone(&self, label: &str, value: &str) {
-        self.state().gone.insert(format!("{label}=\"{value}\""));
+    /// From now on, metrics with all of these labels are left out: what they name does not exist any more, and its series
+    /// would keep their last values forever.
+    pub fn is_gone(&self, labels: &[(&str, &str)]) {
+        self.state().gone.insert(rendered(labels));
+    }
+
+    /// `/metrics` says which version of the program runs.
+    pub fn has_version(&self, version: &'static str) {
+        let program = self.state().identity.parts.get("program").cloned().unwrap_or_default();
+        metrics::describe_gauge!("build_info", "1, with the program and its version.");
+        metrics::gauge!("build_info", "program" => program, "version" => version).set(1.0);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -173,7 +193,8 @@ impl Health {
 
     fn said(&self, ready: bool) -> Vec<Said> {
         let state = self.state();
-        let of = state.parts.iter().filter(|((member, _), _)| self.member.is_none() || *member == self.member);
+        let of =
+            state.parts.iter().filter(|((member, _), _)| self.member.is_none() || *member == self.member);
         of.filter_map(|((member, part), waiting)| {
             let waiting = waiting.as_ref().filter(|waiting| waiting.ready == ready)?;
             Some(Said {
@@ -198,23 +219,15 @@ impl Health {
             METRICS => metrics.map(|metrics| Response {
                 status: 200,
                 content_type: "text/plain; version=0.0.4",
-                body: self.without_gone(metrics.render()),
+                body: self.metrics(metrics),
             }),
             _ => None,
         }
     }
 
-    fn without_gone(&self, metrics: String) -> String {
-        let gone = self.state().gone.clone();
-        if gone.is_empty() {
-            return metrics;
-        }
-        // The labels follow the first brace. A comment has none.
-        let is_gone = |line: &str| {
-            let labels = line.split_once('{').map_or("", |(_, labels)| labels);
-            !line.starts_with('#') && gone.iter().any(|gone| labels.contains(gone.as_str()))
-        };
-        metrics.split_inclusive('\n').filter(|line| !is_gone(line)).collect()
+    fn metrics(&self, metrics: &PrometheusHandle) -> String {
+        series::of_the_process();
+        self.state().complete(&metrics.render())
     }
 
     /// What the members are.
@@ -249,155 +262,6 @@ impl Health {
     }
 }
 
-/// One part of a program's health.
-#[derive(Clone, Debug)]
-pub struct Part {
-    name: &'static str,
-    health: Health,
-}
-
-impl Part {
-    /// It does its work.
-    pub fn ready(&self) {
-        let before = self.health.state().insert(self.key(), None);
-        if let Some(said) = before
-            && !said.ready
-        {
-            tracing::info!(part = self.name, waited = ?said.since.elapsed(), "ready");
-        }
-    }
-
-    fn key(&self) -> (Option<Member>, &'static str) {
-        (self.health.member.clone(), self.name)
-    }
-
-    /// It waits, and why. Logged when the reason changes; personal data and secrets stay out of it.
-    pub fn waiting(&self, reason: impl Into<String>) {
-        self.say(&reason.into(), false);
-    }
-
-    /// The part does its work, but an operator should look at something.
-    pub fn attention(&self, reason: impl Into<String>) {
-        self.say(&reason.into(), true);
-    }
-
-    fn say(&self, reason: &str, ready: bool) {
-        // It may name an aggregate, a type or what a server has said.
-        let reason = escape::line(reason).to_string();
-        let mut state = self.health.state();
-        let since = match state.parts.get(&self.key()) {
-            Some(Some(said)) if said.reason == reason && said.ready == ready => return,
-            Some(Some(said)) if said.ready == ready => said.since,
-            _ => Instant::now(),
-        };
-        if ready {
-            tracing::info!(part = self.name, reason, "ready, but");
-        } else {
-            tracing::info!(part = self.name, reason, "waiting");
-        }
-        state.insert(self.key(), Some(Waiting { reason, since, ready }));
-    }
-}
-
-/// Which process it is: `/ready` says it, and the `health` command compares it. Another process at the same address must
-/// not pass for this one.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Identity {
-    parts: BTreeMap<&'static str, String>,
-    members: BTreeMap<Member, Self>,
-}
-
-impl Identity {
-    /// Of a program with this name.
-    pub fn of(program: &str) -> Self {
-        Self::default().with("program", program)
-    }
-
-    /// With a part more, such as the name of a relay.
-    #[must_use]
-    pub fn with(mut self, part: &'static str, value: impl Into<String>) -> Self {
-        self.parts.insert(part, value.into());
-        self
-    }
-
-    /// With one of several things that the program does the same for.
-    #[must_use]
-    pub fn with_member(mut self, kind: &'static str, name: &str, identity: Self) -> Self {
-        self.members.insert(Member { kind, name: name.into() }, identity);
-        self
-    }
-
-    /// With a part that may not be asked for.
-    #[must_use]
-    pub fn with_some(self, part: &'static str, value: Option<impl Into<String>>) -> Self {
-        match value {
-            Some(value) => self.with(part, value),
-            None => self,
-        }
-    }
-
-    /// With the database that a program uses: its host, port and name as a digest, since `/ready` is open to all.
-    #[must_use]
-    pub fn at(self, database: &Database) -> Self {
-        let database = database.options();
-        let host = match database.get_socket().map(|path| path.display().to_string()) {
-            Some(socket) => socket,
-            None => match database.get_host() {
-                "127.0.0.1" | "::1" | "[::1]" => "localhost".to_owned(),
-                host => host.to_ascii_lowercase(),
-            },
-        };
-        let name = database.get_database().unwrap_or(database.get_username());
-        let digest = Sha256::digest(format!("{host}\n{}\n{name}", database.get_port()));
-        let first = digest.iter().take(8).fold(0_u64, |first, byte| first << 8 | u64::from(*byte));
-        self.with("database", format!("{first:016x}"))
-    }
-
-    /// With the database that the settings name, where they name one.
-    pub fn at_known(self, args: &DatabaseArgs) -> Result<Self, SettingError> {
-        if args.database_url_file.is_none() && args.database_url.is_none() {
-            return Ok(self);
-        }
-        Ok(self.at(&args.options("health", Duration::from_secs(1))?))
-    }
-
-    fn to_json(&self) -> serde_json::Value {
-        let mut json = json!(self.parts);
-        for (member, identity) in &self.members {
-            json[member.kind][&*member.name] = identity.to_json();
-        }
-        json
-    }
-
-    /// What another process is instead, in words; none if it is the one that is asked for.
-    pub(crate) fn differs_from(&self, said: &serde_json::Value) -> Option<String> {
-        let differences = self.differences(said, "it", "its");
-        (!differences.is_empty()).then(|| differences.join("; "))
-    }
-
-    fn differences(&self, said: &serde_json::Value, it: &str, its: &str) -> Vec<String> {
-        let differs = |(part, asked): (&&str, &String)| {
-            let said = said.get(*part).and_then(serde_json::Value::as_str);
-            (said != Some(asked.as_str())).then(|| match (*part, said) {
-                ("database", Some(_)) => format!("{it} uses another database than DATABASE_URL names"),
-                (_, Some(said)) => format!("{its} {part} is {said:?}, and not {asked:?}"),
-                (_, None) => format!("{it} does not say that its {part} is {asked:?}"),
-            })
-        };
-        let mut differences: Vec<String> = self.parts.iter().filter_map(differs).collect();
-        for (Member { kind, name }, identity) in &self.members {
-            match said.get(*kind).and_then(|members| members.get(&**name)) {
-                Some(said) => {
-                    let member = format!("{kind} {name}");
-                    differences.extend(identity.differences(said, &member, &format!("{member}:")));
-                }
-                None => differences.push(format!("{it} does not have the {kind} {name:?}")),
-            }
-        }
-        differences
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -412,12 +276,14 @@ mod tests {
             }
         });
         let health = Health::new();
-        health.is_gone("consumer", "stock");
-        let shown = health.respond(METRICS, Some(&handle)).unwrap().body;
-        assert_eq!(
-            shown.trim(),
-            "# TYPE applied_total counter\napplied_total{consumer=\"stock-2\",reason=\"x\"} 1"
-        );
+        let shown = |health: &Health| {
+            let body = health.respond(METRICS, Some(&handle)).unwrap().body;
+            body.lines().filter(|line| line.starts_with("applied_total")).collect::<Vec<_>>().join("\n")
+        };
+        health.is_gone(&[("consumer", "stock"), ("reason", "y")]);
+        assert_eq!(shown(&health).lines().count(), 2);
+        health.is_gone(&[("reason", "x"), ("consumer", "stock")]);
+        assert_eq!(shown(&health), r#"applied_total{consumer="stock-2",reason="x"} 1"#);
     }
 
     #[test]
@@ -441,35 +307,5 @@ mod tests {
         let other = asked.with_member("outbox", "bank", Identity::default());
         let other = other.with_member("outbox", "shop", Identity::default().with("relay", "other"));
         insta::assert_snapshot!(other.differs_from(&said).unwrap(), @"");
-    }
-
-    #[test]
-    fn another_process_is_told_apart() {
-        let database = |url: &str| Identity::of("outbox-relay").at(&url.parse().unwrap());
-        let one = database("postgres://a:b@localhost:5432/shop");
-        assert_eq!(one, database("postgres://other:secret@127.0.0.1/shop"));
-        for other in
-            ["postgres://a@localhost/bank", "postgres://a@localhost:5433/shop", "postgres://a@db/shop"]
-        {
-            assert_ne!(one, database(other), "{other}");
-        }
-        let said = json!({"program": "outbox-relay", "relay": "default", "database": "0123456789abcdef"});
-        let asked = Identity::of("outbox-relay").with("relay", "default");
-        assert_eq!(asked.differs_from(&said), None);
-        let differs = |asked: Identity| asked.differs_from(&said).unwrap_or_default();
-        let shown = [
-            differs(asked.clone().with("relay", "replay")),
-            differs(Identity::of("another")),
-            differs(asked.clone().with_some("source", Some("shop"))),
-            differs(asked.at(&"postgres://localhost/shop".parse().unwrap())),
-            Identity::of("another").differs_from(&json!(null)).unwrap_or_default(),
-        ];
-        insta::assert_snapshot!(shown.join("\n"), @r#"
-        its relay is "default", and not "replay"
-        its program is "outbox-relay", and not "another"
-        it does not say that its source is "shop"
-        it uses another database than DATABASE_URL names
-        it does not say that its program is "another"
-        "#);
     }
 }

@@ -54,6 +54,7 @@ impl<H: Handler> Sequencer<H> {
                 )]
                 let seconds = (now - made).num_milliseconds() as f64 / 1_000.0;
                 lag.record(seconds.max(0.0));
+                self.backlog.applied(made);
             }
             self.handler.committed();
         }

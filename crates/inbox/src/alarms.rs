@@ -12,7 +12,11 @@ use sqlx::PgPool;
 use crate::{
     rejected::REASONS,
     rejection::{NOT_KEPT, Rejection},
+    series::{HELD_EVENTS, REJECTED_MESSAGES},
 };
+
+/// Why events are held.
+pub(crate) const HELD: [&str; 4] = ["gap", "behind", "trying", "poison"];
 
 /// How many findings a text names. The rest is counted.
 pub(crate) const NAMED: usize = 3;
@@ -108,8 +112,8 @@ impl<'a> Alarms<'a> {
     ///
     /// Each count ends at a limit, so a look costs no more than that, however much is held.
     async fn count(&mut self) -> sqlx::Result<Vec<(String, i64)>> {
-        let held = ["gap", "behind", "trying", "poison"].map(|reason| ("inbox_held_events", reason));
-        let rejected = REASONS.map(|reason| ("inbox_rejected_messages", reason));
+        let held = HELD.map(|reason| (HELD_EVENTS, reason));
+        let rejected = REASONS.map(|reason| (REJECTED_MESSAGES, reason));
         let mut counts: Vec<(String, i64)> = sqlx::query_as(
             "SELECT reason, (SELECT count(*) FROM (SELECT FROM inbox.held
                                                    WHERE consumer = $1 AND reason = r.reason

@@ -12,6 +12,7 @@ use crate::{
     alarms::{Alarms, Findings, StorageCaps},
     erasure,
     handler::describe,
+    series,
     stall::StallDetector,
     subscription::{Subscription, Trouble, answer},
 };
@@ -150,6 +151,7 @@ impl<H: Handler> Consumer<H> {
                  can forge events. Name the sources and the users that publish them"
             );
         }
+        series::begin(&self.sequencer.consumer);
         let erased = erasure::keep(&self.sequencer.pool, &self.sequencer.consumer, &stop);
         tokio::join!(Box::pin(self.consume(&stop)), self.watch(&stop), self.watch_stalls(&stop), erased);
     }
@@ -253,10 +255,11 @@ impl<H: Handler> Consumer<H> {
         let session = stop.child_token();
         let settled = || progress.store(true, Ordering::Relaxed);
         let [of_main, of_dead] = &self.stalls;
-        let (main, dead, database) = tokio::join!(
+        let (main, dead, database, ()) = tokio::join!(
             Box::pin(ending(&session, main.run(&self.sequencer, &session, of_main, settled))),
             Box::pin(ending(&session, dead.run(&self.sequencer, &session, of_dead, settled))),
             ending(&session, self.watch_database(&session)),
+            self.sequencer.backlog.ask(&connection, &self.config.topology, &session),
         );
         connection.close().await;
         database.and(main).and(dead)
@@ -337,6 +340,7 @@ impl<H: Handler> Consumer<H> {
         let caps = StorageCaps { rejected: self.config.max_rejected, gaps: self.config.max_gaps };
         let mut alarms = Alarms::new(consumer, pool, queue, self.config.hole_after, caps);
         while stop.run_until_cancelled(tokio::time::sleep(ALARMS)).await.is_some() {
+            self.sequencer.backlog.show(consumer);
             match alarms.look().await {
                 Ok(Findings { holes, forks, forged, incarnations, limits, full }) => {
                     self.sequencer.limits.set_full(full);

@@ -49,6 +49,7 @@ mod save;
 mod save_rejected;
 mod schema;
 mod sequencer;
+mod series;
 mod skip;
 mod sources;
 mod stall;

@@ -11,6 +11,7 @@ use crate::{
     limits::Limits,
     parsed::ParsedMessage,
     rollback::Rollback,
+    series::Backlog,
     work::{Mode, Work},
 };
 
@@ -51,6 +52,8 @@ pub struct Sequencer<H> {
     pub(crate) sources: Sources,
     /// The limits of what it stores.
     pub(crate) limits: Limits,
+    /// What waits in its queues.
+    pub(crate) backlog: Backlog,
 }
 
 /// A database that needs longer for a tiny commit is slow with everything.
@@ -78,6 +81,7 @@ impl<H: Handler> Sequencer<H> {
             streaks: Mutex::default(),
             sources: Sources::default(),
             limits: Limits::default(),
+            backlog: Backlog::default(),
         }
     }
 

@@ -10,6 +10,7 @@ mod keys;
 mod limits;
 mod observe;
 mod request_id;
+mod series;
 mod server;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -53,6 +54,7 @@ impl Front {
     /// At `listen`. `waiting` clients may wait for an event, each with a connection beside the others. An error if the
     /// keys are wrong, or missing although other machines can reach the address.
     pub fn new(listen: SocketAddr, args: &FrontArgs, waiting: u32) -> Result<Self, SettingError> {
+        series::begin();
         let (limits, keys) = (args.limits, Keys::new(&args.keys, listen)?);
         Ok(Self {
             listen,

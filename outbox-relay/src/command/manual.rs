@@ -19,5 +19,6 @@ pub fn completions(shell: Shell) -> anyhow::Result<String> {
 pub fn pages(folder: &Path) -> anyhow::Result<()> {
     let written = |action| format!("cannot {action} {}", folder.display());
     fs::create_dir_all(folder).with_context(|| written("make"))?;
-    clap_mangen::generate_to(cli::command_with::<Cli>(Some(TABLES)), folder).with_context(|| written("write into"))
+    clap_mangen::generate_to(cli::command_with::<Cli>(Some(TABLES)), folder)
+        .with_context(|| written("write into"))
 }

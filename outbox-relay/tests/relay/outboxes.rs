@@ -83,7 +83,8 @@ async fn one_outbox_in_trouble_disturbs_no_other() {
     assert!(healthy.starts_with("exit code: 0"), "{healthy}");
 
     let away = outboxes.stack("away");
-    let database: String = sqlx::query_scalar("SELECT current_database()").fetch_one(&away.admin).await.unwrap();
+    let database: String =
+        sqlx::query_scalar("SELECT current_database()").fetch_one(&away.admin).await.unwrap();
     let server = PgPool::connect(&Place::around().postgres).await.unwrap();
     let shut = |allowed: bool| format!("ALTER DATABASE {database} ALLOW_CONNECTIONS {allowed}");
     away.append(0..3, 1, &["thing.new"]).await;
@@ -108,7 +109,10 @@ async fn one_outbox_in_trouble_disturbs_no_other() {
     let said: serde_json::Value = serde_json::from_str(&body).unwrap();
     let waiting: Vec<&str> =
         said["waiting"].as_array().unwrap().iter().map(|part| part["outbox"].as_str().unwrap()).collect();
-    assert!(waiting.iter().all(|name| ["away", "unroutable"].contains(name)) && waiting.contains(&"away"), "{body}");
+    assert!(
+        waiting.iter().all(|name| ["away", "unroutable"].contains(name)) && waiting.contains(&"away"),
+        "{body}"
+    );
     eventually("events are set aside", async || {
         let (_, body) = relay.get("ready").await?;
         let said: serde_json::Value = serde_json::from_str(&body).ok()?;
@@ -149,7 +153,8 @@ async fn outboxes_come_and_go_while_others_go_on() {
     let sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
                     AND application_name LIKE 'outbox-relay%'";
     eventually("the second outbox is left alone", async || {
-        let left: i64 = sqlx::query_scalar(sessions).fetch_one(&outboxes.stack("second").admin).await.unwrap();
+        let left: i64 =
+            sqlx::query_scalar(sessions).fetch_one(&outboxes.stack("second").admin).await.unwrap();
         (left == 0).then_some(())
     })
     .await;
@@ -162,7 +167,9 @@ async fn outboxes_come_and_go_while_others_go_on() {
     // What was as before has not changed its leader.
     let epochs = |name: &'static str| {
         let admin = outboxes.stack(name).admin.clone();
-        async move { sqlx::query_scalar::<_, i64>("SELECT epoch FROM outbox.relay").fetch_one(&admin).await.unwrap() }
+        async move {
+            sqlx::query_scalar::<_, i64>("SELECT epoch FROM outbox.relay").fetch_one(&admin).await.unwrap()
+        }
     };
     assert_eq!(epochs("first").await, 1);
 
@@ -210,7 +217,11 @@ async fn tables_that_it_does_not_start_with() {
         ("an unknown setting", format!("{both}lames = 8\n"), "run"),
         ("a wrong value", format!("{both}lanes = 100\n"), "run"),
         ("no database", "[outbox.one]\nlanes = 1\n".to_owned(), "run"),
-        ("a password", "[outbox.one]\ndatabase-url = \"postgres://a:dbs3cretdbs3cret@b/c\"".to_owned(), "run"),
+        (
+            "a password",
+            "[outbox.one]\ndatabase-url = \"postgres://a:dbs3cretdbs3cret@b/c\"".to_owned(),
+            "run",
+        ),
         ("a password as a flag", both.clone(), "run --database-url postgres://a:hush@b/c"),
     ] {
         fs::write(&path, file).unwrap();
@@ -224,7 +235,9 @@ async fn tables_that_it_does_not_start_with() {
     let mut said = said.join("\n\n").replace(outboxes.folder.to_str().unwrap(), "FOLDER");
     for (name, stack) in &outboxes.stacks {
         let (_, database) = stack.database_url.rsplit_once('/').unwrap();
-        said = said.replace(database, &format!("DATABASE_{name}")).replace(&stack.vhost, &format!("VHOST_{name}"));
+        said = said
+            .replace(database, &format!("DATABASE_{name}"))
+            .replace(&stack.vhost, &format!("VHOST_{name}"));
     }
     insta::with_settings!({filters => vec![(r"127\.0\.0\.1:\d+", "ADDRESS")]}, {
         insta::assert_snapshot!(said);

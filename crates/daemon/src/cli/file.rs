@@ -89,17 +89,17 @@ impl File {
         let value = |(name, value): (String, Value)| {
             if !known.names.contains(&name) {
                 let known: Vec<_> = known.names.iter().map(String::as_str).collect();
-                return Err(self
-                    .wrong(format_args!("{place}{name} is no setting; known are {}", known.join(", "))));
+                return Err(
+                    self.wrong(format_args!("{place}{name} is no setting; known are {}", known.join(", ")))
+                );
             }
             let value = match value {
                 Value::String(text) => text,
                 Value::Integer(number) => number.to_string(),
                 Value::Boolean(flag) => flag.to_string(),
                 _ => {
-                    return Err(self.wrong(format_args!(
-                        "{place}{name} should be a string, a number or true or false"
-                    )));
+                    return Err(self
+                        .wrong(format_args!("{place}{name} should be a string, a number or true or false")));
                 }
             };
             if known.secrets.contains(&name) && has_password(&value) {
@@ -131,7 +131,8 @@ impl File {
             [only] => Ok(Some(only)),
             _ => {
                 let setting = format!("{} (or --{kind})", kind.to_uppercase());
-                let problem = format_args!("is not set, and {} has several{}", self.path.display(), self.names());
+                let problem =
+                    format_args!("is not set, and {} has several{}", self.path.display(), self.names());
                 Err(SettingError::new(setting, problem))
             }
         }

@@ -162,9 +162,15 @@ impl Drop for Record {
         let route = std::mem::take(&mut self.route);
         let labels = [("method", self.method.to_owned()), ("route", route)];
         metrics::histogram!("http_request_duration_seconds", &labels).record(took);
-        let [method, route] = labels;
-        let labels = [method, route, ("status", self.status.to_string())];
-        metrics::counter!("http_requests_total", &labels).increment(1);
+        let count = |status: u16, requests| {
+            let [method, route] = labels.clone();
+            let labels = [method, route, ("status", status.to_string())];
+            metrics::counter!("http_requests_total", &labels).increment(requests);
+        };
+        // A route that was used has its failures, too, with 0: `increase()` sees the first one.
+        count(500, 0);
+        count(503, 0);
+        count(self.status, 1);
     }
 }
 
