@@ -22,6 +22,7 @@ use tracing::Instrument;
 use aside::ToPark;
 
 use crate::{
+    broker::Broker,
     evidence::EventKind,
     failpoint,
     lane::{Lane, Report},
@@ -113,6 +114,9 @@ impl<'a> Lead<'a> {
         let (last_confirmed, ask_permits) =
             (Arc::new(AtomicU64::new(0)), Arc::new(Semaphore::new(ASK_PERMITS)));
         let mut tasks = JoinSet::new();
+        // The broker's management shows whose connections they are.
+        let name = format!("outbox-relay {} {} {}", session.origin.source(), relay.name, relay.identity);
+        let broker = Broker { name, ..relay.broker.clone() };
         let lanes: Vec<_> = (0..=relay.limits.lanes)
             .map(|number| {
                 let is_quarantine = number == relay.limits.lanes;
@@ -120,7 +124,7 @@ impl<'a> Lead<'a> {
                     mpsc::channel(if is_quarantine { QUARANTINE_WINDOWS } else { DEPTH - 1 });
                 let lane = Lane {
                     number,
-                    broker: relay.broker.clone(),
+                    broker: broker.clone(),
                     exchange: relay.broker.exchange.clone(),
                     origin: session.origin.clone(),
                     lease: session.lease(),

@@ -20,6 +20,13 @@ pub struct Origin {
     began_at_position: i64,
 }
 
+impl Origin {
+    /// The source, with its incarnation.
+    pub fn source(&self) -> &str {
+        &self.app_id
+    }
+}
+
 impl From<&Source> for Origin {
     fn from(source: &Source) -> Self {
         Self {

@@ -82,17 +82,17 @@ series! {
     Gauge backlog = "outbox_relay_backlog_events", Count,
         "Stored events that are not settled, whoever leads. Above 10,000, their positions are counted.";
     Gauge backlog_age = "outbox_relay_backlog_age_seconds", Seconds,
-        "Age of the first stored event that is not settled, by its `created_at`, whoever leads; 0 without one.";
+        "Seconds since the creation of the first stored event that is not settled, whoever leads; 0 without one.";
     Gauge heartbeat_age = "outbox_relay_heartbeat_age_seconds", Seconds,
-        "Age of the leader's last sign of life, whoever leads.";
+        "Seconds since the leader's last heartbeat, whoever leads.";
     Gauge last_publish = "outbox_relay_last_publish_timestamp_seconds", Seconds,
         "When the broker last confirmed an event to this process, in Unix time; 0 for never.";
     Gauge partitions_ahead = "outbox_relay_ahead_positions", Count,
         "Positions that have a partition and are not handed out yet.";
     Gauge held = "outbox_relay_held_events", Count,
-        "Events that the broker does not take, and that wait.";
+        "Events that the broker does not take, and that wait, in memory or in the database.";
     Gauge waiting_rows = "outbox_relay_waiting_rows", Count,
-        "Those of them that wait in the database.";
+        "Events that the broker does not take, and that wait in the database.";
     Gauge parked = "outbox_relay_parked_events", Count,
         "Events that are set aside now.";
     Gauge open_gaps = "outbox_relay_open_gaps", Count,
@@ -106,7 +106,7 @@ series! {
     Gauge pending_erasures = "outbox_relay_pending_erasures", Count,
         "Erased aggregates whose stored events are not all rewritten.";
     Histogram delay = "outbox_relay_delay_seconds", Seconds,
-        "From an event's `created_at` to its confirm.";
+        "From the creation of an event to its confirm.";
     Histogram window = "outbox_relay_window_seconds", Seconds,
         "From sending a window of events to the last of its confirms.";
 }

@@ -52,7 +52,7 @@ const GAUGES: [(&str, &str); 5] = [
         "1 while nothing is consumed because the handler seems to be broken, otherwise 0.",
     ),
     (BACKLOG, "Messages that wait in the queue of the consumer and in that of its dead letters."),
-    (AGE, "How old the oldest of them is at most; 0 without one."),
+    (AGE, "Greatest possible age of the oldest message that waits in these queues; 0 without one."),
 ];
 
 /// Describes and begins them.

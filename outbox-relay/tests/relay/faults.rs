@@ -29,7 +29,7 @@ async fn order_holds_when_the_broker_connection_breaks() {
         let connections = stack.manage(reqwest::Method::GET, &path, None).await;
         for connection in connections.as_array()? {
             let name = connection["user_provided_name"].as_str().unwrap_or_default();
-            if name.starts_with("outbox-relay default ") {
+            if name.starts_with("outbox-relay ") && name.contains(" default ") {
                 let name = connection["name"].as_str()?.replace(' ', "%20").replace('>', "%3E");
                 stack.try_manage(reqwest::Method::DELETE, &format!("connections/{name}"), None).await.ok();
             }

@@ -92,15 +92,10 @@ async fn one_outbox_in_trouble_disturbs_no_other() {
     let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1";
     sqlx::query(end).bind(&database).execute(&server).await.unwrap();
     outboxes.stack("unroutable").append(0..3_000, 50, &["nobody.wants"]).await;
-    outboxes
-        .stack("unreadable")
-        .admin
-        .execute(
-            "INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-             VALUES ('other', 'x', 1, repeat('t', 300), '{}')",
-        )
-        .await
-        .unwrap();
+    let unreadable = crate::rows::insert(1, "created_at", "'infinity'::timestamptz");
+    for sql in [crate::rows::WITHOUT_CHECKS, &unreadable] {
+        outboxes.stack("unreadable").admin.execute(sqlx::AssertSqlSafe(sql)).await.unwrap();
+    }
 
     for (name, subscriber) in subscribers.iter_mut().filter(|(name, _)| *name != "away") {
         arrive(outboxes.stack(name), subscriber, 0..200).await;
@@ -129,7 +124,7 @@ async fn one_outbox_in_trouble_disturbs_no_other() {
     }
     // One command for one of them.
     let status = output(&mut outboxes.command("status --outbox well")).await;
-    assert!(status.contains("well") && status.starts_with("exit code: 0"), "{status}");
+    assert!(status.contains("settled up to 200") && status.starts_with("exit code: 0"), "{status}");
 
     server.execute(sqlx::AssertSqlSafe(shut(true))).await.unwrap();
     let (_, subscriber) = subscribers.iter_mut().find(|(name, _)| *name == "away").unwrap();

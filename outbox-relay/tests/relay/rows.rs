@@ -7,7 +7,7 @@ use sqlx::{Connection, Executor};
 use crate::stack::{EXCHANGE, Relay, Stack, eventually, output, program};
 
 /// Nothing of what keeps such rows away.
-const WITHOUT_CHECKS: &str = "
+pub(crate) const WITHOUT_CHECKS: &str = "
     DO $$ DECLARE c name; BEGIN
         FOR c IN SELECT conname FROM pg_constraint WHERE conrelid = 'outbox.event'::regclass AND contype = 'c' LOOP
             EXECUTE format('ALTER TABLE outbox.event DROP CONSTRAINT %I', c);
@@ -50,7 +50,7 @@ const ODD: [(&str, &str); 27] = [
 ];
 
 /// An event of its own aggregate, `n`, with one odd value.
-fn insert(n: usize, column: &str, value: &str) -> String {
+pub(crate) fn insert(n: usize, column: &str, value: &str) -> String {
     let given = |of, default: &str| if column == of { value.to_owned() } else { default.to_owned() };
     // With a predecessor, any version is taken for the next one.
     let previous_id = if column == "version" { "gen_random_uuid()" } else { "NULL::uuid" };
