@@ -109,7 +109,8 @@ pub fn parse_again<C: Parser>(tables: Tables) -> Result<Parsed<C>, String> {
     match line.parse(Some(tables)) {
         Ok(parsed) => Ok(parsed),
         Err(Wrong::Setting(error)) => Err(error.to_string()),
-        Err(Wrong::Line(error)) => Err(error.to_string()),
+        Err(Wrong::Line(error, None)) => Err(error.to_string()),
+        Err(Wrong::Line(error, Some(table))) => Err(format!("[{table}]: {error}")),
     }
 }
 
@@ -118,10 +119,11 @@ fn parse_with<C: Parser>(tables: Option<Tables>) -> Result<Parsed<C>, SettingErr
     match line.parse(tables) {
         Ok(parsed) => Ok(parsed),
         Err(Wrong::Setting(error)) => Err(error),
-        Err(Wrong::Line(error)) => {
+        Err(Wrong::Line(error, table)) => {
             let _closed = error.print();
             if let (true, Some(path)) = (error.use_stderr(), line.path()) {
-                eprintln!("\nSettings are also from {}.", path.display());
+                let of = table.map(|table| format!(", and these are of [{table}]")).unwrap_or_default();
+                eprintln!("\nSettings are also from {}{of}.", path.display());
             }
             std::process::exit(error.exit_code())
         }
@@ -164,7 +166,8 @@ fn choice(kind: &'static str) -> Arg {
 /// What is wrong with the settings: as a whole, or as clap says it.
 enum Wrong {
     Setting(SettingError),
-    Line(clap::Error),
+    /// In this table of the file.
+    Line(clap::Error, Option<String>),
 }
 
 impl From<SettingError> for Wrong {
@@ -217,11 +220,14 @@ impl Line {
                 command = with_table(command, &Overrides { kind, name, values });
             }
         }
-        let mut matches = command.try_get_matches_from_mut(&self.args).map_err(Wrong::Line)?;
+        let of =
+            || file.zip(table).map(|(file, (name, _))| format!("{}.{name}", file.kind.unwrap_or_default()));
+        let wrong = |error| Wrong::Line(error, of());
+        let mut matches = command.try_get_matches_from_mut(&self.args).map_err(wrong)?;
         refuse_passwords(&command, &matches)?;
         let settings = settings(&command, &matches, file, table);
         let parsed = C::from_arg_matches_mut(&mut matches);
-        Ok((parsed.map_err(|error| Wrong::Line(error.format(&mut command)))?, settings))
+        Ok((parsed.map_err(|error| wrong(error.format(&mut command)))?, settings))
     }
 
     /// Other errors wait until the file is read: it may set what is missing.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use daemon::config::database::Database;
+use outbox::Source;
 use sqlx::{Connection, PgConnection};
 
 use super::{Begin, LeaderSession, SessionError, Watch, needs, within_timeout};
@@ -101,8 +102,7 @@ impl CandidateSession {
     pub async fn lead(mut self) -> Result<LeaderSession, SessionError> {
         let begin = sqlx::query_as(
             "UPDATE outbox.relay
-             SET epoch = epoch + 1, leader = $2, leader_since = now(), heartbeat_at = now(), waiting = '[]',
-                 incarnation = (SELECT incarnation FROM outbox.source)
+             SET epoch = epoch + 1, leader = $2, leader_since = now(), heartbeat_at = now(), waiting = '[]'
              WHERE id = $1
              RETURNING epoch, low_water, high,
                        ARRAY(SELECT lower(r) FROM unnest(open) r), ARRAY(SELECT upper(r) - 1 FROM unnest(open) r),
@@ -111,9 +111,19 @@ impl CandidateSession {
         );
         let (epoch, low_water, high, from, to, dropped_from, dropped_to): StoredProgress =
             within_timeout(begin.bind(self.relay_id).bind(&self.identity).fetch_one(&mut self.conn)).await?;
-        // After the epoch was raised: whoever begins a new incarnation raises the epoch as well, so that a
-        // source that was read before would be fenced off.
-        let origin = Origin::from(&within_timeout(outbox::source(&mut self.conn)).await?);
+        // A statement of its own, after the epoch was raised: a subquery of that UPDATE would read the source as it was
+        // before the UPDATE waited for a new incarnation. And fenced: a new incarnation raises the epoch as well.
+        let under = sqlx::query_as(
+            "WITH source AS MATERIALIZED (SELECT name, incarnation, parent, began_at_position FROM outbox.source),
+                  leads AS (
+                UPDATE outbox.relay r SET incarnation = s.incarnation FROM source s
+                WHERE r.id = $1 AND r.epoch = $2
+                RETURNING r.id)
+             SELECT s.* FROM source s CROSS JOIN leads",
+        );
+        let source: Option<Source> =
+            within_timeout(under.bind(self.relay_id).bind(epoch).fetch_optional(&mut self.conn)).await?;
+        let origin = Origin::from(&source.ok_or(SessionError::Deposed)?);
 
         let (last_value, stored): (i64, i64) = within_timeout(
             sqlx::query_as(

@@ -18,6 +18,7 @@ mod erasures;
 mod faults;
 mod hostile;
 mod identity;
+mod incarnation;
 mod isolation;
 mod outboxes;
 mod parking;
