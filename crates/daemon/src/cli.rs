@@ -20,6 +20,8 @@ use file::{File, Values};
 
 const FLAG: &str = "config";
 const VARIABLE: &str = "CONFIG_FILE";
+/// Behind a command's own flags, in its help.
+const LAST: usize = 900;
 /// How clap knows the flag that chooses a table.
 const TABLE: &str = "table";
 
@@ -154,13 +156,20 @@ fn config() -> Arg {
         .value_name("PATH")
         .value_parser(value_parser!(PathBuf))
         .global(true)
+        .display_order(LAST)
         .help(help)
 }
 
 /// The flag that chooses a table.
 fn choice(kind: &'static str) -> Arg {
     let help = format!("The table of the file that is meant, [{kind}.NAME], where it has some");
-    Arg::new(TABLE).long(kind).env(kind.to_uppercase()).value_name("NAME").global(true).help(help)
+    Arg::new(TABLE)
+        .long(kind)
+        .env(kind.to_uppercase())
+        .value_name("NAME")
+        .global(true)
+        .display_order(LAST)
+        .help(help)
 }
 
 /// What is wrong with the settings: as a whole, or as clap says it.

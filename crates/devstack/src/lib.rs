@@ -9,6 +9,7 @@
 
 pub mod binary;
 pub mod command;
+pub mod dashboard;
 pub mod folder;
 pub mod log;
 pub mod ports;

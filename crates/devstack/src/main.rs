@@ -29,6 +29,8 @@ enum Command {
     Env,
     /// Play the sample requests through the running stack, or through one of its own, and check the score.
     Demo,
+    /// Print the Grafana dashboard, deploy/observability/dashboard.json.
+    Dashboard,
     /// Test the two APIs against their documents: schemathesis makes valid and invalid requests from them, for a stack
     /// of its own.
     Schemathesis(command::schemathesis::SchemathesisArgs),
@@ -49,6 +51,10 @@ fn main() -> ExitCode {
 async fn run(command: Command) -> anyhow::Result<u8> {
     match command {
         Command::Reaper { mark, folder } => reaper::run(&mark, folder.as_deref()).map(|()| 0),
+        Command::Dashboard => {
+            println!("{:#}", devstack::dashboard::dashboard());
+            Ok(0)
+        }
         Command::Env => command::env::run().map(|()| 0),
         Command::Up => command::up::run().await.map(|()| 0),
         Command::Run { command } => Box::pin(command::run::run(&command)).await,
