@@ -172,10 +172,10 @@ impl Supervisor {
 
     /// What runs goes on as it was.
     fn refuse(&self, why: &str) {
-        tracing::warn!(why, "the settings were read again, and cannot be used; everything goes on as before");
+        tracing::warn!(why, "the file of settings cannot be used; every outbox goes on as before");
         self.settings.attention(format!(
-            "the settings were read again, and cannot be used: {why}. Everything goes on as before; mend them and send \
-             SIGHUP again"
+            "the file of settings cannot be used: {why}. Every outbox goes on as before. Correct the file and send SIGHUP \
+             again"
         ));
     }
 
@@ -192,7 +192,10 @@ impl Supervisor {
         for (name, running) in &ended {
             running.ended.cancelled().await;
             running.health.remove();
-            tracing::info!(outbox = name, "not relayed any more as it was");
+            tracing::info!(
+                outbox = name,
+                "the relay of an outbox ended, since its settings were removed or changed"
+            );
         }
         self.running = kept;
         for (name, outbox) in outboxes {
@@ -201,7 +204,7 @@ impl Supervisor {
             }
         }
         self.settings.ready();
-        tracing::info!(outboxes = self.running.len(), "the settings were read again");
+        tracing::info!(outboxes = self.running.len(), "the file of settings was read again");
     }
 
     fn start(&mut self, name: String, outbox: Outbox) {
@@ -250,9 +253,14 @@ async fn keep(outbox: Outbox, health: Health, pulses: Pulses, drain: Duration, s
         drop(pulse);
         match ended {
             Ok(()) => break,
-            Err(error) if stop.is_cancelled() => tracing::warn!(error = format!("{error:#}"), "ended"),
+            Err(error) if stop.is_cancelled() => {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "the relay of an outbox did not end as it should"
+                );
+            }
             Err(error) => {
-                relay.waiting(format!("{error:#}; it is tried again, and other outboxes go on"));
+                relay.waiting(format!("{error:#}. The relay tries again; other outboxes go on"));
                 pause.wait(&stop).await;
             }
         }

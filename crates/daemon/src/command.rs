@@ -87,7 +87,7 @@ impl CommandArgs {
 
     /// As [`reach`](Self::reach), to a second database.
     pub async fn reach_at(database: Database) -> anyhow::Result<PgConnection> {
-        match tokio::time::timeout(CONNECT_TIMEOUT, database.quiet().connect()).await {
+        match tokio::time::timeout(CONNECT_TIMEOUT, database.quiet().alone().connect()).await {
             Ok(connected) => connected.map_err(unreached),
             Err(_) => bail!("the database did not respond within {CONNECT_TIMEOUT:?}"),
         }

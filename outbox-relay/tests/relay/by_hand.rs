@@ -202,3 +202,15 @@ async fn a_new_incarnation() {
     relay.is_ready().await;
     assert_told!([forbidden, done, again].join("\n\n"));
 }
+
+/// On the worst day, other connections leave a command one place.
+#[tokio::test]
+async fn a_command_needs_one_connection() {
+    let stack = Stack::new("relay_one_place").await;
+    let limit = "DO $$ BEGIN
+        EXECUTE format('ALTER ROLE %I CONNECTION LIMIT 1', current_database() || '_relay');
+    END $$";
+    sqlx::query(limit).execute(&stack.admin).await.unwrap();
+    let said = output(&mut stack.command("status")).await;
+    assert!(said.starts_with("exit code: 3") && said.contains("no relay has run"), "{said}");
+}

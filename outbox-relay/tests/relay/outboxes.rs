@@ -172,7 +172,8 @@ async fn outboxes_come_and_go_while_others_go_on() {
     relay.signal("HUP").await;
     eventually("the mistake is named", async || {
         let (status, body) = relay.get("ready").await?;
-        (status == 200 && body.contains("100") && body.contains("Everything goes on as before")).then_some(())
+        (status == 200 && body.contains("100") && body.contains("Every outbox goes on as before"))
+            .then_some(())
     })
     .await;
     arrive(outboxes.stack("first"), &mut first, 10..20).await;

@@ -34,6 +34,17 @@ impl Sessions {
         }
         Ok(Self::Own)
     }
+
+    /// As [`of`](Self::of), by one connection: a pooler that has a single session for now is not found.
+    pub(super) async fn of_one(a: &mut PgConnection) -> sqlx::Result<Self> {
+        let first = session(a).await?;
+        for _ in 0..ROUNDS {
+            if session(a).await? != first {
+                return Ok(Self::Shared);
+            }
+        }
+        Ok(Self::Own)
+    }
 }
 
 async fn session(conn: &mut PgConnection) -> sqlx::Result<String> {

@@ -18,6 +18,9 @@ const FRESH: Duration = Duration::from_millis(100);
 /// connection waiting for minutes.
 const PROBE: Duration = Duration::from_secs(4);
 
+/// `too_many_connections`, of a role, a database or the server.
+const NO_PLACE: &str = "53300";
+
 /// What our SQL relies on, whatever the defaults of the server, the database and the role are. Not
 /// `default_transaction_read_only`: an operator who sets it means it, and readiness says so.
 const RELIED_ON: [(&str, &str); 15] = [
@@ -76,13 +79,21 @@ pub struct Database {
     settings: BTreeMap<&'static str, String>,
     sessions: Arc<OnceCell<Sessions>>,
     shares: bool,
+    /// One connection is all that the program needs.
+    alone: bool,
 }
 
 impl From<PgConnectOptions> for Database {
     fn from(options: PgConnectOptions) -> Self {
         let settings = RELIED_ON.map(|(name, value)| (name, value.to_owned())).into();
         // `PgBouncer` knows this parameter of the connection as little as others; it is set afterwards.
-        Self { options: options.extra_float_digits(None), settings, sessions: Arc::default(), shares: false }
+        Self {
+            options: options.extra_float_digits(None),
+            settings,
+            sessions: Arc::default(),
+            shares: false,
+            alone: false,
+        }
     }
 }
 
@@ -108,6 +119,13 @@ impl Database {
     #[must_use]
     pub fn sharing(self) -> Self {
         Self { shares: true, ..self }
+    }
+
+    /// For a command, which needs one connection. Where the server has no place for a second one, the first one alone is
+    /// compared with itself.
+    #[must_use]
+    pub fn alone(self) -> Self {
+        Self { alone: true, ..self }
     }
 
     /// Finds out anew whether sessions are shared, with the next connection.
@@ -213,7 +231,14 @@ impl Database {
 
     async fn probe(&self, conn: &mut PgConnection) -> sqlx::Result<Sessions> {
         let probe = async {
-            let mut second = self.options.connect().await?;
+            let mut second = match self.options.connect().await {
+                Err(sqlx::Error::Database(error))
+                    if self.alone && error.code().as_deref() == Some(NO_PLACE) =>
+                {
+                    return Sessions::of_one(conn).await;
+                }
+                second => second?,
+            };
             let sessions = Sessions::of(conn, &mut second).await?;
             second.close().await?;
             Ok(sessions)
