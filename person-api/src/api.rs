@@ -5,6 +5,7 @@ mod persons;
 
 use daemon::config::database::Failure;
 use events::{Cpf, ItemKind};
+use opentelemetry::context::FutureExt;
 use outbox::{Waker, database::Attempts};
 use poem::{EndpointExt, Response, Route, endpoint::BoxEndpoint, get, post};
 use tokio_util::task::TaskTracker;
@@ -112,8 +113,8 @@ impl Api {
                 }
             }
         };
-        // What it logs says of which request.
-        let write = write.in_current_span();
+        // What it logs says of which request, and its event belongs to the request's trace.
+        let write = write.in_current_span().with_current_context();
         let write = self.writes.spawn(async move {
             let written = write.await;
             health.record(&written);

@@ -7,7 +7,7 @@ use daemon::{
     command::Verdict,
     health::Identity,
     shutdown::{self, Shutdown},
-    telemetry,
+    telemetry, traces,
 };
 use person_api::{
     config::{Cli, Command, RunArgs},
@@ -40,5 +40,7 @@ async fn start() -> anyhow::Result<Verdict> {
 
 async fn run(args: RunArgs) -> anyhow::Result<()> {
     let metrics = telemetry::start(&args.telemetry)?;
-    person_api::run(args, Some(metrics), Shutdown::on_signals()?).await
+    let (traces, shutdown) = (traces::start("person-api")?, Shutdown::on_signals()?);
+    let (requested, drain) = (shutdown.requested().clone(), args.shutdown.drain_timeout);
+    traces.during(requested, drain, person_api::run(args, Some(metrics), shutdown)).await
 }

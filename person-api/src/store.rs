@@ -3,6 +3,7 @@
 //! or not at all. Only erasing a person takes more ([`erase`]).
 
 mod connection;
+mod creation;
 pub mod erase;
 mod error;
 pub mod idempotency;

@@ -11,5 +11,7 @@ pub mod probes;
 pub mod progress;
 pub mod shutdown;
 pub mod telemetry;
+#[cfg(feature = "otlp")]
+pub mod traces;
 
 pub use backoff::backoff;

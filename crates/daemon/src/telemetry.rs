@@ -3,13 +3,17 @@
 use std::io::IsTerminal;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tracing::{Level, Metadata};
+use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::{
     EnvFilter,
     field::MakeExt,
     filter::{ParseError, filter_fn},
-    fmt::{self, FormatFields, format::debug_fn},
+    fmt::{
+        self, FmtContext, FormatEvent, FormatFields,
+        format::{JsonFields, Writer, debug_fn},
+    },
     layer::SubscriberExt,
+    registry::LookupSpan,
     util::SubscriberInitExt,
 };
 
@@ -73,6 +77,55 @@ fn safe_fields() -> impl for<'a> FormatFields<'a> + 'static {
     fields.delimited(" ")
 }
 
+/// A line with the trace and the span in which it was written, if there is one: `trace_id` and `span_id`.
+struct InTrace<F> {
+    inner: F,
+    json: bool,
+}
+
+impl<S, N, F> FormatEvent<S, N> for InTrace<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut to: Writer<'_>,
+        event: &Event<'_>,
+    ) -> std::fmt::Result {
+        // A line that names its own trace stays as it is.
+        let named = || event.metadata().fields().field("trace_id").is_some();
+        let Some((trace, span)) = trace().filter(|_| !named()) else {
+            return self.inner.format_event(context, to, event);
+        };
+        if !self.json {
+            // Before the line, so that its colours stay as they are.
+            write!(to, "trace_id={trace} span_id={span} ")?;
+            return self.inner.format_event(context, to, event);
+        }
+        let mut line = String::new();
+        self.inner.format_event(context, Writer::new(&mut line), event)?;
+        match line.trim_end().strip_suffix('}') {
+            Some(object) => writeln!(to, "{object},\"trace_id\":\"{trace}\",\"span_id\":\"{span}\"}}"),
+            None => to.write_str(&line),
+        }
+    }
+}
+
+/// The trace and the span of the current context.
+#[cfg(feature = "otlp")]
+fn trace() -> Option<(String, String)> {
+    crate::traces::current()
+}
+
+/// None: without the feature `otlp` there are no traces.
+#[cfg(not(feature = "otlp"))]
+fn trace() -> Option<(String, String)> {
+    None
+}
+
 /// Starts logging and metrics for the whole process; call once. The handle renders the metrics.
 pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
     let filter = filter(&args.log).map_err(|e| {
@@ -84,18 +137,15 @@ pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
         LogFormat::Json => true,
     };
     let registry = tracing_subscriber::registry().with(filter).with(filter_fn(may_be_logged));
+    let layer = fmt::layer().with_writer(std::io::stderr);
     let started = if json {
-        registry.with(fmt::layer().with_writer(std::io::stderr).json().flatten_event(true)).try_init()
+        let inner = fmt::format().json().flatten_event(true);
+        let layer = layer.fmt_fields(JsonFields::new()).event_format(InTrace { inner, json });
+        registry.with(layer).try_init()
     } else {
-        registry
-            .with(
-                fmt::layer()
-                    .with_writer(std::io::stderr)
-                    .with_ansi(std::io::stderr().is_terminal())
-                    .fmt_fields(safe_fields())
-                    .with_target(false),
-            )
-            .try_init()
+        let inner = fmt::format().with_target(false);
+        let layer = layer.with_ansi(std::io::stderr().is_terminal()).fmt_fields(safe_fields());
+        registry.with(layer.event_format(InTrace { inner, json })).try_init()
     };
     started.map_err(|e| SettingError::new("LOG", format_args!("logging was started already: {e}")))?;
     // Where, and never what it says: that may quote what was sent.

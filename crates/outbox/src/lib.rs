@@ -12,6 +12,9 @@ mod error;
 mod prepare;
 mod publish;
 mod schema;
+#[cfg(feature = "opentelemetry")]
+pub mod trace;
+#[cfg(not(feature = "opentelemetry"))]
 mod trace;
 mod wake;
 

@@ -103,7 +103,7 @@ impl Event {
 
     /// The headers, in the trace of the current span, unless the caller gave another one.
     fn headers_in_trace(&self) -> Option<Cow<'_, Map<String, Value>>> {
-        let headers = match crate::trace::parent() {
+        let headers = match crate::trace::current() {
             Some(parent) if !self.headers.contains_key("traceparent") => {
                 let mut headers = self.headers.clone();
                 headers.insert("traceparent".to_owned(), parent.into());
@@ -140,7 +140,7 @@ pub struct Published {
 /// Lock your own rows before. Once the transaction is committed, call [`Waker::wake`](crate::Waker::wake); without it the
 /// event leaves a little later.
 ///
-/// With the feature `opentelemetry`, the header `traceparent` continues the current span's trace.
+/// With the feature `opentelemetry`, the header `traceparent` continues the trace of OpenTelemetry's current context.
 ///
 /// ```no_run
 /// # async fn pay(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {

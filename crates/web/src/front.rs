@@ -12,6 +12,7 @@ mod observe;
 mod request_id;
 mod series;
 mod server;
+mod span;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 

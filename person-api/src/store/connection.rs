@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use daemon::config::database::Database;
+use daemon::{config::database::Database, traces};
 use events::Cpf;
 use outbox::database::{Failure, describe};
 use sqlx::{
@@ -80,11 +80,20 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Runs a statement that is a transaction, at most for a limited time.
+    /// Runs a statement that is a transaction, at most for a limited time. `operation` and `table` name it in a trace.
     pub(super) async fn fetch_optional<O>(
         &mut self,
+        operation: &'static str,
+        table: &'static str,
         query: QueryAs<'_, Postgres, O, PgArguments>,
     ) -> Result<Option<O>, StoreError>
+    where
+        O: for<'r> FromRow<'r, PgRow> + Send + Unpin,
+    {
+        traces::statement(operation, table, self.run(query), StoreError::class).await
+    }
+
+    async fn run<O>(&mut self, query: QueryAs<'_, Postgres, O, PgArguments>) -> Result<Option<O>, StoreError>
     where
         O: for<'r> FromRow<'r, PgRow> + Send + Unpin,
     {

@@ -5,15 +5,17 @@
 
 use std::time::Duration;
 
-use daemon::{backoff, health::Part};
+use daemon::{backoff, health::Part, traces};
 use events::Cpf;
 use outbox::{Ended, database::describe};
+use serde_json::Value;
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
     connection::{Connections, Store},
+    creation::Creation,
     error::{StoreError, bounded},
     outcome::{Refusal, Written},
 };
@@ -51,7 +53,11 @@ impl Store {
     ) -> Result<Result<Written, Refusal>, StoreError> {
         let mut conn = self.acquire_for(cpf).await?;
         let (connections, conn) = conn.parts();
-        bounded(delete(connections, conn, cpf, &precondition)).await
+        let event = Creation::begin("person.deleted");
+        let delete = bounded(delete(connections, conn, cpf, &precondition, event.headers()));
+        let deleted = event.within(traces::statement("DELETE", "person", delete, StoreError::class)).await;
+        event.end(matches!(deleted, Ok(Ok(_))));
+        deleted
     }
 }
 
@@ -60,6 +66,7 @@ async fn delete(
     conn: &mut PgConnection,
     cpf: Cpf,
     precondition: &Precondition,
+    headers: Option<Value>,
 ) -> sqlx::Result<Result<Written, Refusal>> {
     let (mut tx, prepare) = (connections.begin(conn).await?, connections.prepare());
     let (ids, versions) = precondition.columns();
@@ -70,7 +77,7 @@ async fn delete(
         Some((_, _, false)) => return Ok(Err(Refusal::OtherState)),
         Some((id, _, true)) => id,
     };
-    let delete = sqlx::query_as(DELETE).bind(id).bind(MANY).persistent(prepare);
+    let delete = sqlx::query_as(DELETE).bind(id).bind(MANY).bind(headers).persistent(prepare);
     let (version, _): (i64, i64) = delete.fetch_one(&mut *tx).await?;
     let ended =
         Ended { aggregate_type: events::AGGREGATE_PERSON.into(), aggregate_id: id.to_string(), version };

@@ -1,6 +1,6 @@
 //! How a statement can fail.
 
-use std::{future::Future, time::Duration};
+use std::{borrow::Cow, future::Future, time::Duration};
 
 use outbox::{
     AppendError,
@@ -45,6 +45,20 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// What kind of error it is, for a trace.
+    pub(super) fn class(&self) -> Cow<'static, str> {
+        match self {
+            Self::Overloaded => "overloaded",
+            Self::Busy => "busy",
+            Self::Unavailable(..) => "unavailable",
+            Self::Unknown(_) => "unknown",
+            Self::CannotStore { .. } => "cannot_store",
+            Self::Inconsistent(_) => "inconsistent",
+            Self::Failed(_) => "failed",
+        }
+        .into()
+    }
+
     /// A read has no unknown outcome: it stores nothing.
     pub(super) fn of_a_read(self) -> Self {
         match self {

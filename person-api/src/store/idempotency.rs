@@ -62,7 +62,7 @@ async fn find(
     let Some(IdempotentRequest { caller, route, key, digest }) = idempotent else { return Ok(None) };
     let find = sqlx::query_as(FIND).bind(caller).bind(route).bind(key).bind(digest);
     let stored: Option<(bool, bool, String, String, String)> =
-        conn.fetch_optional(find).await.map_err(StoreError::of_a_read)?;
+        conn.fetch_optional("SELECT", "idempotency", find).await.map_err(StoreError::of_a_read)?;
     Ok(stored.map(|(spent, same, location, etag, body)| match (spent, same) {
         (true, _) => AddOutcome::Refused(Refusal::KeySpent),
         (false, true) => AddOutcome::Repeated(StoredResponse { location, etag, body }),

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::{
     connection::Store,
+    creation::Creation,
     error::StoreError,
     idempotency,
     outcome::{AddOutcome, ChangeOutcome, ItemPage, Refusal, Representation, Written},
@@ -80,10 +81,17 @@ impl Store {
         let (ids, versions) = precondition.columns();
         let mut insert =
             idempotency::bind(idempotent.as_ref(), insert, collection + "/{id}").bind(ids).bind(versions);
+        let event = Creation::begin(match kind {
+            ItemKind::Income => "income.new",
+            ItemKind::Asset => "asset.new",
+            ItemKind::Debt => "debt.new",
+        });
+        insert = insert.bind(event.headers());
         if let Some(type_) = item.type_ {
             insert = insert.bind(type_);
         }
-        let row: Inserted = conn.fetch_optional(insert).await?;
+        let row: Inserted = event.within(conn.fetch_optional("INSERT", kind.as_str(), insert)).await?;
+        event.end(matches!(row, Some((.., Some(_), _))));
         let refused = match row {
             Some((_, _, Some(id), person_id, Some(version), _)) => {
                 return Ok(AddOutcome::Added(Written { id, person_id, version }));
@@ -114,10 +122,17 @@ impl Store {
             .bind(ids)
             .bind(versions)
             .bind(item.value);
+        let event = Creation::begin(match kind {
+            ItemKind::Income => "income.changed",
+            ItemKind::Asset => "asset.changed",
+            ItemKind::Debt => "debt.changed",
+        });
+        change = change.bind(event.headers());
         if let Some(type_) = item.type_ {
             change = change.bind(type_);
         }
-        let outcome: Outcome = conn.fetch_optional(change).await?;
+        let outcome: Outcome = event.within(conn.fetch_optional("UPDATE", kind.as_str(), change)).await?;
+        event.end(matches!(outcome, Some((.., Some(_), _))));
         Ok(changed(outcome))
     }
 
@@ -130,12 +145,19 @@ impl Store {
     ) -> Result<Result<ChangeOutcome, Refusal>, StoreError> {
         let mut conn = self.acquire_for(cpf).await?;
         let (ids, versions) = precondition.columns();
+        let event = Creation::begin(match kind {
+            ItemKind::Income => "income.deleted",
+            ItemKind::Asset => "asset.deleted",
+            ItemKind::Debt => "debt.deleted",
+        });
         let delete = sqlx::query_as(ItemSql::of(kind).delete.as_str())
             .bind(cpf.get())
             .bind(id)
             .bind(ids)
-            .bind(versions);
-        let outcome: Outcome = conn.fetch_optional(delete).await?;
+            .bind(versions)
+            .bind(event.headers());
+        let outcome: Outcome = event.within(conn.fetch_optional("DELETE", kind.as_str(), delete)).await?;
+        event.end(matches!(outcome, Some((.., Some(_), _))));
         Ok(changed(outcome))
     }
 
@@ -151,7 +173,7 @@ impl Store {
             .bind(cpf.get())
             .bind(page.after.unwrap_or_default())
             .bind(page.limit);
-        conn.fetch_optional(select).await.map_err(StoreError::of_a_read)
+        conn.fetch_optional("SELECT", kind.as_str(), select).await.map_err(StoreError::of_a_read)
     }
 
     /// Reads an item of a person.
@@ -164,7 +186,7 @@ impl Store {
         let mut conn = self.acquire().await?;
         let select = sqlx::query_as(ItemSql::of(kind).read.as_str()).bind(cpf.get()).bind(id);
         let row: Option<(Uuid, i64, Option<String>)> =
-            conn.fetch_optional(select).await.map_err(StoreError::of_a_read)?;
+            conn.fetch_optional("SELECT", kind.as_str(), select).await.map_err(StoreError::of_a_read)?;
         Ok(match row {
             None => Err(Refusal::UnknownPerson),
             Some((_, _, None)) => Err(Refusal::UnknownItem),

@@ -5,6 +5,7 @@ use uuid::Uuid;
 
 use super::{
     connection::Store,
+    creation::Creation,
     error::StoreError,
     idempotency,
     outcome::{AddOutcome, ChangeOutcome, Refusal, Representation, Written},
@@ -32,8 +33,12 @@ impl Store {
         let mut conn = self.acquire_for(new.cpf).await?;
         let insert =
             sqlx::query_as(ADD).bind(new.cpf.get()).bind(new.name).bind(new.address).bind(new.date_of_birth);
-        let insert = idempotency::bind(idempotent.as_ref(), insert, format!("/person/{}", new.cpf.get()));
-        let added: Result<Option<(Uuid, i64, i32)>, _> = conn.fetch_optional(insert).await;
+        let event = Creation::begin("person.new");
+        let insert = idempotency::bind(idempotent.as_ref(), insert, format!("/person/{}", new.cpf.get()))
+            .bind(event.headers());
+        let added: Result<Option<(Uuid, i64, i32)>, _> =
+            event.within(conn.fetch_optional("INSERT", "person", insert)).await;
+        event.end(matches!(added, Ok(Some(_))));
         match added {
             Ok(Some((id, version, _))) => Ok(AddOutcome::Added(Written { id, person_id: id, version })),
             Ok(None) => {
@@ -70,7 +75,11 @@ impl Store {
             .bind(patch.address.flatten())
             .bind(patch.date_of_birth)
             .bind(patch.status.map(Status::as_str));
-        let row: Option<(Uuid, i64, bool, Option<i64>, i32)> = conn.fetch_optional(change).await?;
+        let event = Creation::begin("person.changed");
+        let change = change.bind(event.headers());
+        let row: Option<(Uuid, i64, bool, Option<i64>, i32)> =
+            event.within(conn.fetch_optional("UPDATE", "person", change)).await?;
+        event.end(matches!(row, Some((.., Some(_), _))));
         Ok(match row {
             None => Err(Refusal::UnknownPerson),
             Some((_, _, false, _, _)) => Err(Refusal::OtherState),
@@ -82,13 +91,13 @@ impl Store {
     pub async fn state(&self, cpf: Cpf) -> Result<Option<(Uuid, i64)>, StoreError> {
         let mut conn = self.acquire().await?;
         let select = sqlx::query_as(STATE).bind(cpf.get());
-        conn.fetch_optional(select).await.map_err(StoreError::of_a_read)
+        conn.fetch_optional("SELECT", "person", select).await.map_err(StoreError::of_a_read)
     }
 
     /// Reads a person with their items; `None` when there is no such person.
     pub async fn person(&self, cpf: Cpf) -> Result<Option<Representation>, StoreError> {
         let mut conn = self.acquire().await?;
         let select = sqlx::query_as(READ).bind(cpf.get()).bind(ITEMS_MAX);
-        conn.fetch_optional(select).await.map_err(StoreError::of_a_read)
+        conn.fetch_optional("SELECT", "person", select).await.map_err(StoreError::of_a_read)
     }
 }

@@ -3,6 +3,7 @@
 use std::{any::Any, sync::Arc, time::Instant};
 
 use daemon::health;
+use opentelemetry::context::FutureExt;
 use poem::{
     Endpoint, EndpointExt, IntoResponse, PathPattern, Request, Response, Route,
     http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, uri::Authority},
@@ -10,7 +11,7 @@ use poem::{
 };
 use tracing::Instrument;
 
-use super::{body::Inbound, caller::Caller, keys::Keys, request_id};
+use super::{body::Inbound, caller::Caller, keys::Keys, request_id, span::ServerSpan};
 use crate::problem::{MALFORMED_REQUEST, Problem};
 
 /// A 401 to a request with a key (RFC 6750, 3.1).
@@ -56,24 +57,30 @@ async fn observe(
     if request.method() == Method::HEAD {
         request.set_data(HeadersOnly);
     }
+    let (method, probe) = (method(request.method()), health::PATHS.contains(&request.uri().path()));
     let mut record = Record {
         started,
-        method: method(request.method()),
-        probe: health::PATHS.contains(&request.uri().path()),
+        method,
+        probe,
         route: NO_ROUTE.to_owned(),
         status: HUNG_UP,
         id: id.to_str().unwrap_or_default().to_owned(),
-        trace: request_id::trace(request.headers()),
+        span: if probe { None } else { ServerSpan::start(method, &request) },
         caller,
     };
     // So that all lines of the log that belong to this request say so.
-    let span = tracing::info_span!("request", request_id = record.id, trace_id = record.trace);
+    let span = tracing::info_span!("request", request_id = record.id);
     let pattern = |data: Option<&PathPattern>| data.map_or(NO_ROUTE.into(), |PathPattern(p)| p.to_string());
     let handled = async {
         admitted?;
         next.call(request).await
     };
-    let (route, mut response) = match handled.instrument(span).await {
+    let handled = handled.instrument(span);
+    let handled = match &record.span {
+        Some(span) => handled.with_context(span.context().clone()).await,
+        None => handled.await,
+    };
+    let (route, mut response) = match handled {
         Ok(response) => (pattern(response.data()), response),
         Err(error) => (pattern(error.data()), Problem::from_error(error)),
     };
@@ -130,7 +137,7 @@ struct Record {
     route: String,
     status: u16,
     id: String,
-    trace: Option<String>,
+    span: Option<ServerSpan>,
     caller: Caller,
     probe: bool,
 }
@@ -138,6 +145,9 @@ struct Record {
 impl Drop for Record {
     fn drop(&mut self) {
         let took = self.started.elapsed();
+        let route = (self.route != NO_ROUTE).then_some(self.route.as_str());
+        let ids = self.span.take().and_then(|span| span.end(self.method, route, self.status));
+        let (trace, span) = ids.unzip();
         macro_rules! line {
             ($level:ident) => {
                 tracing::$level!(
@@ -146,7 +156,8 @@ impl Drop for Record {
                     status = self.status,
                     duration_ms = f64::from(u32::try_from(took.as_micros()).unwrap_or(u32::MAX)) / 1000.0,
                     request_id = self.id,
-                    trace_id = self.trace,
+                    trace_id = trace,
+                    span_id = span,
                     caller = self.caller.name(),
                     "request"
                 )

@@ -1,4 +1,4 @@
-//! The id of a request, for its client and the log; and the trace that it belongs to.
+//! The id of a request, for its client and the log.
 
 use poem::http::{HeaderMap, HeaderName, HeaderValue};
 use uuid::Uuid;
@@ -24,21 +24,6 @@ pub(super) fn of(headers: &HeaderMap) -> HeaderValue {
     id.unwrap_or(HeaderValue::from_static("none"))
 }
 
-/// The trace that the client says the request belongs to (W3C Trace Context).
-pub(super) fn trace(headers: &HeaderMap) -> Option<String> {
-    let parent = headers.get("traceparent")?.to_str().ok()?;
-    let mut parts = parent.split('-');
-    let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-    let hex = |text: &str, length| {
-        text.len() == length && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-    };
-    let sane = hex(version, 2) && hex(trace, 32) && hex(span, 16) && hex(flags, 2);
-    let new = version != "00" || parts.next().is_none();
-    // Chance makes hardly any of digits alone, and it could be a person's number.
-    let number = trace.bytes().all(|b| b.is_ascii_digit()) || version == "ff";
-    (sane && new && !number).then(|| trace.to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,24 +47,5 @@ mod tests {
         let made = of(&HeaderMap::new());
         assert_eq!(made.to_str().unwrap().parse::<Uuid>().unwrap().get_version_num(), 7);
         assert_ne!(made, of(&HeaderMap::new()));
-    }
-
-    #[test]
-    fn a_trace_is_known_by_its_id() {
-        let trace = |parent: &str| super::trace(&headers("traceparent", &[parent.as_bytes()]));
-        let id = "0af7651916cd43dd8448eb211c80319c";
-        assert_eq!(trace(&format!("00-{id}-b7ad6b7169203331-01")).unwrap(), id);
-        assert_eq!(trace(&format!("01-{id}-b7ad6b7169203331-01-later")).unwrap(), id);
-        for parent in [
-            "",
-            "00-12345678909",
-            &format!("00-{id}-b7ad6b7169203331-01-more"),
-            &format!("ff-{id}-b7ad6b7169203331-01"),
-            &format!("00-{}-b7ad6b7169203331-01", id.to_uppercase()),
-            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
-            "00-00000000000000000000052998224725-b7ad6b7169203331-01",
-        ] {
-            assert_eq!(trace(parent), None, "{parent}");
-        }
     }
 }

@@ -1,7 +1,8 @@
 -- Adds an item to a person (kind: income).
 --
 -- Parameters: 1 cpf, 2 value, 3 caller, 4 route, 5 idempotency key or null, 6 digest of the request's body,
--- 7 location, 8 response body, 9 and 10 ids and versions of `If-Match` (null for any), 11 type.
+-- 7 location, 8 response body, 9 and 10 ids and versions of `If-Match` (null for any), 11 headers of the
+-- event or null, 12 type.
 --
 -- The order is the promise: the person's row is locked, then its version raised, then the event's position taken. So
 -- versions and positions rise together.
@@ -31,12 +32,12 @@ WITH target AS MATERIALIZED (
         type, -- not of a debt
         id, person_id, value)
     SELECT
-        $11, -- not of a debt
+        $12, -- not of a debt
         next.id, person.id, $2
     FROM person, next
     RETURNING *
 ), event AS (
-    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers)
     SELECT 'person', person.id::text, person.version, 'income.new',
            (SELECT row_to_json(body)
             FROM (SELECT item.id, item.person_id,
@@ -44,7 +45,8 @@ WITH target AS MATERIALIZED (
                          trim_scale(item.value) AS value, item.created_at,
                          (SELECT row_to_json(body)
                           FROM (SELECT person.id, person.cpf, person.name, person.address, person.date_of_birth,
-                                       person.created_at, person.status) body) AS person) body)
+                                       person.created_at, person.status) body) AS person) body),
+           $11::jsonb
     FROM person, item
     RETURNING position
 )

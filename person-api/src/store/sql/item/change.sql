@@ -1,6 +1,7 @@
 -- Replaces an item of a person (kind: income). No new version and no event when nothing differs.
 --
--- Parameters: 1 cpf, 2 id, 3 and 4 ids and versions of `If-Match` (null for any), 5 value, 6 type.
+-- Parameters: 1 cpf, 2 id, 3 and 4 ids and versions of `If-Match` (null for any), 5 value, 6 headers of the
+-- event or null, 7 type.
 WITH target AS MATERIALIZED (
     SELECT * FROM person.person WHERE cpf = $1 FOR UPDATE
 ), stored AS MATERIALIZED (
@@ -13,17 +14,17 @@ WITH target AS MATERIALIZED (
     WHERE person.id = target.id
       AND ($3::uuid[] IS NULL OR (target.id, target.version) IN (SELECT * FROM unnest($3::uuid[], $4::bigint[])))
       AND (
-          stored.type IS DISTINCT FROM $6 OR -- not of a debt
+          stored.type IS DISTINCT FROM $7 OR -- not of a debt
           stored.value IS DISTINCT FROM $5)
     RETURNING person.*
 ), item AS (
     UPDATE person.income SET
-        type = $6, -- not of a debt
+        type = $7, -- not of a debt
         value = $5
     FROM person WHERE income.id = $2 AND income.person_id = person.id
     RETURNING income.*
 ), event AS (
-    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers)
     SELECT 'person', person.id::text, person.version, 'income.changed',
            (SELECT row_to_json(body)
             FROM (SELECT item.id, item.person_id,
@@ -31,7 +32,8 @@ WITH target AS MATERIALIZED (
                          trim_scale(item.value) AS value, item.created_at,
                          (SELECT row_to_json(body)
                           FROM (SELECT person.id, person.cpf, person.name, person.address, person.date_of_birth,
-                                       person.created_at, person.status) body) AS person) body)
+                                       person.created_at, person.status) body) AS person) body),
+           $6::jsonb
     FROM person, item
     RETURNING position
 )

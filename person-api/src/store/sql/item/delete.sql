@@ -1,6 +1,7 @@
 -- Deletes an item of a person (kind: income). The event has the item as it was.
 --
--- Parameters: 1 cpf, 2 id, 3 and 4 ids and versions of `If-Match` (null for any).
+-- Parameters: 1 cpf, 2 id, 3 and 4 ids and versions of `If-Match` (null for any), 5 headers of the event or
+-- null.
 WITH target AS MATERIALIZED (
     SELECT * FROM person.person WHERE cpf = $1 FOR UPDATE
 ), stored AS MATERIALIZED (
@@ -15,7 +16,7 @@ WITH target AS MATERIALIZED (
     DELETE FROM person.income USING person WHERE income.id = $2 AND income.person_id = person.id
     RETURNING income.*
 ), event AS (
-    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers)
     SELECT 'person', person.id::text, person.version, 'income.deleted',
            (SELECT row_to_json(body)
             FROM (SELECT item.id, item.person_id,
@@ -23,7 +24,8 @@ WITH target AS MATERIALIZED (
                          trim_scale(item.value) AS value, item.created_at,
                          (SELECT row_to_json(body)
                           FROM (SELECT person.id, person.cpf, person.name, person.address, person.date_of_birth,
-                                       person.created_at, person.status) body) AS person) body)
+                                       person.created_at, person.status) body) AS person) body),
+           $5::jsonb
     FROM person, item
     RETURNING position
 )

@@ -1,7 +1,7 @@
 -- Adds a person, as version 1 of its aggregate.
 --
 -- Parameters: 1 cpf, 2 name, 3 address, 4 date of birth, 5 caller, 6 route, 7 idempotency key or null, 8 digest of the
--- request's body, 9 location, 10 response body.
+-- request's body, 9 location, 10 response body, 11 headers of the event or null.
 WITH person AS (
     -- An existing cpf is no error of the database, whose log and message would name it: there is no row.
     INSERT INTO person.person (id, cpf, name, address, date_of_birth)
@@ -16,11 +16,12 @@ WITH person AS (
     ON CONFLICT DO NOTHING
     RETURNING person_id
 ), event AS (
-    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers)
     SELECT 'person', id::text, version, 'person.new',
            (SELECT row_to_json(body)
             FROM (SELECT person.id, person.cpf, person.name, person.address, person.date_of_birth,
-                         person.created_at, person.status) body)
+                         person.created_at, person.status) body),
+           $11::jsonb
     FROM person
     RETURNING position
 )

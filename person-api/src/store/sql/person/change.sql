@@ -1,7 +1,8 @@
 -- Applies a merge patch to a person. No new version and no event when nothing differs.
 --
 -- Parameters: 1 cpf, 2 and 3 ids and versions of `If-Match` (null for any), 4 name, 5 whether the address changes,
--- 6 address, 7 date of birth, 8 status. Null leaves name, date of birth and status as they are.
+-- 6 address, 7 date of birth, 8 status, 9 headers of the event or null. Null leaves name, date of birth and status as
+-- they are.
 --
 -- The order is that of every write: the row locked, the version raised, the position taken. What is compared is what
 -- is locked, so `unchanged` is true of the version that it names.
@@ -22,11 +23,12 @@ WITH target AS MATERIALIZED (
           IS DISTINCT FROM (wanted.name, wanted.address, wanted.date_of_birth, wanted.status)
     RETURNING person.*
 ), event AS (
-    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
+    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers)
     SELECT 'person', id::text, version, 'person.changed',
            (SELECT row_to_json(body)
             FROM (SELECT person.id, person.cpf, person.name, person.address, person.date_of_birth,
-                         person.created_at, person.status) body)
+                         person.created_at, person.status) body),
+           $9::jsonb
     FROM person
     RETURNING position
 )

@@ -2,7 +2,8 @@
 -- foreign keys. Of the stored responses only the digests of their keys stay. A person with many rows is emptied
 -- instead, and their rows are removed step by step afterwards (remove.sql).
 --
--- Parameters: 1 the person's id, 2 how many rows are many.
+-- Parameters: 1 the person's id, 2 how many rows are many, 3 headers of the event
+-- or null.
 WITH size AS MATERIALIZED (
     SELECT count(*) >= $2 AS many FROM (
         (SELECT FROM person.income WHERE person_id = $1 LIMIT $2) UNION ALL
@@ -23,8 +24,9 @@ WITH size AS MATERIALIZED (
 ), person AS (
     SELECT id, version FROM gone UNION ALL SELECT id, version FROM emptied
 ), event AS (
-    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload)
-    SELECT 'person', id::text, version, 'person.deleted', (SELECT row_to_json(body) FROM (SELECT id) body)
+    INSERT INTO outbox.event (aggregate_type, aggregate_id, version, type, payload, headers)
+    SELECT 'person', id::text, version, 'person.deleted', (SELECT row_to_json(body) FROM (SELECT id) body),
+           $3::jsonb
     FROM person
     RETURNING position
 )
