@@ -6,7 +6,7 @@ use daemon::{
     cli,
     health::Identity,
     shutdown::{self, Shutdown},
-    telemetry,
+    telemetry, traces,
 };
 use score_api::{Cli, Command};
 
@@ -27,5 +27,7 @@ async fn start() -> anyhow::Result<()> {
 
 async fn run(config: score_api::Config) -> anyhow::Result<()> {
     let metrics = telemetry::start(&config.telemetry)?;
-    score_api::run(config, Some(metrics), Shutdown::on_signals()?).await
+    let (traces, shutdown) = (traces::start("score-api")?, Shutdown::on_signals()?);
+    let (requested, drain) = (shutdown.requested().clone(), config.shutdown.drain_timeout);
+    traces.during(requested, drain, score_api::run(config, Some(metrics), shutdown)).await
 }

@@ -3,7 +3,7 @@
 pub(crate) mod entries;
 pub(crate) mod scores;
 
-use std::{str::FromStr, sync::Arc, time::Duration};
+use std::{borrow::Cow, str::FromStr, sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
 use daemon::config::database::{Database, Failure, Needs, Schema};
@@ -104,6 +104,17 @@ pub(crate) enum ReadError {
     Unavailable,
     /// A defect.
     Defect(Arc<sqlx::Error>),
+}
+
+impl ReadError {
+    /// What kind of error it is, for a trace.
+    fn class(&self) -> Cow<'static, str> {
+        match self {
+            Self::Unavailable => "unavailable",
+            Self::Defect(_) => "failed",
+        }
+        .into()
+    }
 }
 
 /// Reads the version of each of `persons` in the live read model. None before the first applied event.

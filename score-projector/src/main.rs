@@ -7,7 +7,7 @@ use daemon::{
     command::Verdict,
     health::Identity,
     shutdown::{self, Shutdown},
-    telemetry,
+    telemetry, traces,
 };
 use score_projector::{
     command::{held, rejected},
@@ -64,5 +64,7 @@ async fn start() -> anyhow::Result<Verdict> {
 
 async fn run(args: RunArgs) -> anyhow::Result<()> {
     let metrics = telemetry::start(&args.telemetry)?;
-    score_projector::run(args, Some(metrics), Shutdown::on_signals()?).await
+    let (traces, shutdown) = (traces::start("score-projector")?, Shutdown::on_signals()?);
+    let (requested, drain) = (shutdown.requested().clone(), args.shutdown.drain_timeout);
+    traces.during(requested, drain, score_projector::run(args, Some(metrics), shutdown)).await
 }

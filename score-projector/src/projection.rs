@@ -60,7 +60,8 @@ impl Handler for Projection {
         events: &[Event],
         tx: &mut Transaction<'_, Postgres>,
     ) -> Result<(), HandlerError> {
-        let causes = events.iter().map(Cause::parse).collect::<Result<Vec<Cause>, HandlerError>>()?;
+        let causes = events.iter().map(|event| Cause::parse(event, events.len() == 1));
+        let causes = causes.collect::<Result<Vec<Cause>, HandlerError>>()?;
         let mut slice = Slice::default();
         let mut needs = Needs::of(&causes);
         store::load_persons(tx, &needs, &mut slice).await?;

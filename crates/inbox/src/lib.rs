@@ -39,6 +39,7 @@ mod newest;
 mod outcome;
 mod parsed;
 mod plan;
+mod process;
 mod queues;
 mod recent;
 mod redrive;

@@ -1,6 +1,7 @@
 //! The entries of a score, page by page, with the score of the same snapshot.
 
 use chrono::{DateTime, Utc};
+use daemon::traces;
 use rust_decimal::Decimal;
 use sqlx::{FromRow, PgPool, Row, postgres::PgRow};
 use uuid::Uuid;
@@ -66,7 +67,7 @@ impl FromRow<'_, PgRow> for Entry {
 
 /// Reads a page of the entries of the newest person with this cpf, if one is known.
 pub(crate) async fn entries(pool: &PgPool, cpf: Cpf, page: Page) -> Result<Option<EntryPage>, ReadError> {
-    in_time(async {
+    let read = in_time(async {
         let first = page.after.unwrap_or_default();
         let rows = sqlx::query(ENTRIES).bind(cpf.0).bind(first).bind(page.limit + 1).fetch_all(pool).await?;
         let Some(row) = rows.first() else { return Ok(None) };
@@ -76,8 +77,8 @@ pub(crate) async fn entries(pool: &PgPool, cpf: Cpf, page: Page) -> Result<Optio
         let limit = usize::try_from(page.limit).unwrap_or_default();
         let entries = rows.iter().take(limit).map(Entry::from_row).collect::<sqlx::Result<_>>()?;
         Ok(Some(EntryPage { score, entries, more: rows.len() > limit }))
-    })
-    .await
+    });
+    traces::statement("SELECT", "entry", read, ReadError::class).await
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Reads the scores of concurrent requests together: requests that arrive during a query share the next one. So a busier
 //! server spends less on each request.
 
-use daemon::shutdown::Shutdown;
+use daemon::{shutdown::Shutdown, traces};
 use outbox::database::Session;
 use sqlx::{FromRow, PgConnection, PgPool, Row};
 use tokio::{
@@ -50,7 +50,8 @@ impl Scores {
             received.await.ok()
         };
         // No reply comes when the task has ended, and the process ends.
-        timeout(DEADLINE, read).await.ok().flatten().unwrap_or(Err(ReadError::Unavailable))
+        let read = async { timeout(DEADLINE, read).await.ok().flatten().unwrap_or(Err(ReadError::Unavailable)) };
+        traces::statement("SELECT", "person", read, ReadError::class).await
     }
 }
 

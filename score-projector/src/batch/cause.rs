@@ -9,6 +9,7 @@ use uuid::Uuid;
 pub(crate) struct Cause {
     pub(crate) person: Uuid,
     pub(crate) version: i64,
+    /// The trace of what it causes; none for that of the transaction.
     pub(crate) trace: Option<String>,
     /// It begins the person's chain anew: the read model's state of the person is of a history that was lost.
     pub(crate) begins_anew: bool,
@@ -16,8 +17,9 @@ pub(crate) struct Cause {
 }
 
 impl Cause {
-    /// Reads a person's event.
-    pub(crate) fn parse(event: &Event) -> Result<Self, HandlerError> {
+    /// Reads a person's event. One that comes `alone` causes its events in the transaction's span. Of several, each has a
+    /// trace of its own, which what it causes continues; not that of an event that is replayed, which has ended.
+    pub(crate) fn parse(event: &Event, alone: bool) -> Result<Self, HandlerError> {
         let person = Uuid::try_parse(&event.aggregate_id)
             .map_err(|_| HandlerError::poison("the aggregate's id is not a person's UUID"))?;
         let body = if event.is_erased() {
@@ -29,7 +31,8 @@ impl Cause {
         if subject(&body).is_some_and(|subject| subject != person) {
             return Err(HandlerError::poison("the body is about another person than the aggregate's id"));
         }
-        let trace = event.traceparent().map(str::to_owned);
+        let own = || outbox::trace::header(&outbox::trace::remote(event.traceparent()?)?);
+        let trace = if alone || event.is_replayed() { None } else { own() };
         Ok(Self { person, version: event.version, trace, begins_anew: event.begins_anew, body })
     }
 }
