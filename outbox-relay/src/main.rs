@@ -6,7 +6,7 @@ use daemon::{
     cli::{self, Parsed},
     command::print,
     shutdown::{self, Shutdown},
-    telemetry,
+    telemetry, traces,
 };
 use outbox_relay::{
     cli::{Cli, Command, TABLES},
@@ -30,13 +30,14 @@ async fn start() -> anyhow::Result<Verdict> {
     match cli.command {
         Command::Run(args) if args.check_config => {
             telemetry::start(&args.telemetry)?;
-            print(&args.check(&settings, tables)?)?;
+            traces::check("outbox-relay")?;
+            print(&args.check(&settings)?)?;
         }
         Command::Run(args) => {
             let metrics = telemetry::start(&args.telemetry)?;
-            let reload = || Ok(outboxes::outboxes(cli::parse_again::<Cli>(TABLES)?.tables));
-            outbox_relay::run(*args, outboxes::outboxes(tables), reload, metrics, Shutdown::on_signals()?)
-                .await?;
+            let (traces, shutdown) = (traces::start("outbox-relay")?, Shutdown::on_signals()?);
+            let (requested, drain) = (shutdown.requested().clone(), args.shutdown.drain_timeout);
+            traces.during(requested, drain, outbox_relay::run(*args, metrics, shutdown)).await?;
         }
         Command::Migrate(args) => {
             telemetry::start(&args.telemetry)?;

@@ -1,6 +1,7 @@
 //! Publishing a window of events, and knowing what became of each.
 
 mod confirms;
+mod spans;
 
 use std::{
     collections::VecDeque,
@@ -23,6 +24,7 @@ use crate::{
 };
 
 use confirms::{Confirms, broker_error, mark_returned};
+use spans::Spans;
 
 /// How long a window may take to be written and to be confirmed. While the broker blocks the
 /// connection, publishing would hang for ever.
@@ -167,11 +169,16 @@ pub async fn publish(
         Ok(Some(reason)) => BrokerError::Publish(format!("the broker blocks publishers: {reason}")),
         _ => BrokerError::Publish(format!("no confirm within {TIMEOUT:?}")),
     };
+    let spans = Spans::begin(window);
     let work = publish_window(sender, channel, window, guards);
-    match tokio::time::timeout(TIMEOUT, work).await {
+    let published = match tokio::time::timeout(TIMEOUT, work).await {
         Ok(published) => published,
         Err(_) => Published::nothing(window.len(), timeout()),
+    };
+    if let Some(spans) = spans {
+        spans.end(sender.exchange.as_str(), window, &published.fates);
     }
+    published
 }
 
 async fn publish_window(

@@ -74,6 +74,11 @@ struct Running {
     backlog: Arc<Backlog>,
 }
 
+/// Checks the variables, and starts nothing.
+pub fn check(program: &'static str) -> Result<(), SettingError> {
+    Settings::read(program, &environment).map(drop)
+}
+
 /// Starts the export for the whole process, as the variables say; call once, within the runtime.
 pub fn start(program: &'static str) -> anyhow::Result<Traces> {
     let Some(settings) = Settings::read(program, &environment)? else { return Ok(Traces::default()) };
