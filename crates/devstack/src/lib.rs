@@ -12,6 +12,7 @@ pub mod command;
 pub mod dashboard;
 pub mod folder;
 pub mod log;
+pub mod otlp;
 pub mod ports;
 pub mod postgres;
 pub mod proc;
