@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 
 use crate::{
-    Capture, Growth, Idle, Latency, Memory, Project, Read, Relay, Write,
+    Capture, Growth, Idle, Latency, Memory, Project, Read, Relay, Traces, Write,
     figure::{self, Figure, Measured},
     files,
     machine::machine,
@@ -44,6 +44,7 @@ pub enum Name {
     Project,
     Latency,
     Growth,
+    Traces,
     Idle,
 }
 
@@ -108,6 +109,7 @@ async fn all(testbed: &Testbed, args: &BenchArgs) -> anyhow::Result<Report> {
     run.figure::<Latency>(Name::Latency).await;
     run.figure::<Growth>(Name::Growth).await;
     run.figure::<Memory>(Name::Growth).await;
+    run.figure::<Traces>(Name::Traces).await;
     run.figure::<Idle>(Name::Idle).await;
     let command = match (args.quick, args.only.is_empty()) {
         (false, true) => "make bench",

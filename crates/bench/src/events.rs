@@ -22,6 +22,30 @@ pub(crate) struct EventBatch {
     pub(crate) count: i64,
 }
 
+/// Whether events have a trace, each one of its own.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum Traced {
+    #[default]
+    No,
+    Unsampled,
+    Sampled,
+}
+
+impl Traced {
+    /// The headers of an event as an expression.
+    fn headers(self) -> String {
+        let flags = match self {
+            Self::No => return "NULL".to_owned(),
+            Self::Unsampled => "00",
+            Self::Sampled => "01",
+        };
+        format!(
+            "jsonb_build_object('traceparent', '00-' || md5('t' || aggregate_id || version) || '-' ||
+                 left(md5(aggregate_id || version), 16) || '-{flags}')"
+        )
+    }
+}
+
 impl EventBatch {
     /// How many persons they are about.
     pub(crate) fn persons(self) -> i64 {
@@ -61,9 +85,12 @@ ORDER BY n"#
     }
 
     /// Appends them to the outbox, as a writer does: without a position.
-    pub(crate) async fn append(self, conn: &mut PgConnection) -> anyhow::Result<()> {
+    pub(crate) async fn append(self, traced: Traced, conn: &mut PgConnection) -> anyhow::Result<()> {
         let columns = "aggregate_type, aggregate_id, version, type, payload";
-        let sql = format!("INSERT INTO outbox.event ({columns}) SELECT {columns} FROM ({}) e", self.select());
+        let (events, headers) = (self.select(), traced.headers());
+        let sql = format!(
+            "INSERT INTO outbox.event ({columns}, headers) SELECT {columns}, {headers} FROM ({events}) e"
+        );
         conn.execute(AssertSqlSafe(sql)).await?;
         Ok(())
     }

@@ -26,6 +26,7 @@ mod processor_time;
 mod project;
 mod read;
 mod relay;
+mod traces;
 mod wait;
 mod write;
 
@@ -37,4 +38,5 @@ pub use memory::Memory;
 pub use project::Project;
 pub use read::Read;
 pub use relay::Relay;
+pub use traces::Traces;
 pub use write::Write;

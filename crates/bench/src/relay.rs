@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::{
     broker::{self, BrokerConnection},
-    events::{self, EventBatch, Message},
+    events::{self, EventBatch, Message, Traced},
     figure::{Figure, Row},
     goal::Goal,
     processor_time::{ProcessorTime, Sample},
@@ -98,6 +98,7 @@ pub(crate) struct Drain {
     pub(crate) amqp: String,
     pub(crate) relay: Program,
     batch: i64,
+    traced: Traced,
     spent: ProcessorTime,
 }
 
@@ -111,7 +112,19 @@ impl Drain {
         let conn = testbed.database("person", database).await?;
         let amqp = testbed.virtual_host(vhost).await?;
         let [_, relay, ..] = testbed.programs(database, "score", vhost)?;
-        Ok(Self { database, conn, amqp, relay, batch: 0, spent: ProcessorTime::default() })
+        let (traced, spent) = (Traced::default(), ProcessorTime::default());
+        Ok(Self { database, conn, amqp, relay, batch: 0, traced, spent })
+    }
+
+    /// Whether its events have traces.
+    #[must_use]
+    pub(crate) fn traced(self, traced: Traced) -> Self {
+        Self { traced, ..self }
+    }
+
+    /// The processor time of an event.
+    pub(crate) fn spent(&self) -> String {
+        self.spent.summary()
     }
 
     /// Goes on with persons that no batch was about so far.
@@ -129,7 +142,7 @@ impl Drain {
         let connection = BrokerConnection::open(&self.amqp).await?;
         connection.fresh_queue(QUEUE).await?;
         let mut tx = self.conn.begin().await?;
-        EventBatch { batch: self.batch, count }.append(&mut tx).await?;
+        EventBatch { batch: self.batch, count }.append(self.traced, &mut tx).await?;
         self.batch += 1;
         let last: i64 =
             sqlx::query_scalar("SELECT last_value FROM outbox.position").fetch_one(&mut *tx).await?;

@@ -35,6 +35,8 @@ use tokio::{net::TcpListener, task::JoinHandle};
 pub enum Manner {
     /// Takes the spans.
     Takes,
+    /// Keeps what comes over HTTP as it is, to be counted later.
+    Keeps,
     /// Never responds.
     IsSilent,
     /// Responds with this status.
@@ -62,6 +64,7 @@ struct Shared {
     received: Mutex<Vec<Received>>,
     headers: Mutex<Vec<HeaderMap>>,
     requests: AtomicUsize,
+    kept: Mutex<Vec<Bytes>>,
 }
 
 /// A running receiver. Dropping it ends it.
@@ -88,6 +91,7 @@ impl Collector {
             received: Mutex::default(),
             headers: Mutex::default(),
             requests: AtomicUsize::new(0),
+            kept: Mutex::default(),
         });
         let for_all = shared.clone();
         let task = tokio::spawn(async move {
@@ -119,7 +123,7 @@ impl Collector {
         self.shared.received.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The headers of all requests.
+    /// The headers of the requests that it took.
     pub fn headers(&self) -> Vec<HeaderMap> {
         self.shared.headers.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -127,6 +131,14 @@ impl Collector {
     /// How many requests came.
     pub fn requests(&self) -> usize {
         self.shared.requests.load(Ordering::Relaxed)
+    }
+
+    /// How many spans it kept since the last call.
+    pub fn take_count(&self) -> usize {
+        let kept = std::mem::take(&mut *self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner));
+        let messages = kept.into_iter().filter_map(|body| ExportTraceServiceRequest::decode(body).ok());
+        let scopes = messages.flat_map(|message| message.resource_spans).flat_map(|r| r.scope_spans);
+        scopes.map(|scope| scope.spans.len()).sum()
     }
 
     /// The spans of a trace.
@@ -145,12 +157,14 @@ fn body(frames: impl IntoIterator<Item = Frame<Bytes>, IntoIter: Send + 'static>
 
 async fn respond(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
     shared.requests.fetch_add(1, Ordering::Relaxed);
-    shared.headers.lock().unwrap_or_else(PoisonError::into_inner).push(request.headers().clone());
+    let manner = *shared.manner.lock().unwrap_or_else(PoisonError::into_inner);
+    if manner == Manner::Takes {
+        shared.headers.lock().unwrap_or_else(PoisonError::into_inner).push(request.headers().clone());
+    }
     let is_grpc = request.headers().get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"));
     let known = if is_grpc { "/opentelemetry.proto.collector.trace.v1.TraceService/Export" } else { "/v1/traces" };
     let found = request.uri().path() == known;
     let received = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-    let manner = *shared.manner.lock().unwrap_or_else(PoisonError::into_inner);
     let with = |status: StatusCode, frames: Vec<Frame<Bytes>>| {
         let mut response = Response::new(body(frames));
         *response.status_mut() = status;
@@ -169,6 +183,10 @@ async fn respond(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Resp
             *response.body_mut() =
                 body(std::iter::repeat_with(|| Frame::data(Bytes::from_static(&[0x0a; 65_536]))));
             response
+        }
+        Manner::Keeps => {
+            shared.kept.lock().unwrap_or_else(PoisonError::into_inner).push(received);
+            with(StatusCode::OK, Vec::new())
         }
         Manner::Takes if !found => with(StatusCode::NOT_FOUND, Vec::new()),
         Manner::Takes => {
