@@ -100,16 +100,12 @@ where
         let Some((trace, span)) = trace().filter(|_| !named()) else {
             return self.inner.format_event(context, to, event);
         };
-        if !self.json {
-            // Before the line, so that its colours stay as they are.
-            write!(to, "trace_id={trace} span_id={span} ")?;
-            return self.inner.format_event(context, to, event);
-        }
         let mut line = String::new();
         self.inner.format_event(context, Writer::new(&mut line), event)?;
-        match line.trim_end().strip_suffix('}') {
+        let line = line.trim_end();
+        match line.strip_suffix('}').filter(|_| self.json) {
             Some(object) => writeln!(to, "{object},\"trace_id\":\"{trace}\",\"span_id\":\"{span}\"}}"),
-            None => to.write_str(&line),
+            None => writeln!(to, "{line} trace_id={trace} span_id={span}"),
         }
     }
 }
@@ -143,8 +139,9 @@ pub fn start(args: &TelemetryArgs) -> Result<PrometheusHandle, SettingError> {
         let layer = layer.fmt_fields(JsonFields::new()).event_format(InTrace { inner, json });
         registry.with(layer).try_init()
     } else {
-        let inner = fmt::format().with_target(false);
-        let layer = layer.with_ansi(std::io::stderr().is_terminal()).fmt_fields(safe_fields());
+        let colours = std::io::stderr().is_terminal();
+        let inner = fmt::format().with_target(false).with_ansi(colours);
+        let layer = layer.with_ansi(colours).fmt_fields(safe_fields());
         registry.with(layer.event_format(InTrace { inner, json })).try_init()
     };
     started.map_err(|e| SettingError::new("LOG", format_args!("logging was started already: {e}")))?;
@@ -177,5 +174,71 @@ mod tests {
         assert_eq!(directives("info"), "lapin=off,info");
         assert_eq!(directives("info,lapin=info"), "lapin=info,info");
         assert!(filter("info,lapin=loud").is_err() && filter("info,outbox=loud").is_err());
+    }
+
+    /// What a line looks like, as JSON or as text, without its time.
+    #[cfg(feature = "otlp")]
+    fn line(json: bool, log: impl FnOnce()) -> String {
+        use std::sync::{Arc, Mutex};
+
+        use tracing_subscriber::fmt::MakeWriter;
+
+        #[derive(Clone, Default)]
+        struct Kept(Arc<Mutex<Vec<u8>>>);
+        impl std::io::Write for Kept {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                self.0.lock().unwrap().write(bytes)
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        impl<'a> MakeWriter<'a> for Kept {
+            type Writer = Self;
+            fn make_writer(&'a self) -> Self {
+                self.clone()
+            }
+        }
+        let kept = Kept::default();
+        let layer = fmt::layer().with_writer(kept.clone());
+        let registry = tracing_subscriber::registry();
+        let format = fmt::format().without_time().with_target(false);
+        if json {
+            let inner = format.json().flatten_event(true);
+            let layer = layer.fmt_fields(JsonFields::new()).event_format(InTrace { inner, json });
+            tracing::subscriber::with_default(registry.with(layer), log);
+        } else {
+            let layer = layer.fmt_fields(safe_fields()).with_ansi(false);
+            let layer = layer.event_format(InTrace { inner: format.with_ansi(false), json });
+            tracing::subscriber::with_default(registry.with(layer), log);
+        }
+        let bytes = kept.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[cfg(feature = "otlp")]
+    #[test]
+    fn a_line_names_the_trace_in_which_it_was_written() {
+        use opentelemetry::{Context, trace::TraceContextExt};
+
+        let text = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
+        let context = Context::new().with_remote_span_context(outbox::trace::remote(text).unwrap());
+        let inside = |json: bool, log: fn()| {
+            line(json, || {
+                let _inside = context.clone().attach();
+                log();
+            })
+        };
+        let plain: fn() = || tracing::info!(part = "a}", "waiting");
+        let named: fn() = || tracing::info!(trace_id = "its own", "request");
+        let lines = [
+            inside(true, plain),
+            inside(false, plain),
+            inside(true, named),
+            inside(false, named),
+            line(true, plain),
+            line(false, plain),
+        ];
+        insta::assert_snapshot!(lines.concat());
     }
 }

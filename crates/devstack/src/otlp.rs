@@ -1,6 +1,7 @@
 //! A receiver of OpenTelemetry traces, over HTTP and gRPC at one address. It can misbehave as a collector may.
 
 use std::{
+    collections::BTreeSet,
     convert::Infallible,
     fmt,
     net::SocketAddr,
@@ -15,7 +16,7 @@ use http_body_util::{BodyExt, StreamBody, combinators::UnsyncBoxBody};
 use hyper::{
     HeaderMap, Request, Response, StatusCode,
     body::{Frame, Incoming},
-    header::{CONTENT_TYPE, HeaderValue},
+    header::{CONTENT_TYPE, HeaderValue, LOCATION},
     service::service_fn,
 };
 use hyper_util::{
@@ -39,7 +40,7 @@ pub enum Manner {
     Keeps,
     /// Never responds.
     IsSilent,
-    /// Responds with this status.
+    /// Responds with this status, and leads elsewhere.
     Refuses(u16),
     /// Responds with 200 and bytes that mean nothing.
     Babbles,
@@ -65,6 +66,7 @@ struct Shared {
     headers: Mutex<Vec<HeaderMap>>,
     requests: AtomicUsize,
     kept: Mutex<Vec<Bytes>>,
+    paths: Mutex<BTreeSet<String>>,
 }
 
 /// A running receiver. Dropping it ends it.
@@ -92,6 +94,7 @@ impl Collector {
             headers: Mutex::default(),
             requests: AtomicUsize::new(0),
             kept: Mutex::default(),
+            paths: Mutex::default(),
         });
         let for_all = shared.clone();
         let task = tokio::spawn(async move {
@@ -128,6 +131,11 @@ impl Collector {
         self.shared.headers.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The paths of all requests.
+    pub fn paths(&self) -> BTreeSet<String> {
+        self.shared.paths.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// How many requests came.
     pub fn requests(&self) -> usize {
         self.shared.requests.load(Ordering::Relaxed)
@@ -157,6 +165,8 @@ fn body(frames: impl IntoIterator<Item = Frame<Bytes>, IntoIter: Send + 'static>
 
 async fn respond(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
     shared.requests.fetch_add(1, Ordering::Relaxed);
+    let path = request.uri().path().to_owned();
+    shared.paths.lock().unwrap_or_else(PoisonError::into_inner).insert(path);
     let manner = *shared.manner.lock().unwrap_or_else(PoisonError::into_inner);
     if manner == Manner::Takes {
         shared.headers.lock().unwrap_or_else(PoisonError::into_inner).push(request.headers().clone());
@@ -175,7 +185,10 @@ async fn respond(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Resp
     Ok(match manner {
         Manner::IsSilent => std::future::pending().await,
         Manner::Refuses(status) => {
-            with(StatusCode::from_u16(status).unwrap_or_default(), vec![Frame::data("no".into())])
+            let status = StatusCode::from_u16(status).unwrap_or_default();
+            let mut response = with(status, vec![Frame::data("no".into())]);
+            response.headers_mut().insert(LOCATION, HeaderValue::from_static("/elsewhere"));
+            response
         }
         Manner::Babbles => with(StatusCode::OK, vec![Frame::data(Bytes::from_static(&[0xff; 1000]))]),
         Manner::Floods => {

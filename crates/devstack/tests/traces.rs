@@ -146,6 +146,7 @@ async fn a_request_is_one_trace_and_its_spans_cost_no_request_and_no_event() {
     let mut test = Box::pin(Test::start()).await;
     Box::pin(the_tree(&mut test)).await;
     Box::pin(unsampled_and_malformed(&mut test)).await;
+    Box::pin(unroutable(&mut test)).await;
     Box::pin(endpoints_that_fail(&mut test)).await;
     Box::pin(switches(&mut test)).await;
     test.stack.stop(&CancellationToken::new()).await;
@@ -217,6 +218,25 @@ async fn unsampled_and_malformed(test: &mut Test) {
     assert!(test.collector.trace(&trace_id(2)).is_empty(), "an unsampled trace was exported");
 }
 
+/// What becomes of an event that no queue takes.
+async fn unroutable(test: &mut Test) {
+    let mut conn = PgConnection::connect(&test.stack.addresses().person_database_url).await.unwrap();
+    let sql = "SELECT outbox.publish('nobody.new', 'nobody', '1', '{}', jsonb_build_object('traceparent', $1::text))";
+    sqlx::query(sql).bind(traceparent(6, "01")).execute(&mut conn).await.unwrap();
+    // The relay gives up on the event only while others are taken.
+    let spans = eventually("it is sent", async || {
+        test.post("/person/11111/income", r#"{"type": "salary", "value": 50}"#, None).await;
+        let spans = test.collector.trace(&trace_id(6));
+        if spans.is_empty() { Err(String::new()) } else { Ok(spans) }
+    })
+    .await;
+    assert_eq!(spans[0].attribute("error.type").as_deref(), Some("unroutable"), "{}", Tree(&spans));
+    // Each income is worth 1.
+    let count = "SELECT count(*) FROM person.income";
+    test.score = sqlx::query_scalar(count).fetch_one(&mut conn).await.unwrap();
+    Apis::of(&test.stack.addresses()).until_score(CPF, test.score).await;
+}
+
 /// A collector that refuses, is silent, or responds with nonsense, and one that is away.
 async fn endpoints_that_fail(test: &mut Test) {
     let pids: Vec<(String, String)> = test
@@ -225,7 +245,9 @@ async fn endpoints_that_fail(test: &mut Test) {
         .map(|program| (program.name().to_owned(), program.process().unwrap().pid().to_string()))
         .into();
     let before: Vec<u64> = pids.iter().map(|(_, pid)| peak(pid)).collect();
-    for manner in [Manner::Refuses(500), Manner::Babbles, Manner::Floods, Manner::IsSilent] {
+    let manners =
+        [Manner::Refuses(500), Manner::Refuses(307), Manner::Babbles, Manner::Floods, Manner::IsSilent];
+    for manner in manners {
         test.collector.behave(manner);
         let requests = test.collector.requests();
         for _ in 0..30 {
@@ -241,6 +263,7 @@ async fn endpoints_that_fail(test: &mut Test) {
         })
         .await;
     }
+    assert!(!test.collector.paths().contains("/elsewhere"), "the headers went elsewhere");
     for ((name, pid), before) in pids.iter().zip(before) {
         let after = peak(pid);
         assert!(after < before + 48 * 1024, "{name}: {before} KiB, and then {after} KiB");

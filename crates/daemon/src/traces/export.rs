@@ -38,8 +38,10 @@ pub(super) struct Backlog {
 
 #[derive(Debug, Default)]
 struct Said {
-    /// When the log last said that spans are lost, since an export last succeeded.
-    failing: Option<Instant>,
+    /// When the log last said that spans are lost.
+    at: Option<Instant>,
+    /// It has not said since that exports succeed.
+    failing: bool,
 }
 
 impl Backlog {
@@ -49,36 +51,32 @@ impl Backlog {
 
     fn succeeded(&self) {
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        if said.failing.take().is_some() {
+        if std::mem::take(&mut said.failing) {
             let lost = self.lost.swap(0, Ordering::Relaxed);
             tracing::info!(lost, "traces are exported again");
-        } else {
-            drop(said);
-            self.say_what_did_not_fit();
+        } else if self.lost.load(Ordering::Relaxed) > 0 {
+            self.say(&mut said, "more spans ended than the endpoint takes");
         }
     }
 
     fn failed(&self, error: &OTelSdkError) {
         let reason = self.reason.lock().unwrap_or_else(PoisonError::into_inner).take();
         let reason = reason.unwrap_or_else(|| error.to_string());
-        self.say(&reason);
-    }
-
-    /// The endpoint takes spans, but fewer than there are.
-    fn say_what_did_not_fit(&self) {
-        if self.lost.load(Ordering::Relaxed) > 0 {
-            self.say("more spans ended than the endpoint takes");
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.say(&mut said, &reason) {
+            said.failing = true;
         }
     }
 
-    /// The first time, and then once a minute.
-    fn say(&self, reason: &str) {
-        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        if said.failing.is_none_or(|at| at.elapsed() >= REPEAT) {
-            said.failing = Some(Instant::now());
+    /// The first time, and then at most once a minute, whatever the endpoint does in between.
+    fn say(&self, said: &mut Said, reason: &str) -> bool {
+        let is_due = said.at.is_none_or(|at| at.elapsed() >= REPEAT);
+        if is_due {
+            said.at = Some(Instant::now());
             let lost = self.lost.swap(0, Ordering::Relaxed);
             tracing::warn!(lost, reason, "traces could not be exported");
         }
+        is_due
     }
 
     /// At the end of the program.
@@ -212,5 +210,84 @@ fn describe(error: &(dyn Error + Send + Sync + 'static)) -> String {
         Some(error) if error.is_connect() => "no connection".to_owned(),
         Some(_) => "the response is not HTTP".to_owned(),
         None => "the response is too large".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use opentelemetry::trace::{Span as _, Tracer, TracerProvider};
+    use opentelemetry_sdk::trace::SdkTracerProvider;
+
+    use super::*;
+
+    /// An exporter that is stuck: it counts what reaches it.
+    #[derive(Debug)]
+    struct Stuck(Arc<AtomicUsize>);
+
+    impl SpanProcessor for Stuck {
+        fn on_start(&self, _: &mut Span, _: &Context) {}
+        fn on_end(&self, _: SpanData) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+        fn force_flush(&self) -> OTelSdkResult {
+            Ok(())
+        }
+        fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
+            Ok(())
+        }
+    }
+
+    #[derive(Debug)]
+    struct Fails;
+
+    impl SpanExporter for Fails {
+        async fn export(&self, _: Vec<SpanData>) -> OTelSdkResult {
+            Err(OTelSdkError::InternalFailure("HTTP export failed with status code: 500".to_owned()))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_waits_is_bounded_and_what_is_lost_is_counted() {
+        let (backlog, reached) = (Arc::new(Backlog::default()), Arc::new(AtomicUsize::new(0)));
+        let processor = Bounded { inner: Stuck(reached.clone()), backlog: backlog.clone(), limit: 3 };
+        let provider = SdkTracerProvider::builder().with_span_processor(processor).build();
+        let tracer = provider.tracer("test");
+        let end_some = |spans: usize| (0..spans).for_each(|_| tracer.start("span").end());
+        let counted = || {
+            let count = |count: &AtomicUsize| count.load(Ordering::Relaxed);
+            (count(&reached), count(&backlog.waiting), count(&backlog.lost))
+        };
+        end_some(5);
+        assert_eq!(counted(), (3, 3, 2));
+        // A failed export makes room, and loses what it had. The line in the log says how many were lost so far.
+        let exporter = Counted { inner: Fails, backlog: backlog.clone() };
+        let kept = Arc::new(Mutex::new(Vec::new()));
+        let keeper = SdkTracerProvider::builder().with_span_processor(Keeper(kept.clone())).build();
+        keeper.tracer("test").start("span").end();
+        let span = kept.lock().unwrap().pop().unwrap();
+        assert!(exporter.export(vec![span.clone(), span.clone()]).await.is_err());
+        assert_eq!(counted(), (3, 1, 0));
+        // Within the minute there is no second line, so that the count goes on.
+        assert!(exporter.export(vec![span]).await.is_err());
+        assert_eq!(counted(), (3, 0, 1));
+        end_some(4);
+        assert_eq!(counted(), (6, 3, 2));
+    }
+
+    /// Keeps the spans.
+    #[derive(Debug)]
+    struct Keeper(Arc<Mutex<Vec<SpanData>>>);
+
+    impl SpanProcessor for Keeper {
+        fn on_start(&self, _: &mut Span, _: &Context) {}
+        fn on_end(&self, span: SpanData) {
+            self.0.lock().unwrap().push(span);
+        }
+        fn force_flush(&self) -> OTelSdkResult {
+            Ok(())
+        }
+        fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
+            Ok(())
+        }
     }
 }
