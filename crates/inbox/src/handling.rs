@@ -10,6 +10,7 @@ use crate::{
     attempt::{Attempt, NEVER_CAME_BACK},
     chain::Reason,
     plan::Plan,
+    process::Process,
     rollback::Rollback,
     work::Mode,
 };
@@ -71,9 +72,8 @@ impl<H: Handler> Sequencer<H> {
         tx: &mut Transaction<'_, Postgres>,
         events: &[Event],
     ) -> Result<(), HandlerError> {
-        AssertUnwindSafe(self.handler.handle_batch(events, tx))
-            .catch_unwind()
-            .await
-            .unwrap_or_else(|_| Err(HandlerError::poison("the handler panicked")))
+        let handled = AssertUnwindSafe(self.handler.handle_batch(events, tx)).catch_unwind();
+        let handled = handled.map(|h| h.unwrap_or_else(|_| Err(HandlerError::poison("the handler panicked"))));
+        Process::begin(&self.consumer, events).within(handled).await
     }
 }

@@ -1,24 +1,9 @@
-//! The span in which events are applied, by OpenTelemetry's conventions for messaging: `process`, and the consumer's name.
+//! The span in which a handler gets events, by OpenTelemetry's conventions for messaging: `process`, and the consumer's name.
 
 #[cfg(feature = "opentelemetry")]
 pub(crate) use traced::Process;
 #[cfg(not(feature = "opentelemetry"))]
 pub(crate) use untraced::Process;
-
-use crate::{Outcome, rollback::Rollback};
-
-/// What went wrong, as `error.type` says it.
-#[cfg_attr(not(feature = "opentelemetry"), expect(dead_code, reason = "only a span says it"))]
-fn error_type(done: Result<&Outcome, &Rollback>) -> Option<&'static str> {
-    match done {
-        Ok(outcome) if outcome.poison > 0 => Some("poison"),
-        Ok(_) => None,
-        Err(Rollback::Transient(_)) => Some("transient"),
-        Err(Rollback::Conflict(_)) => Some("conflict"),
-        Err(Rollback::TooLong(_)) => Some("too_long"),
-        Err(Rollback::Failed(_) | Rollback::Unreadable(_) | Rollback::NewIncarnation) => Some("failed"),
-    }
-}
 
 #[cfg(feature = "opentelemetry")]
 mod traced {
@@ -29,10 +14,10 @@ mod traced {
         trace::{Link, SpanContext, SpanKind, Status, TraceContextExt, Tracer, TracerProvider},
     };
 
-    use crate::{Event, Outcome, rollback::Rollback};
+    use crate::{Event, HandlerError};
 
-    /// The application of events in one transaction.
-    pub(crate) struct Process(Option<Context>);
+    /// The call of a handler.
+    pub(crate) struct Process(Context);
 
     impl Process {
         /// One event continues its trace. Several are in a span of their own that is linked to the trace of each, and so
@@ -40,7 +25,6 @@ mod traced {
         pub(crate) fn begin(consumer: &str, events: &[Event]) -> Self {
             let mut links = events.iter().filter_map(|event| Some((event, creation(event)?))).peekable();
             let (parent, id) = match events {
-                [] => return Self(None),
                 [event] => {
                     let parent = links.peek().filter(|_| !event.is_replayed()).map(|(_, link)| link.clone());
                     (parent, Some(event.id))
@@ -82,26 +66,28 @@ mod traced {
                     )),
                 }
             }
-            Self(Some(context))
+            Self(context)
         }
 
-        /// Does the work as a part of it.
-        pub(crate) async fn within<T>(&self, work: impl Future<Output = T>) -> T {
-            match &self.0 {
-                Some(context) => work.with_context(context.clone()).await,
-                None => work.await,
-            }
-        }
-
-        /// Ends it.
-        pub(crate) fn end(self, done: Result<&Outcome, &Rollback>) {
-            let Some(context) = self.0 else { return };
-            let span = context.span();
-            if let Some(error) = super::error_type(done) {
-                span.set_attribute(KeyValue::new("error.type", error));
+        /// Makes the call as a part of it.
+        pub(crate) async fn within(
+            self,
+            call: impl Future<Output = Result<(), HandlerError>>,
+        ) -> Result<(), HandlerError> {
+            let handled = call.with_context(self.0.clone()).await;
+            let span = self.0.span();
+            if let Err(error) = &handled {
+                let type_ = match error {
+                    HandlerError::Poison(_) => "poison",
+                    HandlerError::Transient(_) => "transient",
+                    HandlerError::Conflict(_) => "conflict",
+                    HandlerError::TooLong(_) => "too_long",
+                };
+                span.set_attribute(KeyValue::new("error.type", type_));
                 span.set_status(Status::error(""));
             }
             span.end();
+            handled
         }
     }
 
@@ -115,7 +101,7 @@ mod traced {
 
 #[cfg(not(feature = "opentelemetry"))]
 mod untraced {
-    use crate::{Event, Outcome, rollback::Rollback};
+    use crate::{Event, HandlerError};
 
     /// Nothing: without the feature `opentelemetry` there are no spans.
     pub(crate) struct Process;
@@ -126,11 +112,11 @@ mod untraced {
         }
 
         #[expect(clippy::unused_self, reason = "as with the feature")]
-        pub(crate) async fn within<T>(&self, work: impl Future<Output = T>) -> T {
-            work.await
+        pub(crate) async fn within(
+            self,
+            call: impl Future<Output = Result<(), HandlerError>>,
+        ) -> Result<(), HandlerError> {
+            call.await
         }
-
-        #[expect(clippy::unused_self, reason = "as with the feature")]
-        pub(crate) fn end(self, _: Result<&Outcome, &Rollback>) {}
     }
 }

@@ -10,7 +10,6 @@ use crate::{
     chain::Key,
     handler::describe,
     ledger::columns,
-    process::Process,
     redrive::{LIMIT, RefusedEvent, turn},
     rollback::Rollback,
     schema::BEGIN,
@@ -172,16 +171,10 @@ impl<H: Handler> Sequencer<H> {
         if !plan.ledger.unreadable.is_empty() {
             return Err(Rollback::Unreadable(plan.ledger.unreadable));
         }
-        let process = Process::begin(&self.consumer, &events);
-        let applied = process.within(async {
-            if !events.is_empty() {
-                self.handle(&mut tx, &events).await?;
-            }
-            self.write(&mut tx, &mut plan, &events).await
-        });
-        let applied = applied.await;
-        process.end(applied.as_ref().map(|()| &plan.outcome));
-        applied?;
+        if !events.is_empty() {
+            self.handle(&mut tx, &events).await?;
+        }
+        self.write(&mut tx, &mut plan, &events).await?;
         let (mut done, mut stuck) = (BTreeMap::new(), BTreeSet::new());
         for (key, chain) in &plan.ledger.chains {
             let unfinished = plan.unfinished.contains(key);

@@ -13,7 +13,6 @@ use crate::{
     ledger::Ledger,
     newest::Newest,
     plan::Plan,
-    process::Process,
     rollback::Rollback,
     schema::BEGIN,
     work::{Mode, Work},
@@ -108,15 +107,9 @@ impl<H: Handler> Sequencer<H> {
         if !plan.ledger.unreadable.is_empty() {
             return Err(Rollback::Unreadable(plan.ledger.unreadable));
         }
-        let process = Process::begin(&self.consumer, &events);
-        let applied = process.within(async {
-            self.apply_events(&mut tx, work, &mut plan, &events, attempt).await?;
-            self.write(&mut tx, &mut plan, &events).await?;
-            Ok::<_, Rollback>(tx.commit().await?)
-        });
-        let applied = applied.await;
-        process.end(applied.as_ref().map(|()| &plan.outcome));
-        applied?;
+        self.apply_events(&mut tx, work, &mut plan, &events, attempt).await?;
+        self.write(&mut tx, &mut plan, &events).await?;
+        tx.commit().await?;
         self.session.keep(conn);
         failpoint::hit("commit", &events);
         self.committed(&plan, &events);
