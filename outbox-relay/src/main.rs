@@ -37,7 +37,11 @@ async fn start() -> anyhow::Result<Verdict> {
             let metrics = telemetry::start(&args.telemetry)?;
             let (traces, shutdown) = (traces::start("outbox-relay")?, Shutdown::on_signals()?);
             let (requested, drain) = (shutdown.requested().clone(), args.shutdown.drain_timeout);
-            traces.during(requested, drain, outbox_relay::run(*args, metrics, shutdown)).await?;
+            let reload = || Ok(outboxes::outboxes(cli::parse_again::<Cli>(TABLES)?.tables));
+            let outboxes = outboxes::outboxes(tables);
+            traces
+                .during(requested, drain, outbox_relay::run(*args, outboxes, reload, metrics, shutdown))
+                .await?;
         }
         Command::Migrate(args) => {
             telemetry::start(&args.telemetry)?;

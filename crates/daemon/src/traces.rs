@@ -91,7 +91,8 @@ pub fn start(program: &'static str) -> anyhow::Result<Traces> {
         .build();
     let processor = BatchSpanProcessor::new(exporter, config);
     let processor = Bounded { inner: processor, backlog: backlog.clone(), limit: settings.queue };
-    let builder = SdkTracerProvider::builder().with_span_processor(processor).with_resource(resource(&settings));
+    let builder =
+        SdkTracerProvider::builder().with_span_processor(processor).with_resource(resource(&settings));
     let builder = if settings.parent_based {
         builder.with_sampler(FollowLinks(settings.sampler.clone()))
     } else {
@@ -114,7 +115,8 @@ pub fn start(program: &'static str) -> anyhow::Result<Traces> {
 }
 
 fn resource(settings: &Settings) -> Resource {
-    let attributes = settings.attributes.iter().map(|(name, value)| KeyValue::new(name.clone(), value.clone()));
+    let attributes =
+        settings.attributes.iter().map(|(name, value)| KeyValue::new(name.clone(), value.clone()));
     Resource::builder()
         .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
         .with_attribute(KeyValue::new("service.instance.id", uuid::Uuid::new_v4().to_string()))

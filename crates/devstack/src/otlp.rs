@@ -171,8 +171,10 @@ async fn respond(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Resp
     if manner == Manner::Takes {
         shared.headers.lock().unwrap_or_else(PoisonError::into_inner).push(request.headers().clone());
     }
-    let is_grpc = request.headers().get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"));
-    let known = if is_grpc { "/opentelemetry.proto.collector.trace.v1.TraceService/Export" } else { "/v1/traces" };
+    let is_grpc =
+        request.headers().get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"));
+    let known =
+        if is_grpc { "/opentelemetry.proto.collector.trace.v1.TraceService/Export" } else { "/v1/traces" };
     let found = request.uri().path() == known;
     let received = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     let with = |status: StatusCode, frames: Vec<Frame<Bytes>>| {
@@ -212,7 +214,10 @@ async fn respond(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Resp
             if is_grpc {
                 let mut trailers = HeaderMap::new();
                 trailers.insert("grpc-status", HeaderValue::from_static("0"));
-                with(StatusCode::OK, vec![Frame::data(Bytes::from_static(&[0; 5])), Frame::trailers(trailers)])
+                with(
+                    StatusCode::OK,
+                    vec![Frame::data(Bytes::from_static(&[0; 5])), Frame::trailers(trailers)],
+                )
             } else {
                 with(StatusCode::OK, Vec::new())
             }
@@ -264,7 +269,8 @@ pub struct Tree<'a>(pub &'a [Received]);
 
 impl fmt::Display for Tree<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let is_root = |one: &&Received| !self.0.iter().any(|other| other.span.span_id == one.span.parent_span_id);
+        let is_root =
+            |one: &&Received| !self.0.iter().any(|other| other.span.span_id == one.span.parent_span_id);
         self.level(f, &is_root, 0)
     }
 }
@@ -277,7 +283,8 @@ impl Tree<'_> {
         depth: usize,
     ) -> fmt::Result {
         let mut spans: Vec<&Received> = self.0.iter().filter(here).collect();
-        spans.sort_by_key(|one| (&one.span.name, one.attribute("messaging.rabbitmq.destination.routing_key")));
+        spans
+            .sort_by_key(|one| (&one.span.name, one.attribute("messaging.rabbitmq.destination.routing_key")));
         for one in spans {
             let span = &one.span;
             let indent = "  ".repeat(depth);

@@ -128,7 +128,8 @@ impl Test {
     async fn traceparents(&self, database: &str, count: i64) -> Vec<Option<String>> {
         let mut conn = PgConnection::connect(database).await.unwrap();
         let sql = "SELECT headers ->> 'traceparent' FROM outbox.event ORDER BY position DESC LIMIT $1";
-        let found: Vec<Option<String>> = sqlx::query_scalar(sql).bind(count).fetch_all(&mut conn).await.unwrap();
+        let found: Vec<Option<String>> =
+            sqlx::query_scalar(sql).bind(count).fetch_all(&mut conn).await.unwrap();
         let without = |text: String| format!("{} {}", &text[3..35], &text[53..]);
         found.into_iter().map(|text| text.map(without)).collect()
     }
@@ -271,7 +272,8 @@ async fn endpoints_that_fail(test: &mut Test) {
 
     // More spans than fit, while the collector is silent.
     let lost = |lines: &[Value]| {
-        let lines = lines.iter().filter(|line| line["message"].as_str().unwrap_or_default().contains("traces"));
+        let lines =
+            lines.iter().filter(|line| line["message"].as_str().unwrap_or_default().contains("traces"));
         lines.filter_map(|line| line["lost"].as_u64()).sum::<u64>()
     };
     assert!(lost(&test.log("person-api")) > 0);

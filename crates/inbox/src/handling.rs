@@ -73,7 +73,8 @@ impl<H: Handler> Sequencer<H> {
         events: &[Event],
     ) -> Result<(), HandlerError> {
         let handled = AssertUnwindSafe(self.handler.handle_batch(events, tx)).catch_unwind();
-        let handled = handled.map(|h| h.unwrap_or_else(|_| Err(HandlerError::poison("the handler panicked"))));
+        let handled =
+            handled.map(|h| h.unwrap_or_else(|_| Err(HandlerError::poison("the handler panicked"))));
         Process::begin(&self.consumer, events).within(handled).await
     }
 }

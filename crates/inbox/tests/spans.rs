@@ -135,7 +135,8 @@ fn spans(kept: &Kept) -> String {
         let trace = named(&span.span_context.trace_id().to_string());
         writeln!(shown, "    {} ({:?}): {parent} of {trace}", span.name, span.span_kind).unwrap();
         let attributes = |attributes: &[KeyValue]| {
-            let own = |a: &KeyValue| !["messaging.system", "messaging.operation.type"].contains(&a.key.as_str());
+            let own =
+                |a: &KeyValue| !["messaging.system", "messaging.operation.type"].contains(&a.key.as_str());
             let show = |a: &KeyValue| match a.key.as_str() {
                 id @ "messaging.message.id" => format!("{id}=<id>"),
                 name => format!("{name}={}", a.value),
@@ -149,7 +150,8 @@ fn spans(kept: &Kept) -> String {
         for link in span.links.iter() {
             let (trace, span) = (link.span_context.trace_id(), link.span_context.span_id());
             let attributes = attributes(&link.attributes);
-            writeln!(shown, "        linked to {span} of {} {attributes}", named(&trace.to_string())).unwrap();
+            writeln!(shown, "        linked to {span} of {} {attributes}", named(&trace.to_string()))
+                .unwrap();
         }
     }
     shown

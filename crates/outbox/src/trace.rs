@@ -84,7 +84,9 @@ mod context {
             assert_eq!(header(&span).as_deref(), Some(SAMPLED));
             assert_eq!(sampled(SAMPLED), Some(span));
             // Other flags are of no interest here; bits of later versions are dropped.
-            for (flags, is_sampled) in [("00", false), ("01", true), ("02", false), ("03", true), ("fe", false)] {
+            for (flags, is_sampled) in
+                [("00", false), ("01", true), ("02", false), ("03", true), ("fe", false)]
+            {
                 let text = SAMPLED.replace("-01", &format!("-{flags}"));
                 assert_eq!(remote(&text).unwrap().is_sampled(), is_sampled, "{flags}");
                 assert_eq!(sampled(&text).is_some(), is_sampled, "{flags}");

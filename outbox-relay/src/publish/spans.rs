@@ -25,9 +25,8 @@ impl Spans {
     /// None where there is nothing to export.
     pub(super) fn begin(window: &[&Event]) -> Option<Self> {
         let tracer = traces::tracer()?;
-        let creation = |event: &Event| {
-            outbox::trace::sampled(event.headers.as_ref()?.get("traceparent")?.as_str()?)
-        };
+        let creation =
+            |event: &Event| outbox::trace::sampled(event.headers.as_ref()?.get("traceparent")?.as_str()?);
         let sampled = window.iter().enumerate().filter_map(|(n, event)| Some((n, creation(event)?)));
         let sampled: Vec<_> = sampled.collect();
         (!sampled.is_empty()).then(|| Self { tracer, sampled, began: SystemTime::now() })

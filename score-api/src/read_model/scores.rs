@@ -50,7 +50,8 @@ impl Scores {
             received.await.ok()
         };
         // No reply comes when the task has ended, and the process ends.
-        let read = async { timeout(DEADLINE, read).await.ok().flatten().unwrap_or(Err(ReadError::Unavailable)) };
+        let read =
+            async { timeout(DEADLINE, read).await.ok().flatten().unwrap_or(Err(ReadError::Unavailable)) };
         traces::statement("SELECT", "person", read, ReadError::class).await
     }
 }

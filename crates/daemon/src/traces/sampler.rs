@@ -51,7 +51,8 @@ mod tests {
             let parent = parent.map(|parent| Context::new().with_remote_span_context(parent.clone()));
             let links: Vec<Link> = links.iter().map(|&link| Link::with_context(link.clone())).collect();
             let kind = SpanKind::Consumer;
-            let result = sampler.should_sample(parent.as_ref(), sampled.trace_id(), "process", &kind, &[], &links);
+            let result =
+                sampler.should_sample(parent.as_ref(), sampled.trace_id(), "process", &kind, &[], &links);
             result.decision == SamplingDecision::RecordAndSample
         };
         use Sampler::{AlwaysOff, AlwaysOn};

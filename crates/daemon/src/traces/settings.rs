@@ -100,7 +100,8 @@ impl Settings {
         };
         let (sampler, parent_based) = sampler(lookup)?;
         let attributes = attributes(lookup)?;
-        let named = attributes.iter().find(|(name, _)| name == "service.name").map(|(_, value)| value.clone());
+        let named =
+            attributes.iter().find(|(name, _)| name == "service.name").map(|(_, value)| value.clone());
         let service = lookup(SERVICE_NAME)?.or(named).unwrap_or_else(|| program.to_owned());
         let queue = number(lookup, "OTEL_BSP_MAX_QUEUE_SIZE", 2048, 65_536)?;
         let batch = number(lookup, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512.min(queue), queue)?;
@@ -173,7 +174,10 @@ fn url(name: &str, text: &str, protocol: Protocol, with_path: bool) -> Result<Ur
         Protocol::HttpProtobuf => "a URL such as http://localhost:4318",
     };
     let url = Url::parse(text).ok().filter(|url| {
-        matches!(url.scheme(), "http" | "https") && url.has_host() && url.username().is_empty() && url.fragment().is_none()
+        matches!(url.scheme(), "http" | "https")
+            && url.has_host()
+            && url.username().is_empty()
+            && url.fragment().is_none()
     });
     let mut url = url.ok_or_else(|| wrong(name, example))?;
     if protocol == Protocol::HttpProtobuf && !with_path {
