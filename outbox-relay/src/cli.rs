@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The configuration file may have several outboxes.
-pub const TABLES: Tables = Tables { kind: "outbox", commands: &["run", "health"] };
+pub const TABLES: Tables = Tables { kind: "outbox", commands: &["run", "health"], lists: &["expect"] };
 
 /// Publishes the transactional outbox of any PostgreSQL database to RabbitMQ, reliably and in order.
 #[derive(Debug, Parser)]

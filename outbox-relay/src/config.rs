@@ -19,6 +19,7 @@ use crate::{
     rules::{Nacked, Rules, Unroutable},
     serve::Outbox,
     session::Begin,
+    subscribers::ExpectArgs,
 };
 
 /// A statement of the relay reads at most one batch by an index.
@@ -131,6 +132,9 @@ pub struct OutboxArgs {
     /// Partitions and retention.
     #[command(flatten)]
     pub partitions: PartitionArgs,
+    /// Expected subscribers.
+    #[command(flatten)]
+    pub expect: ExpectArgs,
 }
 
 impl RunArgs {

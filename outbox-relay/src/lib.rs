@@ -36,6 +36,7 @@ pub mod series;
 mod serve;
 pub mod session;
 mod standby;
+pub mod subscribers;
 mod systemd;
 mod task_connection;
 pub mod unreadable;

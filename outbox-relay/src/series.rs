@@ -15,6 +15,7 @@ macro_rules! series {
         /// The series of one outbox, with the labels `source` and `relay`.
         #[derive(Clone)]
         pub struct Series {
+            labels: Vec<Label>,
             /// Events that were set aside, by reason.
             parked_by: Arc<BTreeMap<&'static str, Counter>>,
             $(#[doc = $help] pub $field: $kind,)*
@@ -36,6 +37,7 @@ macro_rules! series {
                     (reason.as_str(), counter)
                 };
                 let series = Self {
+                    labels: labels.clone(),
                     parked_by: Arc::new(PublishFailure::ALL.map(parked).into()),
                     $($field: series!(@make $kind, $name, $unit, $help, labels),)*
                 };
@@ -116,6 +118,11 @@ fn describe_parked() {
 }
 
 impl Series {
+    /// `source` and `relay`.
+    pub fn labels(&self) -> Vec<Label> {
+        self.labels.clone()
+    }
+
     /// So many events were set aside.
     pub fn set_aside(&self, reason: PublishFailure, events: u64) {
         if let Some(counter) = self.parked_by.get(reason.as_str()) {

@@ -23,7 +23,9 @@ use crate::{
     partition,
     relay::{Limits, Relay},
     rules::Policies,
-    standby, wake,
+    standby,
+    subscribers::{self, Subscribers},
+    wake,
 };
 
 /// An outbox whose settings can be used.
@@ -32,16 +34,20 @@ pub(crate) struct Outbox {
     pub(crate) args: OutboxArgs,
     database: Database,
     nodes: Nodes,
-    /// Those of both, as they were read.
-    urls: [SecretString; 2],
+    subscribers: Option<Subscribers>,
+    /// Those of all servers, as they were read.
+    urls: Vec<SecretString>,
 }
 
 impl Outbox {
     pub(crate) fn new(args: OutboxArgs) -> Result<Self, SettingError> {
         let database = args.database.options("outbox-relay", STATEMENT_TIMEOUT)?.by_index();
         let nodes = args.broker.nodes(args.database.require_tls)?;
-        let urls = [args.database.url()?, args.broker.urls()?];
-        Ok(Self { args, database, nodes, urls })
+        let subscribers =
+            Subscribers::new(&args.expect, &nodes, &args.exchange, args.database.require_tls)?;
+        let mut urls = vec![args.database.url()?, args.broker.urls()?];
+        urls.extend(args.expect.management.url()?);
+        Ok(Self { args, database, nodes, subscribers, urls })
     }
 
     /// Whether another has the same settings, secrets included.
@@ -55,12 +61,22 @@ impl Outbox {
     pub(crate) fn warn(&self) {
         self.database.warn();
         daemon::config::broker::warn(&self.nodes);
+        if let Some(management) = self.subscribers.as_ref().and_then(Subscribers::management) {
+            daemon::config::broker::warn_of_management(management);
+        }
     }
 
     /// Where it leads, for people, without secrets.
     pub(crate) fn describe(&self) -> String {
         let brokers = self.nodes.as_ref().iter().map(|node| format!("broker: {node:?}\n"));
-        format!("database: {}\n{}", self.database.address(), brokers.collect::<String>())
+        let management = self.subscribers.as_ref().and_then(Subscribers::management);
+        let management = management.map(|management| format!("management: {management:?}\n"));
+        format!(
+            "database: {}\n{}{}",
+            self.database.address(),
+            brokers.collect::<String>(),
+            management.unwrap_or_default()
+        )
     }
 
     /// Which relay of which database it is.
@@ -79,11 +95,12 @@ impl Outbox {
     ) -> CancellationToken {
         let args = self.args.clone();
         let identity = identity();
+        let name = format!("outbox-relay {} {identity}", args.name);
         let broker = Broker {
             nodes: self.nodes.clone(),
             exchange: args.exchange.clone(),
             declare: args.declare_exchange,
-            name: format!("outbox-relay {} {identity}", args.name),
+            name: name.clone(),
             was_missing: Arc::default(),
         };
         let [events_health, paused_health, server_health, sequence_health, exchange_health] =
@@ -132,6 +149,19 @@ impl Outbox {
         let (database, stop) = (&self.database, shutdown.requested());
         shutdown.spawn("relay", standby::run(relay, stop.clone()));
         shutdown.spawn("wake-up", wake::listen(database.clone(), wake, stop.clone()));
+        if let Some(subscribers) = self.subscribers.clone() {
+            // What is missing stops no event.
+            let part = health.part("subscribers");
+            part.ready();
+            let watch = subscribers::watch(
+                subscribers,
+                Arc::clone(&series),
+                (health.clone(), part),
+                name,
+                stop.clone(),
+            );
+            shutdown.spawn("subscribers", when_connected(connected.clone(), stop.clone(), watch));
+        }
         let erasures =
             erasure::work_off(database.clone(), args.erasure_step, series, erasures_health, stop.clone());
         shutdown.spawn("erasures", when_connected(connected.clone(), stop.clone(), erasures));

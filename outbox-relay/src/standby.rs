@@ -48,9 +48,10 @@ async fn lead(relay: &Relay, pause: &mut Backoff, stop: &CancellationToken) -> R
         CandidateSession::connect(&relay.database, &relay.name, relay.begin, &relay.identity, relay.lease);
     let Some(candidate) = stop.run_until_cancelled(connect).await else { return Ok(()) };
     let mut candidate = candidate?;
-    relay.connected.cancel();
     relay.health.is_known_as("source", &candidate.source);
     let series = relay.series.get_or_init(|| Series::new(&candidate.source, &relay.name)).clone();
+    // Other tasks begin now, and know the series.
+    relay.connected.cancel();
     let mut watch = Watch::new(series.clone(), &relay.name);
     series.leader.set(0.0);
     while !candidate.ask().await? {

@@ -18,6 +18,8 @@ mod backoff;
 mod connection;
 mod fault;
 mod header;
+#[cfg(feature = "management")]
+mod management;
 mod nodes;
 mod reactor;
 mod reader;
@@ -29,6 +31,10 @@ pub use backoff::Backoff;
 pub use connection::Connection;
 pub use fault::{describe, without_users};
 pub use header::REMOVED;
+#[cfg(feature = "management")]
+pub use management::{
+    Bindings, Coverage, Headers, InvalidManagement, Management, ManagementError, QueueState, Reaches,
+};
 pub use nodes::{InvalidNodes, Node, Nodes, Unreachable};
 pub use reconnect::Reconnect;
 

@@ -149,6 +149,17 @@ impl Node {
         &self.uri.authority.host
     }
 
+    /// The virtual host that its URL names.
+    ///
+    /// ```
+    /// let nodes: amqp::Nodes = "amqp://rabbit/shop".parse()?;
+    /// assert_eq!(nodes.as_ref()[0].virtual_host(), "shop");
+    /// # Ok::<_, amqp::InvalidNodes>(())
+    /// ```
+    pub fn virtual_host(&self) -> &str {
+        &self.uri.vhost
+    }
+
     /// Whether what goes over the wire is encrypted, and the node proves who it is.
     ///
     /// ```

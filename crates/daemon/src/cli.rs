@@ -8,6 +8,8 @@
 //! A program that does the same for several things, such as the relay for several outboxes, has a table for each:
 //! `[outbox.shop]`. What stands in it is for that one alone, and overrides the general variables and the rest of the file.
 //! A variable of its own, such as `OUTBOX_SHOP_LANES`, overrides the table.
+//!
+//! A setting may be a list of tables, `[[expect]]`. It is one setting: the list of a table replaces the general one.
 
 mod file;
 
@@ -54,6 +56,9 @@ pub struct Tables {
     pub kind: &'static str,
     /// The commands that are for all tables at once. The others need one.
     pub commands: &'static [&'static str],
+    /// Settings that are lists of tables in the file: `expect` for several `[[expect]]`. Flag and variable have the same
+    /// as JSON, on one line.
+    pub lists: &'static [&'static str],
 }
 
 /// A setting and its value.
@@ -193,8 +198,7 @@ struct Line {
 
 impl Line {
     fn parse<C: Parser>(&self, tables: Option<Tables>) -> Result<Parsed<C>, Wrong> {
-        let kind = tables.map(|tables| tables.kind);
-        let file = self.path().map(|path| File::read(path, &self.command, kind)).transpose()?;
+        let file = self.path().map(|path| File::read(path, &self.command, tables)).transpose()?;
         let (Some(file), Some(tables)) = (&file, tables) else {
             let (cli, settings) = self.parse_one(file.as_ref(), None)?;
             return Ok(Parsed { cli, settings, tables: Vec::new() });

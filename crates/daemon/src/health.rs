@@ -152,6 +152,11 @@ impl Health {
         self.state().gone.insert(rendered(labels));
     }
 
+    /// What [`is_gone`](Self::is_gone) was said of is there again.
+    pub fn is_back(&self, labels: &[(&str, &str)]) {
+        self.state().gone.remove(&rendered(labels));
+    }
+
     /// `/metrics` says which version of the program runs.
     pub fn has_version(&self, version: &'static str) {
         let program = self.state().identity.parts.get("program").cloned().unwrap_or_default();

@@ -7,6 +7,7 @@ mod checks;
 mod positions;
 mod relays;
 mod settings;
+mod subscribers;
 mod versions;
 
 use std::{fmt::Write as _, time::Duration};
@@ -21,6 +22,7 @@ use super::{CommandArgs, Verdict, many};
 use crate::{
     config::{STATEMENT_TIMEOUT, relay_name},
     relay::exchange,
+    subscribers::{ExpectArgs, Subscribers},
 };
 
 /// The examination of the database takes no longer: a connection may hang without a word.
@@ -46,6 +48,9 @@ pub struct DoctorArgs {
     /// The exchange that the relay publishes to. It is never declared here.
     #[arg(long, env = "EXCHANGE", default_value = "event_dispatcher", value_parser = exchange)]
     pub exchange: ShortString,
+    /// The subscribers that should be there.
+    #[command(flatten)]
+    pub expect: ExpectArgs,
 }
 
 /// How a check ended.
@@ -113,7 +118,12 @@ struct Report {
 /// Examines the database, its relays and the broker. What it finds is an answer, not an error; a
 /// database that cannot be reached is one.
 pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
-    let nodes = broker::nodes(&args.broker, args.common.database.require_tls)?;
+    let require_tls = args.common.database.require_tls;
+    let nodes = broker::nodes(&args.broker, require_tls)?;
+    let subscribers = match &nodes {
+        Some(nodes) => Subscribers::new(&args.expect, nodes, &args.exchange, require_tls)?,
+        None => None,
+    };
     let mut conn = args.common.reach("outbox-relay doctor", STATEMENT_TIMEOUT).await?;
     let mut second = args.common.reach("outbox-relay doctor", STATEMENT_TIMEOUT).await?;
     let said = Progress::new("examining the database", "check");
@@ -129,6 +139,7 @@ pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, closed).await;
     said.step("examining the broker", "check");
     checks.extend(broker::checks(nodes, &args.exchange).await);
+    checks.extend(subscribers::checks(subscribers, args.expect.expect.as_ref()).await);
     drop(said);
     let report = Report::new(checks);
     args.common.answer(&report, || report.text())?;

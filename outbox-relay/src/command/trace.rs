@@ -1,17 +1,24 @@
 //! `trace`: where is this event now?
 
+mod routes;
+
 use std::{collections::HashMap, fmt::Write, str::FromStr, time::Duration};
 
 use anyhow::Context;
 use chrono::{DateTime, Utc};
-use daemon::progress::Progress;
+use daemon::{
+    config::broker::{BrokerArgs, ManagementArgs},
+    progress::Progress,
+};
+use lapin::types::ShortString;
 use serde::Serialize;
 use serde_json::json;
 use sqlx::{PgConnection, types::Json};
 use uuid::Uuid;
 
 use super::{CommandArgs, Verdict, connect, state::Waiting, time};
-use crate::row::Made;
+use crate::{relay::exchange, row::Made, subscribers};
+use routes::Routes;
 
 /// Without a time to look at, every event is looked at.
 const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
@@ -33,6 +40,15 @@ pub struct TraceArgs {
     /// Search all stored events for the id, not only those around the time in a UUIDv7. Reads the whole outbox.
     #[arg(long)]
     pub scan: bool,
+    /// The broker, whose virtual host the management API is asked about.
+    #[command(flatten)]
+    pub broker: BrokerArgs,
+    /// RabbitMQ's management API: with it, the answer says which queues take the event.
+    #[command(flatten)]
+    pub management: ManagementArgs,
+    /// The exchange that the relay publishes to.
+    #[arg(long, env = "EXCHANGE", default_value = "event_dispatcher", value_parser = exchange)]
+    pub exchange: ShortString,
 }
 
 /// One event, or an aggregate's events.
@@ -129,12 +145,21 @@ const RELAYS: &str = "SELECT name, waiting, leads FROM outbox.relay_status";
 
 /// Finds an event, or an aggregate's last ones, and says how far each relay is with it.
 pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
+    let management =
+        subscribers::management(&args.management, &args.broker, args.common.database.require_tls)?;
     let mut conn = connect(&args.common, "trace", STATEMENT_TIMEOUT).await?;
     let said = Progress::new("searching the outbox", "event");
     let stored = find(&mut conn, args).await.context("the outbox could not be searched")?;
     said.step("looking at the relays' progress", "event");
     let mut progress =
         progress(&mut conn, &stored).await.context("the relays' progress could not be read")?;
+    let routes = match management {
+        Some((management, vhost)) if !stored.is_empty() => {
+            said.step("asking the broker for its bindings", "event");
+            Routes::ask(&management, &vhost, &args.exchange).await
+        }
+        _ => Routes::NotAsked,
+    };
     drop(said);
     let events: Vec<(StoredEvent, Vec<RelayProgress>)> = stored
         .into_iter()
@@ -143,13 +168,15 @@ pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
             (event, of_event)
         })
         .collect();
-    let document: Vec<_> =
-        events.iter().map(|(event, progress)| json!({"event": event, "relays": progress})).collect();
+    let document: Vec<_> = events
+        .iter()
+        .map(|(event, progress)| json!({"event": event, "relays": progress, "routes_now": routes.of(event)}))
+        .collect();
     args.common.answer(&json!({"events": document}), || {
         if events.is_empty() {
             return not_found(args);
         }
-        events.iter().map(|(event, progress)| text(event, progress)).collect()
+        events.iter().map(|(event, progress)| text(event, progress) + &routes.text(event)).collect()
     })?;
     Ok(if events.is_empty() { Verdict::Attention } else { Verdict::Ok })
 }

@@ -9,7 +9,7 @@ use std::{
 use clap::{Arg, Command};
 use toml::{Table, Value};
 
-use super::{FLAG, VARIABLE, name};
+use super::{FLAG, Tables, VARIABLE, name};
 use crate::config::{SettingError, has_password};
 
 /// Settings with their values, as a flag would have them.
@@ -31,8 +31,9 @@ impl File {
     pub(super) fn read(
         path: PathBuf,
         command: &Command,
-        kind: Option<&'static str>,
+        tables: Option<Tables>,
     ) -> Result<Self, SettingError> {
+        let kind = tables.map(|tables| tables.kind);
         let mut file = Self { path, kind, values: Values::new(), tables: Vec::new() };
         let text = std::fs::read_to_string(&file.path).map_err(|error| file.wrong(error))?;
         // The parser's own text would quote the line, which may hold a secret by mistake.
@@ -41,7 +42,8 @@ impl File {
                 error.span().and_then(|span| text.get(..span.start)).map_or(0, |s| s.matches('\n').count());
             file.wrong(format_args!("line {}: {}", line + 1, error.message()))
         })?;
-        let mut known = Known::default();
+        let lists = tables.map_or(&[][..], |tables| tables.lists);
+        let mut known = Known { lists, ..Known::default() };
         known.add(command);
         if let Some(kind) = kind
             && let Some(tables) = table.remove(kind)
@@ -93,7 +95,16 @@ impl File {
                     self.wrong(format_args!("{place}{name} is no setting; known are {}", known.join(", ")))
                 );
             }
+            let is_list = known.lists.contains(&name.as_str());
             let value = match value {
+                Value::Array(_) if is_list => serde_json::to_string(&value).map_err(|error| {
+                    self.wrong(format_args!("{place}{name} cannot be used: {error}"))
+                })?,
+                _ if is_list => {
+                    return Err(self.wrong(format_args!(
+                        "{place}{name} is a list of tables; each begins with a line [[{place}{name}]]"
+                    )));
+                }
                 Value::String(text) => text,
                 Value::Integer(number) => number.to_string(),
                 Value::Boolean(flag) => flag.to_string(),
@@ -150,6 +161,8 @@ struct Known {
     names: BTreeSet<String>,
     /// Those whose values are not shown.
     secrets: BTreeSet<String>,
+    /// Those that are lists of tables.
+    lists: &'static [&'static str],
 }
 
 impl Known {

@@ -45,6 +45,63 @@ impl BrokerArgs {
     }
 }
 
+/// Where the broker's management API is. The URL itself is a secret: set `MANAGEMENT_URL`, or name a file that holds it.
+#[cfg(feature = "management")]
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct ManagementArgs {
+    /// The URL of RabbitMQ's management API.
+    #[arg(
+        long, env = "MANAGEMENT_URL", hide = true, hide_env_values = true, value_parser = secret_text,
+        value_name = "URL"
+    )]
+    pub management_url: Option<SecretString>,
+    /// A file that holds the URL of RabbitMQ's management API, instead of the variable `MANAGEMENT_URL`
+    /// (`https://user:password@host:15671`). It is only read, and shows which queues get which events. The user needs
+    /// the tag `management`. `?cacertfile=PATH`, `&certfile=PATH&keyfile=PATH` are as in `AMQP_URL`.
+    #[arg(long, env = "MANAGEMENT_URL_FILE", value_name = "PATH")]
+    pub management_url_file: Option<PathBuf>,
+}
+
+#[cfg(feature = "management")]
+impl ManagementArgs {
+    /// The URL, from where it is; none when it is not set.
+    pub fn url(&self) -> Result<Option<SecretString>, SettingError> {
+        if self.management_url.is_none() && self.management_url_file.is_none() {
+            return Ok(None);
+        }
+        let file = self.management_url_file.as_ref();
+        secret_or_file("MANAGEMENT_URL", self.management_url.as_ref(), file, amqp::Management::FORM).map(Some)
+    }
+
+    /// The API; none when it is not set. With `require_tls`, one on another machine without TLS is an error.
+    pub fn management(&self, require_tls: bool) -> Result<Option<amqp::Management>, SettingError> {
+        let Some(url) = self.url()? else { return Ok(None) };
+        let wrong = |problem: &dyn std::fmt::Display| SettingError::new("MANAGEMENT_URL", problem);
+        let management: amqp::Management = url.expose_secret().parse().map_err(|error| wrong(&error))?;
+        match exposed_management(&management) {
+            Some(exposed) if require_tls => Err(wrong(&exposed)),
+            _ => Ok(Some(management)),
+        }
+    }
+}
+
+/// Warns of a management API on another machine without TLS. For the start of a program.
+#[cfg(feature = "management")]
+pub fn warn_of_management(management: &amqp::Management) {
+    if let Some(exposed) = exposed_management(management) {
+        tracing::warn!("{exposed}; --require-tls makes this an error");
+    }
+}
+
+#[cfg(feature = "management")]
+fn exposed_management(management: &amqp::Management) -> Option<String> {
+    let host = management.host();
+    let is_exposed = !management.is_encrypted() && !super::is_this_machine(host);
+    is_exposed.then(|| {
+        format!("the connection to RabbitMQ's management API on {host} is without TLS; use https://")
+    })
+}
+
 /// Warns of nodes on other machines without TLS. For the start of a program.
 pub fn warn(nodes: &Nodes) {
     for exposed in exposed(nodes) {
