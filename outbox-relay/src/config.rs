@@ -96,6 +96,10 @@ pub struct OutboxArgs {
     /// it feeds, for subscribers that follow versions.
     #[arg(long, env = "DECLARE_EXCHANGE")]
     pub declare_exchange: bool,
+    /// Add the attributes of CloudEvents 1.0 to each message, as headers `cloudEvents_id`, `cloudEvents_source`,
+    /// `cloudEvents_type`, and so on, beside the relay's own.
+    #[arg(long, env = "CLOUDEVENTS")]
+    pub cloudevents: bool,
     /// What to do with events that no queue takes, by type pattern as in a topic binding: `park` (set aside
     /// and tried again; the rest goes on), `hold` (they wait, later events of their aggregates behind them, and the
     /// relay is not ready) or `drop` (count and go on). The first that matches wins; `park` or `hold` without a

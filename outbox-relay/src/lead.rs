@@ -126,7 +126,7 @@ impl<'a> Lead<'a> {
                     number,
                     broker: broker.clone(),
                     exchange: relay.broker.exchange.clone(),
-                    origin: session.origin.clone(),
+                    origin: session.origin.clone().with_cloudevents(relay.cloudevents),
                     lease: session.lease(),
                     reports: report.clone(),
                     stop: stop.clone(),

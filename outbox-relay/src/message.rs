@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use chrono::SecondsFormat;
 use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable, ShortString},
@@ -18,9 +19,16 @@ pub struct Origin {
     app_id: String,
     parent: Option<i64>,
     began_at_position: i64,
+    cloudevents: bool,
 }
 
 impl Origin {
+    /// Messages have the attributes of CloudEvents as well, or not.
+    #[must_use]
+    pub fn with_cloudevents(self, cloudevents: bool) -> Self {
+        Self { cloudevents, ..self }
+    }
+
     /// The source, with its incarnation.
     pub fn source(&self) -> &str {
         &self.app_id
@@ -33,6 +41,7 @@ impl From<&Source> for Origin {
             app_id: source.to_string(),
             parent: source.parent,
             began_at_position: source.began_at_position,
+            cloudevents: false,
         }
     }
 }
@@ -47,6 +56,23 @@ impl Origin {
 
 /// The relay's own headers, also where an event has none of them: a writer could break its aggregate's chain with them.
 const NEVER_THE_WRITERS: [&str; 3] = ["previous_id", "source_parent", "chain_start"];
+
+/// What the binding of CloudEvents to AMQP has before each attribute's name. It prefers this one to `cloudEvents:`, which
+/// JMS does not allow.
+const CLOUDEVENTS: &str = "cloudEvents_";
+
+/// The attributes of CloudEvents 1.0, in binary mode: the body stays as it is, and `content_type` is its
+/// `datacontenttype`.
+fn cloudevents(event: &Event, origin: &Origin) -> [(&'static str, String); 6] {
+    [
+        ("specversion", "1.0".to_owned()),
+        ("id", event.id.to_string()),
+        ("source", origin.app_id.clone()),
+        ("type", event.type_.clone()),
+        ("subject", format!("{}/{}", event.aggregate_type, event.aggregate_id)),
+        ("time", event.created_at.to_rfc3339_opts(SecondsFormat::Micros, true)),
+    ]
+}
 
 /// As `app_id` spells it.
 impl fmt::Display for Origin {
@@ -75,7 +101,9 @@ pub fn message(event: &Event, origin: &Origin) -> Result<(ShortString, BasicProp
     // Longer ones would not fit beside the rest, and a schema without its checks could hold them.
     let bounded =
         |what: &str, text: &str| short(what, text).map(|text| AMQPValue::LongString(text.as_str().into()));
-    let own = |name: &str| NEVER_THE_WRITERS.contains(&name);
+    let own = |name: &str| {
+        NEVER_THE_WRITERS.contains(&name) || origin.cloudevents && name.starts_with(CLOUDEVENTS)
+    };
     for (name, value) in event.headers.iter().flatten().filter(|(name, _)| !own(name)) {
         headers.insert(short("a header's name", name)?, header(value));
     }
@@ -91,6 +119,12 @@ pub fn message(event: &Event, origin: &Origin) -> Result<(ShortString, BasicProp
     }
     if origin.starts_chain(event) {
         headers.insert("chain_start".into(), AMQPValue::Boolean(true));
+    }
+    if origin.cloudevents {
+        for (name, value) in cloudevents(event, origin) {
+            let name = format!("{CLOUDEVENTS}{name}");
+            headers.insert(short("a header's name", &name)?, AMQPValue::LongString(value.into()));
+        }
     }
     let key = short("the type", &event.type_)?;
     let mut properties = BasicProperties::default()

@@ -45,6 +45,8 @@ pub struct Relay {
     pub lease: Duration,
     /// The broker.
     pub broker: Broker,
+    /// Whether messages have the attributes of CloudEvents as well.
+    pub cloudevents: bool,
     /// What to do with what is not taken.
     pub policies: Policies,
     /// How much at a time.

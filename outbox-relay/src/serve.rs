@@ -121,6 +121,7 @@ impl Outbox {
             begin: args.begin,
             identity,
             broker,
+            cloudevents: args.cloudevents,
             policies: Policies { unroutable: args.unroutable, nacked: args.nacked, exchange: args.exchange },
             lease: args.lease,
             limits: Limits {

@@ -66,6 +66,9 @@ pub struct BackfillArgs {
     /// The exchange that the relay publishes to.
     #[arg(long, env = "EXCHANGE", default_value = "event_dispatcher", value_parser = exchange)]
     pub exchange: ShortString,
+    /// Add the attributes of CloudEvents to each message, as the relay does with this setting.
+    #[arg(long, env = "CLOUDEVENTS")]
+    pub cloudevents: bool,
     /// Aggregates per second at most.
     #[arg(long, default_value = "1000", value_parser = clap::value_parser!(u32).range(1..))]
     pub rate: u32,
@@ -265,7 +268,7 @@ async fn to_queue(
     said: &Progress,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
-    let origin = Origin::from(&outbox::source(&mut conn).await?);
+    let origin = Origin::from(&outbox::source(&mut conn).await?).with_cloudevents(args.cloudevents);
     let range =
         Range { from: None, to: None, since: None, until: None, aggregate: None, type_: None, all: true };
     let replay = ReplayArgs {
@@ -273,6 +276,7 @@ async fn to_queue(
         broker: args.broker.clone(),
         name: String::new(),
         exchange: args.exchange.clone(),
+        cloudevents: args.cloudevents,
         range,
         to_queue: Some(queue.to_owned()),
         to_everybody: false,

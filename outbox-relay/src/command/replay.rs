@@ -54,6 +54,9 @@ pub struct ReplayArgs {
     /// The exchange that the relay publishes to.
     #[arg(long, env = "EXCHANGE", default_value = "event_dispatcher", value_parser = exchange)]
     pub exchange: ShortString,
+    /// Add the attributes of CloudEvents to each message, as the relay does with this setting.
+    #[arg(long, env = "CLOUDEVENTS")]
+    pub cloudevents: bool,
     /// Which events.
     #[command(flatten)]
     pub range: Range,
@@ -117,7 +120,7 @@ pub async fn replay(args: &ReplayArgs) -> anyhow::Result<Verdict> {
     }
     if !args.dry_run && confirmed {
         outcome = Outcome { next: history.from, to: history.to, ..Outcome::default() };
-        let origin = Origin::from(&outbox::source(&mut conn).await?);
+        let origin = Origin::from(&outbox::source(&mut conn).await?).with_cloudevents(args.cloudevents);
         let id = Uuid::now_v7();
         let reading = connect(&args.common, "replay", STATEMENT_TIMEOUT).await?;
         let mut publisher = Publisher::open(args, origin, id).await?;

@@ -31,5 +31,6 @@ mod rows;
 mod script;
 mod sequence;
 mod status;
+mod subscribers;
 mod systemd;
 mod tour;

@@ -94,6 +94,34 @@ async fn a_message_as_a_subscriber_receives_it() {
     insta::assert_snapshot!(describe(&subscriber.count(2).await[1], &stack.vhost));
 }
 
+/// As the binding of CloudEvents to AMQP has them; a writer's own headers do not take their names.
+#[tokio::test]
+async fn a_message_with_the_attributes_of_cloudevents() {
+    let stack = Stack::new("relay_cloudevents").await;
+    let mut subscriber = stack.subscribe("#").await;
+    let append = r#"INSERT INTO outbox.event
+                        (id, aggregate_type, aggregate_id, version, type, payload, headers, created_at)
+                    VALUES ('01890a5d-ac96-774b-bcce-b302099a8057', 'order', 'o-1', 1, 'order.new', '{"n": 1}',
+                            '{"cloudEvents_id": "mine", "cloudEvents_other": "mine", "own": "mine"}',
+                            '2019-06-15 19:23:55.9-03')"#;
+    sqlx::query(append).execute(&stack.writer).await.unwrap();
+    let _relay = Relay::ready(stack.command("run").env("CLOUDEVENTS", "true")).await;
+    insta::assert_snapshot!(describe(&subscriber.count(1).await[0], &stack.vhost));
+
+    // A replay is the same message once more.
+    stack.settled("default", 1).await;
+    stack.permit_all(include_str!("../../../deploy/permissions/replay").replace("QUEUE", "x").as_str()).await;
+    let mut replay = stack.command("replay");
+    replay.env("CLOUDEVENTS", "true").args(["--all", "--to-everybody", "--yes"]);
+    let said = output(&mut replay).await;
+    let messages = subscriber.count(2).await;
+    let names = |message: &Message| -> Vec<String> {
+        let headers = message.properties.headers().clone().unwrap();
+        headers.inner().keys().map(ToString::to_string).filter(|name| name != "replayed").collect()
+    };
+    assert_eq!(names(&messages[0]), names(&messages[1]), "{said}");
+}
+
 #[tokio::test]
 async fn what_no_queue_takes_is_held() {
     let stack = Stack::new("relay_hold").await;

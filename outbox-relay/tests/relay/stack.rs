@@ -187,6 +187,16 @@ impl Stack {
         Ok(serde_json::from_str(&answer).unwrap_or_default())
     }
 
+    /// The management API's URL for a user who may look, and do nothing.
+    pub(crate) async fn management_url(&self) -> String {
+        let (user, none) = (format!("{}_monitor", self.vhost), json!({"configure": "^$", "write": "^$", "read": "^$"}));
+        let tagged = json!({"password": BROKER_PASSWORD, "tags": "management"});
+        self.manage(reqwest::Method::PUT, &format!("users/{user}"), Some(tagged)).await;
+        self.manage(reqwest::Method::PUT, &format!("permissions/{}/{user}", self.vhost), Some(none)).await;
+        let (_, address) = self.place.management.rsplit_once('@').unwrap();
+        format!("http://{user}:{BROKER_PASSWORD}@{address}")
+    }
+
     pub(crate) async fn channel(&self) -> Channel {
         let mut connection = self.connection.lock().await;
         if let Ok(channel) = connection.create_channel().await {
