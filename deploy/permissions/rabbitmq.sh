@@ -6,6 +6,7 @@
 #   deploy/permissions/rabbitmq.sh VIRTUAL-HOST USER declaring-relay  < FILE-WITH-THE-PASSWORD
 #   deploy/permissions/rabbitmq.sh VIRTUAL-HOST USER subscriber QUEUE < FILE-WITH-THE-PASSWORD
 #   deploy/permissions/rabbitmq.sh VIRTUAL-HOST USER replay QUEUE     < FILE-WITH-THE-PASSWORD
+#   deploy/permissions/rabbitmq.sh VIRTUAL-HOST USER monitor          < FILE-WITH-THE-PASSWORD
 #
 # relay       may write to the exchange event_dispatcher, which is there already.
 # declaring-relay
@@ -13,20 +14,21 @@
 # subscriber  may declare both exchanges, and declare, bind and consume QUEUE and every queue whose name begins
 #             with "QUEUE.", such as its dead letters.
 # replay      may publish history to event_dispatcher, or to QUEUE and what begins with "QUEUE." alone.
+# monitor     may read queues and bindings in the management API, and nothing else: for MANAGEMENT_URL.
 #
 # Give each relay a user of its own: subscribers know by it who publishes (`--source person=USER`). Without a
-# program it is a relay. Run it again to set the password and the rights anew; tags are never set, and any that
-# the user has are taken away. The files beside this one hold the three patterns: configure, write, read.
+# program it is a relay. Run it again to set the password and the rights anew. A monitor has the tag management;
+# the others have no tags, and any that the user has are taken away. The files beside this one hold the three patterns: configure, write, read.
 set -euo pipefail
 
 usage() {
-    echo "usage: $0 VIRTUAL-HOST USER [relay | declaring-relay | subscriber QUEUE | replay QUEUE] < FILE-WITH-THE-PASSWORD" >&2
+    echo "usage: $0 VIRTUAL-HOST USER [relay | declaring-relay | subscriber QUEUE | replay QUEUE | monitor] < FILE-WITH-THE-PASSWORD" >&2
     exit 2
 }
 [ $# -ge 2 ] || usage
 vhost=$1 user=$2 program=${3:-relay} queue=${4-}
 case $program in
-relay | declaring-relay) [ $# -le 3 ] || usage ;;
+relay | declaring-relay | monitor) [ $# -le 3 ] || usage ;;
 subscriber | replay) [ $# -eq 4 ] && [ -n "$queue" ] || usage ;;
 *) usage ;;
 esac
@@ -56,5 +58,7 @@ else
     printf '%s' "$password" | rabbitmqctl add_user "$user" > /dev/null
 fi
 # Who has the tag administrator, policymaker or impersonator can publish under the name of any other user.
-rabbitmqctl -q set_user_tags "$user"
+tags=()
+[ "$program" != monitor ] || tags=(management)
+rabbitmqctl -q set_user_tags "$user" "${tags[@]}"
 rabbitmqctl -q set_permissions -p "$vhost" "$user" "${rights[@]}"

@@ -234,6 +234,7 @@ fn the_script_speaks_to_the_rabbitmqctl_of_4_0() {
         (&["shop", "nobody", "subscriber", ".*"], "secret"),
         (&["shop", "nobody", "administrator"], "secret"),
         (&["shop", "declares", "declaring-relay"], "secret"),
+        (&["shop", "looks", "monitor"], "secret"),
     ] {
         let input = bin.join("password");
         fs::write(&input, password).unwrap();

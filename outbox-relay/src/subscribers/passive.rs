@@ -78,10 +78,8 @@ async fn state(connection: &Connection, queue: &str) -> lapin::Result<State> {
         Err(error) => match error.kind() {
             ErrorKind::ProtocolError(amqp) => match amqp.kind() {
                 AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => Ok(State::Missing),
-                AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => Ok(State::Unknown(
-                    "it does not exist, or RabbitMQ does not let the relay's user see it; MANAGEMENT_URL shows it"
-                        .to_owned(),
-                )),
+                // So says RabbitMQ 4 of a queue that does not exist to a user who may not declare it.
+                AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => Ok(State::Missing),
                 AMQPErrorKind::Soft(AMQPSoftError::RESOURCELOCKED) => Ok(State::Unknown(
                     "it exists, and belongs to one connection alone, which counts its consumers".to_owned(),
                 )),
