@@ -279,3 +279,49 @@ impl fmt::Debug for Management {
         write!(f, "{scheme}://{}@{rest}", self.user)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    /// What a server that is no RabbitMQ makes of it: each of its responses begins with `head`, and `body` follows again
+    /// and again.
+    async fn asked(head: &'static str, body: &'static [u8]) -> Result<Option<QueueState>, ManagementError> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut request = [0; 4_096];
+            let read = client.read(&mut request).await.unwrap();
+            assert!(request[..read].starts_with(b"GET /api/queues/%2F/mail%2Fa HTTP/1.1\r\n"));
+            client.write_all(head.as_bytes()).await.unwrap();
+            while !body.is_empty() && client.write_all(body).await.is_ok() {}
+        });
+        let management: Management = format!("http://monitor:hush@{address}").parse().unwrap();
+        let asked = management.queue("/", "mail/a").await;
+        server.await.unwrap();
+        asked
+    }
+
+    #[tokio::test]
+    async fn what_is_no_answer_is_not_taken_for_one() {
+        let said = |asked: Result<Option<QueueState>, ManagementError>| asked.unwrap_err().to_string();
+        let endless = asked("HTTP/1.1 200 OK\r\n\r\n", &[b' '; 65_536]).await;
+        assert_eq!(said(endless), "its response cannot be used: it has more than 16 MiB");
+        let elsewhere = "HTTP/1.1 301 Moved\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n";
+        assert_eq!(said(asked(elsewhere, b"").await), "its response cannot be used: HTTP 301");
+        let text = said(asked("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", b"").await);
+        assert!(text.starts_with("its response cannot be used: it is not what RabbitMQ responds"), "{text}");
+        let refused = said(asked("HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n", b"").await);
+        assert!(refused.contains("the user monitor") && !refused.contains("hush"), "{refused}");
+        let absent = asked("HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n", b"").await;
+        assert_eq!(absent, Ok(None));
+        let broken = said(asked("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n{", b"").await);
+        assert!(broken.starts_with("it cannot be reached"), "{broken}");
+    }
+}

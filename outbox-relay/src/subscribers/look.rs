@@ -205,9 +205,10 @@ impl Subscribers {
             advice: format!(
                 "start its subscriber, if it binds its queue itself (to {exchange} by type, or to \
                  {exchange}{BY_AGGREGATE} by aggregate_type); or bind it: curl -u USER -H content-type:application/json \
-                 -d {} {}{more}. Events from before are published once more by: outbox-relay replay",
+                 -d {} {}{more}. What it has missed is published to it by: outbox-relay replay --to-queue {}",
                 escape::shell_word(&body),
-                escape::shell_word(&url)
+                escape::shell_word(&url),
+                escape::shell_word(queue)
             ),
         });
     }

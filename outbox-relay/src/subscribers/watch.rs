@@ -94,10 +94,10 @@ fn say(looked: &Looked, part: &Part) -> bool {
     }
     let more = match faults.len().saturating_sub(NAMED) {
         0 => String::new(),
-        more => format!(". And {more} more: outbox-relay doctor"),
+        more => format!(". {more} more: outbox-relay doctor"),
     };
     let named: Vec<&str> = faults.iter().take(NAMED).map(String::as_str).collect();
-    part.attention(format!("{}{more}", named.join(". ")));
+    part.attention(format!("{}{more}", named.join(". Also: ")));
     false
 }
 

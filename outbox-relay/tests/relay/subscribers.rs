@@ -251,7 +251,7 @@ async fn tables_in_the_configuration_file() {
         program.env("MANAGEMENT_URL", "https://monitor:mqs3cretmqs3cret@mq:15671");
         let shown = output(&mut program).await;
         let of = |line: &&str| {
-            ["expect", "management", "error", "exit", "[outbox", "Settings"]
+            ["expect", "management", "error", "exit", "[outbox", "Settings", "queue", "types"]
                 .iter()
                 .any(|word| line.contains(word))
         };

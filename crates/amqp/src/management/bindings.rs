@@ -263,13 +263,12 @@ impl Bindings {
 /// Each word that the patterns name, and one that none of them does: it stands for all others.
 fn words(asked: &Pattern, way: &Bindings) -> Vec<String> {
     let of_edges = way.edges.iter().filter_map(|edge| edge.takes.pattern()).flat_map(Pattern::words);
-    let mut words: BTreeSet<String> = asked.words().chain(of_edges).map(str::to_owned).collect();
+    let named: BTreeSet<&str> = asked.words().chain(of_edges).collect();
     let mut other = "x".to_owned();
-    while words.contains(&other) {
+    while named.contains(&*other) {
         other.push('x');
     }
-    words.insert(other);
-    words.into_iter().collect()
+    [other].into_iter().chain(named.into_iter().map(str::to_owned)).collect()
 }
 
 impl Takes {
