@@ -26,13 +26,13 @@ use chrono::{DateTime, Utc};
 use daemon::config::database::Failure;
 use sqlx::PgConnection;
 
-pub use daemon::command::{CommandArgs, Verdict};
-pub(crate) use daemon::command::{many, operator, span};
+pub(crate) use daemon::command::operator;
+pub use daemon::command::{CommandArgs, Verdict, many, span};
 
 use crate::session::schema;
 
 /// A time for people.
-pub(crate) fn time(at: Option<DateTime<Utc>>) -> String {
+pub fn time(at: Option<DateTime<Utc>>) -> String {
     at.map_or_else(|| "an unknown time".to_owned(), |at| at.format("%Y-%m-%d %H:%M:%S UTC").to_string())
 }
 

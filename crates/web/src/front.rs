@@ -3,6 +3,7 @@
 //! A service that faces the world has a proxy before it. The proxy bounds what each client may take; what is here
 //! keeps the process alive and its memory bounded whatever comes.
 
+mod admission;
 mod body;
 mod caller;
 mod concurrency;
@@ -24,10 +25,11 @@ use tokio_util::sync::CancellationToken;
 
 use self::server::{Server, listen};
 pub use self::{
+    admission::Admission,
     body::{MAX_BODY, read_body},
     caller::Caller,
     concurrency::{ConcurrencyArgs, ConcurrencyLimit},
-    keys::{KeyArgs, Keys},
+    keys::{Key, KeyArgs, Keys},
     limits::{ConnectionLimits, LimitArgs},
     observe::{guarded, headers_only},
 };
@@ -70,6 +72,11 @@ impl Front {
         self.connections
     }
 
+    /// The keys, for an [`Admission`] of the program's own.
+    pub fn keys(&self) -> &Keys {
+        &self.keys
+    }
+
     /// Serves `routes` as the task `http`, until the end is requested; then lets the requests in flight end, for at
     /// most `drain`. Bound when this returns, so that a taken address is the start's own error. What is returned is
     /// cancelled after the last response.
@@ -79,10 +86,22 @@ impl Front {
         routes: Route,
         drain: Duration,
     ) -> anyhow::Result<CancellationToken> {
+        let keys = self.keys.clone();
+        self.start_with(shutdown, routes, keys, drain)
+    }
+
+    /// As [`start`](Self::start), where `admission` decides which requests are served, and not the keys alone.
+    pub fn start_with(
+        self,
+        shutdown: &Shutdown,
+        routes: Route,
+        admission: impl Admission,
+        drain: Duration,
+    ) -> anyhow::Result<CancellationToken> {
         let address = self.listen;
         let listener = listen(address).with_context(|| format!("LISTEN: cannot listen on {address}"))?;
         tracing::info!(addr = %format_args!("socket://{}", listener.local_addr()?), "listening");
-        let (keys, stop) = (self.keys.clone(), shutdown.requested().clone());
+        let (keys, stop) = (self.keys, shutdown.requested().clone());
         shutdown.spawn("keys", async move {
             keys.watch(stop).await;
             Ok(())
@@ -90,7 +109,7 @@ impl Front {
         let connections = self.connections.general.saturating_add(self.connections.waiting) as usize;
         let permits = Arc::new(Semaphore::new(connections));
         let stop = shutdown.requested().clone();
-        let server = Server { app: guarded(routes, self.keys), limits: self.limits, permits, stop };
+        let server = Server { app: guarded(routes, admission), limits: self.limits, permits, stop };
         // Ends before the process gives up: a client that takes too long is cut off, and is no failure of ours.
         let grace = drain.mul_f32(0.9);
         let ended = CancellationToken::new();

@@ -16,7 +16,7 @@ use anyhow::anyhow;
 use daemon::{config::broker::BrokerArgs, progress::Progress};
 use lapin::types::ShortString;
 use serde::Serialize;
-use sqlx::Connection;
+use sqlx::{Connection, PgConnection};
 
 use super::{CommandArgs, Verdict, many};
 use crate::{
@@ -56,15 +56,20 @@ pub struct DoctorArgs {
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Outcome {
+pub enum Outcome {
+    /// Nothing is to be done.
     Ok,
+    /// It works, and an operator should look at it.
     Warning,
+    /// It does not work, or will not for long.
     Problem,
+    /// It could not be checked.
     Skipped,
 }
 
 impl Outcome {
-    fn as_str(self) -> &'static str {
+    /// As JSON has it.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
             Self::Warning => "warning",
@@ -76,12 +81,15 @@ impl Outcome {
 
 /// What was looked at, and what was found.
 #[derive(Debug, Serialize)]
-struct Check {
-    name: String,
-    state: Outcome,
-    finding: String,
+pub struct Check {
+    /// What was looked at.
+    pub name: String,
+    /// How it ended.
+    pub state: Outcome,
+    /// What was found.
+    pub finding: String,
     /// What to do about it; none when nothing is to be done.
-    advice: Option<String>,
+    pub advice: Option<String>,
 }
 
 impl Check {
@@ -115,6 +123,19 @@ struct Report {
     checks: Vec<Check>,
 }
 
+/// Examines the database and its relays: all of them, or the one called `name`. `second` is another connection of the
+/// same kind. The broker is not looked at.
+pub async fn examine(
+    conn: &mut PgConnection,
+    second: &mut PgConnection,
+    name: Option<&str>,
+) -> anyhow::Result<Vec<Check>> {
+    let checks = checks::database(conn, second, name);
+    tokio::time::timeout(TIMEOUT, checks)
+        .await
+        .map_err(|_| anyhow!("the database did not answer within {TIMEOUT:?}"))?
+}
+
 /// Examines the database, its relays and the broker. What it finds is an answer, not an error; a
 /// database that cannot be reached is one.
 pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
@@ -127,10 +148,7 @@ pub async fn doctor(args: &DoctorArgs) -> anyhow::Result<Verdict> {
     let mut conn = args.common.reach("outbox-relay doctor", STATEMENT_TIMEOUT).await?;
     let mut second = args.common.reach("outbox-relay doctor", STATEMENT_TIMEOUT).await?;
     let said = Progress::new("examining the database", "check");
-    let database = checks::database(&mut conn, &mut second, args.name.as_deref());
-    let mut checks = tokio::time::timeout(TIMEOUT, database)
-        .await
-        .map_err(|_| anyhow!("the database did not answer within {TIMEOUT:?}"))??;
+    let mut checks = examine(&mut conn, &mut second, args.name.as_deref()).await?;
     if args.deep {
         checks.extend(captures::compare(&mut conn, &said).await?);
     }

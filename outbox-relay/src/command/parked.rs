@@ -62,7 +62,7 @@ pub enum ParkedAction {
 }
 
 /// Which events.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, Default, clap::Args)]
 #[group(required = true, multiple = true)]
 pub struct Selection {
     /// The event of this id; may be repeated.
@@ -81,53 +81,77 @@ pub struct Selection {
 
 /// An event that is set aside, or waits.
 #[derive(Clone, Debug, Serialize, sqlx::FromRow)]
-struct ParkedEvent {
-    position: i64,
-    id: Uuid,
-    aggregate_type: String,
-    aggregate_id: String,
-    version: i64,
+pub struct ParkedEvent {
+    /// Its position.
+    pub position: i64,
+    /// Its id.
+    pub id: Uuid,
+    /// The aggregate's type.
+    pub aggregate_type: String,
+    /// The aggregate's id.
+    pub aggregate_id: String,
+    /// The aggregate's version.
+    pub version: i64,
+    /// The event type.
     #[sqlx(rename = "type")]
     #[serde(rename = "type")]
-    type_: String,
+    pub type_: String,
     /// `parked`, or `waiting`: then later events of its aggregate wait behind it.
-    state: String,
-    reason: String,
-    detail: String,
-    attempts: i32,
-    created_at: Made,
-    parked_at: DateTime<Utc>,
-    last_attempt_at: DateTime<Utc>,
+    pub state: String,
+    /// `unroutable`, `refused`, `nacked` or `silent`.
+    pub reason: String,
+    /// The broker's words.
+    pub detail: String,
+    /// How often it was tried.
+    pub attempts: i32,
+    /// When it was made, as its writer says.
+    pub created_at: Made,
+    /// When it was set aside.
+    pub parked_at: DateTime<Utc>,
+    /// When it was last tried.
+    pub last_attempt_at: DateTime<Utc>,
     /// None: only by hand.
-    next_attempt_at: Option<DateTime<Utc>>,
+    pub next_attempt_at: Option<DateTime<Utc>>,
 }
 
 /// Events of a type that wait.
 #[derive(Debug, Serialize, sqlx::FromRow)]
-struct WaitingType {
+pub struct WaitingType {
+    /// The event type.
     #[sqlx(rename = "type")]
     #[serde(rename = "type")]
-    type_: String,
-    events: i64,
-    since: DateTime<Utc>,
+    pub type_: String,
+    /// How many.
+    pub events: i64,
+    /// Since when the first of them waits.
+    pub since: DateTime<Utc>,
     /// Why the first of them was not taken; none when it was not tried yet.
-    detail: Option<String>,
-    next_attempt_at: Option<DateTime<Utc>>,
+    pub detail: Option<String>,
+    /// When one of them is tried next.
+    pub next_attempt_at: Option<DateTime<Utc>>,
 }
 
 /// Events that are set aside for the same reason, with the oldest of them, which is the one that is tried.
 #[derive(Debug, Serialize, sqlx::FromRow)]
-struct Group {
-    reason: String,
+pub struct Group {
+    /// `unroutable`, `refused`, `nacked` or `silent`.
+    pub reason: String,
+    /// The event type.
     #[sqlx(rename = "type")]
     #[serde(rename = "type")]
-    type_: String,
-    events: i64,
-    detail: String,
-    oldest: Uuid,
-    oldest_parked_at: DateTime<Utc>,
-    attempts: i32,
-    next_attempt_at: Option<DateTime<Utc>>,
+    pub type_: String,
+    /// How many.
+    pub events: i64,
+    /// The broker's words for the oldest.
+    pub detail: String,
+    /// The oldest.
+    pub oldest: Uuid,
+    /// When that was set aside.
+    pub oldest_parked_at: DateTime<Utc>,
+    /// How often that was tried.
+    pub attempts: i32,
+    /// When that is tried again; none by hand only.
+    pub next_attempt_at: Option<DateTime<Utc>>,
 }
 
 const GROUPS: &str = "
@@ -151,6 +175,15 @@ SELECT position, id, aggregate_type, aggregate_id, version, type, state, reason,
 FROM outbox.parked_event
 WHERE (state = 'parked' OR next_attempt_at IS NOT NULL) AND relay = ";
 
+/// Notes what was dropped, so that trace can tell what became of it.
+const DROPPED: &str = "
+WITH gone AS (SELECT unnest($2::bigint[]) AS position)
+UPDATE outbox.relay SET dropped_by_hand = (
+    SELECT range_agg(range) FROM (
+        SELECT range FROM unnest(dropped_by_hand + (SELECT range_agg(int8range(position, position, '[]')) FROM gone)) AS o (range)
+        ORDER BY range DESC LIMIT $3) newest)
+WHERE name = $1 AND EXISTS (SELECT FROM gone)";
+
 impl Selection {
     fn includes(&self, event: &ParkedEvent) -> bool {
         (self.id.is_empty() || self.id.contains(&event.id))
@@ -167,29 +200,37 @@ pub async fn parked(args: &ParkedArgs) -> anyhow::Result<Verdict> {
     match &args.action {
         ParkedAction::List => list(args, &mut conn, said).await,
         ParkedAction::Show { id } => {
-            let events = events(args, &mut conn, &[*id]).await?;
+            let events = events(&mut conn, &args.name, &[*id]).await?;
             drop(said);
             show(args, &events, *id)
         }
         ParkedAction::Retry(selection) => {
-            let events = select(events(args, &mut conn, &selection.id).await?, selection);
+            let events = selected(&mut conn, &args.name, selection).await?;
             retry(args, &mut conn, &events, said).await
         }
         ParkedAction::Drop { selection, yes } => {
-            let events = select(events(args, &mut conn, &selection.id).await?, selection);
+            let events = selected(&mut conn, &args.name, selection).await?;
             give_up(args, &mut conn, &events, *yes, said).await
         }
     }
 }
 
-/// Those with these ids, by the index `parked_id`; all without ids.
-async fn events(
-    args: &ParkedArgs,
+/// What of the relay called `name` matches: events that are set aside, and of what waits the first event of each
+/// aggregate. At most 100,000 are looked at, the oldest first.
+pub async fn selected(
     conn: &mut PgConnection,
-    ids: &[Uuid],
+    name: &str,
+    selection: &Selection,
 ) -> anyhow::Result<Vec<ParkedEvent>> {
+    let mut events = events(conn, name, &selection.id).await?;
+    events.retain(|event| selection.includes(event));
+    Ok(events)
+}
+
+/// Those with these ids, by the index `parked_id`; all without ids.
+async fn events(conn: &mut PgConnection, name: &str, ids: &[Uuid]) -> anyhow::Result<Vec<ParkedEvent>> {
     let mut sql = QueryBuilder::new(EVENTS);
-    sql.push_bind(&args.name);
+    sql.push_bind(name);
     if !ids.is_empty() {
         sql.push(" AND id = ANY (").push_bind(ids).push(")");
     }
@@ -198,15 +239,14 @@ async fn events(
     events.context("what is set aside could not be read")
 }
 
-fn select(mut events: Vec<ParkedEvent>, selection: &Selection) -> Vec<ParkedEvent> {
-    events.retain(|event| selection.includes(event));
-    events
+/// What the relay called `name` set aside, by reason and type.
+pub async fn groups(conn: &mut PgConnection, name: &str) -> anyhow::Result<Vec<Group>> {
+    sqlx::query_as(GROUPS).bind(name).fetch_all(conn).await.context("what is set aside could not be read")
 }
 
 /// By reason, type and detail.
 async fn list(args: &ParkedArgs, conn: &mut PgConnection, said: Progress) -> anyhow::Result<Verdict> {
-    let groups = sqlx::query_as(GROUPS).bind(&args.name).fetch_all(&mut *conn).await;
-    let groups: Vec<Group> = groups.context("what is set aside could not be read")?;
+    let groups = groups(conn, &args.name).await?;
     let waiting = sqlx::query_as(WAITING).bind(&args.name).fetch_all(conn).await;
     let waiting: Vec<WaitingType> = waiting.context("what waits could not be read")?;
     drop(said);
@@ -270,13 +310,9 @@ fn show(args: &ParkedArgs, events: &[ParkedEvent], id: Uuid) -> anyhow::Result<V
     Ok(Verdict::Ok)
 }
 
-async fn retry(
-    args: &ParkedArgs,
-    conn: &mut PgConnection,
-    events: &[ParkedEvent],
-    said: Progress,
-) -> anyhow::Result<Verdict> {
-    said.step("making them due", "event");
+/// Makes these events of the relay called `name` due now. Returns how many are due: where no queue takes them, all others
+/// of their type with them.
+pub async fn make_due(conn: &mut PgConnection, name: &str, events: &[ParkedEvent]) -> anyhow::Result<u64> {
     let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
     // The relay tries the oldest of what no queue takes, of each type, before the others: so all of a kind
     // are due with any of them.
@@ -287,10 +323,32 @@ async fn retry(
                          AND EXISTS (SELECT FROM outbox.parked s
                                      WHERE s.relay = $1 AND s.position = ANY ($2) AND s.reason = 'unroutable'
                                        AND s.type = p.type AND s.aggregate_type = p.aggregate_type))";
-    let due = again(async || sqlx::query(sql).bind(&args.name).bind(&positions).execute(&mut *conn).await)
-        .await
-        .map_err(|error| not_done(error, "nothing was changed"))?
-        .rows_affected();
+    let due = again(async || sqlx::query(sql).bind(name).bind(&positions).execute(&mut *conn).await).await;
+    Ok(due.map_err(|error| not_done(error, "nothing was changed"))?.rows_affected())
+}
+
+/// Drops these events of the relay called `name`: they are never published. `trace` tells it of the newest of them.
+pub async fn drop_events(conn: &mut PgConnection, name: &str, events: &[ParkedEvent]) -> anyhow::Result<()> {
+    let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
+    let dropped = again(async || {
+        let mut tx = conn.begin().await?;
+        waiting::remove_rows(&mut tx, name, &positions).await?;
+        sqlx::query(DROPPED).bind(name).bind(&positions).bind(MAX_DROPPED).execute(&mut *tx).await?;
+        tx.commit().await
+    });
+    dropped.await.map_err(|error| not_done(error, "nothing was dropped"))?;
+    note(name, events, &types(events));
+    Ok(())
+}
+
+async fn retry(
+    args: &ParkedArgs,
+    conn: &mut PgConnection,
+    events: &[ParkedEvent],
+    said: Progress,
+) -> anyhow::Result<Verdict> {
+    said.step("making them due", "event");
+    let due = make_due(conn, &args.name, events).await?;
     drop(said);
     args.common.answer(&json!({"relay": args.name, "selected": events.len(), "due": due}), || {
         if due == 0 {
@@ -309,31 +367,14 @@ async fn give_up(
     yes: bool,
     said: Progress,
 ) -> anyhow::Result<Verdict> {
-    let of_type = types(events);
-    let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
     if yes {
         said.step("dropping them", "event");
-        // Dropped, and noted, so that trace can tell what became of them.
-        let sql = "WITH gone AS (SELECT unnest($2::bigint[]) AS position)
-                   UPDATE outbox.relay SET dropped_by_hand = (
-                       SELECT range_agg(range) FROM (
-                           SELECT range FROM unnest(dropped_by_hand + (SELECT range_agg(int8range(position, position, '[]'))
-                                                                       FROM gone)) AS o (range)
-                           ORDER BY range DESC LIMIT $3) newest)
-                   WHERE name = $1 AND EXISTS (SELECT FROM gone)";
-        let dropped = again(async || {
-            let mut tx = conn.begin().await?;
-            waiting::remove_rows(&mut tx, &args.name, &positions).await?;
-            sqlx::query(sql).bind(&args.name).bind(&positions).bind(MAX_DROPPED).execute(&mut *tx).await?;
-            tx.commit().await
-        });
-        dropped.await.map_err(|error| not_done(error, "nothing was dropped"))?;
-        note(&args.name, events, &of_type);
+        drop_events(conn, &args.name, events).await?;
     }
     drop(said);
     let named: Vec<Uuid> = events.iter().take(NAMED).map(|event| event.id).collect();
     let document = json!({
-        "relay": args.name, "dropped": yes, "count": events.len(), "types": of_type, "events": named,
+        "relay": args.name, "dropped": yes, "count": events.len(), "types": types(events), "events": named,
     });
     args.common.answer(&document, || {
         let events = many(count(events), "event");

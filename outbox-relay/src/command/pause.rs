@@ -3,12 +3,42 @@
 use chrono::{DateTime, Utc};
 use outbox::database::again;
 use serde_json::json;
+use sqlx::PgConnection;
 
 use super::{CommandArgs, Verdict, connect, not_done, operator, state, time};
 use crate::config::{STATEMENT_TIMEOUT, relay_name};
 
-/// Since when and by whom it was paused, and whether somebody leads.
-type Before = (Option<DateTime<Utc>>, Option<String>, bool);
+/// Pauses `$1`, unless it is paused already.
+const PAUSE: &str = "\
+UPDATE outbox.relay r SET paused_at = coalesce(r.paused_at, now()), paused_by = coalesce(r.paused_by, $2)
+FROM outbox.relay before WHERE r.name = $1 AND before.name = r.name
+RETURNING before.paused_at AS since, before.paused_by AS by,
+          (SELECT leads FROM outbox.relay_status s WHERE s.name = r.name) AS leads";
+
+const RESUME: &str = "\
+UPDATE outbox.relay r SET paused_at = NULL, paused_by = NULL
+FROM outbox.relay before WHERE r.name = $1 AND before.name = r.name AND $2::text IS NULL
+RETURNING before.paused_at AS since, before.paused_by AS by,
+          (SELECT leads FROM outbox.relay_status s WHERE s.name = r.name) AS leads";
+
+/// A relay before it was paused or resumed.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub struct Before {
+    /// Since when it was paused already.
+    pub since: Option<DateTime<Utc>>,
+    /// The operator who had paused it.
+    pub by: Option<String>,
+    /// A relay of this name leads.
+    pub leads: bool,
+}
+
+impl Before {
+    /// The pause that there was, for people.
+    pub fn text(&self) -> Option<String> {
+        let by = self.by.as_deref().map_or(String::new(), |by| format!(" by {by}"));
+        self.since.map(|since| format!("paused{by} since {}", time(Some(since))))
+    }
+}
 
 /// Settings of `pause` and `resume`.
 #[derive(Debug, clap::Args)]
@@ -26,42 +56,29 @@ pub struct PauseArgs {
 pub async fn pause(args: &PauseArgs, reason: Option<&str>) -> anyhow::Result<Verdict> {
     let who = operator();
     let by = reason.map_or(who.clone(), |reason| format!("{who} ({reason})"));
-    change(
-        args,
-        "UPDATE outbox.relay r SET paused_at = coalesce(r.paused_at, now()), paused_by = coalesce(r.paused_by, $2)
-         FROM outbox.relay before WHERE r.name = $1 AND before.name = r.name
-         RETURNING before.paused_at, before.paused_by, (SELECT leads FROM outbox.relay_status s WHERE s.name = r.name)",
-        &by,
-        true,
-    )
-    .await
+    change(args, Some(&by)).await
 }
 
 /// Lets a relay go on. Resuming what is not paused changes nothing.
 pub async fn resume(args: &PauseArgs) -> anyhow::Result<Verdict> {
-    change(
-        args,
-        "UPDATE outbox.relay r SET paused_at = NULL, paused_by = NULL
-         FROM outbox.relay before WHERE r.name = $1 AND before.name = r.name AND $2 = $2
-         RETURNING before.paused_at, before.paused_by, (SELECT leads FROM outbox.relay_status s WHERE s.name = r.name)",
-        "",
-        false,
-    )
-    .await
+    change(args, None).await
 }
 
-async fn change(args: &PauseArgs, sql: &'static str, by: &str, pause: bool) -> anyhow::Result<Verdict> {
-    let name = &args.name;
+/// Pauses the relay called `name` for the operator `by`, or, without one, lets it go on. Fails where there is no such
+/// relay.
+pub async fn set(conn: &mut PgConnection, name: &str, by: Option<&str>) -> anyhow::Result<Before> {
+    state::known(conn, name).await?;
+    let sql = if by.is_some() { PAUSE } else { RESUME };
+    again(async || sqlx::query_as(sql).bind(name).bind(by).fetch_one(&mut *conn).await)
+        .await
+        .map_err(|error| not_done(error, "nothing was changed"))
+}
+
+async fn change(args: &PauseArgs, by: Option<&str>) -> anyhow::Result<Verdict> {
+    let (name, pause) = (&args.name, by.is_some());
     let mut conn = connect(&args.common, if pause { "pause" } else { "resume" }, STATEMENT_TIMEOUT).await?;
-    state::known(&mut conn, name).await?;
-    let (since, who, leads): Before =
-        again(async || sqlx::query_as(sql).bind(name).bind(by).fetch_one(&mut conn).await)
-            .await
-            .map_err(|error| not_done(error, "nothing was changed"))?;
-    let before = since.map(|since| {
-        let who = who.as_deref().map_or(String::new(), |who| format!(" by {who}"));
-        format!("paused{who} since {}", time(Some(since)))
-    });
+    let was = set(&mut conn, name, by).await?;
+    let (before, leads) = (was.text(), was.leads);
     let answer = json!({"relay": name, "paused": pause, "before": before, "led": leads});
     args.common.answer(&answer, || {
         let said = match (pause, &before) {

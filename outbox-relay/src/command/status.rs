@@ -10,7 +10,9 @@ use std::{
 use anyhow::{Context, anyhow, bail};
 use sqlx::PgConnection;
 
-use self::report::{Progress, Status, progress};
+pub use self::report::{
+    BacklogStatus, LastLeader, Leader, Open, Paused, Position, Progress, Rate, RelayStatus, Status, progress,
+};
 use super::{
     CommandArgs, Verdict, connect,
     state::{self, State},

@@ -76,41 +76,86 @@ impl FromStr for Target {
 
 /// An event that is stored.
 #[derive(Debug, Serialize, sqlx::FromRow)]
-struct StoredEvent {
-    position: i64,
-    id: Uuid,
+pub struct StoredEvent {
+    /// Its position.
+    pub position: i64,
+    /// Its id.
+    pub id: Uuid,
+    /// The event type.
     #[sqlx(rename = "type")]
     #[serde(rename = "type")]
-    type_: String,
-    aggregate_type: String,
-    aggregate_id: String,
-    version: i64,
-    created_at: Made,
+    pub type_: String,
+    /// The aggregate's type.
+    pub aggregate_type: String,
+    /// The aggregate's id.
+    pub aggregate_id: String,
+    /// The aggregate's version.
+    pub version: i64,
+    /// When it was made, as its writer says.
+    pub created_at: Made,
 }
 
 /// How far a relay is with an event, as of the relay's last word.
 #[derive(Debug, Serialize, sqlx::FromRow)]
-struct RelayProgress {
+pub struct RelayProgress {
+    /// The event's position.
     #[serde(skip)]
-    position: i64,
-    relay: String,
+    pub position: i64,
+    /// The relay name.
+    pub relay: String,
     /// `waiting`, `under way`, `waits`, `parked`, `confirmed`, `dropped by hand`, `dropped by rule`; or `settled`,
     /// where it is not known how.
-    state: String,
+    pub state: String,
     /// Why it was set aside.
-    detail: Option<String>,
+    pub detail: Option<String>,
     /// When it is tried again; none by hand only.
-    next_attempt_at: Option<DateTime<Utc>>,
+    pub next_attempt_at: Option<DateTime<Utc>>,
     /// What the relay said that it waits for, as of its last heartbeat.
     #[sqlx(skip)]
-    waiting: Vec<Waiting>,
+    pub waiting: Vec<Waiting>,
     /// Whether a relay leads that says so.
     #[sqlx(skip)]
     #[serde(rename = "led")]
-    leads: bool,
+    pub leads: bool,
 }
 
 impl RelayProgress {
+    /// What became of the event `id`, for people.
+    pub fn text(&self, id: Uuid) -> String {
+        match &*self.state {
+            "waiting" => format!("not read yet{}", self.reasons()),
+            "under way" => format!("read, and not confirmed yet{}", self.reasons()),
+            "waits" if self.next_attempt_at.is_none() => {
+                "waits behind an earlier event of its aggregate that is not taken".to_owned()
+            }
+            "waits" => {
+                let why = self.detail.as_deref().unwrap_or_default();
+                format!("waits, and later events of its aggregate behind it: {why}; tried again by itself")
+            }
+            "parked" => {
+                let next = self.next_attempt_at.map_or_else(
+                    || format!("only by hand: outbox-relay parked retry --id {}", id),
+                    |at| format!("by itself at {}, or when the oldest of its type is taken", time(Some(at))),
+                );
+                format!(
+                    "set aside: {}; tried again {next}",
+                    escape::line(self.detail.as_deref().unwrap_or_default())
+                )
+            }
+            "confirmed" => "confirmed by the broker".to_owned(),
+            "dropped by hand" => {
+                "given up by hand (outbox-relay parked drop); it was not published".to_owned()
+            }
+            "dropped by rule" => {
+                "no queue took it, and a rule let it go (--unroutable '...=drop'); no subscriber has it"
+                    .to_owned()
+            }
+            _ => {
+                "settled, and it is not known how: the relay began after it, or it is too long ago".to_owned()
+            }
+        }
+    }
+
     /// What its relay waits for, for people.
     fn reasons(&self) -> String {
         if !self.leads {
@@ -149,29 +194,13 @@ pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
         subscribers::management(&args.management, &args.broker, args.common.database.require_tls)?;
     let mut conn = connect(&args.common, "trace", STATEMENT_TIMEOUT).await?;
     let said = Progress::new("searching the outbox", "event");
-    let stored = find(&mut conn, args).await.context("the outbox could not be searched")?;
+    let stored = find(&mut conn, &args.target, args.limit, args.scan).await;
+    let stored = stored.context("the outbox could not be searched")?;
     said.step("looking at the relays' progress", "event");
-    let mut progress =
-        progress(&mut conn, &stored).await.context("the relays' progress could not be read")?;
-    let routes = match management {
-        Some((management, vhost)) if !stored.is_empty() => {
-            said.step("asking the broker for its bindings", "event");
-            Routes::ask(&management, &vhost, &args.exchange).await
-        }
-        _ => Routes::NotAsked,
-    };
+    let events = with_progress(&mut conn, stored).await.context("the relays' progress could not be read")?;
     drop(said);
-    let events: Vec<(StoredEvent, Vec<RelayProgress>)> = stored
-        .into_iter()
-        .map(|event| {
-            let of_event = progress.remove(&event.position).unwrap_or_default();
-            (event, of_event)
-        })
-        .collect();
-    let document: Vec<_> = events
-        .iter()
-        .map(|(event, progress)| json!({"event": event, "relays": progress, "routes_now": routes.of(event)}))
-        .collect();
+    let document: Vec<_> =
+        events.iter().map(|(event, progress)| json!({"event": event, "relays": progress})).collect();
     args.common.answer(&json!({"events": document}), || {
         if events.is_empty() {
             return not_found(args);
@@ -181,23 +210,43 @@ pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
     Ok(if events.is_empty() { Verdict::Attention } else { Verdict::Ok })
 }
 
-async fn find(conn: &mut PgConnection, args: &TraceArgs) -> Result<Vec<StoredEvent>, sqlx::Error> {
-    match &args.target {
+/// The stored event, or the last `limit` events of the aggregate, the oldest first. `scan` also finds an id whose time is
+/// not that of its row, by reading the whole outbox.
+pub async fn find(
+    conn: &mut PgConnection,
+    target: &Target,
+    limit: i64,
+    scan: bool,
+) -> Result<Vec<StoredEvent>, sqlx::Error> {
+    match target {
         Target::Aggregate(type_, id) => {
-            let query = sqlx::query_as(BY_AGGREGATE).bind(type_).bind(id).bind(args.limit);
+            let query = sqlx::query_as(BY_AGGREGATE).bind(type_).bind(id).bind(limit);
             let mut events: Vec<StoredEvent> = query.fetch_all(conn).await?;
             events.reverse();
             Ok(events)
         }
         Target::Event(id) => {
-            let around = if args.scan { None } else { created_around(*id) };
-            if around.is_none() && !args.scan {
+            let around = if scan { None } else { created_around(*id) };
+            if around.is_none() && !scan {
                 return Ok(Vec::new());
             }
             let (from, to) = (around.map(|at| at - AROUND), around.map(|at| at + AROUND));
             sqlx::query_as(BY_ID).bind(id).bind(from).bind(to).fetch_all(conn).await
         }
     }
+}
+
+/// Each event with the progress of each relay.
+pub async fn with_progress(
+    conn: &mut PgConnection,
+    stored: Vec<StoredEvent>,
+) -> Result<Vec<(StoredEvent, Vec<RelayProgress>)>, sqlx::Error> {
+    let mut progress = progress(conn, &stored).await?;
+    let with = |event: StoredEvent| {
+        let of_event = progress.remove(&event.position).unwrap_or_default();
+        (event, of_event)
+    };
+    Ok(stored.into_iter().map(with).collect())
 }
 
 /// By the events' positions.
@@ -262,38 +311,7 @@ fn text(event: &StoredEvent, relays: &[RelayProgress]) -> String {
         event.created_at
     );
     for progress in relays {
-        let said = match &*progress.state {
-            "waiting" => format!("not read yet{}", progress.reasons()),
-            "under way" => format!("read, and not confirmed yet{}", progress.reasons()),
-            "waits" if progress.next_attempt_at.is_none() => {
-                "waits behind an earlier event of its aggregate that is not taken".to_owned()
-            }
-            "waits" => {
-                let why = progress.detail.as_deref().unwrap_or_default();
-                format!("waits, and later events of its aggregate behind it: {why}; tried again by itself")
-            }
-            "parked" => {
-                let next = progress.next_attempt_at.map_or_else(
-                    || format!("only by hand: outbox-relay parked retry --id {}", event.id),
-                    |at| format!("by itself at {}, or when the oldest of its type is taken", time(Some(at))),
-                );
-                format!(
-                    "set aside: {}; tried again {next}",
-                    escape::line(progress.detail.as_deref().unwrap_or_default())
-                )
-            }
-            "confirmed" => "confirmed by the broker".to_owned(),
-            "dropped by hand" => {
-                "given up by hand (outbox-relay parked drop); it was not published".to_owned()
-            }
-            "dropped by rule" => {
-                "no queue took it, and a rule let it go (--unroutable '...=drop'); no subscriber has it"
-                    .to_owned()
-            }
-            _ => {
-                "settled, and it is not known how: the relay began after it, or it is too long ago".to_owned()
-            }
-        };
+        let said = progress.text(event.id);
         let _ = writeln!(text, "  relay {}: {said}", progress.relay);
     }
     if relays.is_empty() {

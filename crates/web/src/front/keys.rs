@@ -23,8 +23,9 @@ use subtle::ConstantTimeEq;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use self::file::{FileState, Key, Secret, file_state, read};
-use super::caller::Caller;
+pub use self::file::Key;
+use self::file::{FileState, Secret, file_state, read};
+use super::{admission::Admission, caller::Caller};
 use crate::problem::{Problem, UNAUTHORIZED, UNKNOWN_HOST};
 
 /// How often the program looks whether the file has changed.
@@ -95,20 +96,24 @@ impl Keys {
         Ok(Self { known: Some(Arc::new(known)), hosts: Arc::default() })
     }
 
-    /// The caller of a request; a problem where it needs a key and has none, or names a host that is not served.
-    pub(super) fn caller(&self, request: &Request) -> Result<Caller, Problem> {
-        let Some(known) = &self.known else {
-            let local = request.local_addr().as_socket_addr().map(SocketAddr::ip);
-            if !host::is_allowed(request.uri(), request.headers(), local, &self.hosts) {
-                return Err(UNKNOWN_HOST.problem());
-            }
-            return Ok(Caller::of(request));
-        };
-        match bearer(request.headers()).and_then(|secret| known.find(secret)) {
-            Some(caller) => Ok(caller),
-            None if OPEN.contains(&request.uri().path()) => Ok(Caller::anonymous()),
-            None => Err(UNAUTHORIZED.problem()),
-        }
+    /// Whether there are keys at all: without, every client is served.
+    pub fn are_needed(&self) -> bool {
+        self.known.is_some()
+    }
+
+    /// The key with this secret.
+    pub fn find(&self, secret: &[u8]) -> Option<Key> {
+        self.known.as_ref()?.find(secret)
+    }
+
+    /// The key that a request presents as a bearer.
+    pub fn of(&self, request: &Request) -> Option<Key> {
+        self.find(bearer(request.headers())?)
+    }
+
+    /// Whether the file still has this key.
+    pub fn has(&self, key: &Key) -> bool {
+        self.known.as_ref().is_some_and(|known| known.by_digest(&key.secret).is_some_and(|now| now == *key))
     }
 
     /// Reads the file again whenever it changes, until `stop`. A file that is wrong changes nothing.
@@ -144,15 +149,39 @@ impl Keys {
     }
 }
 
+impl Admission for Keys {
+    /// A problem where a request needs a key and has none, or names a host that is not served.
+    fn caller(&self, request: &Request) -> Result<Caller, Problem> {
+        if !self.are_needed() {
+            let local = request.local_addr().as_socket_addr().map(SocketAddr::ip);
+            if !host::is_allowed(request.uri(), request.headers(), local, &self.hosts) {
+                return Err(UNKNOWN_HOST.problem());
+            }
+            return Ok(Caller::of(request));
+        }
+        match self.of(request) {
+            Some(key) => Ok(key.caller),
+            None if OPEN.contains(&request.uri().path()) => Ok(Caller::anonymous()),
+            None => Err(UNAUTHORIZED.problem()),
+        }
+    }
+}
+
 impl KeyFile {
-    /// The caller with this secret. Compares with all keys and all of each, so that the time says nothing of how
+    /// The key with this secret. Compares with all keys and all of each, so that the time says nothing of how
     /// close a guess was.
-    fn find(&self, secret: &[u8]) -> Option<Caller> {
-        let secret: Secret = Sha256::digest(secret).into();
+    fn find(&self, secret: &[u8]) -> Option<Key> {
+        self.by_digest(&Sha256::digest(secret).into())
+    }
+
+    fn by_digest(&self, secret: &Secret) -> Option<Key> {
         let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
-        keys.iter().fold(None, |found, key| {
-            if key.secret.ct_eq(&secret).into() { Some(key.caller.clone()) } else { found }
-        })
+        keys.iter().fold(
+            None,
+            |found, key| {
+                if key.secret.ct_eq(secret).into() { Some(key.clone()) } else { found }
+            },
+        )
     }
 
     fn report(&self, stale: bool) {

@@ -11,7 +11,7 @@ use poem::{
 };
 use tracing::Instrument;
 
-use super::{body::Inbound, caller::Caller, keys::Keys, request_id, span::ServerSpan};
+use super::{admission::Admission, body::Inbound, caller::Caller, request_id};
 use crate::problem::{MALFORMED_REQUEST, Problem};
 
 /// A 401 to a request with a key (RFC 6750, 3.1).
@@ -22,13 +22,13 @@ const HUNG_UP: u16 = 499;
 const NO_ROUTE: &str = "none";
 
 /// Routes as clients meet them: every error and panic becomes a problem, and every request has an id, a line in the
-/// log, and is counted and timed by method, route pattern and status. Where there are keys, it needs one.
-pub fn guarded(routes: Route, keys: Keys) -> impl Endpoint<Output = Response> + 'static {
+/// log, and is counted and timed by method, route pattern and status. Only what `admission` admits reaches the routes.
+pub fn guarded(routes: Route, admission: impl Admission) -> impl Endpoint<Output = Response> + 'static {
     // The panic hook logs where it was.
     let panicked = |_: Box<dyn Any + Send>| Problem::internal();
     routes
         .with(CatchPanic::new().with_handler(panicked))
-        .around(move |next, request| observe(next, request, keys.clone()))
+        .around(move |next, request| observe(next, request, admission.clone()))
 }
 
 /// Marks a request for headers alone: poem's routes turn a HEAD into a GET.
@@ -43,14 +43,14 @@ pub fn headers_only(request: &Request) -> bool {
 async fn observe(
     next: Arc<impl Endpoint<Output = Response>>,
     mut request: Request,
-    keys: Keys,
+    admission: impl Admission,
 ) -> poem::Result<Response> {
     let started = Instant::now();
     let id = request_id::of(request.headers());
     let inbound = request.data::<Inbound>().cloned();
     let (has_body, has_key) =
         (has_body(request.headers()), request.headers().contains_key(header::AUTHORIZATION));
-    let admitted = addressed(&request).and_then(|()| keys.caller(&request));
+    let admitted = addressed(&request).and_then(|()| admission.caller(&request));
     let caller = admitted.as_ref().map_or_else(|_| Caller::anonymous(), Caller::clone);
     // Handlers find a caller also where no key is needed.
     request.set_data(caller.clone());
@@ -190,6 +190,7 @@ mod tests {
     use poem::{get, handler};
 
     use super::*;
+    use crate::front::Keys;
 
     #[handler]
     fn defect() {

@@ -22,93 +22,126 @@ const HOLDERS_IN_TEXT: usize = 10;
 
 /// Where the relays of a database stand.
 #[derive(Debug, Serialize)]
-pub(super) struct Status {
+pub struct Status {
     /// The server is a standby, so that the rest is a copy, and of some time ago.
-    in_recovery: bool,
-    relays: Vec<RelayStatus>,
-    lock_holders: Vec<LockHolder>,
+    pub in_recovery: bool,
+    /// Each relay name.
+    pub relays: Vec<RelayStatus>,
+    /// The transactions that hold the outbox lock.
+    pub lock_holders: Vec<LockHolder>,
 }
 
+/// Where one relay name stands.
 #[derive(Debug, Serialize)]
-struct RelayStatus {
-    name: String,
+pub struct RelayStatus {
+    /// The relay name.
+    pub name: String,
     /// None when nobody holds the leader's lock, or its holder has been silent for too long.
-    leader: Option<Leader>,
+    pub leader: Option<Leader>,
     /// Who led last, when nobody does.
-    last_leader: Option<LastLeader>,
-    position: Position,
-    backlog: BacklogStatus,
+    pub last_leader: Option<LastLeader>,
+    /// How far it is.
+    pub position: Position,
+    /// What is not settled.
+    pub backlog: BacklogStatus,
     /// None at the first look.
-    rate: Option<Rate>,
-    open: Open,
-    parked: ParkedCounts,
+    pub rate: Option<Rate>,
+    /// What is not settled, below the last position read.
+    pub open: Open,
+    /// Events that are set aside.
+    pub parked: ParkedCounts,
     /// Events that wait in the database.
-    waiting_events: WaitingEvents,
-    paused: Option<Paused>,
+    pub waiting_events: WaitingEvents,
+    /// None unless it is paused.
+    pub paused: Option<Paused>,
     /// What the leader waits for.
-    waiting: Vec<Waiting>,
+    pub waiting: Vec<Waiting>,
 }
 
+/// The relay that leads.
 #[derive(Debug, Serialize)]
-struct Leader {
-    identity: Option<String>,
-    since: Option<DateTime<Utc>>,
-    heartbeat_age_seconds: Option<f64>,
-    pid: Option<i32>,
+pub struct Leader {
+    /// Its host and process.
+    pub identity: Option<String>,
+    /// When it began to lead.
+    pub since: Option<DateTime<Utc>>,
+    /// Seconds since its last heartbeat.
+    pub heartbeat_age_seconds: Option<f64>,
+    /// Its session.
+    pub pid: Option<i32>,
 }
 
+/// The relay that led last.
 #[derive(Debug, Serialize)]
-struct LastLeader {
-    identity: String,
-    heartbeat_age_seconds: Option<f64>,
+pub struct LastLeader {
+    /// Its host and process.
+    pub identity: String,
+    /// Seconds since its last heartbeat.
+    pub heartbeat_age_seconds: Option<f64>,
     /// A session that holds the leader's lock without a heartbeat.
-    pid: Option<i32>,
+    pub pid: Option<i32>,
 }
 
+/// How far a relay is.
 #[derive(Debug, Serialize)]
-struct Position {
-    low_water: i64,
-    high: i64,
-    mark: i64,
+pub struct Position {
+    /// Every position up to here is settled.
+    pub low_water: i64,
+    /// The last position read.
+    pub high: i64,
+    /// The last position handed out.
+    pub mark: i64,
 }
 
+/// Events that are not settled.
 #[derive(Debug, Serialize)]
-struct BacklogStatus {
+pub struct BacklogStatus {
     /// None when there are more than are counted.
-    events: Option<i64>,
+    pub events: Option<i64>,
     /// Positions handed out and not settled: never less than the events, and cheap to know.
-    at_most: i64,
-    oldest_created_at: Option<Made>,
-    age_seconds: Option<f64>,
+    pub at_most: i64,
+    /// When the oldest was made, as its writer says.
+    pub oldest_created_at: Option<Made>,
+    /// The age of the oldest.
+    pub age_seconds: Option<f64>,
 }
 
+/// How fast a relay goes.
 #[derive(Debug, Serialize)]
-struct Rate {
-    over_seconds: f64,
+pub struct Rate {
+    /// What was measured.
+    pub over_seconds: f64,
     /// None while more events wait than are counted.
-    published_per_second: Option<f64>,
-    appended_per_second: f64,
+    pub published_per_second: Option<f64>,
+    /// Positions handed out.
+    pub appended_per_second: f64,
     /// None when the backlog does not shrink.
-    drained_in_seconds: Option<f64>,
+    pub drained_in_seconds: Option<f64>,
 }
 
+/// Positions below the last one read that are not settled.
 #[derive(Debug, Serialize)]
-struct Open {
-    ranges: i64,
-    positions: i64,
+pub struct Open {
+    /// Stretches of positions.
+    pub ranges: i64,
+    /// The positions in them.
+    pub positions: i64,
     /// How many of the positions have no stored event; none when there are too many to count.
-    missing: Option<i64>,
+    pub missing: Option<i64>,
 }
 
+/// A pause.
 #[derive(Debug, Serialize)]
-struct Paused {
-    since: DateTime<Utc>,
-    by: Option<String>,
+pub struct Paused {
+    /// Since when.
+    pub since: DateTime<Utc>,
+    /// The operator who paused it, with the reason.
+    pub by: Option<String>,
 }
 
 /// How far a relay was at a time, to know later how fast it went.
-#[derive(Debug)]
-pub(super) struct Progress {
+#[derive(Clone, Debug)]
+pub struct Progress {
     name: String,
     at: DateTime<Utc>,
     published: Option<i64>,
@@ -122,8 +155,8 @@ fn published(row: &RelayRow, undelivered: &Undelivered) -> Option<i64> {
     Some(row.settled() - undelivered.parked.all() - waiting)
 }
 
-/// Of each relay.
-pub(super) fn progress(state: &State) -> Vec<Progress> {
+/// How far each relay is.
+pub fn progress(state: &State) -> Vec<Progress> {
     state
         .relays
         .iter()
@@ -138,7 +171,7 @@ pub(super) fn progress(state: &State) -> Vec<Progress> {
 
 impl Status {
     /// `before`: an earlier look, for the rates.
-    pub(super) fn new(state: State, before: &[Progress]) -> Self {
+    pub fn new(state: State, before: &[Progress]) -> Self {
         let relays = state.relays.into_iter().map(|(row, backlog, undelivered)| {
             let before = before.iter().find(|before| before.name == row.name);
             RelayStatus::new(row, &backlog, undelivered, before)
@@ -234,7 +267,8 @@ impl RelayStatus {
             && self.waiting_events.is_empty()
     }
 
-    fn leader_text(&self) -> String {
+    /// The leader, for people.
+    pub fn leader_text(&self) -> String {
         if let Some(leader) = &self.leader {
             return format!(
                 "led by {} since {}, heartbeat {} ago",
@@ -286,7 +320,8 @@ impl RelayStatus {
 }
 
 impl BacklogStatus {
-    fn text(&self) -> String {
+    /// For people.
+    pub fn text(&self) -> String {
         let count = match self.events {
             Some(0) if self.at_most > 0 => {
                 let positions = many(self.at_most, "position");
@@ -326,7 +361,8 @@ impl Rate {
         })
     }
 
-    fn text(&self) -> String {
+    /// For people.
+    pub fn text(&self) -> String {
         let drained = match (self.drained_in_seconds, self.published_per_second) {
             (Some(0.0), _) | (None, None) => String::new(),
             (Some(seconds), _) => format!("; drained in {}", span(seconds)),
@@ -341,7 +377,8 @@ impl Rate {
 }
 
 impl Open {
-    fn text(&self) -> String {
+    /// For people.
+    pub fn text(&self) -> String {
         let (positions, ranges) = (many(self.positions, "position"), many(self.ranges, "range"));
         let missing =
             self.missing.map_or_else(|| "too many to count".to_owned(), |missing| missing.to_string());

@@ -16,9 +16,18 @@ const LONGEST_NAME: usize = 64;
 pub(super) type Secret = [u8; 32];
 
 /// A key, without its secret.
-pub(super) struct Key {
+#[derive(Clone, PartialEq, Eq)]
+pub struct Key {
     pub(super) caller: Caller,
+    /// Its digest.
     pub(super) secret: Secret,
+}
+
+impl Key {
+    /// The client that has it.
+    pub fn caller(&self) -> &Caller {
+        &self.caller
+    }
 }
 
 /// Changes when the file is written to, gets other permissions, or is replaced, also behind a link: device, inode, time of
