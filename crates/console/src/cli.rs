@@ -1,0 +1,52 @@
+//! The command line.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Parser, Subcommand};
+use daemon::{shutdown::ShutdownArgs, telemetry::TelemetryArgs};
+use web::front::{ConcurrencyArgs, FrontArgs};
+
+/// Shows outboxes and inboxes to their operators, and lets them act.
+#[derive(Debug, Parser)]
+#[command(name = "outbox-console", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve the pages until stopped.
+    Run(Box<RunArgs>),
+    /// Ask a running console whether it is ready; exit code 1, with the reasons, when it is not.
+    Health(ListenArgs),
+}
+
+/// Where the console listens.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct ListenArgs {
+    /// The address of the pages, /live, /ready and /metrics.
+    #[arg(long, env = "LISTEN", default_value = "127.0.0.1:8005", value_name = "ADDRESS:PORT")]
+    pub listen: SocketAddr,
+}
+
+/// Settings of `run`.
+#[derive(Debug, clap::Args)]
+#[expect(missing_docs, reason = "each group documents itself")]
+pub struct RunArgs {
+    /// A TOML file with the outboxes, the inboxes and the roles.
+    #[arg(long, env = "CONFIG_FILE", value_name = "PATH")]
+    pub config: PathBuf,
+    #[command(flatten)]
+    pub listen: ListenArgs,
+    #[command(flatten)]
+    pub front: FrontArgs,
+    #[command(flatten)]
+    pub concurrency: ConcurrencyArgs,
+    #[command(flatten)]
+    pub shutdown: ShutdownArgs,
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+}

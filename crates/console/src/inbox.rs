@@ -1,0 +1,87 @@
+//! One inbox as the console sees it.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use daemon::config::database::Database;
+use inbox::{held, rejected};
+use sqlx::{PgConnection, PgPool};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    outbox::reason,
+    watch::{Target, Watch},
+};
+
+/// One connection for the looks, and one for what a page asks beyond them.
+const CONNECTIONS: u32 = 2;
+/// How many causes are shown.
+const CAUSES: i64 = 50;
+
+/// An inbox: one consumer of one database.
+#[derive(Debug)]
+pub struct Inbox {
+    /// What the file calls it.
+    pub name: String,
+    /// The consumer's name in the schema `inbox`.
+    pub consumer: String,
+    /// Its queues.
+    pub queues: Vec<String>,
+    /// Its database's address and user, without the password.
+    pub address: String,
+    /// Connections for what a page asks.
+    pub pool: PgPool,
+    /// What was seen last.
+    pub watch: Watch<Look>,
+}
+
+/// What one look sees.
+#[derive(Debug)]
+pub struct Look {
+    /// Events that wait, by cause.
+    pub held: held::Groups,
+    /// Messages that cannot be applied, by reason.
+    pub rejected: rejected::Groups,
+    /// The newest incarnation of each source that it follows.
+    pub sources: BTreeMap<String, i64>,
+    /// When the last event was applied, of those that were looked at.
+    pub applied_at: Option<DateTime<Utc>>,
+}
+
+/// A row for each source.
+const SOURCES: &str = "SELECT name, incarnation FROM inbox.source WHERE consumer = $1 ORDER BY name";
+
+impl Inbox {
+    /// Connects when it is first looked at.
+    pub fn new(name: &str, consumer: Option<String>, queues: Vec<String>, database: &Database) -> Self {
+        Self {
+            name: name.to_owned(),
+            consumer: consumer.unwrap_or_else(|| name.to_owned()),
+            queues,
+            address: database.address(),
+            pool: database.pool(CONNECTIONS),
+            watch: Watch::default(),
+        }
+    }
+
+    /// Looks at it again and again, until `stop`.
+    pub async fn run(&self, stop: CancellationToken) {
+        self.watch.run(stop, self).await;
+    }
+}
+
+impl Target for Inbox {
+    type Look = Look;
+
+    async fn look(&self) -> Result<Look, String> {
+        let mut conn = self.pool.acquire().await.map_err(|error| reason(&error))?;
+        look(&mut conn, &self.consumer).await.map_err(|error| reason(&error))
+    }
+}
+
+async fn look(conn: &mut PgConnection, consumer: &str) -> sqlx::Result<Look> {
+    let held = held::groups(conn, consumer, CAUSES).await?;
+    let rejected = rejected::groups(conn, consumer).await?;
+    let sources: Vec<(String, i64)> = sqlx::query_as(SOURCES).bind(consumer).fetch_all(conn).await?;
+    Ok(Look { held, rejected, sources: sources.into_iter().collect(), applied_at: None })
+}

@@ -1,0 +1,83 @@
+//! The operator's page for outboxes and inboxes.
+//!
+//! One task looks at each database ([`watch`]); a page shows what was seen last ([`pages`]) with the verdict on it
+//! ([`verdict`]). Who may see and do what is decided before every route ([`access`], [`routes`]).
+
+pub mod access;
+pub mod cli;
+pub mod file;
+pub mod inbox;
+pub mod outbox;
+pub mod page;
+pub mod pages;
+pub mod plot;
+pub mod routes;
+pub mod sample;
+pub mod verdict;
+pub mod watch;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use daemon::{
+    config::SettingError,
+    health::{Health, Identity},
+    shutdown::Shutdown,
+};
+use metrics_exporter_prometheus::PrometheusHandle;
+use poem::Route;
+use web::front::Front;
+
+use crate::{access::Access, cli::RunArgs, file::File, inbox::Inbox, outbox::Outbox};
+
+/// What the pages are about.
+pub struct Console {
+    /// The outboxes by name.
+    pub outboxes: BTreeMap<String, Arc<Outbox>>,
+    /// The inboxes by name.
+    pub inboxes: BTreeMap<String, Arc<Inbox>>,
+    /// Who may see and do what.
+    pub access: Access,
+}
+
+/// Serves the pages until `shutdown` is requested. Fails when the settings are wrong or the address is taken. A database
+/// that is away is no failure: its card says so.
+pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -> anyhow::Result<()> {
+    let file = File::read(&args.config)?;
+    if args.front.keys.api_keys_file.is_none() {
+        let problem = "is not set; the console needs the keys of its operators: name a file with lines such as alice:SECRET";
+        return Err(SettingError::new("API_KEYS_FILE (or --api-keys-file)", problem).into());
+    }
+    let front = Front::new(args.listen.listen, &args.front, 0)?;
+    let mut outboxes = BTreeMap::new();
+    for (name, table) in file.outbox {
+        let database = file::database("outbox", &name, table.database_url_file.as_ref())?;
+        outboxes.insert(name.clone(), Arc::new(Outbox::new(&name, table.relay, &database)));
+    }
+    let mut inboxes = BTreeMap::new();
+    for (name, table) in file.inbox {
+        let database = file::database("inbox", &name, table.database_url_file.as_ref())?;
+        let inbox = Inbox::new(&name, table.consumer, table.queues, &database);
+        inboxes.insert(name, Arc::new(inbox));
+    }
+    for outbox in outboxes.values() {
+        let (outbox, stop) = (Arc::clone(outbox), shutdown.requested().clone());
+        shutdown.spawn("outbox", async move {
+            outbox.run(stop).await;
+            Ok(())
+        });
+    }
+    for inbox in inboxes.values() {
+        let (inbox, stop) = (Arc::clone(inbox), shutdown.requested().clone());
+        shutdown.spawn("inbox", async move {
+            inbox.run(stop).await;
+            Ok(())
+        });
+    }
+    let access = Access::new(front.keys().clone(), file.role);
+    let health = Health::of(Identity::of("outbox-console"));
+    let console = Arc::new(Console { outboxes, inboxes, access: access.clone() });
+    let routes = routes::routes(&console, web::health::add_to(Route::new(), &health, Some(&metrics)));
+    let drain = args.shutdown.drain_timeout;
+    front.start_with(&shutdown, routes, access, drain)?;
+    shutdown.finish(drain).await
+}

@@ -1,0 +1,126 @@
+//! An outbox: its verdict, its relays, its database.
+
+use maud::{Markup, html};
+use outbox_relay::command::{span, status::RelayStatus};
+
+use super::{findings, freshness, time};
+use crate::{
+    outbox::{Look, Outbox},
+    page::Page,
+    plot,
+    verdict::{backlog, of_outbox},
+};
+
+/// Its page.
+pub async fn page(outbox: &Outbox) -> Page {
+    let seen = outbox.watch.latest().await;
+    let found = of_outbox(outbox, &seen);
+    Page::live(
+        format!("Outbox {}", outbox.name),
+        html! {
+            (freshness(&seen))
+            (findings(&found))
+            @if let Some(good) = &seen.good {
+                @for relay in &good.look.status.relays { (of_relay(relay)) }
+                (of_database(&good.look, &outbox.address))
+            }
+            section #hour aria-labelledby="hour-is" {
+                h2 #hour-is { "The last hour" }
+                (plot::hour(&outbox.samples.all()))
+            }
+        },
+    )
+}
+
+fn of_relay(relay: &RelayStatus) -> Markup {
+    html! {
+        section id={ "relay-" (relay.name) } aria-label={ "Relay " (relay.name) } {
+            h2 { "Relay " (relay.name) }
+            dl {
+                dt { "Leader" } dd { (escape::line(&relay.leader_text())) }
+                dt { "Backlog" } dd { (backlog(&relay.backlog)) }
+                @if let Some(rate) = &relay.rate { dt { "Rate" } dd { (rate.text()) } }
+                dt { "Position" }
+                dd {
+                    "settled up to " (relay.position.low_water) ", read up to " (relay.position.high)
+                    ", handed out up to " (relay.position.mark)
+                }
+                @if relay.open.ranges > 0 { dt { "Open" } dd { (relay.open.text()) } }
+                @if let Some(paused) = &relay.paused {
+                    dt { "Paused" }
+                    dd { "since " (time(paused.since)) @if let Some(by) = &paused.by { " by " (escape::line(by)) } }
+                }
+                @for waiting in &relay.waiting { dt { "Waits for" } dd { (escape::line(&waiting.text())) } }
+                dt { "Set aside" } dd { (relay.parked.text()) }
+            }
+            @if !relay.waiting_events.is_empty() {
+                h3 { "Events that wait" }
+                p { (relay.waiting_events.text()) }
+                div.scroll { table {
+                    thead { tr { th scope="col" { "Type" } th scope="col" { "Why" } th.number scope="col" { "Aggregates" } th scope="col" { "Since" } th scope="col" { "Oldest" } } }
+                    tbody { @for group in &relay.waiting_events.groups { tr {
+                        td { (escape::line(&group.type_)) }
+                        td { (group.reason) ": " (escape::line(&group.detail)) }
+                        td.number { (group.aggregates) }
+                        td { (time(group.since)) }
+                        td { a href={ "/find?q=" (group.oldest) } { (group.oldest) } }
+                    } } }
+                } }
+            }
+        }
+    }
+}
+
+fn of_database(look: &Look, address: &str) -> Markup {
+    let holders = &look.status.lock_holders;
+    html! {
+        section #database aria-labelledby="database-is" {
+            h2 #database-is { "Database" }
+            dl {
+                dt { "Address" } dd { (address) }
+                dt { "Source" }
+                dd {
+                    @match (&look.overview.source, look.overview.incarnation) {
+                        (Some(source), Some(incarnation)) if incarnation > 1 => { (source) ", incarnation " (incarnation) }
+                        (Some(source), _) => { (source) }
+                        _ => { "none" }
+                    }
+                }
+                dt { "Partitions" }
+                dd {
+                    @match look.overview.partitions_end {
+                        Some(end) => { (end - look.overview.last_position - 1) " positions ahead of the last one" }
+                        None => { "none ahead" }
+                    }
+                }
+                @if look.overview.pending_erasures > 0 {
+                    dt { "Erasures" } dd { (look.overview.pending_erasures) " under way" }
+                }
+                dt { "Outbox lock" }
+                dd {
+                    @if holders.is_empty() { "held by nobody" } @else {
+                        ul { @for holder in holders.iter().take(10) { li { (escape::line(&holder.text())) } } }
+                        @if holders.len() > 10 { "and " (holders.len() - 10) " more, all younger" }
+                    }
+                }
+                dt { "Long transactions" }
+                dd {
+                    @if look.long_transactions.is_empty() { "none" } @else {
+                        ul { @for open in &look.long_transactions { li {
+                            "pid " (open.pid) " ("
+                            (escape::line(open.application_name.as_deref().filter(|name| !name.is_empty()).unwrap_or("without a name")))
+                            @if let Some(state) = &open.state { ", " (state) } "), for " (span(open.seconds))
+                        } } }
+                    }
+                }
+                @for table in &look.unvacuumed {
+                    dt { "Dead rows" }
+                    dd {
+                        (escape::line(&table.name)) ": " (table.dead) " dead, " (table.live) " live, vacuumed "
+                        @if let Some(at) = table.vacuumed_at { (time(at)) } @else { "never" }
+                    }
+                }
+            }
+        }
+    }
+}
