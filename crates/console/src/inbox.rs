@@ -9,12 +9,13 @@ use sqlx::{PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    looks::Looks,
     outbox::reason,
     watch::{Target, Watch},
 };
 
-/// One connection for the looks, and one for what a page asks beyond them.
-const CONNECTIONS: u32 = 2;
+/// For what a page asks beyond the looks, which have one of their own.
+const CONNECTIONS: u32 = 1;
 /// How many causes are shown.
 const CAUSES: i64 = 50;
 
@@ -31,6 +32,7 @@ pub struct Inbox {
     pub address: String,
     /// Connections for what a page asks.
     pub pool: PgPool,
+    looks: Looks,
     /// What was seen last.
     pub watch: Watch<Look>,
 }
@@ -60,6 +62,7 @@ impl Inbox {
             queues,
             address: database.address(),
             pool: database.pool(CONNECTIONS),
+            looks: Looks::new(database.clone()),
             watch: Watch::default(),
         }
     }
@@ -74,8 +77,10 @@ impl Target for Inbox {
     type Look = Look;
 
     async fn look(&self) -> Result<Look, String> {
-        let mut conn = self.pool.acquire().await.map_err(|error| reason(&error))?;
-        look(&mut conn, &self.consumer).await.map_err(|error| reason(&error))
+        let mut conn = self.looks.take().await.map_err(|error| reason(&error))?;
+        let seen = look(&mut conn, &self.consumer).await.map_err(|error| reason(&error))?;
+        self.looks.keep(conn);
+        Ok(seen)
     }
 }
 

@@ -7,6 +7,7 @@ pub mod access;
 pub mod cli;
 pub mod file;
 pub mod inbox;
+mod looks;
 pub mod outbox;
 pub mod page;
 pub mod pages;
@@ -24,7 +25,6 @@ use daemon::{
     shutdown::Shutdown,
 };
 use metrics_exporter_prometheus::PrometheusHandle;
-use poem::Route;
 use web::front::Front;
 
 use crate::{access::Access, cli::RunArgs, file::File, inbox::Inbox, outbox::Outbox};
@@ -76,7 +76,7 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     let access = Access::new(front.keys().clone(), file.role);
     let health = Health::of(Identity::of("outbox-console"));
     let console = Arc::new(Console { outboxes, inboxes, access: access.clone() });
-    let routes = routes::routes(&console, web::health::add_to(Route::new(), &health, Some(&metrics)));
+    let routes = routes::routes(&console, |routes| web::health::add_to(routes, &health, Some(&metrics)));
     let drain = args.shutdown.drain_timeout;
     front.start_with(&shutdown, routes, access, drain)?;
     shutdown.finish(drain).await

@@ -16,12 +16,13 @@ use sqlx::{PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    looks::Looks,
     sample::{Sample, Samples},
     watch::{Target, Watch},
 };
 
-/// One connection for the looks, and one for what a page asks beyond them.
-const CONNECTIONS: u32 = 2;
+/// For what a page asks beyond the looks, which have one of their own.
+const CONNECTIONS: u32 = 1;
 /// Rates are measured over about this time.
 const RATE: Duration = Duration::from_secs(10);
 /// A transaction that is open for so long is shown.
@@ -38,6 +39,7 @@ pub struct Outbox {
     pub address: String,
     /// Connections for what a page asks.
     pub pool: PgPool,
+    looks: Looks,
     /// What was seen last.
     pub watch: Watch<Look>,
     /// The last hour.
@@ -126,6 +128,7 @@ impl Outbox {
             relay,
             address: database.address(),
             pool: database.clone().by_index().pool(CONNECTIONS),
+            looks: Looks::new(database.clone().by_index()),
             watch: Watch::default(),
             samples: Samples::default(),
             before: Mutex::default(),
@@ -138,11 +141,11 @@ impl Outbox {
     }
 
     async fn look_once(&self) -> sqlx::Result<Look> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = self.looks.take().await?;
         let state = state::look(&mut conn, self.relay.as_deref()).await?;
         let progress = status::progress(&state);
         let (overview, long_transactions, unvacuumed) = rest(&mut conn).await?;
-        drop(conn);
+        self.looks.keep(conn);
         let mut before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
         let status = Status::new(state, before.front().map_or(&[], |(_, progress)| progress));
         before.push_back((Instant::now(), progress));

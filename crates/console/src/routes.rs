@@ -42,7 +42,10 @@ impl Form {
 type Answer = Result<Page, Refused>;
 
 /// All pages.
-pub fn routes(console: &Arc<Console>, health: Route) -> Route {
+pub fn routes(
+    console: &Arc<Console>,
+    add_health: impl FnOnce(Route) -> Route,
+) -> impl Endpoint<Output = Response> + 'static {
     let page = |path: &'static str| page_of(console, path);
     let routes = Route::new()
         .at("/", page("/"))
@@ -52,10 +55,9 @@ pub fn routes(console: &Arc<Console>, health: Route) -> Route {
         .at("/login", login(&console.access))
         .at("/logout", log_out(&console.access))
         .at("/style.css", asset("text/css; charset=utf-8", STYLE))
-        .at("/refresh.js", asset("text/javascript; charset=utf-8", SCRIPT))
-        .nest("/", health);
+        .at("/refresh.js", asset("text/javascript; charset=utf-8", SCRIPT));
     let access = console.access.clone();
-    Route::new().nest("/", routes.around(move |next, request| guard(next, request, access.clone())))
+    add_health(routes).around(move |next, request| guard(next, request, access.clone()))
 }
 
 fn page_of(console: &Arc<Console>, path: &'static str) -> impl Endpoint<Output = Response> + 'static {

@@ -19,7 +19,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use daemon::{config::SettingError, shutdown::Shutdown};
-use poem::Route;
+use poem::{Endpoint, Response, Route};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -94,7 +94,7 @@ impl Front {
     pub fn start_with(
         self,
         shutdown: &Shutdown,
-        routes: Route,
+        routes: impl Endpoint<Output = Response> + 'static,
         admission: impl Admission,
         drain: Duration,
     ) -> anyhow::Result<CancellationToken> {

@@ -5,7 +5,7 @@ use std::{any::Any, sync::Arc, time::Instant};
 use daemon::health;
 use opentelemetry::context::FutureExt;
 use poem::{
-    Endpoint, EndpointExt, IntoResponse, PathPattern, Request, Response, Route,
+    Endpoint, EndpointExt, IntoResponse, PathPattern, Request, Response,
     http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, uri::Authority},
     middleware::CatchPanic,
 };
@@ -23,7 +23,10 @@ const NO_ROUTE: &str = "none";
 
 /// Routes as clients meet them: every error and panic becomes a problem, and every request has an id, a line in the
 /// log, and is counted and timed by method, route pattern and status. Only what `admission` admits reaches the routes.
-pub fn guarded(routes: Route, admission: impl Admission) -> impl Endpoint<Output = Response> + 'static {
+pub fn guarded(
+    routes: impl Endpoint<Output = Response> + 'static,
+    admission: impl Admission,
+) -> impl Endpoint<Output = Response> + 'static {
     // The panic hook logs where it was.
     let panicked = |_: Box<dyn Any + Send>| Problem::internal();
     routes
@@ -187,7 +190,7 @@ impl Drop for Record {
 
 #[cfg(test)]
 mod tests {
-    use poem::{get, handler};
+    use poem::{Route, get, handler};
 
     use super::*;
     use crate::front::Keys;
