@@ -16,6 +16,7 @@ pub mod routes;
 pub mod sample;
 pub mod verdict;
 pub mod watch;
+pub mod way;
 
 use std::{collections::BTreeMap, sync::Arc};
 

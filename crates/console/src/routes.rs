@@ -84,7 +84,7 @@ async fn show(console: &Console, path: &str, request: &Request) -> Answer {
             Ok(pages::outbox::page(console.outboxes.get(name).ok_or_else(Refused::unknown)?).await)
         }
         "/inbox" => Ok(pages::inbox::page(console.inboxes.get(name).ok_or_else(Refused::unknown)?).await),
-        "/find" => Ok(pages::find::page(console, &query(request, "q")).await),
+        "/find" => Ok(pages::find::page(console, &query(request, "q"), query(request, "scan") == "1").await),
         _ => Err(Refused::unknown()),
     }
 }

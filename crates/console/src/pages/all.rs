@@ -64,7 +64,7 @@ pub async fn page(console: &Console) -> Page {
     cards.sort_by_key(|card| card.finding.level);
     let wrong = cards.iter().filter(|card| card.finding.level != Level::Well).count();
     let title = match wrong {
-        0 => format!("All {} are well", cards.len()),
+        0 => "Everything is well".to_owned(),
         1 => format!("1 of {} is not well", cards.len()),
         wrong => format!("{wrong} of {} are not well", cards.len()),
     };

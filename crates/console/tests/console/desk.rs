@@ -34,13 +34,15 @@ pub(crate) struct Shop {
     pub(crate) reader_url: String,
     /// The URL of the relay's role.
     pub(crate) relay_url: String,
+    /// A superuser's URL.
+    pub(crate) admin_url: String,
 }
 
 impl Shop {
     pub(crate) async fn new(name: &str) -> Self {
         let url = testing::database(name).await;
-        let (_, host) = url.rsplit_once('@').unwrap();
-        let (_, database) = url.rsplit_once('/').unwrap();
+        let host = url.rsplit_once('@').unwrap().1.to_owned();
+        let database = url.rsplit_once('/').unwrap().1.to_owned();
         let admin = PgPool::connect(&url).await.unwrap();
         let mut conn = admin.acquire().await.unwrap();
         outbox::install(&mut conn, "shop").await.unwrap();
@@ -58,7 +60,13 @@ impl Shop {
             admin,
             reader_url: format!("postgres://{reader}:{PASSWORD}@{host}"),
             relay_url: format!("postgres://{relay}:{PASSWORD}@{host}"),
+            admin_url: url,
         }
+    }
+
+    /// The schema of inboxes, in the same database.
+    pub(crate) async fn with_inbox(&self) {
+        inbox::migrator().run(&mut *self.admin.acquire().await.unwrap()).await.unwrap();
     }
 
     pub(crate) async fn run(&self, sql: &str) {

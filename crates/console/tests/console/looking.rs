@@ -17,8 +17,34 @@ async fn an_outbox_that_is_well() {
     shop.append("thing.new", 3).await;
     shop.settle().await;
     let console = console(&shop).await;
-    assert_read!(console.reads("/", "Well").await, @"");
-    assert_read!(console.reads("/outbox/shop", "Well").await, @"");
+    assert_read!(console.reads("/", "Well").await, @r"
+# Everything is well
+## Outbox shop: ✔ Well
+Everything flows. Nothing waits.
+- Backlog: Nothing waits.
+");
+    assert_read!(console.reads("/outbox/shop", "published/s").await, @r"
+# Outbox shop
+## ✔ Well
+Everything flows. Nothing waits.
+## Relay default
+- Leader: led by host:7 since TIME, heartbeat SPAN ago
+- Backlog: Nothing waits.
+- Rate: N published/s, N appended/s, over SPAN
+- Position: settled up to 3, read up to 3, handed out up to 3
+- Set aside: 0 unroutable, 0 refused
+## Database
+- Address: ADDRESS (sslmode Prefer)
+- Source: shop
+- Partitions: 999997 positions ahead of the last one
+- Outbox lock: held by nobody
+- Long transactions: none
+## The last hour
+- Events that are not settled: N now, at most N
+- Age of the oldest: SPAN now, at most SPAN
+- Published a second: N now, at most N
+- Set aside or waiting: N now, at most N
+");
 }
 
 #[tokio::test]
@@ -30,14 +56,29 @@ async fn the_verdict_names_what_is_wrong_whose_it_is_and_what_to_do() {
         let (_, verdict) = page.split_once("## ").unwrap();
         verdict.split("\n## ").next().unwrap().to_owned()
     };
-    assert_read!(verdict("No relay has led").await, @"");
+    assert_read!(verdict("No relay has led").await, @r"
+✖ Broken
+No relay has led this outbox yet.
+- Whose: The relay
+- What to do: Start one: outbox-relay run.
+");
     let leader = shop.lead().await;
     shop.append("thing.new", 3).await;
     shop.run("UPDATE outbox.relay SET paused_at = now(), paused_by = 'ann (the queue is moved)'").await;
-    assert_read!(verdict("is paused").await, @"");
+    assert_read!(verdict("is paused").await, @r"
+✖ Broken
+The relay default is paused since TIME by ann (the queue is moved). 3 events wait, the oldest for SPAN.
+- Whose: The operator who paused it
+- What to do: Resume it below, once the reason is gone.
+");
     shop.run("UPDATE outbox.relay SET paused_at = NULL, paused_by = NULL").await;
     shop.run("UPDATE outbox.relay SET waiting = '[{\"part\": \"broker\", \"reason\": \"connection refused\", \"seconds\": 30}]'").await;
-    assert_read!(verdict("connection refused").await, @"");
+    assert_read!(verdict("connection refused").await, @r"
+✖ Broken
+The relay default waits for broker: connection refused, for SPAN. 3 events wait, the oldest for SPAN.
+- Whose: The broker
+- What to do: Mend what the reason names. The relay goes on by itself then.
+");
     shop.run("UPDATE outbox.relay SET waiting = '[]'").await;
     shop.settle().await;
     shop.run(
@@ -47,10 +88,20 @@ async fn the_verdict_names_what_is_wrong_whose_it_is_and_what_to_do() {
                 'unroutable', 'no queue took it' FROM outbox.event",
     )
     .await;
-    assert_read!(verdict("aside").await, @"");
+    assert_read!(verdict("events aside").await, @r"
+✖ Broken
+The relay default waits for broker: connection refused, for SPAN. 3 events wait, the oldest for SPAN.
+- Whose: The broker
+- What to do: Mend what the reason names. The relay goes on by itself then.
+");
     shop.run("DELETE FROM outbox.parked").await;
     leader.close().await.unwrap();
-    assert_read!(verdict("No relay leads").await, @"");
+    assert_read!(verdict("No relay leads").await, @r"
+✖ Broken
+No relay leads under the name default. The last was host:7, SPAN ago. Nothing waits.
+- Whose: The relay
+- What to do: Start it: outbox-relay run --name default. If it runs, its /ready says what it waits for.
+");
 }
 
 #[tokio::test]
@@ -70,7 +121,18 @@ async fn a_database_that_is_away_says_so_and_disturbs_no_other() {
     )
     .await;
     let page = console.reads("/", "did not respond within").await;
-    assert_read!(page, @"");
+    assert_read!(page, @r"
+# 2 of 3 are not well
+## Outbox gone: ✖ Broken
+The console cannot look at this database since TIME: the database does not answer: Connection refused (os error 111). Address: ADDRESS (sslmode Prefer).
+The database. Start the database, or mend the way to it or the console's role. Until then, what follows is the last look.
+## Outbox silent: ✖ Broken
+The console cannot look at this database since TIME: it did not respond within SPAN. Address: ADDRESS (sslmode Prefer).
+The database. Start the database, or mend the way to it or the console's role. Until then, what follows is the last look.
+## Outbox shop: ✔ Well
+Everything flows. Nothing waits.
+- Backlog: Nothing waits. N published/s, N appended/s, over SPAN.
+");
     // A page of the one that is well does not wait for the others.
     let well = tokio::time::timeout(Duration::from_secs(20), console.get("/outbox/shop", LOOKER)).await.unwrap();
     assert!(well.1.contains("Everything flows"), "{}", well.1);

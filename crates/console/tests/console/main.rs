@@ -4,4 +4,5 @@
 mod desk;
 
 mod access;
+mod finding;
 mod looking;
