@@ -26,7 +26,7 @@ async fn main() -> ExitCode {
 }
 
 async fn start() -> anyhow::Result<Verdict> {
-    let Parsed { cli, settings, tables } = cli::parse_tables::<Cli>(TABLES)?;
+    let Parsed { cli, settings, tables, .. } = cli::parse_tables::<Cli>(TABLES)?;
     match cli.command {
         Command::Run(args) if args.check_config => {
             telemetry::start(&args.telemetry)?;

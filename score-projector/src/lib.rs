@@ -46,8 +46,9 @@ const MIGRATION_TIMEOUT: Duration = Duration::from_hours(1);
 /// The `NOTIFY` channel on which score-api waits for changes of the read model.
 const CHANNEL: &str = "score_model";
 /// Connections: two for the queue and two for its dead letters (the second commits an attempt before its transaction);
-/// one each for the check of the database, for the alarms, for the list of models, and for notices.
-const POOL_SIZE: u32 = 8;
+/// one each for the check of the database, for the alarms, for the list of models, for notices, and for what an operator
+/// asks for, with its progress.
+const POOL_SIZE: u32 = 10;
 /// How many events one transaction takes at most.
 const BATCH: u16 = 100;
 

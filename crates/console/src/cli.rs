@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::net::SocketAddr;
 
 use clap::{Parser, Subcommand};
 use daemon::{shutdown::ShutdownArgs, telemetry::TelemetryArgs};
@@ -36,9 +36,10 @@ pub struct ListenArgs {
 #[derive(Debug, clap::Args)]
 #[expect(missing_docs, reason = "each group documents itself")]
 pub struct RunArgs {
-    /// A TOML file with the outboxes, the inboxes and the roles.
-    #[arg(long, env = "CONFIG_FILE", value_name = "PATH")]
-    pub config: PathBuf,
+    /// Refuse a database's URL that leads to another machine and does not make TLS certain. Without this setting, `run`
+    /// warns.
+    #[arg(long, env = "REQUIRE_TLS")]
+    pub require_tls: bool,
     #[command(flatten)]
     pub listen: ListenArgs,
     #[command(flatten)]

@@ -1,24 +1,22 @@
-//! The configuration file: outboxes, inboxes, the broker, and the roles of keys.
+//! The tables of the configuration file: outboxes, inboxes, the broker, and the roles of keys.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
 use daemon::config::{
     SettingError,
-    database::{self, Database},
+    database::{Database, DatabaseArgs},
+    has_password,
 };
 use serde::Deserialize;
 
 use crate::access::Role;
 
+/// What is read here. The rest of the file are settings.
+pub const TABLES: [&str; 4] = ["outbox", "inbox", "broker", "role"];
 /// The timeout of a statement. The looks read bounded numbers of rows by index.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What the file says.
+/// The tables.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct File {
@@ -36,17 +34,21 @@ pub struct File {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct OutboxTable {
-    /// A file with the URL of its database.
+    /// The URL of its database, without a password.
+    pub database_url: Option<String>,
+    /// A file with the URL.
     pub database_url_file: Option<PathBuf>,
     /// The one relay name to look at; all without.
-    pub relay: Option<String>,
+    pub name: Option<String>,
 }
 
 /// An inbox.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct InboxTable {
-    /// A file with the URL of its database.
+    /// The URL of its database, without a password.
+    pub database_url: Option<String>,
+    /// A file with the URL.
     pub database_url_file: Option<PathBuf>,
     /// The consumer's name; the table's without.
     pub consumer: Option<String>,
@@ -62,42 +64,57 @@ pub struct BrokerTable {
     pub management_url_file: Option<PathBuf>,
 }
 
+fn wrong(problem: impl fmt::Display) -> SettingError {
+    SettingError::new("CONFIG_FILE (or --config)", problem)
+}
+
 impl File {
-    /// Reads it.
-    pub fn read(path: &Path) -> Result<Self, SettingError> {
-        let wrong = |problem: &dyn fmt::Display| {
-            SettingError::new("CONFIG_FILE (or --config)", format_args!("{}: {problem}", path.display()))
-        };
-        let text = std::fs::read_to_string(path).map_err(|error| wrong(&error))?;
-        // The parser's own text would quote the line, which may hold a secret by mistake.
-        let file: Self = toml::from_str(&text).map_err(|error| {
-            let before = error.span().and_then(|span| text.get(..span.start));
-            let line = before.map_or(0, |text| text.matches('\n').count()) + 1;
-            wrong(&format_args!("line {line}: {}", error.message()))
-        })?;
+    /// Reads the tables.
+    pub fn read(tables: toml::Table) -> Result<Self, SettingError> {
+        let file: Self = tables.try_into().map_err(|error: toml::de::Error| wrong(error.message()))?;
         let names = file.outbox.keys().map(|name| ("outbox", name));
         for (kind, name) in names.chain(file.inbox.keys().map(|name| ("inbox", name))) {
             let is_name = name.starts_with(|c: char| c.is_ascii_lowercase())
                 && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
             if !is_name {
                 let rule = "the name should be lower-case letters, digits or '-', a letter first";
-                return Err(wrong(&format_args!("[{kind}.{name}]: {rule}")));
+                return Err(wrong(format_args!("[{kind}.{name}]: {rule}")));
             }
         }
         if file.outbox.is_empty() && file.inbox.is_empty() {
-            return Err(wrong(&"names no database: write a table [outbox.NAME] or [inbox.NAME]"));
+            return Err(wrong("it names no database: write a table [outbox.NAME] or [inbox.NAME]"));
         }
         if file.role.is_empty() {
-            return Err(wrong(&"gives no key a role: write a table [role] with lines such as alice = \"act\""));
+            return Err(wrong("it gives no key a role: write a table [role] with lines such as alice = \"act\""));
         }
         Ok(file)
     }
 }
 
-/// The database of a table: from its file, or the variable `KIND_NAME_DATABASE_URL`.
-pub fn database(kind: &str, name: &str, file: Option<&PathBuf>) -> Result<Database, SettingError> {
+/// The database of the table `[kind.name]`: the variable `KIND_NAME_DATABASE_URL` overrides what the table has.
+pub fn database(
+    kind: &str,
+    name: &str,
+    url: Option<&String>,
+    file: Option<&PathBuf>,
+    require_tls: bool,
+) -> Result<Database, SettingError> {
+    if url.is_some_and(|url| has_password(url)) {
+        return Err(wrong(format_args!(
+            "{kind}.{name}.database-url has a password, which this file is not for; put the URL into a file of its own, \
+             and name that: database-url-file"
+        )));
+    }
     let variable = format!("{kind}_{name}_DATABASE_URL").to_uppercase().replace('-', "_");
-    let database = database::options(&variable, file, "outbox-console", STATEMENT_TIMEOUT)?;
+    let (database_url, database_url_file) = match std::env::var(&variable) {
+        Ok(url) => (Some(url.into()), None),
+        Err(_) => (url.map(|url| url.clone().into()), file.cloned()),
+    };
+    let args = DatabaseArgs { database_url, database_url_file, require_tls };
+    let named = |error: SettingError| {
+        SettingError::new(format!("{kind}.{name}.database-url-file (or {variable})"), error.problem)
+    };
+    let database = args.options("outbox-console", STATEMENT_TIMEOUT).map_err(named)?;
     database.warn();
     Ok(database)
 }
@@ -107,28 +124,30 @@ mod tests {
     use super::*;
 
     fn said(text: &str) -> String {
-        let path = std::env::temp_dir().join(format!("console-{}.toml", uuid::Uuid::new_v4()));
-        std::fs::write(&path, text).unwrap();
-        let read = File::read(&path);
-        std::fs::remove_file(&path).unwrap();
-        match read {
-            Ok(file) => format!("{:?} {:?} {:?}", file.outbox.keys(), file.inbox.keys(), file.role),
-            Err(error) => error.problem.replace(&path.display().to_string(), "FILE"),
-        }
+        let file = File::read(text.parse().unwrap());
+        let databases = file.and_then(|file| {
+            for (name, table) in &file.outbox {
+                database("outbox", name, table.database_url.as_ref(), table.database_url_file.as_ref(), true)?;
+            }
+            Ok(format!("{:?} {:?} {:?}", file.outbox.keys(), file.inbox.keys(), file.role))
+        });
+        databases.unwrap_or_else(|error| error.to_string())
     }
 
     #[test]
-    fn a_file_says_what_is_wrong_with_it_and_quotes_nothing() {
+    fn a_file_says_what_is_wrong_with_it() {
         let role = "[role]\nalice = 'act'\n";
         let all = [
-            said(&format!("{role}[outbox.shop]\ndatabase-url-file = 'x'\n[inbox.mail]\nqueues = ['m']")),
+            said(&format!("{role}[outbox.shop]\ndatabase-url = 'postgres://a@localhost/c'\n[inbox.mail]\nqueues = ['m']")),
             said("[outbox.shop]"),
             said(role),
             said("[role]\nalice = 'root'"),
             said(&format!("{role}[outbox.Shop]")),
+            said(&format!("{role}[outbox.shop]")),
+            said(&format!("{role}[outbox.shop]\nport = 1")),
             said(&format!("{role}[outbox.shop]\ndatabase-url = 'postgres://a:hush@b/c'")),
-            said(&format!("{role}[outbox.shop]\npassword = hush")),
-            said("outbox = 1"),
+            said(&format!("{role}[outbox.shop]\ndatabase-url = 'postgres://a@elsewhere/c'")),
+            said(&format!("{role}[outbox.shop]\ndatabase-url-file = '/nowhere'")),
         ];
         assert!(!all.join("").contains("hush"));
         insta::assert_snapshot!(all.join("\n"), @"");

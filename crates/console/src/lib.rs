@@ -42,8 +42,12 @@ pub struct Console {
 
 /// Serves the pages until `shutdown` is requested. Fails when the settings are wrong or the address is taken. A database
 /// that is away is no failure: its card says so.
-pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -> anyhow::Result<()> {
-    let file = File::read(&args.config)?;
+pub async fn run(
+    args: RunArgs,
+    file: File,
+    metrics: PrometheusHandle,
+    shutdown: Shutdown,
+) -> anyhow::Result<()> {
     if args.front.keys.api_keys_file.is_none() {
         let problem = "is not set; the console needs the keys of its operators: name a file with lines such as alice:SECRET";
         return Err(SettingError::new("API_KEYS_FILE (or --api-keys-file)", problem).into());
@@ -51,12 +55,14 @@ pub async fn run(args: RunArgs, metrics: PrometheusHandle, shutdown: Shutdown) -
     let front = Front::new(args.listen.listen, &args.front, 0)?;
     let mut outboxes = BTreeMap::new();
     for (name, table) in file.outbox {
-        let database = file::database("outbox", &name, table.database_url_file.as_ref())?;
-        outboxes.insert(name.clone(), Arc::new(Outbox::new(&name, table.relay, &database)));
+        let (url, file) = (table.database_url.as_ref(), table.database_url_file.as_ref());
+        let database = file::database("outbox", &name, url, file, args.require_tls)?;
+        outboxes.insert(name.clone(), Arc::new(Outbox::new(&name, table.name, &database)));
     }
     let mut inboxes = BTreeMap::new();
     for (name, table) in file.inbox {
-        let database = file::database("inbox", &name, table.database_url_file.as_ref())?;
+        let (url, file) = (table.database_url.as_ref(), table.database_url_file.as_ref());
+        let database = file::database("inbox", &name, url, file, args.require_tls)?;
         let inbox = Inbox::new(&name, table.consumer, table.queues, &database);
         inboxes.insert(name, Arc::new(inbox));
     }

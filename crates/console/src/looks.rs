@@ -8,19 +8,19 @@ use sqlx::PgConnection;
 /// A connection that stays between looks. A pool would say of a server that refuses connections only that it had none in
 /// time.
 #[derive(Debug)]
-pub struct Looks {
+pub(crate) struct Looks {
     database: Database,
     kept: Mutex<Option<PgConnection>>,
 }
 
 impl Looks {
     /// Connects at the first look.
-    pub fn new(database: Database) -> Self {
+    pub(crate) fn new(database: Database) -> Self {
         Self { database: database.quiet(), kept: Mutex::default() }
     }
 
     /// The connection of the last look that did not fail, or a new one.
-    pub async fn take(&self) -> sqlx::Result<PgConnection> {
+    pub(crate) async fn take(&self) -> sqlx::Result<PgConnection> {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
         match kept {
             Some(conn) => Ok(conn),
@@ -29,7 +29,7 @@ impl Looks {
     }
 
     /// Keeps it for the next look. One over which a look failed, or was given up, is not kept.
-    pub fn keep(&self, conn: PgConnection) {
+    pub(crate) fn keep(&self, conn: PgConnection) {
         *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(conn);
     }
 }

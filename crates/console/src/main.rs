@@ -2,13 +2,16 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use daemon::{
+    cli::{self, Parsed},
     health::Identity,
     shutdown::{self, Shutdown},
     telemetry,
 };
-use outbox_console::cli::{Cli, Command};
+use outbox_console::{
+    cli::{Cli, Command},
+    file::{File, TABLES},
+};
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -16,10 +19,11 @@ async fn main() -> ExitCode {
 }
 
 async fn start() -> anyhow::Result<()> {
-    match Cli::parse().command {
+    let Parsed { cli, own, .. } = cli::parse_beside::<Cli>(&TABLES)?;
+    match cli.command {
         Command::Run(args) => {
             let metrics = telemetry::start(&args.telemetry)?;
-            outbox_console::run(*args, metrics, Shutdown::on_signals()?).await
+            outbox_console::run(*args, File::read(own)?, metrics, Shutdown::on_signals()?).await
         }
         Command::Health(listen) => {
             daemon::probes::health(listen.listen, &Identity::of("outbox-console")).await

@@ -230,8 +230,8 @@ fn add(found: &mut Found, place: &str, applied: &[Applied], held: Vec<Held>) {
         found.inboxes.push(Step { at, place: place.to_owned(), text, is_trouble: false });
     }
     if applied.is_empty() && (!found.ways.is_empty()) {
-        let text = "has received nothing of this aggregate".to_owned();
-        found.inboxes.push(Step { at: None, place: place.to_owned(), text, is_trouble: true });
+        let text = "has received nothing of this aggregate; perhaps it does not subscribe to it".to_owned();
+        found.inboxes.push(Step { at: None, place: place.to_owned(), text, is_trouble: false });
     }
     for way in &mut found.ways {
         let version = applied.iter().map(|of| of.version).max();

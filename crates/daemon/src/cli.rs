@@ -36,6 +36,8 @@ pub struct Parsed<C> {
     pub settings: Vec<Setting>,
     /// The file's tables, for a command that is for all of them and where none was chosen.
     pub tables: Vec<Table<C>>,
+    /// What the file has beside settings, see [`parse_beside`].
+    pub own: toml::Table,
 }
 
 /// A table of the file, such as `[outbox.shop]`, with what is set for all.
@@ -102,17 +104,22 @@ impl fmt::Display for Source {
 /// Parses the command line, the environment, and the file that `--config` or `CONFIG_FILE` names. Prints the help, or an
 /// error of the command line or the environment, and ends the process, as clap does.
 pub fn parse<C: Parser>() -> Result<Parsed<C>, SettingError> {
-    parse_with(None)
+    parse_with(None, &[])
+}
+
+/// As [`parse`], where the file also has what is no setting: tables of these names, which the program reads itself.
+pub fn parse_beside<C: Parser>(own: &'static [&'static str]) -> Result<Parsed<C>, SettingError> {
+    parse_with(None, own)
 }
 
 /// As [`parse`], where the file may have tables.
 pub fn parse_tables<C: Parser>(tables: Tables) -> Result<Parsed<C>, SettingError> {
-    parse_with(Some(tables))
+    parse_with(Some(tables), &[])
 }
 
 /// As [`parse_tables`], for a process that runs and whose file may be another by now: it is never ended.
 pub fn parse_again<C: Parser>(tables: Tables) -> Result<Parsed<C>, String> {
-    let line = Line { command: command_with::<C>(Some(tables)), args: std::env::args_os().collect() };
+    let line = Line { command: command_with::<C>(Some(tables)), args: std::env::args_os().collect(), own: &[] };
     match line.parse(Some(tables)) {
         Ok(parsed) => Ok(parsed),
         Err(Wrong::Setting(error)) => Err(error.to_string()),
@@ -121,8 +128,11 @@ pub fn parse_again<C: Parser>(tables: Tables) -> Result<Parsed<C>, String> {
     }
 }
 
-fn parse_with<C: Parser>(tables: Option<Tables>) -> Result<Parsed<C>, SettingError> {
-    let line = Line { command: command_with::<C>(tables), args: std::env::args_os().collect() };
+fn parse_with<C: Parser>(
+    tables: Option<Tables>,
+    own: &'static [&'static str],
+) -> Result<Parsed<C>, SettingError> {
+    let line = Line { command: command_with::<C>(tables), args: std::env::args_os().collect(), own };
     match line.parse(tables) {
         Ok(parsed) => Ok(parsed),
         Err(Wrong::Setting(error)) => Err(error),
@@ -194,14 +204,18 @@ impl From<SettingError> for Wrong {
 struct Line {
     command: Command,
     args: Vec<OsString>,
+    /// What the program reads of the file itself.
+    own: &'static [&'static str],
 }
 
 impl Line {
     fn parse<C: Parser>(&self, tables: Option<Tables>) -> Result<Parsed<C>, Wrong> {
-        let file = self.path().map(|path| File::read(path, &self.command, tables)).transpose()?;
+        let kind = tables.map(|tables| tables.kind);
+        let file = self.path().map(|path| File::read(path, &self.command, kind, self.own)).transpose()?;
         let (Some(file), Some(tables)) = (&file, tables) else {
             let (cli, settings) = self.parse_one(file.as_ref(), None)?;
-            return Ok(Parsed { cli, settings, tables: Vec::new() });
+            let own = file.map(|file| file.own).unwrap_or_default();
+            return Ok(Parsed { cli, settings, tables: Vec::new(), own });
         };
         let lenient = self.lenient();
         let chosen = lenient.as_ref().and_then(|matches| matches.get_one::<String>(TABLE));
@@ -218,7 +232,7 @@ impl Line {
             let (cli, settings) = self.parse_one(Some(file), Some(table))?;
             Ok(Table { name: table.0.clone(), cli, settings })
         };
-        Ok(Parsed { cli, settings, tables: all.iter().map(parse).collect::<Result<_, _>>()? })
+        Ok(Parsed { cli, settings, tables: all.iter().map(parse).collect::<Result<_, _>>()?, own: toml::Table::new() })
     }
 
     fn parse_one<C: Parser>(
@@ -387,8 +401,10 @@ mod tests {
         let needed = Arg::new("needed").long("needed").required(true);
         let command = Command::new("program").arg(config()).subcommand(Command::new("run").arg(needed));
         let line = |text: &str| Line {
+            own: &[],
             command: command.clone(),
             args: text.split(' ').map(OsString::from).collect(),
+            own: &[],
         };
         for text in
             ["program --config f run", "program run --config f", "program run --config=f --no-such-flag"]

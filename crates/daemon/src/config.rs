@@ -80,7 +80,7 @@ fn secret_text(text: &str) -> Result<SecretString, std::convert::Infallible> {
 }
 
 /// Whether one of a list of URLs has a password, as far as can be told of a text that may be no URL.
-pub(crate) fn has_password(urls: &str) -> bool {
+pub fn has_password(urls: &str) -> bool {
     urls.split(',').any(|url| {
         let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
         let authority = rest.split(['/', '?']).next().unwrap_or_default();

@@ -12,6 +12,7 @@ use crate::{
     alarms::{Alarms, Findings, StorageCaps},
     erasure,
     handler::describe,
+    requests,
     series,
     stall::StallDetector,
     subscription::{Subscription, Trouble, answer},
@@ -153,7 +154,14 @@ impl<H: Handler> Consumer<H> {
         }
         series::begin(&self.sequencer.consumer);
         let erased = erasure::keep(&self.sequencer.pool, &self.sequencer.consumer, &stop);
-        tokio::join!(Box::pin(self.consume(&stop)), self.watch(&stop), self.watch_stalls(&stop), erased);
+        let requested = Box::pin(requests::work_off(&self.sequencer, &stop));
+        tokio::join!(
+            Box::pin(self.consume(&stop)),
+            self.watch(&stop),
+            self.watch_stalls(&stop),
+            erased,
+            requested
+        );
     }
 
     async fn consume(&self, stop: &CancellationToken) {

@@ -12,7 +12,8 @@
 //! A subscriber writes a [`Handler`] and passes it to a [`Consumer`], which declares the queue, consumes, reconnects
 //! and drains. The [`Sequencer`] between them also works without a broker. [`held`] and [`rejected`] list the events
 //! that wait and the messages that cannot be applied. [`Sequencer::redrive`] applies held events again, and
-//! [`Sequencer::skip`] gives one up. A program's own commands are a thin layer over these.
+//! [`Sequencer::skip`] gives one up. A program's own commands are a thin layer over these. A program without the handler
+//! writes [`requests`], which a running [`Consumer`] works off.
 
 mod after_commit;
 mod alarms;
@@ -45,6 +46,7 @@ mod recent;
 mod redrive;
 pub mod rejected;
 mod rejection;
+pub mod requests;
 mod rollback;
 mod save;
 mod save_rejected;

@@ -43,7 +43,7 @@ async fn an_aggregate_and_an_event_have_their_way_on_one_line_of_time() {
     assert_read!(console.read("/find?q=order/%3Cb%3E7%3C/b%3E").await, @r"
 # Aggregate order/<b>7</b>
 - TIME inbox mail: is at version 1 of order/<b>7</b> from shop
-- inbox stock: ⚠ has received nothing of this aggregate
+- inbox stock: has received nothing of this aggregate; perhaps it does not subscribe to it
 ## Version 1: order.new
 UUID
 - TIME outbox shop: made at position 1
@@ -72,7 +72,7 @@ UUID
     assert_read!(page, @r"
 # Event UUID
 - TIME inbox mail: is at version 1 of order/<b>7</b> from shop
-- inbox stock: ⚠ has received nothing of this aggregate
+- inbox stock: has received nothing of this aggregate; perhaps it does not subscribe to it
 ## Version 3: order.sent
 Of order/<b>7</b>
 - TIME outbox shop: made at position 3
@@ -111,7 +111,7 @@ This is nothing to find: it should be an event's id (a UUID), or an aggregate: T
 # Event UUID
 The outbox shop could not be asked: the database does not answer: no connection in time.
 - TIME inbox mail: is at version 1 of order/<b>7</b> from shop
-- inbox stock: ⚠ has received nothing of this aggregate
+- inbox stock: has received nothing of this aggregate; perhaps it does not subscribe to it
 ## Version 3: order.sent
 Of order/<b>7</b>
 - TIME inbox mail: ⚠ held: an earlier version has not arrived

@@ -24,17 +24,21 @@ pub(super) struct File {
     pub(super) values: Values,
     /// The tables by their names, in order.
     pub(super) tables: Vec<(String, Values)>,
+    /// What the program reads itself.
+    pub(super) own: Table,
 }
 
 impl File {
-    /// Reads the file at `path`, which may set what `command` has as settings.
+    /// Reads the file at `path`, which may set what `command` has as settings, and may have what is called as one of
+    /// `own`.
     pub(super) fn read(
         path: PathBuf,
         command: &Command,
-        tables: Option<Tables>,
+        kind: Option<&'static str>,
+        own: &[&str],
     ) -> Result<Self, SettingError> {
-        let kind = tables.map(|tables| tables.kind);
-        let mut file = Self { path, kind, values: Values::new(), tables: Vec::new() };
+        let mut file =
+            Self { path, kind, values: Values::new(), tables: Vec::new(), own: Table::new() };
         let text = std::fs::read_to_string(&file.path).map_err(|error| file.wrong(error))?;
         // The parser's own text would quote the line, which may hold a secret by mistake.
         let mut table: Table = toml::from_str(&text).map_err(|error: toml::de::Error| {
@@ -50,6 +54,7 @@ impl File {
         {
             file.tables = file.tables_of(kind, tables, &known)?;
         }
+        file.own.extend(own.iter().filter_map(|name| table.remove_entry(*name)));
         file.values = file.values_of("", table, &known)?;
         Ok(file)
     }
