@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use chrono::{DateTime, Utc};
 use daemon::config::database::Database;
-use inbox::{held, rejected};
+use inbox::{
+    held, rejected,
+    requests::{self, Request},
+};
 use sqlx::{PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
 
@@ -18,6 +20,8 @@ use crate::{
 const CONNECTIONS: u32 = 1;
 /// How many causes are shown.
 const CAUSES: i64 = 50;
+/// How many requests are shown.
+const REQUESTS: i64 = 10;
 
 /// An inbox: one consumer of one database.
 #[derive(Debug)]
@@ -46,8 +50,8 @@ pub struct Look {
     pub rejected: rejected::Groups,
     /// The newest incarnation of each source that it follows.
     pub sources: BTreeMap<String, i64>,
-    /// When the last event was applied, of those that were looked at.
-    pub applied_at: Option<DateTime<Utc>>,
+    /// The last requests of operators, the newest first.
+    pub requests: Vec<Request>,
 }
 
 /// A row for each source.
@@ -87,6 +91,7 @@ impl Target for Inbox {
 async fn look(conn: &mut PgConnection, consumer: &str) -> sqlx::Result<Look> {
     let held = held::groups(conn, consumer, CAUSES).await?;
     let rejected = rejected::groups(conn, consumer).await?;
-    let sources: Vec<(String, i64)> = sqlx::query_as(SOURCES).bind(consumer).fetch_all(conn).await?;
-    Ok(Look { held, rejected, sources: sources.into_iter().collect(), applied_at: None })
+    let sources: Vec<(String, i64)> = sqlx::query_as(SOURCES).bind(consumer).fetch_all(&mut *conn).await?;
+    let requests = requests::list(conn, consumer, REQUESTS).await?;
+    Ok(Look { held, rejected, sources: sources.into_iter().collect(), requests })
 }

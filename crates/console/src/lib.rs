@@ -4,9 +4,12 @@
 //! ([`verdict`]). Who may see and do what is decided before every route ([`access`], [`routes`]).
 
 pub mod access;
+pub mod audit;
 pub mod cli;
 pub mod file;
+mod handlers;
 pub mod inbox;
+pub mod job;
 mod looks;
 pub mod outbox;
 pub mod page;
@@ -28,7 +31,7 @@ use daemon::{
 use metrics_exporter_prometheus::PrometheusHandle;
 use web::front::Front;
 
-use crate::{access::Access, cli::RunArgs, file::File, inbox::Inbox, outbox::Outbox};
+use crate::{access::Access, cli::RunArgs, file::File, inbox::Inbox, job::Jobs, outbox::Outbox};
 
 /// What the pages are about.
 pub struct Console {
@@ -38,6 +41,8 @@ pub struct Console {
     pub inboxes: BTreeMap<String, Arc<Inbox>>,
     /// Who may see and do what.
     pub access: Access,
+    /// What operators have begun.
+    pub jobs: Jobs,
 }
 
 /// Serves the pages until `shutdown` is requested. Fails when the settings are wrong or the address is taken. A database
@@ -82,7 +87,7 @@ pub async fn run(
     }
     let access = Access::new(front.keys().clone(), file.role);
     let health = Health::of(Identity::of("outbox-console"));
-    let console = Arc::new(Console { outboxes, inboxes, access: access.clone() });
+    let console = Arc::new(Console { outboxes, inboxes, access: access.clone(), jobs: Jobs::new(&shutdown) });
     let routes = routes::routes(&console, |routes| web::health::add_to(routes, &health, Some(&metrics)));
     let drain = args.shutdown.drain_timeout;
     front.start_with(&shutdown, routes, access, drain)?;

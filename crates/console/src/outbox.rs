@@ -13,6 +13,7 @@ use outbox_relay::command::{
     status::{self, Progress, Status},
 };
 use sqlx::{PgConnection, PgPool};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -37,6 +38,10 @@ pub struct Outbox {
     pub relay: Option<String>,
     /// Its database's address and user, without the password.
     pub address: String,
+    /// Its database.
+    pub database: Database,
+    /// One examination at a time.
+    pub examining: Semaphore,
     /// Connections for what a page asks.
     pub pool: PgPool,
     looks: Looks,
@@ -127,6 +132,8 @@ impl Outbox {
             name: name.to_owned(),
             relay,
             address: database.address(),
+            database: database.clone().quiet(),
+            examining: Semaphore::new(1),
             pool: database.clone().by_index().pool(CONNECTIONS),
             looks: Looks::new(database.clone().by_index()),
             watch: Watch::default(),

@@ -1,10 +1,13 @@
 //! The pages.
 
 pub mod all;
+pub mod audit;
+pub mod doctor;
 pub mod find;
 pub mod inbox;
 pub mod login;
 pub mod outbox;
+pub mod parked;
 
 use chrono::{DateTime, Utc};
 use maud::{Markup, html};

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use poem::{
-    Endpoint, EndpointExt, IntoResponse, Request, Response, Route,
+    Endpoint, EndpointExt, IntoResponse, Request, Response, Route, RouteMethod,
     endpoint::{make, make_sync},
     get,
     http::{HeaderValue, Method, StatusCode, header},
@@ -16,7 +16,8 @@ use web::{front::read_body, methods::only};
 use crate::{
     Console,
     access::{Access, COOKIES, Role, SESSION_HOURS, User, is_from_elsewhere, is_secure},
-    page::{Page, Refused, SCRIPT, STYLE, go_to, protect, respond},
+    handlers::{Act, Done, View, act, query, show},
+    page::{Refused, SCRIPT, STYLE, go_to, protect, respond},
     pages,
 };
 
@@ -38,20 +39,28 @@ impl Form {
     }
 }
 
-/// What a page comes to.
-type Answer = Result<Page, Refused>;
-
 /// All pages.
 pub fn routes(
     console: &Arc<Console>,
     add_health: impl FnOnce(Route) -> Route,
 ) -> impl Endpoint<Output = Response> + 'static {
-    let page = |path: &'static str| page_of(console, path);
+    let page = |view| route(console, Some(view), None);
+    let action = |action| route(console, None, Some(action));
     let routes = Route::new()
-        .at("/", page("/"))
-        .at("/outbox/:name", page("/outbox"))
-        .at("/inbox/:name", page("/inbox"))
-        .at("/find", page("/find"))
+        .at("/", page(View::All))
+        .at("/outbox/:name", page(View::Outbox))
+        .at("/outbox/:name/doctor", page(View::Doctor))
+        .at("/outbox/:name/parked", route(console, Some(View::Parked), Some(Act::Parked)))
+        .at("/outbox/:name/pause", action(Act::Pause))
+        .at("/outbox/:name/resume", action(Act::Resume))
+        .at("/outbox/:name/body", action(Act::Body))
+        .at("/job/:name", page(View::Job))
+        .at("/job/:name/stop", action(Act::StopJob))
+        .at("/inbox/:name", page(View::Inbox))
+        .at("/inbox/:name/redrive", action(Act::Redrive))
+        .at("/inbox/:name/stop", action(Act::StopRequest))
+        .at("/find", page(View::Find))
+        .at("/audit", page(View::Audit))
         .at("/login", login(&console.access))
         .at("/logout", log_out(&console.access))
         .at("/style.css", asset("text/css; charset=utf-8", STYLE))
@@ -60,40 +69,54 @@ pub fn routes(
     add_health(routes).around(move |next, request| guard(next, request, access.clone()))
 }
 
-fn page_of(console: &Arc<Console>, path: &'static str) -> impl Endpoint<Output = Response> + 'static {
-    let console = Arc::clone(console);
-    let respond = make(move |request: Request| {
-        let console = Arc::clone(&console);
-        async move {
-            let user = request.data::<User>().cloned();
-            let answer = show(&console, path, &request).await;
-            match answer {
-                Ok(page) => respond(StatusCode::OK, &page, user.as_ref()),
-                Err(refused) => respond(refused.status, &refused.page(), user.as_ref()),
+/// Shows a page, and does what a form asks for.
+fn route(
+    console: &Arc<Console>,
+    view: Option<View>,
+    action: Option<Act>,
+) -> impl Endpoint<Output = Response> + 'static {
+    let shown = view.map(|view| {
+        let console = Arc::clone(console);
+        make(move |request: Request| {
+            let console = Arc::clone(&console);
+            async move {
+                let Some(user) = request.data::<User>() else { return StatusCode::UNAUTHORIZED.into_response() };
+                let name = request.raw_path_param("name").unwrap_or_default();
+                match show(&console, view, name, &request, user).await {
+                    Ok(page) => respond(StatusCode::OK, &page, Some(user)),
+                    Err(refused) => respond(refused.status, &refused.page(), Some(user)),
+                }
             }
-        }
+        })
     });
-    only("GET, HEAD", get(respond))
-}
-
-async fn show(console: &Console, path: &str, request: &Request) -> Answer {
-    let name = request.raw_path_param("name").unwrap_or_default();
-    match path {
-        "/" => Ok(pages::all::page(console).await),
-        "/outbox" => {
-            Ok(pages::outbox::page(console.outboxes.get(name).ok_or_else(Refused::unknown)?).await)
-        }
-        "/inbox" => Ok(pages::inbox::page(console.inboxes.get(name).ok_or_else(Refused::unknown)?).await),
-        "/find" => Ok(pages::find::page(console, &query(request, "q"), query(request, "scan") == "1").await),
-        _ => Err(Refused::unknown()),
+    let done = action.map(|action| {
+        let console = Arc::clone(console);
+        make(move |request: Request| {
+            let console = Arc::clone(&console);
+            async move {
+                let (user, form) = (request.data::<User>().cloned(), request.data::<Form>().cloned());
+                let (Some(user), Some(form)) = (user, form) else {
+                    return StatusCode::UNAUTHORIZED.into_response();
+                };
+                let name = request.raw_path_param("name").unwrap_or_default().to_owned();
+                // A client that hangs up must not cut a change in two.
+                let of_user = user.clone();
+                let work = tokio::spawn(async move { act(&console, action, &name, &form, &of_user).await });
+                match work.await {
+                    Ok(Ok(Done::GoTo(path))) => go_to(&path),
+                    Ok(Ok(Done::Page(page))) => respond(StatusCode::OK, &page, Some(&user)),
+                    Ok(Err(refused)) => respond(refused.status, &refused.page(), Some(&user)),
+                    Err(_panicked) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+                }
+            }
+        })
+    });
+    match (shown, done) {
+        (Some(shown), Some(done)) => only("GET, HEAD, POST", get(shown).post(done)),
+        (Some(shown), None) => only("GET, HEAD", get(shown)),
+        (None, Some(done)) => only("POST", post(done)),
+        (None, None) => only("", RouteMethod::new()),
     }
-}
-
-/// A parameter of the query; empty where there is none.
-fn query(request: &Request, name: &str) -> String {
-    let pairs = form_urlencoded::parse(request.uri().query().unwrap_or_default().as_bytes());
-    let mut found = pairs.filter(|(other, _)| other == name);
-    found.next().map_or(String::new(), |(_, value)| value.trim().to_owned())
 }
 
 fn asset(media_type: &'static str, text: &'static str) -> impl Endpoint<Output = Response> + 'static {

@@ -42,6 +42,8 @@ pub struct Way {
     pub version: i64,
     /// What happened to it.
     pub steps: Vec<Step>,
+    /// The outbox that has it stored, and its position there.
+    pub stored: Option<(String, i64)>,
 }
 
 /// What was found.
@@ -181,6 +183,7 @@ async fn in_outbox(outbox: &Outbox, target: &Target, scan: bool) -> sqlx::Result
             aggregate: (event.aggregate_type, event.aggregate_id),
             version: event.version,
             steps,
+            stored: Some((outbox.name.clone(), event.position)),
         }
     };
     Ok(with_progress.into_iter().map(way).collect())
@@ -256,6 +259,7 @@ fn add(found: &mut Found, place: &str, applied: &[Applied], held: Vec<Held>) {
                 aggregate: (held.aggregate_type, held.aggregate_id),
                 version: held.version,
                 steps: vec![step],
+                stored: None,
             });
         }
     }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write};
 use anyhow::{Context, bail};
 use chrono::{DateTime, Utc};
 use daemon::progress::Progress;
-use outbox::database::again;
+use outbox::database::{Attempts, is_conflict};
 use serde::Serialize;
 use serde_json::json;
 use sqlx::{Connection, PgConnection, QueryBuilder};
@@ -323,22 +323,38 @@ pub async fn make_due(conn: &mut PgConnection, name: &str, events: &[ParkedEvent
                          AND EXISTS (SELECT FROM outbox.parked s
                                      WHERE s.relay = $1 AND s.position = ANY ($2) AND s.reason = 'unroutable'
                                        AND s.type = p.type AND s.aggregate_type = p.aggregate_type))";
-    let due = again(async || sqlx::query(sql).bind(name).bind(&positions).execute(&mut *conn).await).await;
-    Ok(due.map_err(|error| not_done(error, "nothing was changed"))?.rows_affected())
+    // Not `again`, whose closure would keep the future from being sent to another thread.
+    let mut attempts = Attempts::default();
+    loop {
+        let due = sqlx::query(sql).bind(name).bind(&positions).execute(&mut *conn).await;
+        if is_conflict(&due) && attempts.again().await {
+            continue;
+        }
+        return Ok(due.map_err(|error| not_done(error, "nothing was changed"))?.rows_affected());
+    }
 }
 
 /// Drops these events of the relay called `name`: they are never published. `trace` tells it of the newest of them.
 pub async fn drop_events(conn: &mut PgConnection, name: &str, events: &[ParkedEvent]) -> anyhow::Result<()> {
     let positions: Vec<i64> = events.iter().map(|event| event.position).collect();
-    let dropped = again(async || {
-        let mut tx = conn.begin().await?;
-        waiting::remove_rows(&mut tx, name, &positions).await?;
-        sqlx::query(DROPPED).bind(name).bind(&positions).bind(MAX_DROPPED).execute(&mut *tx).await?;
-        tx.commit().await
-    });
-    dropped.await.map_err(|error| not_done(error, "nothing was dropped"))?;
+    let mut attempts = Attempts::default();
+    loop {
+        let dropped = drop_rows(conn, name, &positions).await;
+        if is_conflict(&dropped) && attempts.again().await {
+            continue;
+        }
+        dropped.map_err(|error| not_done(error, "nothing was dropped"))?;
+        break;
+    }
     note(name, events, &types(events));
     Ok(())
+}
+
+async fn drop_rows(conn: &mut PgConnection, name: &str, positions: &[i64]) -> Result<(), sqlx::Error> {
+    let mut tx = conn.begin().await?;
+    waiting::remove_rows(&mut tx, name, positions).await?;
+    sqlx::query(DROPPED).bind(name).bind(positions).bind(MAX_DROPPED).execute(&mut *tx).await?;
+    tx.commit().await
 }
 
 async fn retry(

@@ -1,7 +1,7 @@
 //! `pause` and `resume`: a relay name publishes nothing until it is told to go on.
 
 use chrono::{DateTime, Utc};
-use outbox::database::again;
+use outbox::database::{Attempts, is_conflict};
 use serde_json::json;
 use sqlx::PgConnection;
 
@@ -69,9 +69,15 @@ pub async fn resume(args: &PauseArgs) -> anyhow::Result<Verdict> {
 pub async fn set(conn: &mut PgConnection, name: &str, by: Option<&str>) -> anyhow::Result<Before> {
     state::known(conn, name).await?;
     let sql = if by.is_some() { PAUSE } else { RESUME };
-    again(async || sqlx::query_as(sql).bind(name).bind(by).fetch_one(&mut *conn).await)
-        .await
-        .map_err(|error| not_done(error, "nothing was changed"))
+    // Not `again`, whose closure would keep the future from being sent to another thread.
+    let mut attempts = Attempts::default();
+    loop {
+        let set = sqlx::query_as(sql).bind(name).bind(by).fetch_one(&mut *conn).await;
+        if is_conflict(&set) && attempts.again().await {
+            continue;
+        }
+        return set.map_err(|error| not_done(error, "nothing was changed"));
+    }
 }
 
 async fn change(args: &PauseArgs, by: Option<&str>) -> anyhow::Result<Verdict> {

@@ -6,12 +6,13 @@ use outbox_relay::command::trace::Target;
 use super::{inbox::aggregate, time};
 use crate::{
     Console,
-    page::Page,
+    access::{Role, User},
+    page::{Page, token},
     way::{EVENTS, Found, Step, Way, find},
 };
 
 /// What was found of `query`. `scan`: also where the id's time is not that of its row.
-pub async fn page(console: &Console, query: &str, scan: bool) -> Page {
+pub async fn page(console: &Console, query: &str, scan: bool, user: &User) -> Page {
     if query.is_empty() {
         return Page::still("Find", html! { p { "Type the id of an event (AMQP's message id), or an aggregate: TYPE/ID." } });
     }
@@ -26,11 +27,11 @@ pub async fn page(console: &Console, query: &str, scan: bool) -> Page {
     };
     Page::live(title, html! {
         p #freshness role="status" {}
-        (result(&target, &found, scan))
+        (result(&target, &found, scan, user))
     })
 }
 
-fn result(target: &Target, found: &Found, scan: bool) -> Markup {
+fn result(target: &Target, found: &Found, scan: bool, user: &User) -> Markup {
     html! {
         section #found {
             @for reason in &found.away { p role="alert" { (reason) } }
@@ -49,7 +50,7 @@ fn result(target: &Target, found: &Found, scan: bool) -> Markup {
             @if !found.inboxes.is_empty() {
                 ul { @for step in &found.inboxes { li { (place(step)) } } }
             }
-            @for way in &found.ways { (of_way(way, matches!(target, Target::Event(_)))) }
+            @for way in &found.ways { (of_way(way, matches!(target, Target::Event(_)), user)) }
             @if i64::try_from(found.ways.len()).is_ok_and(|count| count >= EVENTS) {
                 p.dim { "These are the last " (EVENTS) ". outbox-relay trace shows more." }
             }
@@ -57,7 +58,7 @@ fn result(target: &Target, found: &Found, scan: bool) -> Markup {
     }
 }
 
-fn of_way(way: &Way, is_alone: bool) -> Markup {
+fn of_way(way: &Way, is_alone: bool, user: &User) -> Markup {
     html! {
         h2 { "Version " (way.version) ": " (escape::line(&way.type_)) }
         p.dim {
@@ -66,6 +67,16 @@ fn of_way(way: &Way, is_alone: bool) -> Markup {
             }
         }
         ol.way { @for step in &way.steps { li { (place(step)) } } }
+        @if is_alone && user.role >= Role::Bodies {
+            @if let Some((outbox, position)) = &way.stored {
+                form.act method="post" action={ "/outbox/" (outbox) "/body" } {
+                    (token(user))
+                    input type="hidden" name="position" value=(position);
+                    label { "Why" input name="why" required maxlength="1000" autocomplete="off"; }
+                    button { "Show the body" }
+                }
+            }
+        }
     }
 }
 
@@ -76,4 +87,20 @@ fn place(step: &Step) -> Markup {
         @if step.is_trouble { span.level.attention { span aria-hidden="true" { "\u{26a0}" } " " } }
         (escape::line(&step.text))
     }
+}
+
+/// The body of an event, which was noted in the audit.
+pub fn body(outbox: &str, position: i64, body: Option<&str>) -> Page {
+    let text = html! {
+        section #body aria-label="Body" {
+            p.dim { "This reading is in the audit, with your name and your reason." }
+            @match body {
+                // Line breaks stay; what is invisible becomes visible.
+                Some(body) => pre { (escape::lines(body)) },
+                None => p { "There is no event at this position any more." },
+            }
+            p { a href={ "/outbox/" (outbox) } { "Outbox " (outbox) } }
+        }
+    };
+    Page::still(format!("Body of the event at position {position}"), text)
 }

@@ -1,16 +1,20 @@
 //! An inbox: what is held and rejected.
 
+use std::fmt::Write as _;
+
+use inbox::requests::Request;
 use maud::{Markup, html};
 
 use super::{findings, freshness, time};
 use crate::{
+    access::{Role, User},
     inbox::{Inbox, Look},
-    page::Page,
+    page::{Page, token},
     verdict::of_inbox,
 };
 
 /// Its page.
-pub async fn page(inbox: &Inbox) -> Page {
+pub async fn page(inbox: &Inbox, user: &User) -> Page {
     let seen = inbox.watch.latest().await;
     let found = of_inbox(inbox, &seen);
     Page::live(
@@ -18,12 +22,12 @@ pub async fn page(inbox: &Inbox) -> Page {
         html! {
             (freshness(&seen))
             (findings(&found))
-            @if let Some(good) = &seen.good { (of_look(inbox, &good.look)) }
+            @if let Some(good) = &seen.good { (of_look(inbox, &good.look, user)) }
         },
     )
 }
 
-fn of_look(inbox: &Inbox, look: &Look) -> Markup {
+fn of_look(inbox: &Inbox, look: &Look, user: &User) -> Markup {
     html! {
         section #follows aria-labelledby="follows-is" {
             h2 #follows-is { "What it follows" }
@@ -48,8 +52,10 @@ fn of_look(inbox: &Inbox, look: &Look) -> Markup {
                     td { (aggregate(&group.oldest.aggregate_type, &group.oldest.aggregate_id)) ", version " (group.version) }
                 } } }
             } } }
+            @if user.role >= Role::Act && !look.held.groups.is_empty() { (redrive(inbox, look, user)) }
             @if look.held.more > 0 { p.dim { "And " (look.held.more) " more causes." } }
         }
+        @if !look.requests.is_empty() { (requests(inbox, &look.requests, user)) }
         section #rejected aria-labelledby="rejected-is" {
             h2 #rejected-is { "Rejected: " (look.rejected.messages) }
             @if !look.rejected.groups.is_empty() { div.scroll { table {
@@ -62,6 +68,88 @@ fn of_look(inbox: &Inbox, look: &Look) -> Markup {
                 } } }
             } } }
         }
+    }
+}
+
+/// Asks the subscriber: only it has the handler.
+fn redrive(inbox: &Inbox, look: &Look, user: &User) -> Markup {
+    html! {
+        h3 { "Apply them again" }
+        p.dim {
+            "The subscriber does it, with its own handler, beside what it consumes. A dry run calls the handler and rolls back."
+        }
+        form.act method="post" action={ "/inbox/" (inbox.name) "/redrive" } {
+            (token(user))
+            label { "Which" select name="reason" {
+                option value="" { "all that are held" }
+                @if look.held.groups.iter().any(|group| group.reason != "gap") { option value="poison" { "those that the handler refused" } }
+            } }
+            label { "With an error that contains" input name="error" maxlength="1000" autocomplete="off"; }
+            label { "Of the aggregate (TYPE/ID)" input name="aggregate" maxlength="600" autocomplete="off"; }
+            label { "Why" input name="why" required maxlength="1000" autocomplete="off"; }
+            button name="dry" value="yes" { "Dry run" }
+            button.danger name="dry" value="no" { "Apply again" }
+        }
+    }
+}
+
+/// What operators asked for.
+fn requests(inbox: &Inbox, requests: &[Request], user: &User) -> Markup {
+    html! {
+        section #requests aria-labelledby="requests-are" {
+            h2 #requests-are { "Asked for" }
+            div.scroll { table {
+                thead { tr { th scope="col" { "When" } th scope="col" { "Who" } th scope="col" { "What" } th scope="col" { "Why" } th scope="col" { "Outcome" } } }
+                tbody { @for request in requests { tr {
+                    td { (time(request.asked_at)) }
+                    td { (escape::line(&request.operator)) }
+                    td { (escape::line(&asked(request))) }
+                    td { (escape::line(&request.why)) }
+                    td {
+                        (escape::line(&outcome(request)))
+                        @if !request.errors.is_empty() { ul { @for (error, count) in request.errors.iter().take(10) { li { (count) ": " (escape::line(error)) } } } }
+                        @if request.ended_at.is_none() && !request.stop && user.role >= Role::Act {
+                            form.act method="post" action={ "/inbox/" (inbox.name) "/stop" } {
+                                (token(user))
+                                input type="hidden" name="request" value=(request.id);
+                                button { "Stop" }
+                            }
+                        }
+                    }
+                } } }
+            } }
+        }
+    }
+}
+
+/// What a request asks for, for people.
+pub(super) fn asked(request: &Request) -> String {
+    let mut text = if request.dry_run { "dry run of a redrive" } else { "redrive" }.to_owned();
+    if let (Some(type_), Some(id)) = (&request.aggregate_type, &request.aggregate_id) {
+        let _ = write!(text, " of {type_}/{id}");
+    }
+    if let Some(reason) = &request.reason {
+        let _ = write!(text, ", {reason}");
+    }
+    if let Some(error) = &request.error {
+        let _ = write!(text, ", with {error:?}");
+    }
+    text
+}
+
+/// What came of it, for people.
+pub(super) fn outcome(request: &Request) -> String {
+    let Request { aggregates, applied, refused, held, dry_run, .. } = request;
+    let counts = format!(
+        "{applied} {}, {aggregates} aggregates tried, {refused} refused again, {held} events still held",
+        if *dry_run { "would be applied" } else { "applied" }
+    );
+    match (&request.outcome, &request.failure, request.taken_at) {
+        (Some(outcome), Some(failure), _) => format!("{outcome}: {failure}; {counts}"),
+        (Some(outcome), None, _) => format!("{outcome}: {counts}"),
+        (None, _, None) => "no process of the subscriber has begun with it yet".to_owned(),
+        (None, ..) if request.stop => format!("stopping: {counts}"),
+        (None, ..) => format!("under way: {counts}"),
     }
 }
 

@@ -5,14 +5,15 @@ use outbox_relay::command::{span, status::RelayStatus};
 
 use super::{findings, freshness, time};
 use crate::{
+    access::{Role, User},
     outbox::{Look, Outbox},
-    page::Page,
+    page::{Page, token},
     plot,
     verdict::{backlog, of_outbox},
 };
 
 /// Its page.
-pub async fn page(outbox: &Outbox) -> Page {
+pub async fn page(outbox: &Outbox, user: &User) -> Page {
     let seen = outbox.watch.latest().await;
     let found = of_outbox(outbox, &seen);
     Page::live(
@@ -21,9 +22,10 @@ pub async fn page(outbox: &Outbox) -> Page {
             (freshness(&seen))
             (findings(&found))
             @if let Some(good) = &seen.good {
-                @for relay in &good.look.status.relays { (of_relay(relay)) }
+                @for relay in &good.look.status.relays { (of_relay(outbox, relay, user)) }
                 (of_database(&good.look, &outbox.address))
             }
+            p { a href={ "/outbox/" (outbox.name) "/doctor" } { "Every check of this outbox" } }
             section #hour aria-labelledby="hour-is" {
                 h2 #hour-is { "The last hour" }
                 (plot::hour(&outbox.samples.all()))
@@ -32,7 +34,7 @@ pub async fn page(outbox: &Outbox) -> Page {
     )
 }
 
-fn of_relay(relay: &RelayStatus) -> Markup {
+fn of_relay(outbox: &Outbox, relay: &RelayStatus, user: &User) -> Markup {
     html! {
         section id={ "relay-" (relay.name) } aria-label={ "Relay " (relay.name) } {
             h2 { "Relay " (relay.name) }
@@ -51,8 +53,10 @@ fn of_relay(relay: &RelayStatus) -> Markup {
                     dd { "since " (time(paused.since)) @if let Some(by) = &paused.by { " by " (escape::line(by)) } }
                 }
                 @for waiting in &relay.waiting { dt { "Waits for" } dd { (escape::line(&waiting.text())) } }
-                dt { "Set aside" } dd { (relay.parked.text()) }
+                dt { "Set aside" }
+                dd { a href={ "/outbox/" (outbox.name) "/parked?relay=" (relay.name) } { (relay.parked.text()) } }
             }
+            @if user.role >= Role::Act { (pause(outbox, relay, user)) }
             @if !relay.waiting_events.is_empty() {
                 h3 { "Events that wait" }
                 p { (relay.waiting_events.text()) }
@@ -67,6 +71,21 @@ fn of_relay(relay: &RelayStatus) -> Markup {
                     } } }
                 } }
             }
+        }
+    }
+}
+
+fn pause(outbox: &Outbox, relay: &RelayStatus, user: &User) -> Markup {
+    let (path, text, class) = match relay.paused {
+        Some(_) => ("resume", "Resume", ""),
+        None => ("pause", "Pause", "danger"),
+    };
+    html! {
+        form.act method="post" action={ "/outbox/" (outbox.name) "/" (path) } {
+            (token(user))
+            input type="hidden" name="relay" value=(relay.name);
+            label { "Why" input name="why" required maxlength="1000" autocomplete="off"; }
+            button class=(class) { (text) " " (relay.name) }
         }
     }
 }
