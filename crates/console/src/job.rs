@@ -1,7 +1,7 @@
 //! What an operator has begun and what takes its time: with progress, and an end on request.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -13,7 +13,7 @@ use chrono::{DateTime, Utc};
 use daemon::shutdown::Shutdown;
 use outbox_relay::command::parked::{self, ParkedEvent, Selection};
 use serde_json::json;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
 use crate::{
@@ -25,6 +25,8 @@ use crate::{
 const MOST: usize = 100;
 /// How many events one transaction changes at most.
 const STEP: usize = 500;
+/// The pause between two steps of a limited rate.
+const SECOND: Duration = Duration::from_secs(1);
 
 /// What is done with events that were set aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +111,8 @@ impl Job {
 #[derive(Debug)]
 pub struct Jobs {
     list: Mutex<VecDeque<Arc<Job>>>,
-    shutdown: Shutdown,
+    running: TaskTracker,
+    stop: CancellationToken,
 }
 
 /// Why one was not begun.
@@ -122,9 +125,17 @@ pub enum NotBegun {
 }
 
 impl Jobs {
-    /// None so far.
+    /// None so far. The process ends when each has ended its step.
     pub fn new(shutdown: &Shutdown) -> Self {
-        Self { list: Mutex::default(), shutdown: shutdown.clone() }
+        let (running, stop) = (TaskTracker::new(), shutdown.requested().clone());
+        let (ending, until) = (running.clone(), stop.clone());
+        shutdown.spawn("actions", async move {
+            until.cancelled().await;
+            ending.close();
+            ending.wait().await;
+            Ok(())
+        });
+        Self { list: Mutex::default(), running, stop }
     }
 
     /// The one with this id.
@@ -159,12 +170,12 @@ impl Jobs {
             began: Utc::now(),
             all: events.len(),
             done: AtomicUsize::new(0),
-            stop: self.shutdown.requested().child_token(),
+            stop: self.stop.child_token(),
             end: Mutex::default(),
         });
         list.push_back(Arc::clone(&job));
         let (outbox, running) = (Arc::clone(outbox), Arc::clone(&job));
-        self.shutdown.spawn("action", async move {
+        self.running.spawn(async move {
             let said = match work(&outbox, &running, &events).await {
                 Ok(()) if running.stop.is_cancelled() && running.done() < running.all => "stopped".to_owned(),
                 Ok(()) => "done".to_owned(),
@@ -176,7 +187,6 @@ impl Jobs {
             }
             outbox.watch.is_stale();
             *running.end.lock().unwrap_or_else(PoisonError::into_inner) = Some((Utc::now(), said));
-            Ok(())
         });
         Ok(job)
     }
@@ -190,7 +200,17 @@ async fn work(outbox: &Outbox, job: &Job, events: &[ParkedEvent]) -> anyhow::Res
     detail["events"] = job.all.into();
     audit::add(&mut conn, entry, detail).await?;
     drop(conn);
-    for step in events.chunks(rate.unwrap_or(STEP).clamp(1, STEP)) {
+    let (together, one_by_one) = match action {
+        Action::Retry => kinds(events),
+        Action::Drop => (Vec::new(), events.to_vec()),
+    };
+    if !together.is_empty() {
+        let mut conn = outbox.pool.acquire().await?;
+        parked::make_due(&mut conn, relay, &together).await?;
+        drop(conn);
+        job.done.fetch_add(job.all - one_by_one.len(), Ordering::Relaxed);
+    }
+    for step in one_by_one.chunks(rate.unwrap_or(STEP).clamp(1, STEP)) {
         if job.stop.is_cancelled() {
             return Ok(());
         }
@@ -202,15 +222,20 @@ async fn work(outbox: &Outbox, job: &Job, events: &[ParkedEvent]) -> anyhow::Res
         }
         drop(conn);
         let done = job.done.fetch_add(step.len(), Ordering::Relaxed) + step.len();
-        if let Some(rate) = rate
-            && done < job.all
-        {
-            #[expect(clippy::cast_precision_loss, reason = "at most 500")]
-            let pause = Duration::from_secs_f64(step.len() as f64 / (*rate).max(1) as f64);
-            job.stop.run_until_cancelled(tokio::time::sleep(pause)).await;
+        if rate.is_some() && done < job.all {
+            job.stop.run_until_cancelled(tokio::time::sleep(SECOND)).await;
         }
     }
     Ok(())
+}
+
+/// Of the events that no queue takes, one of each kind, which makes all others of its kind due; and the rest.
+fn kinds(events: &[ParkedEvent]) -> (Vec<ParkedEvent>, Vec<ParkedEvent>) {
+    let is_together = |event: &&ParkedEvent| event.reason == "unroutable" && event.state == "parked";
+    let mut seen = BTreeSet::new();
+    let first = |event: &&ParkedEvent| seen.insert((event.type_.clone(), event.aggregate_type.clone()));
+    let together = events.iter().filter(is_together).filter(first).cloned().collect();
+    (together, events.iter().filter(|event| !is_together(event)).cloned().collect())
 }
 
 async fn note_end(outbox: &Outbox, job: &Job, said: &str) -> sqlx::Result<()> {

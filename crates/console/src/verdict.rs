@@ -349,8 +349,8 @@ pub fn of_inbox(inbox: &inbox::Inbox, seen: &Seen<inbox::Look>) -> Findings {
                 Level::Attention,
                 "the subscriber",
                 format!(
-                    "The handler refuses events: {waits} wait {since}. {}",
-                    escape::line(group.error.as_deref().unwrap_or_default())
+                    "The handler refuses events: {waits} wait {since}, with the error: {}.",
+                    escape::line(group.error.as_deref().unwrap_or("none"))
                 ),
                 "Mend the handler or what it needs, then apply them again.",
             ),

@@ -320,9 +320,9 @@ pub async fn make_due(conn: &mut PgConnection, name: &str, events: &[ParkedEvent
                WHERE relay = $1
                  AND (position = ANY ($2)
                       OR reason = 'unroutable' AND state = 'parked'
-                         AND EXISTS (SELECT FROM outbox.parked s
-                                     WHERE s.relay = $1 AND s.position = ANY ($2) AND s.reason = 'unroutable'
-                                       AND s.type = p.type AND s.aggregate_type = p.aggregate_type))";
+                         AND (type, aggregate_type) IN (
+                             SELECT DISTINCT s.type, s.aggregate_type FROM outbox.parked s
+                             WHERE s.relay = $1 AND s.position = ANY ($2) AND s.reason = 'unroutable'))";
     // Not `again`, whose closure would keep the future from being sent to another thread.
     let mut attempts = Attempts::default();
     loop {

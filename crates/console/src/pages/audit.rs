@@ -23,6 +23,19 @@ struct Line {
     why: String,
 }
 
+/// What was chosen and how much it was: ` (events: 3, type: order.*)`.
+fn detail(detail: &serde_json::Value) -> String {
+    let known = detail.as_object().into_iter().flatten();
+    let said = known.filter(|(_, value)| !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty()));
+    let said: Vec<String> = said
+        .map(|(name, value)| match value.as_str() {
+            Some(text) => format!("{name}: {text}"),
+            None => format!("{name}: {value}"),
+        })
+        .collect();
+    if said.is_empty() { String::new() } else { format!(" ({})", said.join(", ")) }
+}
+
 /// The page.
 pub async fn page(console: &Console) -> Page {
     let of_outboxes = join_all(console.outboxes.values().map(async |outbox| {
@@ -40,7 +53,7 @@ pub async fn page(console: &Console) -> Page {
                 at: row.at,
                 operator: row.operator,
                 place: place.clone(),
-                what: format!("{} {} {}", row.action, row.target, row.detail),
+                what: format!("{} {}{}", row.action, row.target, detail(&row.detail)),
                 why: row.why,
             };
             rows.into_iter().map(line).collect::<Vec<_>>()

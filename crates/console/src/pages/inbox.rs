@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use inbox::requests::Request;
 use maud::{Markup, html};
+use outbox_relay::command::many;
 
 use super::{findings, freshness, time};
 use crate::{
@@ -141,8 +142,10 @@ pub(super) fn asked(request: &Request) -> String {
 pub(super) fn outcome(request: &Request) -> String {
     let Request { aggregates, applied, refused, held, dry_run, .. } = request;
     let counts = format!(
-        "{applied} {}, {aggregates} aggregates tried, {refused} refused again, {held} events still held",
-        if *dry_run { "would be applied" } else { "applied" }
+        "{applied} {}, {} tried, {refused} refused again, {} still held",
+        if *dry_run { "would be applied" } else { "applied" },
+        many(*aggregates, "aggregate"),
+        many(*held, "event")
     );
     match (&request.outcome, &request.failure, request.taken_at) {
         (Some(outcome), Some(failure), _) => format!("{outcome}: {failure}; {counts}"),

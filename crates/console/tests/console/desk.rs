@@ -7,8 +7,8 @@ use std::{
 };
 
 use devstack::{
-    binary, ports,
-    testing::{self, client, eventually},
+    ports,
+    testing::{self, eventually},
 };
 use reqwest::{Response, StatusCode, header};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool};
@@ -67,6 +67,16 @@ impl Shop {
     /// The schema of inboxes, in the same database.
     pub(crate) async fn with_inbox(&self) {
         inbox::migrator().run(&mut *self.admin.acquire().await.unwrap()).await.unwrap();
+    }
+
+    /// The console's role may act, and read bodies.
+    pub(crate) async fn let_operate(&self) {
+        let (role, _) = self.reader_url.trim_start_matches("postgres://").split_once(':').unwrap();
+        self.run(&format!("SELECT outbox.grant_operator('{role}'), outbox.grant_bodies('{role}')")).await;
+        let has_inbox = sqlx::query_scalar("SELECT to_regnamespace('inbox') IS NOT NULL");
+        if has_inbox.fetch_one(&self.admin).await.unwrap() {
+            self.run(&format!("SELECT inbox.grant_operator('{role}')")).await;
+        }
     }
 
     pub(crate) async fn run(&self, sql: &str) {
@@ -237,22 +247,6 @@ pub(crate) fn text(html: &str) -> String {
     let text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", "\"").replace("&amp;", "&");
     let lines = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
     lines.filter(|line| !line.is_empty() && line != "-").collect::<Vec<_>>().join("\n")
-}
-
-/// The relay's own program, to be started beside the console.
-pub(crate) fn relay(database_url: &str, amqp_url: &str) -> Command {
-    let mut relay = Command::new(binary::find("outbox-relay").unwrap());
-    relay
-        .env_clear()
-        .env("DATABASE_URL", database_url)
-        .env("AMQP_URL", amqp_url)
-        .env("LEASE", "10s")
-        .env("LISTEN", format!("127.0.0.1:{}", ports::free()))
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .kill_on_drop(true);
-    let _http = client();
-    relay
 }
 
 /// Asserts a snapshot in which times, ids and rates are the same on every run.

@@ -39,6 +39,7 @@ Everything flows. Nothing waits.
 - Partitions: 999997 positions ahead of the last one
 - Outbox lock: held by nobody
 - Long transactions: none
+Every check of this outbox
 ## The last hour
 - Events that are not settled: N now, at most N
 - Age of the oldest: SPAN now, at most SPAN

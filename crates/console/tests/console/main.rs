@@ -4,5 +4,6 @@
 mod desk;
 
 mod access;
+mod acting;
 mod finding;
 mod looking;
