@@ -29,10 +29,11 @@ env: ## Print the running stack's addresses as export lines for a shell
 
 test test-matrix test-faults schemathesis: export TMPDIR := $(shell crates/devstack/scratch)
 
+# Tests wait for servers more than they compute, so there are more of them at a time than cores.
 test: ## Run all tests but the slow fault suite; TEST_ARGS="--test relay"
 	@crates/devstack/install tests
 	cargo build --workspace
-	exec $(DEVSTACK) run -- cargo test --workspace --no-fail-fast $(TEST_ARGS)
+	exec env RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} $(DEVSTACK) run -- cargo test --workspace --no-fail-fast $(TEST_ARGS)
 
 test-matrix: ## Run all tests on each release of both servers, an hour or more; MATRIX="17/4.0 18/4.3"
 	@exec crates/devstack/matrix
