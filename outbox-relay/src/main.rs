@@ -40,7 +40,11 @@ async fn start() -> anyhow::Result<Verdict> {
             let reload = || Ok(outboxes::outboxes(cli::parse_again::<Cli>(TABLES)?.tables));
             let outboxes = outboxes::outboxes(tables);
             traces
-                .during(requested, drain, outbox_relay::run(*args, outboxes, reload, metrics, shutdown))
+                .during(
+                    requested,
+                    drain,
+                    Box::pin(outbox_relay::run(*args, outboxes, reload, metrics, shutdown)),
+                )
                 .await?;
         }
         Command::Migrate(args) => {

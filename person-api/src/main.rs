@@ -42,5 +42,5 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let metrics = telemetry::start(&args.telemetry)?;
     let (traces, shutdown) = (traces::start("person-api")?, Shutdown::on_signals()?);
     let (requested, drain) = (shutdown.requested().clone(), args.shutdown.drain_timeout);
-    traces.during(requested, drain, person_api::run(args, Some(metrics), shutdown)).await
+    traces.during(requested, drain, Box::pin(person_api::run(args, Some(metrics), shutdown))).await
 }

@@ -29,5 +29,5 @@ async fn run(config: score_api::Config) -> anyhow::Result<()> {
     let metrics = telemetry::start(&config.telemetry)?;
     let (traces, shutdown) = (traces::start("score-api")?, Shutdown::on_signals()?);
     let (requested, drain) = (shutdown.requested().clone(), config.shutdown.drain_timeout);
-    traces.during(requested, drain, score_api::run(config, Some(metrics), shutdown)).await
+    traces.during(requested, drain, Box::pin(score_api::run(config, Some(metrics), shutdown))).await
 }

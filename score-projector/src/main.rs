@@ -66,5 +66,5 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let metrics = telemetry::start(&args.telemetry)?;
     let (traces, shutdown) = (traces::start("score-projector")?, Shutdown::on_signals()?);
     let (requested, drain) = (shutdown.requested().clone(), args.shutdown.drain_timeout);
-    traces.during(requested, drain, score_projector::run(args, Some(metrics), shutdown)).await
+    traces.during(requested, drain, Box::pin(score_projector::run(args, Some(metrics), shutdown))).await
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, StreamBody, combinators::UnsyncBoxBody};
+use http_body_util::{BodyExt, Collected, StreamBody, combinators::UnsyncBoxBody};
 use hyper::{
     HeaderMap, Request, Response, StatusCode,
     body::{Frame, Incoming},
@@ -176,7 +176,7 @@ async fn respond(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Resp
     let known =
         if is_grpc { "/opentelemetry.proto.collector.trace.v1.TraceService/Export" } else { "/v1/traces" };
     let found = request.uri().path() == known;
-    let received = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    let received = request.into_body().collect().await.map(Collected::to_bytes).unwrap_or_default();
     let with = |status: StatusCode, frames: Vec<Frame<Bytes>>| {
         let mut response = Response::new(body(frames));
         *response.status_mut() = status;
@@ -196,7 +196,7 @@ async fn respond(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Resp
         Manner::Floods => {
             let mut response = with(StatusCode::OK, Vec::new());
             *response.body_mut() =
-                body(std::iter::repeat_with(|| Frame::data(Bytes::from_static(&[0x0a; 65_536]))));
+                body(std::iter::repeat_with(|| Frame::data(Bytes::from_static(&[0x0a; 16_384]))));
             response
         }
         Manner::Keeps => {
@@ -242,7 +242,8 @@ impl Shared {
 
 /// Bytes as hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let digits = |byte: &u8| [byte >> 4, byte & 15].map(|digit| char::from_digit(digit.into(), 16));
+    bytes.iter().flat_map(digits).flatten().collect()
 }
 
 fn attribute(attribute: &KeyValue) -> String {

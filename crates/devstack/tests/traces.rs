@@ -291,8 +291,8 @@ async fn endpoints_that_fail(test: &mut Test) {
         // The first failure, and then at most one line a minute: not one for each of the batches.
         let failures = said(program, "traces could not be exported").len();
         assert!((1..=4).contains(&failures), "{program} said {failures} times that it fails");
-        let text = format!("{:?}", test.log(program));
-        assert!(!text.contains(SECRET), "{program} logs a secret");
+        let whole = format!("{:?}", test.log(program));
+        assert!(!whole.contains(SECRET), "{program} logs a secret");
     }
 
     // A program ends in time although the collector does not respond.
@@ -314,7 +314,7 @@ async fn switches(test: &mut Test) {
     let closed = "http://127.0.0.1:9";
     let url = test.collector.url();
     // Whether the caller's trace is exported, and what the event's header says of it; and whether a new trace is exported.
-    for (case, variables, sampled, begun) in [
+    let cases = [
         ("OTEL_SDK_DISABLED", vec![("OTEL_SDK_DISABLED", "true")], (false, Some("01")), None),
         ("no exporter", vec![("OTEL_TRACES_EXPORTER", "none")], (false, Some("01")), None),
         ("always_off", vec![("OTEL_TRACES_SAMPLER", "always_off")], (false, Some("00")), Some("00")),
@@ -326,9 +326,8 @@ async fn switches(test: &mut Test) {
         ),
         ("callers are ignored", vec![("OTEL_PROPAGATORS", "none")], (false, None), Some("01")),
         ("away", vec![("OTEL_EXPORTER_OTLP_ENDPOINT", closed)], (false, Some("01")), Some("01")),
-    ]
-    .into_iter()
-    {
+    ];
+    for (case, variables, sampled, begun) in cases {
         let defaults = [
             ("OTEL_SDK_DISABLED", "false"),
             ("OTEL_TRACES_EXPORTER", "otlp"),
