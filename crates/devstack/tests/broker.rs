@@ -301,5 +301,12 @@ fn the_script_speaks_to_the_rabbitmqctl_of_4_0() {
     add_user declares < secret
     -q set_user_tags declares
     -q set_permissions -p shop declares ^event_dispatcher([.]by_aggregate)?$ ^event_dispatcher([.]by_aggregate)?$ ^event_dispatcher$
+
+    shop looks monitor
+    => 0
+    -q list_users
+    add_user looks < secret
+    -q set_user_tags looks management
+    -q set_permissions -p shop looks ^$ ^$ ^$
     ");
 }

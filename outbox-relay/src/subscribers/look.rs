@@ -1,12 +1,17 @@
 //! A look at the broker: is each expected queue there, consumed from, and bound?
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use amqp::{Bindings, Coverage, Management, ManagementError, QueueState};
 use daemon::command::many;
 
 use super::{Expectation, Subscribers, passive::Passive};
 
+/// No longer is thought about bindings in one look; a few patterns take milliseconds.
+const LONGEST: Duration = Duration::from_secs(5);
 /// The exchange of subscribers that follow versions.
 const BY_AGGREGATE: &str = ".by_aggregate";
 
@@ -88,27 +93,19 @@ impl Subscribers {
         let vhost = self.virtual_host();
         // Without the exchange nothing is bound.
         let bindings = management.bindings(vhost, self.exchange.as_str()).await?;
+        let expectations = self.expectations.clone();
+        // Others bind what they like, and this thread has events to publish.
+        let coverage = tokio::task::spawn_blocking(move || coverage(bindings.as_ref(), &expectations)).await;
+        let coverage = coverage.map_err(|error| ManagementError::Response(error.to_string()))?;
         let mut found = Vec::new();
-        for expectation in &self.expectations {
+        for (expectation, coverage) in self.expectations.iter().zip(&coverage) {
             let state = match management.queue(vhost, &expectation.queue).await? {
                 Some(queue) => State::Exists(queue),
                 None => State::Missing,
             };
-            let coverage = self.coverage(bindings.as_ref(), expectation);
-            found.push(self.found(expectation, state, Some((management, &coverage)), ""));
+            found.push(self.found(expectation, state, Some((management, coverage)), ""));
         }
         Ok(found)
-    }
-
-    fn coverage(&self, bindings: Option<&Bindings>, expectation: &Expectation) -> BTreeMap<String, Coverage> {
-        let of = |type_: &String| {
-            let coverage = match bindings {
-                Some(bindings) => bindings.cover(type_, &expectation.queue),
-                None => Coverage::Misses(type_.clone()),
-            };
-            (type_.clone(), coverage)
-        };
-        expectation.types.iter().map(of).collect()
     }
 
     /// What follows from the queue's state, and from its bindings where they are known.
@@ -212,6 +209,23 @@ impl Subscribers {
             ),
         });
     }
+}
+
+/// What each queue gets of its types.
+fn coverage(bindings: Option<&Bindings>, expectations: &[Expectation]) -> Vec<BTreeMap<String, Coverage>> {
+    let begin = Instant::now();
+    let of_type = |queue: &str, type_: &String| {
+        let coverage = match bindings {
+            Some(_) if begin.elapsed() > LONGEST => Coverage::TooMany,
+            Some(bindings) => bindings.cover(type_, queue),
+            None => Coverage::Misses(type_.clone()),
+        };
+        (type_.clone(), coverage)
+    };
+    let of_queue = |Expectation { queue, types }: &Expectation| {
+        types.iter().map(|type_| of_type(queue, type_)).collect()
+    };
+    expectations.iter().map(of_queue).collect()
 }
 
 impl Fault {
