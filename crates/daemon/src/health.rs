@@ -79,6 +79,10 @@ fn rendered(labels: &[(&str, &str)]) -> Vec<String> {
     labels.iter().map(|(name, value)| series::label(name, value)).collect()
 }
 
+fn is_among(some: &[String], all: &[String]) -> bool {
+    some.iter().all(|label| all.contains(label))
+}
+
 /// What a part waits for; or, when it is `ready`, what an operator should look at all the same.
 #[derive(Debug)]
 struct Waiting {
@@ -124,7 +128,9 @@ impl Health {
         if let Some(identity) = self.member.as_ref().and_then(|member| state.identity.members.remove(member))
         {
             let labels = identity.labels();
-            if !labels.is_empty() && state.identity.members.values().all(|other| other.labels() != labels) {
+            // One that never knew its source has labels that others have, too.
+            let mut others = state.identity.members.values();
+            if !labels.is_empty() && !others.any(|other| is_among(&labels, &other.labels())) {
                 state.gone.insert(labels);
             }
         }
@@ -142,7 +148,7 @@ impl Health {
             identity.parts.insert(part, value.to_owned());
             // It was removed, and is there again.
             let labels = identity.labels();
-            state.gone.remove(&labels);
+            state.gone.retain(|gone| !is_among(gone, &labels));
         }
     }
 
@@ -289,6 +295,32 @@ mod tests {
         assert_eq!(shown(&health).lines().count(), 2);
         health.is_gone(&[("reason", "x"), ("consumer", "stock")]);
         assert_eq!(shown(&health), r#"applied_total{consumer="stock-2",reason="x"} 1"#);
+    }
+
+    #[test]
+    fn a_member_that_never_knew_its_source_takes_no_series_of_others_along() {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        let handle = recorder.handle();
+        metrics::with_local_recorder(&recorder, || {
+            for source in ["shop", "bank"] {
+                metrics::counter!("led_total", "source" => source, "relay" => "default").increment(1);
+            }
+        });
+        let health = Health::new();
+        let member = |name| health.member("outbox", name, Identity::default().with("relay", "default"));
+        let shown = || health.respond(METRICS, Some(&handle)).unwrap().body.matches("led_total{").count();
+        let (shop, bank) = (member("shop"), member("bank"));
+        shop.is_known_as("source", "shop");
+        bank.remove();
+        assert_eq!(shown(), 2);
+        shop.remove();
+        assert_eq!(shown(), 1);
+        member("bank").remove();
+        let bank = member("bank");
+        bank.is_known_as("source", "bank");
+        assert_eq!(shown(), 1);
+        member("shop").is_known_as("source", "shop");
+        assert_eq!(shown(), 2);
     }
 
     #[test]

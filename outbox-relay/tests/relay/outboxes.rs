@@ -188,6 +188,59 @@ async fn outboxes_come_and_go_while_others_go_on() {
     assert!(relay.terminate().await.success());
 }
 
+/// The series of a queue that is not expected any more would keep their last values forever.
+#[tokio::test]
+async fn expected_subscribers_come_and_go() {
+    let outboxes = Outboxes::new(&["expecting", "other"]).await;
+    let names = ["expecting", "other"];
+    let expect = |queue: &str| format!("[[outbox.expecting.expect]]\nqueue = \"{queue}\"\ntypes = [\"#\"]\n");
+    let write = |queues: &[&str]| {
+        outboxes.write(&names[..1], &queues.iter().map(|queue| expect(queue)).collect::<String>());
+        let path = outboxes.folder.join("relay.toml");
+        let expecting = fs::read_to_string(&path).unwrap();
+        outboxes.write(&names[1..], "");
+        let other = fs::read_to_string(&path).unwrap();
+        let (_, other) = other.split_once('\n').unwrap();
+        fs::write(&path, expecting + other).unwrap();
+    };
+    write(&["mail", "stock"]);
+    let relay = Relay::ready(&mut outboxes.command("run")).await;
+    let shown = async |queues: &[&str]| {
+        eventually(&format!("series of {queues:?}"), async || {
+            let (_, metrics) = relay.get("metrics").await?;
+            let series = |queue: &&str| {
+                format!(
+                    "outbox_relay_expected_subscribers{{source=\"expecting\",relay=\"default\",queue=\"{queue}\"}} 0"
+                )
+            };
+            let count = metrics.matches("outbox_relay_expected_subscribers{").count();
+            (count == queues.len() && queues.iter().all(|queue| metrics.contains(&series(queue)))).then_some(())
+        })
+        .await;
+    };
+    shown(&["mail", "stock"]).await;
+    let attends = async |queue: &str| {
+        eventually(&format!("attention to {queue}"), async || {
+            let (_, ready) = relay.get("ready").await?;
+            let ready: serde_json::Value = serde_json::from_str(&ready).unwrap();
+            let of = |said: &&serde_json::Value| said["part"] == "subscribers";
+            let said = ready["attention"].as_array()?.iter().find(of)?;
+            assert_eq!(said["outbox"], "expecting");
+            said["reason"].as_str()?.contains(&format!("the queue {queue} does not exist")).then_some(())
+        })
+        .await;
+    };
+    attends("mail").await;
+    for queues in [&["stock"][..], &["mail"], &[], &["mail", "stock"]] {
+        write(queues);
+        relay.signal("HUP").await;
+        shown(queues).await;
+        if let Some(queue) = queues.first() {
+            attends(queue).await;
+        }
+    }
+}
+
 /// What would make one outbox of two, or none of one.
 #[tokio::test]
 async fn tables_that_it_does_not_start_with() {
