@@ -101,9 +101,8 @@ pub fn message(event: &Event, origin: &Origin) -> Result<(ShortString, BasicProp
     // Longer ones would not fit beside the rest, and a schema without its checks could hold them.
     let bounded =
         |what: &str, text: &str| short(what, text).map(|text| AMQPValue::LongString(text.as_str().into()));
-    let own = |name: &str| {
-        NEVER_THE_WRITERS.contains(&name) || origin.cloudevents && name.starts_with(CLOUDEVENTS)
-    };
+    let own =
+        |name: &str| NEVER_THE_WRITERS.contains(&name) || origin.cloudevents && name.starts_with(CLOUDEVENTS);
     for (name, value) in event.headers.iter().flatten().filter(|(name, _)| !own(name)) {
         headers.insert(short("a header's name", name)?, header(value));
     }

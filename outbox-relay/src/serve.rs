@@ -43,8 +43,7 @@ impl Outbox {
     pub(crate) fn new(args: OutboxArgs) -> Result<Self, SettingError> {
         let database = args.database.options("outbox-relay", STATEMENT_TIMEOUT)?.by_index();
         let nodes = args.broker.nodes(args.database.require_tls)?;
-        let subscribers =
-            Subscribers::new(&args.expect, &nodes, &args.exchange, args.database.require_tls)?;
+        let subscribers = Subscribers::new(&args.expect, &nodes, &args.exchange, args.database.require_tls)?;
         let mut urls = vec![args.database.url()?, args.broker.urls()?];
         urls.extend(args.expect.management.url()?);
         Ok(Self { args, database, nodes, subscribers, urls })

@@ -176,8 +176,7 @@ impl Management {
 
     fn url(&self, path: &[&str]) -> String {
         // What a URL's path may have as it is.
-        const ENCODED: &AsciiSet =
-            &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+        const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
         let path: Vec<String> =
             path.iter().map(|part| utf8_percent_encode(part, ENCODED).to_string()).collect();
         format!("{}/api/{}", self.base, path.join("/"))

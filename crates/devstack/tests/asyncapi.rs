@@ -24,7 +24,8 @@ fn installed() -> PathBuf {
     }
     if fs::read_to_string(&done).ok() != Some(lock.clone()) {
         let mut npm = Command::new("npm");
-        npm.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]).current_dir(&home);
+        npm.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"])
+            .current_dir(&home);
         let output = npm.output().expect("npm is missing: run crates/devstack/install tests");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         fs::write(done, lock).unwrap();
@@ -36,7 +37,8 @@ fn installed() -> PathBuf {
 fn check(home: &Path, document: &str) -> String {
     let file = home.join("asyncapi.yaml");
     fs::write(&file, document).unwrap();
-    let output = Command::new("node").arg(home.join("check.js")).args([&file, Path::new(GOLDEN)]).output().unwrap();
+    let output =
+        Command::new("node").arg(home.join("check.js")).args([&file, Path::new(GOLDEN)]).output().unwrap();
     let [said, errors] = [output.stdout, output.stderr].map(|said| String::from_utf8(said).unwrap());
     assert!(output.status.success(), "{errors}");
     said.trim().to_owned()
@@ -55,10 +57,22 @@ fn the_document_is_asyncapi_3_and_each_golden_body_fits_it() {
     for (said, wanted) in [
         (changed("action: send", "action: sent"), "operations.publish.action"),
         (changed("deliveryMode: 2", "deliveryMode: 3"), "operations.publish.bindings.amqp.deliveryMode"),
-        (changed("status: {type: string, enum: [active, inactive]}", ""), "person.baseline-2.json.status is not in the document"),
-        (changed("total: {$ref: '#/components/schemas/Total'}", "total: {type: string}"), "score.changed.json: data/total"),
-        (changed("required: [id, cpf, total, entries]", "required: [id, cpf, entries]"), "score.baseline.json: total is not required"),
-        (changed("      score.new: {$ref: '#/components/messages/score.new'}\n", ""), "byType lacks messages"),
+        (
+            changed("status: {type: string, enum: [active, inactive]}", ""),
+            "person.baseline-2.json.status is not in the document",
+        ),
+        (
+            changed("total: {$ref: '#/components/schemas/Total'}", "total: {type: string}"),
+            "score.changed.json: data/total",
+        ),
+        (
+            changed("required: [id, cpf, total, entries]", "required: [id, cpf, entries]"),
+            "score.baseline.json: total is not required",
+        ),
+        (
+            changed("      score.new: {$ref: '#/components/messages/score.new'}\n", ""),
+            "byType lacks messages",
+        ),
     ] {
         assert!(said.contains(wanted), "{wanted}: {said}");
     }

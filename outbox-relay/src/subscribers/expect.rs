@@ -59,7 +59,9 @@ impl FromStr for Expectations {
                 return Err(wrong(format!("the queue {name} is there twice; name all of its types once")));
             }
             if types.is_empty() {
-                return Err(wrong(format!("the queue {name} has no types; for every event: types = [\"#\"]")));
+                return Err(wrong(format!(
+                    "the queue {name} has no types; for every event: types = [\"#\"]"
+                )));
             }
             if types.len() > MAX_TYPES {
                 return Err(wrong(format!("the queue {name} has more than {MAX_TYPES} types")));
@@ -90,7 +92,10 @@ mod tests {
             (r#"[{"queue": "", "types": ["order.*"]}]"#.to_owned(), "a queue has no name"),
             (r#"[{"queue": "mail", "types": []}]"#.to_owned(), "mail has no types"),
             (r#"[{"queue": "mail", "types": ["a", ""]}]"#.to_owned(), "mail has an empty pattern"),
-            (format!(r#"[{{"queue": "{long}", "types": ["a"]}}]"#), "name of a queue is longer than 255 bytes"),
+            (
+                format!(r#"[{{"queue": "{long}", "types": ["a"]}}]"#),
+                "name of a queue is longer than 255 bytes",
+            ),
             (format!(r#"[{{"queue": "mail", "types": ["{long}"]}}]"#), "mail has a pattern longer than 255"),
             (
                 r#"[{"queue": "mail", "types": ["a"]}, {"queue": "mail", "types": ["b"]}]"#.to_owned(),

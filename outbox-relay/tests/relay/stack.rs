@@ -189,7 +189,8 @@ impl Stack {
 
     /// The management API's URL for a user who may look, and do nothing.
     pub(crate) async fn management_url(&self) -> String {
-        let (user, none) = (format!("{}_monitor", self.vhost), json!({"configure": "^$", "write": "^$", "read": "^$"}));
+        let (user, none) =
+            (format!("{}_monitor", self.vhost), json!({"configure": "^$", "write": "^$", "read": "^$"}));
         let tagged = json!({"password": BROKER_PASSWORD, "tags": "management"});
         self.manage(reqwest::Method::PUT, &format!("users/{user}"), Some(tagged)).await;
         self.manage(reqwest::Method::PUT, &format!("permissions/{}/{user}", self.vhost), Some(none)).await;

@@ -29,7 +29,8 @@ impl FromStr for Management {
         let wrong = || InvalidManagement::new(format_args!("it should look like {FORM}"));
         let url = Url::parse(text).map_err(|_| wrong())?;
         let host = url.host_str().filter(|_| matches!(url.scheme(), "http" | "https")).ok_or_else(wrong)?;
-        let decoded = |text: &str| percent_decode_str(text).decode_utf8().map(Into::into).map_err(|_| wrong());
+        let decoded =
+            |text: &str| percent_decode_str(text).decode_utf8().map(Into::into).map_err(|_| wrong());
         let user: String = decoded(url.username())?;
         let password: String = decoded(url.password().unwrap_or_default())?;
         if user.is_empty() || url.fragment().is_some() {

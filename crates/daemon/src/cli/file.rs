@@ -102,9 +102,8 @@ impl File {
             }
             let is_list = known.lists.contains(&name.as_str());
             let value = match value {
-                Value::Array(_) if is_list => serde_json::to_string(&value).map_err(|error| {
-                    self.wrong(format_args!("{place}{name} cannot be used: {error}"))
-                })?,
+                Value::Array(_) if is_list => serde_json::to_string(&value)
+                    .map_err(|error| self.wrong(format_args!("{place}{name} cannot be used: {error}")))?,
                 _ if is_list => {
                     return Err(self.wrong(format_args!(
                         "{place}{name} is a list of tables; each begins with a line [[{place}{name}]]"

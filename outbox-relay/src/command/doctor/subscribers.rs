@@ -5,10 +5,7 @@ use crate::subscribers::{Expectations, Fault, Found, Passive, Subscribers};
 use super::Check;
 
 /// A check for each expected queue; none when no subscriber is expected.
-pub(super) async fn checks(
-    subscribers: Option<Subscribers>,
-    expected: Option<&Expectations>,
-) -> Vec<Check> {
+pub(super) async fn checks(subscribers: Option<Subscribers>, expected: Option<&Expectations>) -> Vec<Check> {
     let skipped = |why: &str| -> Vec<Check> {
         let expected = expected.into_iter().flat_map(|expected| &expected.0);
         expected.map(|expectation| Check::skipped(name(&expectation.queue), why)).collect()
