@@ -233,13 +233,8 @@ impl Management {
         path: &[&str],
     ) -> Result<Option<T>, ManagementError> {
         let away = |error: reqwest::Error| {
-            // Its own words name the URL, and hide the cause.
-            let mut cause: &dyn std::error::Error = &error;
-            while let Some(next) = cause.source() {
-                cause = next;
-            }
             let timeout = error.is_timeout();
-            ManagementError::Away(if timeout { "no response in time".to_owned() } else { cause.to_string() })
+            ManagementError::Away(if timeout { "no response in time".to_owned() } else { cause(&error) })
         };
         let request = self.http.get(self.url(path)).basic_auth(&self.user, Some(&self.password));
         let mut response = request.send().await.map_err(away)?;
@@ -269,6 +264,15 @@ impl Management {
             .map(Some)
             .map_err(|error| ManagementError::Response(format!("it is not what RabbitMQ responds: {error}")))
     }
+}
+
+/// The last cause: the error's own words name the URL, and hide it.
+fn cause(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
 }
 
 /// Where it is, and as whom to log in, without the password.

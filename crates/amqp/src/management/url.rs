@@ -6,7 +6,7 @@ use percent_encoding::percent_decode_str;
 use reqwest::{Certificate, Identity, redirect::Policy};
 use url::Url;
 
-use super::{CONNECT, InvalidManagement, Management, TIMEOUT};
+use super::{CONNECT, InvalidManagement, Management, TIMEOUT, cause};
 
 pub(super) const FORM: &str =
     "https://user:password@host:15671 (http://user:password@host:15672 without TLS)";
@@ -85,7 +85,7 @@ impl FromStr for Management {
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
         let http = http
             .build()
-            .map_err(|error| InvalidManagement::new(format_args!("TLS cannot be used: {error}")))?;
+            .map_err(|error| InvalidManagement::new(format_args!("TLS cannot be used: {}", cause(&error))))?;
         Ok(Self { http, base, host, user, password })
     }
 }
