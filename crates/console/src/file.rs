@@ -5,11 +5,12 @@ use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 use daemon::config::{
     SettingError,
     database::{Database, DatabaseArgs},
-    has_password,
+    has_password, secret,
 };
+use secrecy::ExposeSecret;
 use serde::Deserialize;
 
-use crate::access::Role;
+use crate::{access::Role, broker::Broker};
 
 /// What is read here. The rest of the file are settings.
 pub const TABLES: [&str; 4] = ["outbox", "inbox", "broker", "role"];
@@ -117,6 +118,16 @@ pub fn database(
     let database = args.options("outbox-console", STATEMENT_TIMEOUT).map_err(named)?;
     database.warn();
     Ok(database)
+}
+
+/// The broker's management API, where it is set.
+pub fn broker(table: &BrokerTable) -> Result<Option<Broker>, SettingError> {
+    const VARIABLE: &str = "MANAGEMENT_URL";
+    if table.management_url_file.is_none() && std::env::var_os(VARIABLE).is_none() {
+        return Ok(None);
+    }
+    let url = secret(VARIABLE, table.management_url_file.as_ref(), "http://USER:PASSWORD@HOST:15672/VHOST")?;
+    Broker::new(url.expose_secret()).map(Some)
 }
 
 #[cfg(test)]

@@ -83,7 +83,7 @@ pub(crate) async fn show(
     let query = |name| query(request, name);
     match view {
         View::All => Ok(pages::all::page(console).await),
-        View::Outbox => Ok(pages::outbox::page(console.outbox(name)?, user).await),
+        View::Outbox => Ok(pages::outbox::page(console, console.outbox(name)?, user).await),
         View::Doctor => pages::doctor::page(console.outbox(name)?).await,
         View::Parked => {
             let after = query("after").parse().unwrap_or_default();
@@ -95,7 +95,7 @@ pub(crate) async fn show(
             let job = name.parse().ok().and_then(|id| console.jobs.get(id));
             Ok(pages::parked::job(&job.ok_or_else(Refused::unknown)?, user))
         }
-        View::Inbox => Ok(pages::inbox::page(console.inbox(name)?, user).await),
+        View::Inbox => Ok(pages::inbox::page(console, console.inbox(name)?, user).await),
         View::Find => Ok(pages::find::page(console, &query("q"), query("scan") == "1", user).await),
         View::Audit => Ok(pages::audit::page(console).await),
     }

@@ -34,6 +34,8 @@ pub struct Inbox {
     pub queues: Vec<String>,
     /// Its database's address and user, without the password.
     pub address: String,
+    /// Its database.
+    pub database: Database,
     /// Connections for what a page asks.
     pub pool: PgPool,
     looks: Looks,
@@ -65,6 +67,7 @@ impl Inbox {
             consumer: consumer.unwrap_or_else(|| name.to_owned()),
             queues,
             address: database.address(),
+            database: database.clone().quiet(),
             pool: database.pool(CONNECTIONS),
             looks: Looks::new(database.clone()),
             watch: Watch::default(),

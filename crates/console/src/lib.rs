@@ -5,11 +5,13 @@
 
 pub mod access;
 pub mod audit;
+pub mod broker;
 pub mod cli;
 pub mod file;
 mod handlers;
 pub mod inbox;
 pub mod job;
+pub mod lag;
 mod looks;
 pub mod outbox;
 pub mod page;
@@ -31,7 +33,9 @@ use daemon::{
 use metrics_exporter_prometheus::PrometheusHandle;
 use web::front::Front;
 
-use crate::{access::Access, cli::RunArgs, file::File, inbox::Inbox, job::Jobs, outbox::Outbox};
+use crate::{
+    access::Access, broker::Broker, cli::RunArgs, file::File, inbox::Inbox, job::Jobs, lag::Follows, outbox::Outbox,
+};
 
 /// What the pages are about.
 pub struct Console {
@@ -39,6 +43,10 @@ pub struct Console {
     pub outboxes: BTreeMap<String, Arc<Outbox>>,
     /// The inboxes by name.
     pub inboxes: BTreeMap<String, Arc<Inbox>>,
+    /// Each inbox with each outbox that it may follow.
+    pub follows: Vec<Arc<Follows>>,
+    /// The broker, if its management API is known.
+    pub broker: Option<Arc<Broker>>,
     /// Who may see and do what.
     pub access: Access,
     /// What operators have begun.
@@ -85,9 +93,36 @@ pub async fn run(
             Ok(())
         });
     }
+    let mut follows = Vec::new();
+    for inbox in inboxes.values() {
+        for outbox in outboxes.values() {
+            let pair = Arc::new(Follows::new(outbox, inbox));
+            follows.push(Arc::clone(&pair));
+            let stop = shutdown.requested().clone();
+            shutdown.spawn("lag", async move {
+                pair.run(stop).await;
+                Ok(())
+            });
+        }
+    }
+    let broker = file::broker(&file.broker)?.map(Arc::new);
+    if let Some(broker) = broker.clone() {
+        let stop = shutdown.requested().clone();
+        shutdown.spawn("broker", async move {
+            broker.run(stop).await;
+            Ok(())
+        });
+    }
     let access = Access::new(front.keys().clone(), file.role);
     let health = Health::of(Identity::of("outbox-console"));
-    let console = Arc::new(Console { outboxes, inboxes, access: access.clone(), jobs: Jobs::new(&shutdown) });
+    let console = Arc::new(Console {
+        outboxes,
+        inboxes,
+        follows,
+        broker,
+        access: access.clone(),
+        jobs: Jobs::new(&shutdown),
+    });
     let routes = routes::routes(&console, |routes| web::health::add_to(routes, &health, Some(&metrics)));
     let drain = args.shutdown.drain_timeout;
     front.start_with(&shutdown, routes, access, drain)?;

@@ -12,6 +12,7 @@ use outbox_relay::command::{
 use crate::{
     inbox,
     outbox::{Look, Outbox},
+    pages::inbox::Queues,
     watch::{Away, Seen},
 };
 
@@ -320,7 +321,7 @@ fn capital(text: &str) -> String {
 }
 
 /// Of an inbox.
-pub fn of_inbox(inbox: &inbox::Inbox, seen: &Seen<inbox::Look>) -> Findings {
+pub fn of_inbox(inbox: &inbox::Inbox, seen: &Seen<inbox::Look>, queues: &Queues) -> Findings {
     if let Some(gone) = &seen.away {
         return vec![away(gone, &inbox.address)];
     }
@@ -329,6 +330,30 @@ pub fn of_inbox(inbox: &inbox::Inbox, seen: &Seen<inbox::Look>) -> Findings {
     };
     let look = &good.look;
     let mut findings = Findings::new();
+    for (name, queue) in &queues.found {
+        match queue {
+            None => findings.push(Finding::new(
+                Level::Broken,
+                "the subscriber",
+                format!("The queue {} does not exist at the broker.", escape::line(name)),
+                "Start the subscriber, which declares and binds it. If it runs, its /ready says what it waits for.",
+            )),
+            Some(queue) if queue.consumers == 0 => findings.push(Finding::new(
+                Level::Broken,
+                "the subscriber",
+                format!(
+                    "No consumer takes messages from the queue {}: {} waiting.",
+                    escape::line(name),
+                    match queue.messages_ready {
+                        1 => "1 message is".to_owned(),
+                        messages => format!("{messages} messages are"),
+                    }
+                ),
+                "Start the subscriber. If it runs, its /ready says what it waits for.",
+            )),
+            Some(_) => {}
+        }
+    }
     for group in &look.held.groups {
         let first = &group.oldest;
         let waits = format!("{} of {}", many(group.events, "event"), many(group.aggregates, "aggregate"));

@@ -3,7 +3,10 @@
 use futures_util::future::join_all;
 use maud::{Markup, html};
 
-use super::capital;
+use super::{
+    capital,
+    inbox::{lags, queues},
+};
 use crate::{
     Console,
     page::{Page, level},
@@ -43,12 +46,15 @@ pub async fn page(console: &Console) -> Page {
     });
     let inboxes = console.inboxes.values().map(async |inbox| {
         let seen = inbox.watch.latest().await;
-        let mut findings = of_inbox(inbox, &seen);
+        let mut findings = of_inbox(inbox, &seen, &queues(console, inbox).await);
+        let lags = lags(console, inbox).await;
         let facts = seen.good.as_ref().map(|good| {
-            vec![
+            let behind = lags.iter().map(|(outbox, lag)| ("Behind", format!("outbox {outbox}: {lag}")));
+            let counts = [
                 ("Held", good.look.held.events.to_string()),
                 ("Rejected", good.look.rejected.messages.to_string()),
-            ]
+            ];
+            behind.chain(counts).collect()
         });
         let more = findings.len() - 1;
         Card {

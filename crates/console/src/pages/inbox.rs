@@ -8,27 +8,31 @@ use outbox_relay::command::many;
 
 use super::{findings, freshness, time};
 use crate::{
+    Console,
     access::{Role, User},
+    broker::{QUEUES, Queue},
     inbox::{Inbox, Look},
     page::{Page, token},
     verdict::of_inbox,
 };
 
 /// Its page.
-pub async fn page(inbox: &Inbox, user: &User) -> Page {
+pub async fn page(console: &Console, inbox: &Inbox, user: &User) -> Page {
     let seen = inbox.watch.latest().await;
-    let found = of_inbox(inbox, &seen);
+    let queues = queues(console, inbox).await;
+    let found = of_inbox(inbox, &seen, &queues);
+    let lags = lags(console, inbox).await;
     Page::live(
         format!("Inbox {}", inbox.name),
         html! {
             (freshness(&seen))
             (findings(&found))
-            @if let Some(good) = &seen.good { (of_look(inbox, &good.look, user)) }
+            @if let Some(good) = &seen.good { (of_look(inbox, &good.look, &lags, &queues, user)) }
         },
     )
 }
 
-fn of_look(inbox: &Inbox, look: &Look, user: &User) -> Markup {
+fn of_look(inbox: &Inbox, look: &Look, lags: &[(String, String)], queues: &Queues, user: &User) -> Markup {
     html! {
         section #follows aria-labelledby="follows-is" {
             h2 #follows-is { "What it follows" }
@@ -37,6 +41,20 @@ fn of_look(inbox: &Inbox, look: &Look, user: &User) -> Markup {
                 @for (name, incarnation) in &look.sources {
                     dt { "Source" } dd { (escape::line(name)) @if *incarnation > 1 { ", incarnation " (incarnation) } }
                 }
+                @for (outbox, lag) in lags { dt { "Behind outbox " (outbox) } dd { (lag) } }
+                @for (name, queue) in &queues.found {
+                    dt { "Queue " (name) }
+                    dd {
+                        @match queue {
+                            Some(queue) => {
+                                (queue.messages_ready) " messages ready, " (queue.messages_unacknowledged) " with consumers, "
+                                (many(queue.consumers, "consumer"))
+                            }
+                            None => "not among the queues of the broker",
+                        }
+                    }
+                }
+                @if let Some(reason) = &queues.away { dt { "Broker" } dd { (reason) } }
                 dt { "Database" } dd { (inbox.address) }
             }
         }
@@ -70,6 +88,48 @@ fn of_look(inbox: &Inbox, look: &Look, user: &User) -> Markup {
             } } }
         }
     }
+}
+
+/// The queues of an inbox at the broker.
+#[derive(Debug, Default)]
+pub struct Queues {
+    /// Each with what the broker knows of it.
+    pub found: Vec<(String, Option<Queue>)>,
+    /// Why the broker cannot be asked.
+    pub away: Option<String>,
+}
+
+/// What the broker says of the queues of an inbox; nothing where its management API is not known.
+pub(super) async fn queues(console: &Console, inbox: &Inbox) -> Queues {
+    let Some(broker) = console.broker.as_ref().filter(|_| !inbox.queues.is_empty()) else {
+        return Queues::default();
+    };
+    let seen = broker.watch.latest().await;
+    if let Some(away) = &seen.away {
+        let reason = format!("The management API at {} cannot be asked: {}", broker.address, escape::line(&away.reason));
+        return Queues { found: Vec::new(), away: Some(reason) };
+    }
+    let Some(good) = &seen.good else { return Queues::default() };
+    let find = |name: &String| (name.clone(), good.look.iter().find(|queue| queue.name == *name).cloned());
+    // Of very many queues, those with most messages are known, and of another one nothing is.
+    let all = good.look.len() < QUEUES;
+    let found = inbox.queues.iter().map(find).filter(|(_, queue)| all || queue.is_some());
+    Queues { found: found.collect(), away: None }
+}
+
+/// How far an inbox is behind each outbox that it follows.
+pub(super) async fn lags(console: &Console, inbox: &Inbox) -> Vec<(String, String)> {
+    let mut lags = Vec::new();
+    for follows in console.follows.iter().filter(|follows| follows.inbox.name == inbox.name) {
+        let seen = follows.watch.latest().await;
+        let text = match (&seen.away, &seen.good) {
+            (Some(away), _) => Some(format!("unknown: {}", escape::line(&away.reason))),
+            (None, Some(good)) => good.look.text(),
+            (None, None) => None,
+        };
+        lags.extend(text.map(|text| (follows.outbox.name.clone(), text)));
+    }
+    lags
 }
 
 /// Asks the subscriber: only it has the handler.

@@ -5,15 +5,26 @@ use outbox_relay::command::{span, status::RelayStatus};
 
 use super::{findings, freshness, time};
 use crate::{
+    Console,
     access::{Role, User},
+    broker::{Broker, Queue},
     outbox::{Look, Outbox},
     page::{Page, token},
     plot,
     verdict::{backlog, of_outbox},
+    watch::Seen,
 };
 
+/// How many queues are shown.
+const SHOWN: usize = 20;
+
 /// Its page.
-pub async fn page(outbox: &Outbox, user: &User) -> Page {
+pub async fn page(console: &Console, outbox: &Outbox, user: &User) -> Page {
+    let broker = match &console.broker {
+        Some(broker) => Some((broker, broker.watch.latest().await)),
+        None => None,
+    };
+    let subscribers = subscribers(console, outbox).await;
     let seen = outbox.watch.latest().await;
     let found = of_outbox(outbox, &seen);
     Page::live(
@@ -25,6 +36,13 @@ pub async fn page(outbox: &Outbox, user: &User) -> Page {
                 @for relay in &good.look.status.relays { (of_relay(outbox, relay, user)) }
                 (of_database(&good.look, &outbox.address))
             }
+            @if !subscribers.is_empty() {
+                section #subscribers aria-labelledby="subscribers-are" {
+                    h2 #subscribers-are { "Subscribers" }
+                    dl { @for (inbox, lag) in &subscribers { dt { a href={ "/inbox/" (inbox) } { "Inbox " (inbox) } } dd { (lag) } } }
+                }
+            }
+            @if let Some((broker, seen)) = &broker { (of_broker(broker, seen)) }
             p { a href={ "/outbox/" (outbox.name) "/doctor" } { "Every check of this outbox" } }
             section #hour aria-labelledby="hour-is" {
                 h2 #hour-is { "The last hour" }
@@ -70,6 +88,40 @@ fn of_relay(outbox: &Outbox, relay: &RelayStatus, user: &User) -> Markup {
                         td { a href={ "/find?q=" (group.oldest) } { (group.oldest) } }
                     } } }
                 } }
+            }
+        }
+    }
+}
+
+/// How far each inbox that follows it is behind.
+async fn subscribers(console: &Console, outbox: &Outbox) -> Vec<(String, String)> {
+    let mut lags = Vec::new();
+    for follows in console.follows.iter().filter(|follows| follows.outbox.name == outbox.name) {
+        let seen = follows.watch.latest().await;
+        let lag = seen.good.as_ref().filter(|_| seen.away.is_none()).and_then(|good| good.look.text());
+        lags.extend(lag.map(|lag| (follows.inbox.name.clone(), lag)));
+    }
+    lags
+}
+
+/// The queues of the broker with most messages.
+fn of_broker(broker: &Broker, seen: &Seen<Vec<Queue>>) -> Markup {
+    html! {
+        section #queues aria-labelledby="queues-are" {
+            h2 #queues-are { "Queues at " (broker.address) }
+            @if let Some(away) = &seen.away {
+                p role="alert" { "The management API cannot be asked since " (time(away.since)) ": " (escape::line(&away.reason)) "." }
+            } @else if let Some(good) = &seen.good {
+                @if good.look.is_empty() { p { "There is no queue: nobody subscribes." } } @else { div.scroll { table {
+                    thead { tr { th scope="col" { "Queue" } th.number scope="col" { "Ready" } th.number scope="col" { "With consumers" } th.number scope="col" { "Consumers" } th scope="col" { "State" } } }
+                    tbody { @for queue in good.look.iter().take(SHOWN) { tr {
+                        td { (escape::line(&queue.name)) }
+                        td.number { (queue.messages_ready) }
+                        td.number { (queue.messages_unacknowledged) }
+                        td.number { (queue.consumers) }
+                        td { (queue.state.as_deref().unwrap_or_default()) }
+                    } } }
+                } } }
             }
         }
     }

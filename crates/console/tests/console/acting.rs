@@ -162,7 +162,12 @@ Back
         (left, _) => Err(left.to_string()),
     })
     .await;
-    insta::assert_snapshot!(audit(&shop).await, @"");
+    insta::assert_snapshot!(audit(&shop).await, @r#"
+    actor | retry | default | the queue is there | {"ids": [], "rate": null, "type": "thing.*", "events": 10000, "reason": null}
+    actor | retry ended | default | the queue is there | {"done": 10000, "events": 10000, "outcome": "done"}
+    actor | drop | default | a test | {"ids": [], "rate": null, "type": null, "events": 9999, "reason": "unroutable"}
+    actor | drop ended | default | a test | {"done": 9999, "events": 9999, "outcome": "done"}
+    "#);
     // What was dropped can still be told.
     let id: uuid::Uuid =
         sqlx::query_scalar("SELECT id FROM outbox.event WHERE position = 50").fetch_one(&shop.admin).await.unwrap();

@@ -6,4 +6,5 @@ mod desk;
 mod access;
 mod acting;
 mod finding;
+mod following;
 mod looking;
