@@ -36,21 +36,25 @@ pub struct Row {
 /// Adds a row. It is committed before the action, so that there is no change without a row.
 pub async fn add(conn: &mut PgConnection, entry: Entry<'_>, detail: JsonValue) -> sqlx::Result<()> {
     let Entry { operator, action, target, why } = entry;
-    sqlx::query("INSERT INTO outbox.audit (operator, action, target, why, detail) VALUES ($1, $2, $3, $4, $5)")
-        .bind(operator)
-        .bind(action)
-        .bind(target)
-        .bind(why)
-        .bind(detail)
-        .execute(conn)
-        .await
-        .map(drop)
+    sqlx::query(
+        "INSERT INTO outbox.audit (operator, action, target, why, detail) VALUES ($1, $2, $3, $4, $5)",
+    )
+    .bind(operator)
+    .bind(action)
+    .bind(target)
+    .bind(why)
+    .bind(detail)
+    .execute(conn)
+    .await
+    .map(drop)
 }
 
 /// The last rows, the newest first.
 pub async fn last(conn: &mut PgConnection, most: i64) -> sqlx::Result<Vec<Row>> {
-    sqlx::query_as("SELECT at, operator, action, target, why, detail FROM outbox.audit ORDER BY id DESC LIMIT $1")
-        .bind(most)
-        .fetch_all(conn)
-        .await
+    sqlx::query_as(
+        "SELECT at, operator, action, target, why, detail FROM outbox.audit ORDER BY id DESC LIMIT $1",
+    )
+    .bind(most)
+    .fetch_all(conn)
+    .await
 }

@@ -106,8 +106,8 @@ impl Target for Broker {
                 return Err("the response of the management API is too large".to_owned());
             }
         }
-        let answer: Answer =
-            serde_json::from_slice(&body).map_err(|_| "the response is not that of a management API".to_owned())?;
+        let answer: Answer = serde_json::from_slice(&body)
+            .map_err(|_| "the response is not that of a management API".to_owned())?;
         Ok(answer.items)
     }
 }

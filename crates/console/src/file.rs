@@ -86,7 +86,9 @@ impl File {
             return Err(wrong("it names no database: write a table [outbox.NAME] or [inbox.NAME]"));
         }
         if file.role.is_empty() {
-            return Err(wrong("it gives no key a role: write a table [role] with lines such as alice = \"act\""));
+            return Err(wrong(
+                "it gives no key a role: write a table [role] with lines such as alice = \"act\"",
+            ));
         }
         Ok(file)
     }
@@ -138,7 +140,13 @@ mod tests {
         let file = File::read(text.parse().unwrap());
         let databases = file.and_then(|file| {
             for (name, table) in &file.outbox {
-                database("outbox", name, table.database_url.as_ref(), table.database_url_file.as_ref(), true)?;
+                database(
+                    "outbox",
+                    name,
+                    table.database_url.as_ref(),
+                    table.database_url_file.as_ref(),
+                    true,
+                )?;
             }
             Ok(format!("{:?} {:?} {:?}", file.outbox.keys(), file.inbox.keys(), file.role))
         });
@@ -149,7 +157,9 @@ mod tests {
     fn a_file_says_what_is_wrong_with_it() {
         let role = "[role]\nalice = 'act'\n";
         let all = [
-            said(&format!("{role}[outbox.shop]\ndatabase-url = 'postgres://a@localhost/c'\n[inbox.mail]\nqueues = ['m']")),
+            said(&format!(
+                "{role}[outbox.shop]\ndatabase-url = 'postgres://a@localhost/c'\n[inbox.mail]\nqueues = ['m']"
+            )),
             said("[outbox.shop]"),
             said(role),
             said("[role]\nalice = 'root'"),

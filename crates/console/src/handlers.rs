@@ -3,10 +3,7 @@
 use std::{str::FromStr, sync::Arc};
 
 use outbox_relay::command::pause;
-use poem::{
-    Request,
-    http::StatusCode,
-};
+use poem::{Request, http::StatusCode};
 use serde_json::json;
 use url::form_urlencoded;
 
@@ -135,12 +132,7 @@ fn number<N: FromStr>(text: &str) -> Result<N, Refused> {
     text.parse().map_err(|_| Refused::new(StatusCode::UNPROCESSABLE_ENTITY, "The form lacks a number."))
 }
 
-async fn parked(
-    console: &Console,
-    outbox: &Arc<Outbox>,
-    form: &Form,
-    user: &User,
-) -> Result<Done, Refused> {
+async fn parked(console: &Console, outbox: &Arc<Outbox>, form: &Form, user: &User) -> Result<Done, Refused> {
     let relay = pages::parked::relay_of(outbox, form.field("relay"))?;
     let order = pages::parked::order(form, relay, user)?;
     let events = pages::parked::chosen(outbox, &order).await?;
@@ -205,13 +197,16 @@ async fn redrive(inbox: &Inbox, form: &Form, user: &User) -> Result<Done, Refuse
     let text = |name: &str| Some(form.field(name).to_owned()).filter(|text| !text.is_empty());
     let aggregate = match text("aggregate") {
         Some(aggregate) => match aggregate.split_once('/') {
-            Some((type_, id)) if !type_.is_empty() && !id.is_empty() => Some((type_.to_owned(), id.to_owned())),
+            Some((type_, id)) if !type_.is_empty() && !id.is_empty() => {
+                Some((type_.to_owned(), id.to_owned()))
+            }
             _ => return Err(wrong("An aggregate is TYPE/ID.")),
         },
         None => None,
     };
     let reason = text("reason");
-    if reason.as_ref().is_some_and(|reason| !["poison", "gap", "trying", "behind"].contains(&reason.as_str())) {
+    if reason.as_ref().is_some_and(|reason| !["poison", "gap", "trying", "behind"].contains(&reason.as_str()))
+    {
         return Err(wrong("There is no such reason."));
     }
     let dry_run = match form.field("dry") {

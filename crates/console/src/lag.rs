@@ -137,7 +137,9 @@ impl Target for Follows {
         let Some(source) = self.source() else { return Ok(Lag::None) };
         let mut outbox = self.looks.0.take().await.map_err(|error| reason(&error))?;
         let mut inbox = self.looks.1.take().await.map_err(|error| reason(&error))?;
-        let lag = lag(&mut outbox, &mut inbox, &self.inbox.consumer, &source).await.map_err(|error| reason(&error))?;
+        let lag = lag(&mut outbox, &mut inbox, &self.inbox.consumer, &source)
+            .await
+            .map_err(|error| reason(&error))?;
         self.looks.0.keep(outbox);
         self.looks.1.keep(inbox);
         Ok(lag)
@@ -150,9 +152,12 @@ async fn lag(
     consumer: &str,
     source: &str,
 ) -> sqlx::Result<Lag> {
-    let types: Vec<String> = sqlx::query_scalar(TYPES).bind(consumer).bind(source).fetch_all(&mut *inbox).await?;
+    let types: Vec<String> =
+        sqlx::query_scalar(TYPES).bind(consumer).bind(source).fetch_all(&mut *inbox).await?;
     let last: Option<i64> =
-        sqlx::query_scalar("SELECT position FROM outbox.event ORDER BY position DESC LIMIT 1").fetch_optional(&mut *outbox).await?;
+        sqlx::query_scalar("SELECT position FROM outbox.event ORDER BY position DESC LIMIT 1")
+            .fetch_optional(&mut *outbox)
+            .await?;
     let Some(last) = last.filter(|_| !types.is_empty()) else { return Ok(Lag::None) };
     // From the end, at distances that double.
     let mut at: Vec<i64> =
@@ -160,7 +165,8 @@ async fn lag(
     at.push(1);
     let (mut arrived, mut missing) = (None, i64::MAX);
     for _ in 0..ROUNDS {
-        let sampled: Vec<Sampled> = sqlx::query_as(SAMPLED).bind(&at).bind(&types).fetch_all(&mut *outbox).await?;
+        let sampled: Vec<Sampled> =
+            sqlx::query_as(SAMPLED).bind(&at).bind(&types).fetch_all(&mut *outbox).await?;
         let is_there = are_there(inbox, consumer, source, &sampled).await?;
         // The newest that is there, and the one after it.
         let mut found = None;

@@ -34,7 +34,8 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use web::front::Front;
 
 use crate::{
-    access::Access, broker::Broker, cli::RunArgs, file::File, inbox::Inbox, job::Jobs, lag::Follows, outbox::Outbox,
+    access::Access, broker::Broker, cli::RunArgs, file::File, inbox::Inbox, job::Jobs, lag::Follows,
+    outbox::Outbox,
 };
 
 /// What the pages are about.

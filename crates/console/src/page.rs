@@ -134,7 +134,10 @@ impl Refused {
     /// As a page.
     pub fn page(&self) -> Page {
         let title = self.status.canonical_reason().unwrap_or("Refused").to_owned();
-        Page::still(title, html! { p role="alert" { (self.text) } p { a href="/" { "All outboxes and inboxes" } } })
+        Page::still(
+            title,
+            html! { p role="alert" { (self.text) } p { a href="/" { "All outboxes and inboxes" } } },
+        )
     }
 }
 

@@ -80,7 +80,9 @@ fn route(
         make(move |request: Request| {
             let console = Arc::clone(&console);
             async move {
-                let Some(user) = request.data::<User>() else { return StatusCode::UNAUTHORIZED.into_response() };
+                let Some(user) = request.data::<User>() else {
+                    return StatusCode::UNAUTHORIZED.into_response();
+                };
                 let name = request.raw_path_param("name").unwrap_or_default();
                 match show(&console, view, name, &request, user).await {
                     Ok(page) => respond(StatusCode::OK, &page, Some(user)),
@@ -203,8 +205,11 @@ async fn admitted(mut request: Request, user: Option<&User>) -> Result<Request, 
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let Some(user) = user.cloned() else {
         if !OPEN.contains(&path.as_str()) {
-            let wants_page =
-                request.headers().get_all(header::ACCEPT).iter().any(|a| a.as_bytes().starts_with(b"text/html"));
+            let wants_page = request
+                .headers()
+                .get_all(header::ACCEPT)
+                .iter()
+                .any(|a| a.as_bytes().starts_with(b"text/html"));
             if method.is_safe() && wants_page {
                 let to = request.uri().path_and_query().map_or("/", |to| to.as_str());
                 let to: String = form_urlencoded::byte_serialize(to.as_bytes()).collect();
@@ -219,7 +224,11 @@ async fn admitted(mut request: Request, user: Option<&User>) -> Result<Request, 
         }
         return with_form(request, None, &method).await;
     };
-    if method != Method::GET && method != Method::HEAD && path != "/login" && path != "/logout" && user.role < Role::Act
+    if method != Method::GET
+        && method != Method::HEAD
+        && path != "/login"
+        && path != "/logout"
+        && user.role < Role::Act
     {
         let text = "Your role may look, and not act. Roles stand in the table [role] of the console's file.";
         return Err(refuse(StatusCode::FORBIDDEN, text));

@@ -103,12 +103,13 @@ pub fn of_outbox(outbox: &Outbox, seen: &Seen<Look>) -> Findings {
         let (what, advice) = match &outbox.relay {
             Some(name) => (
                 format!("No relay called {name:?} has led this outbox."),
-                format!("Start one: outbox-relay run --name {name}. Or correct the name in the console's file."),
+                format!(
+                    "Start one: outbox-relay run --name {name}. Or correct the name in the console's file."
+                ),
             ),
-            None => (
-                "No relay has led this outbox yet.".to_owned(),
-                "Start one: outbox-relay run.".to_owned(),
-            ),
+            None => {
+                ("No relay has led this outbox yet.".to_owned(), "Start one: outbox-relay run.".to_owned())
+            }
         };
         findings.push(Finding::new(Level::Broken, "the relay", what, advice));
     }
@@ -233,7 +234,9 @@ fn of_relay(relay: &RelayStatus) -> Findings {
                 "Session {pid} holds the leadership without a heartbeat. Another relay takes over by itself; or run: \
                  SELECT pg_terminate_backend({pid})."
             ),
-            None => format!("Start it: outbox-relay run --name {name}. If it runs, its /ready says what it waits for."),
+            None => format!(
+                "Start it: outbox-relay run --name {name}. If it runs, its /ready says what it waits for."
+            ),
         };
         findings.push(Finding::new(Level::Broken, "the relay", what, advice));
     }

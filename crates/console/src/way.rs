@@ -9,7 +9,11 @@ use sqlx::PgConnection;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use crate::{Console, inbox::Inbox, outbox::{Outbox, reason}};
+use crate::{
+    Console,
+    inbox::Inbox,
+    outbox::{Outbox, reason},
+};
 
 /// How many of an aggregate's last events are shown.
 pub const EVENTS: i64 = 50;
@@ -163,14 +167,19 @@ async fn in_outbox(outbox: &Outbox, target: &Target, scan: bool) -> sqlx::Result
             is_trouble: false,
         }];
         for of in of_relays {
-            let aside = parked.iter().find(|(position, relay, ..)| *position == event.position && *relay == of.relay);
+            let aside =
+                parked.iter().find(|(position, relay, ..)| *position == event.position && *relay == of.relay);
             let state = &*of.state;
             steps.push(Step {
                 at: aside.map(|(_, _, parked_at, _)| *parked_at),
                 place: format!("{place}, relay {}", of.relay),
                 text: match aside {
                     Some((.., last_attempt)) => {
-                        format!("{} (last tried at {})", of.text(event.id), outbox_relay::command::time(Some(*last_attempt)))
+                        format!(
+                            "{} (last tried at {})",
+                            of.text(event.id),
+                            outbox_relay::command::time(Some(*last_attempt))
+                        )
                     }
                     None => of.text(event.id),
                 },
@@ -226,8 +235,13 @@ async fn of_aggregate(
 fn add(found: &mut Found, place: &str, applied: &[Applied], held: Vec<Held>) {
     for of in applied {
         let text = match of.version {
-            0 => format!("has applied nothing of {}/{} from {}", of.aggregate_type, of.aggregate_id, of.source),
-            version => format!("is at version {version} of {}/{} from {}", of.aggregate_type, of.aggregate_id, of.source),
+            0 => {
+                format!("has applied nothing of {}/{} from {}", of.aggregate_type, of.aggregate_id, of.source)
+            }
+            version => format!(
+                "is at version {version} of {}/{} from {}",
+                of.aggregate_type, of.aggregate_id, of.source
+            ),
         };
         let at = (of.version > 0).then_some(of.updated_at);
         found.inboxes.push(Step { at, place: place.to_owned(), text, is_trouble: false });
@@ -243,7 +257,11 @@ fn add(found: &mut Found, place: &str, applied: &[Applied], held: Vec<Held>) {
         if let Some(held) = held.iter().find(|held| held.event_id == way.id) {
             way.steps.push(step(Some(held.first_at), text_of(held), true));
         } else if let Some(last) = last {
-            way.steps.push(step(Some(last.updated_at), "applied; it is the last one that was".to_owned(), false));
+            way.steps.push(step(
+                Some(last.updated_at),
+                "applied; it is the last one that was".to_owned(),
+                false,
+            ));
         } else if version.is_some_and(|version| version >= way.version) {
             way.steps.push(step(None, "applied, or covered by a later state".to_owned(), false));
         } else if !applied.is_empty() {
@@ -252,7 +270,12 @@ fn add(found: &mut Found, place: &str, applied: &[Applied], held: Vec<Held>) {
     }
     for held in held {
         if found.ways.iter().all(|way| way.id != held.event_id) {
-            let step = Step { at: Some(held.first_at), place: place.to_owned(), text: text_of(&held), is_trouble: true };
+            let step = Step {
+                at: Some(held.first_at),
+                place: place.to_owned(),
+                text: text_of(&held),
+                is_trouble: true,
+            };
             found.ways.push(Way {
                 id: held.event_id,
                 type_: held.type_,

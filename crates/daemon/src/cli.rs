@@ -119,7 +119,8 @@ pub fn parse_tables<C: Parser>(tables: Tables) -> Result<Parsed<C>, SettingError
 
 /// As [`parse_tables`], for a process that runs and whose file may be another by now: it is never ended.
 pub fn parse_again<C: Parser>(tables: Tables) -> Result<Parsed<C>, String> {
-    let line = Line { command: command_with::<C>(Some(tables)), args: std::env::args_os().collect(), own: &[] };
+    let line =
+        Line { command: command_with::<C>(Some(tables)), args: std::env::args_os().collect(), own: &[] };
     match line.parse(Some(tables)) {
         Ok(parsed) => Ok(parsed),
         Err(Wrong::Setting(error)) => Err(error.to_string()),
@@ -232,7 +233,12 @@ impl Line {
             let (cli, settings) = self.parse_one(Some(file), Some(table))?;
             Ok(Table { name: table.0.clone(), cli, settings })
         };
-        Ok(Parsed { cli, settings, tables: all.iter().map(parse).collect::<Result<_, _>>()?, own: toml::Table::new() })
+        Ok(Parsed {
+            cli,
+            settings,
+            tables: all.iter().map(parse).collect::<Result<_, _>>()?,
+            own: toml::Table::new(),
+        })
     }
 
     fn parse_one<C: Parser>(

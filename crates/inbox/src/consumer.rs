@@ -12,8 +12,7 @@ use crate::{
     alarms::{Alarms, Findings, StorageCaps},
     erasure,
     handler::describe,
-    requests,
-    series,
+    requests, series,
     stall::StallDetector,
     subscription::{Subscription, Trouble, answer},
 };

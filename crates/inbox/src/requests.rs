@@ -203,7 +203,13 @@ async fn take<H>(sequencer: &Sequencer<H>, process: &str) -> sqlx::Result<Option
 async fn work<H: Handler>(sequencer: &Sequencer<H>, taken: &Taken, stop: &CancellationToken) {
     let Taken { id, operator, dry_run, .. } = taken;
     let (consumer, dry_run) = (&sequencer.consumer, *dry_run);
-    tracing::warn!(consumer, request = id, operator, dry_run, "held events are applied again, as an operator asked");
+    tracing::warn!(
+        consumer,
+        request = id,
+        operator,
+        dry_run,
+        "held events are applied again, as an operator asked"
+    );
     let filter = Filter {
         aggregate: taken.aggregate_type.clone().zip(taken.aggregate_id.clone()),
         reason: taken.reason.clone(),
@@ -213,7 +219,9 @@ async fn work<H: Handler>(sequencer: &Sequencer<H>, taken: &Taken, stop: &Cancel
     let (own_stop, so_far) = (stop.child_token(), watch::Sender::new(RedriveSummary::default()));
     let redriven = async {
         let _ended = own_stop.clone().drop_guard();
-        sequencer.redrive_until(&redrive, &own_stop, |summary| drop(so_far.send_replace(summary.clone()))).await
+        sequencer
+            .redrive_until(&redrive, &own_stop, |summary| drop(so_far.send_replace(summary.clone())))
+            .await
     };
     let pulse = async {
         while own_stop.run_until_cancelled(sleep(PULSE)).await.is_some() {
@@ -238,13 +246,19 @@ async fn work<H: Handler>(sequencer: &Sequencer<H>, taken: &Taken, stop: &Cancel
     let ended = end(&sequencer.pool, *id, &summary, outcome, failure).await;
     if let Err(error) = ended {
         // It is begun again in a minute. What was applied is not held any more.
-        tracing::warn!(consumer, request = id, error = describe(&error), "the end of a request could not be written");
+        tracing::warn!(
+            consumer,
+            request = id,
+            error = describe(&error),
+            "the end of a request could not be written"
+        );
     }
 }
 
 async fn progress(pool: &PgPool, id: i64, summary: &RedriveSummary) -> sqlx::Result<bool> {
     let query = sqlx::query_scalar(PROGRESS).bind(id);
-    let query = query.bind(number(summary.aggregates)).bind(number(summary.applied)).bind(number(summary.refused));
+    let query =
+        query.bind(number(summary.aggregates)).bind(number(summary.applied)).bind(number(summary.refused));
     query.bind(summary.held).bind(Json(&summary.errors)).fetch_one(pool).await
 }
 
@@ -256,7 +270,8 @@ async fn end(
     failure: Option<String>,
 ) -> sqlx::Result<()> {
     let query = sqlx::query(END).bind(id);
-    let query = query.bind(number(summary.aggregates)).bind(number(summary.applied)).bind(number(summary.refused));
+    let query =
+        query.bind(number(summary.aggregates)).bind(number(summary.applied)).bind(number(summary.refused));
     let query = query.bind(summary.held).bind(Json(&summary.errors)).bind(outcome).bind(failure);
     query.execute(pool).await.map(drop)
 }

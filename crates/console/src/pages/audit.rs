@@ -26,7 +26,8 @@ struct Line {
 /// What was chosen and how much it was: ` (events: 3, type: order.*)`.
 fn detail(detail: &serde_json::Value) -> String {
     let known = detail.as_object().into_iter().flatten();
-    let said = known.filter(|(_, value)| !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty()));
+    let said =
+        known.filter(|(_, value)| !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty()));
     let said: Vec<String> = said
         .map(|(name, value)| match value.as_str() {
             Some(text) => format!("{name}: {text}"),

@@ -14,21 +14,29 @@ use crate::{
 /// What was found of `query`. `scan`: also where the id's time is not that of its row.
 pub async fn page(console: &Console, query: &str, scan: bool, user: &User) -> Page {
     if query.is_empty() {
-        return Page::still("Find", html! { p { "Type the id of an event (AMQP's message id), or an aggregate: TYPE/ID." } });
+        return Page::still(
+            "Find",
+            html! { p { "Type the id of an event (AMQP's message id), or an aggregate: TYPE/ID." } },
+        );
     }
     let target: Target = match query.parse() {
         Ok(target) => target,
-        Err(rule) => return Page::still("Find", html! { p role="alert" { "This is nothing to find: " (rule) "." } }),
+        Err(rule) => {
+            return Page::still("Find", html! { p role="alert" { "This is nothing to find: " (rule) "." } });
+        }
     };
     let found = find(console, &target, scan).await;
     let title = match &target {
         Target::Event(id) => format!("Event {id}"),
         Target::Aggregate(type_, id) => format!("Aggregate {type_}/{id}"),
     };
-    Page::live(title, html! {
-        p #freshness role="status" {}
-        (result(&target, &found, scan, user))
-    })
+    Page::live(
+        title,
+        html! {
+            p #freshness role="status" {}
+            (result(&target, &found, scan, user))
+        },
+    )
 }
 
 fn result(target: &Target, found: &Found, scan: bool, user: &User) -> Markup {

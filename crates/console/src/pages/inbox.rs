@@ -106,7 +106,11 @@ pub(super) async fn queues(console: &Console, inbox: &Inbox) -> Queues {
     };
     let seen = broker.watch.latest().await;
     if let Some(away) = &seen.away {
-        let reason = format!("The management API at {} cannot be asked: {}", broker.address, escape::line(&away.reason));
+        let reason = format!(
+            "The management API at {} cannot be asked: {}",
+            broker.address,
+            escape::line(&away.reason)
+        );
         return Queues { found: Vec::new(), away: Some(reason) };
     }
     let Some(good) = &seen.good else { return Queues::default() };

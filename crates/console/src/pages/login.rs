@@ -42,7 +42,9 @@ mod tests {
         for to in ["/", "/outbox/person?x=1", "/find?q=a%2Fb"] {
             assert_eq!(target(to), to);
         }
-        for to in ["", "//evil.example", "/\\evil.example", "https://evil.example", "evil", "/a\r\nb", "/\t/evil"] {
+        for to in
+            ["", "//evil.example", "/\\evil.example", "https://evil.example", "evil", "/a\r\nb", "/\t/evil"]
+        {
             assert_eq!(target(to), "/", "{to:?}");
         }
     }

@@ -48,7 +48,8 @@ async fn a_browser_logs_in_and_out_with_a_cookie_that_no_other_site_can_use() {
     let (name, rest) = set.split_once('=').unwrap();
     assert_eq!(name, "outbox-console");
     assert!(rest.ends_with("; Path=/; Max-Age=43200; HttpOnly; SameSite=Strict"), "{set}");
-    let secure = log_in().header(header::ORIGIN, format!("https://{}", console.address)).send().await.unwrap();
+    let secure =
+        log_in().header(header::ORIGIN, format!("https://{}", console.address)).send().await.unwrap();
     let set = secure.headers()[header::SET_COOKIE].to_str().unwrap();
     assert!(set.starts_with("__Host-outbox-console=") && set.ends_with("; Secure"), "{set}");
     let elsewhere = log_in().header(header::ORIGIN, "https://evil.example").send().await.unwrap();
@@ -56,7 +57,8 @@ async fn a_browser_logs_in_and_out_with_a_cookie_that_no_other_site_can_use() {
 
     let cookie = cookie(&plain);
     let with_cookie = async |cookie: &str| {
-        let response = console.http.get(console.url("/")).header(header::COOKIE, cookie).send().await.unwrap();
+        let response =
+            console.http.get(console.url("/")).header(header::COOKIE, cookie).send().await.unwrap();
         (response.status(), response.text().await.unwrap())
     };
     let (status, html) = with_cookie(&cookie).await;

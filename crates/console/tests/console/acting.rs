@@ -30,7 +30,10 @@ async fn audit(shop: &Shop) -> String {
 }
 
 async fn paused(pool: &PgPool) -> Option<String> {
-    sqlx::query_scalar("SELECT paused_by FROM outbox.relay WHERE name = 'default'").fetch_one(pool).await.unwrap()
+    sqlx::query_scalar("SELECT paused_by FROM outbox.relay WHERE name = 'default'")
+        .fetch_one(pool)
+        .await
+        .unwrap()
 }
 
 #[tokio::test]
@@ -44,16 +47,21 @@ async fn a_relay_is_paused_and_resumed_with_a_reason() {
     assert_eq!(pause("wrong-0123456789", "relay=default&why=x").await, StatusCode::UNAUTHORIZED);
     assert_eq!(pause(ACTOR, "relay=default&why=").await, StatusCode::UNPROCESSABLE_ENTITY);
     assert_eq!(pause(ACTOR, "relay=other&why=x").await, StatusCode::NOT_FOUND);
-    assert_eq!(pause(ACTOR, &format!("relay=default&why={}", "x".repeat(1_001))).await, StatusCode::UNPROCESSABLE_ENTITY);
+    assert_eq!(
+        pause(ACTOR, &format!("relay=default&why={}", "x".repeat(1_001))).await,
+        StatusCode::UNPROCESSABLE_ENTITY
+    );
     assert_eq!((paused(&shop.admin).await, audit(&shop).await), (None, String::new()));
 
     // As a browser sends it: with the session's token, or not at all.
     let cookie = console.log_in(ACTOR).await;
-    let page = console.http.get(console.url("/outbox/shop")).header(header::COOKIE, &cookie).send().await.unwrap();
+    let page =
+        console.http.get(console.url("/outbox/shop")).header(header::COOKIE, &cookie).send().await.unwrap();
     let page = page.text().await.unwrap();
     let token = page.split_once("name=\"token\" value=\"").unwrap().1.split('"').next().unwrap();
     let as_browser = async |form: String| {
-        let request = console.http.post(console.url("/outbox/shop/pause")).header(header::COOKIE, &cookie).body(form);
+        let request =
+            console.http.post(console.url("/outbox/shop/pause")).header(header::COOKIE, &cookie).body(form);
         request.send().await.unwrap().status()
     };
     assert_eq!(as_browser("relay=default&why=x".to_owned()).await, StatusCode::FORBIDDEN);
@@ -169,8 +177,10 @@ Back
     actor | drop ended | default | a test | {"done": 9999, "events": 9999, "outcome": "done"}
     "#);
     // What was dropped can still be told.
-    let id: uuid::Uuid =
-        sqlx::query_scalar("SELECT id FROM outbox.event WHERE position = 50").fetch_one(&shop.admin).await.unwrap();
+    let id: uuid::Uuid = sqlx::query_scalar("SELECT id FROM outbox.event WHERE position = 50")
+        .fetch_one(&shop.admin)
+        .await
+        .unwrap();
     assert!(console.read(&format!("/find?q={id}")).await.contains("given up by hand"));
 }
 
@@ -203,18 +213,23 @@ async fn two_operators_do_not_work_on_one_outbox_at_once_and_an_action_can_be_st
 async fn a_body_is_shown_to_its_role_alone_and_noted() {
     let shop = Shop::new("console_body").await;
     let _leader = shop.lead().await;
-    shop.run("SELECT outbox.publish('thing.new', 'thing', '1', '{\"name\": \"<script>alert(1)</script>\"}')").await;
+    shop.run("SELECT outbox.publish('thing.new', 'thing', '1', '{\"name\": \"<script>alert(1)</script>\"}')")
+        .await;
     shop.settle().await;
     let console = console(&shop).await;
     console.reads("/outbox/shop", "Well").await;
     let form = "position=1&why=the+subscriber+asks";
     for key in [LOOKER, ACTOR] {
         assert_eq!(console.post("/outbox/shop/body", key, form).await.0, StatusCode::FORBIDDEN);
-        let id: uuid::Uuid = sqlx::query_scalar("SELECT id FROM outbox.event").fetch_one(&shop.admin).await.unwrap();
+        let id: uuid::Uuid =
+            sqlx::query_scalar("SELECT id FROM outbox.event").fetch_one(&shop.admin).await.unwrap();
         let (_, html) = console.get(&format!("/find?q={id}"), key).await;
         assert!(!html.contains("alert(1)") && !html.contains("Show the body"), "{html}");
     }
-    assert_eq!(console.post("/outbox/shop/body", READER, "position=1&why=").await.0, StatusCode::UNPROCESSABLE_ENTITY);
+    assert_eq!(
+        console.post("/outbox/shop/body", READER, "position=1&why=").await.0,
+        StatusCode::UNPROCESSABLE_ENTITY
+    );
     assert_eq!(audit(&shop).await, "");
     let (status, html) = console.post("/outbox/shop/body", READER, form).await;
     assert_eq!(status, StatusCode::OK);
@@ -248,8 +263,7 @@ async fn held_events_are_applied_again_by_the_subscriber_itself() {
          FROM generate_series(1, 3) n, generate_series(1, 2) version",
     )
     .await;
-    let console =
-        Console::start("[inbox.stock]\n", &[("INBOX_STOCK_DATABASE_URL", &shop.reader_url)]).await;
+    let console = Console::start("[inbox.stock]\n", &[("INBOX_STOCK_DATABASE_URL", &shop.reader_url)]).await;
     assert_read!(console.reads("/inbox/stock", "refuses").await, @r"
 # Inbox stock
 ## ⚠ Needs attention
@@ -273,7 +287,8 @@ The handler refuses events: 6 events of 3 aggregates wait since TIME, with the e
 
     // The subscriber, whose broker is away: it looks after what it holds all the same.
     let (stock, stop) = (Stock::default(), CancellationToken::new());
-    let topology = Topology::new("event_dispatcher", "event_dispatcher.by_aggregate", "stock", &["order"]).unwrap();
+    let topology =
+        Topology::new("event_dispatcher", "event_dispatcher.by_aggregate", "stock", &["order"]).unwrap();
     let config = Config::new(topology, "amqp://127.0.0.1:1".parse().unwrap(), "stock");
     let consumer = Consumer::new(config, Sequencer::new("stock", shop.admin.clone(), stock.clone()));
     let running = tokio::spawn(consumer.run(stop.clone()));

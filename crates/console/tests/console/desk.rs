@@ -1,10 +1,6 @@
 //! A console, the databases that it looks at, and an operator who reads pages.
 
-use std::{
-    fmt::Write as _,
-    path::PathBuf,
-    process::Stdio,
-};
+use std::{fmt::Write as _, path::PathBuf, process::Stdio};
 
 use devstack::{
     ports,
@@ -21,7 +17,8 @@ pub(crate) const ACTOR: &str = "actor-0123456789";
 pub(crate) const READER: &str = "reader-0123456789";
 pub(crate) const NOBODY: &str = "nobody-0123456789";
 
-const KEYS: &str = "looker:looker-0123456789\nactor:actor-0123456789\nreader:reader-0123456789\nnobody:nobody-0123456789\n";
+const KEYS: &str =
+    "looker:looker-0123456789\nactor:actor-0123456789\nreader:reader-0123456789\nnobody:nobody-0123456789\n";
 const ROLES: &str = "[role]\nlooker = 'look'\nactor = 'act'\nreader = 'bodies'\n";
 /// To be found on no page.
 pub(crate) const PASSWORD: &str = "dbs3cretdbs3cret";
@@ -97,10 +94,11 @@ impl Shop {
              VALUES ('default', 'host:7', now(), now() + interval '1 hour') ON CONFLICT DO NOTHING",
         )
         .await;
-        let leads: bool = sqlx::query_scalar("SELECT outbox.try_lead(id) FROM outbox.relay WHERE name = 'default'")
-            .fetch_one(&mut conn)
-            .await
-            .unwrap();
+        let leads: bool =
+            sqlx::query_scalar("SELECT outbox.try_lead(id) FROM outbox.relay WHERE name = 'default'")
+                .fetch_one(&mut conn)
+                .await
+                .unwrap();
         assert!(leads);
         conn
     }
@@ -202,7 +200,8 @@ impl Console {
 
     /// Logs in; the cookie.
     pub(crate) async fn log_in(&self, key: &str) -> String {
-        let response = self.http.post(self.url("/login")).body(format!("key={key}&to=%2F")).send().await.unwrap();
+        let response =
+            self.http.post(self.url("/login")).body(format!("key={key}&to=%2F")).send().await.unwrap();
         assert_eq!(response.status(), StatusCode::SEE_OTHER);
         cookie(&response)
     }

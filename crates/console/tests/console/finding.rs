@@ -65,8 +65,10 @@ UUID
 - outbox shop, relay default: ⚠ not read yet; no relay of this name leads now
 - inbox mail: ⚠ not received yet
 ");
-    let id: uuid::Uuid =
-        sqlx::query_scalar("SELECT id FROM outbox.event WHERE version = 3").fetch_one(&shop.admin).await.unwrap();
+    let id: uuid::Uuid = sqlx::query_scalar("SELECT id FROM outbox.event WHERE version = 3")
+        .fetch_one(&shop.admin)
+        .await
+        .unwrap();
     let page = console.read(&format!("/find?q={id}")).await;
     assert!(!page.contains("hush"), "{page}");
     assert_read!(page, @r"
@@ -103,8 +105,10 @@ This is nothing to find: it should be an event's id (a UUID), or an aggregate: T
         ("INBOX_STOCK_DATABASE_URL", &*shop.admin_url),
     ];
     let console = Console::start(TABLES, &variables).await;
-    let id: uuid::Uuid =
-        sqlx::query_scalar("SELECT id FROM outbox.event WHERE version = 3").fetch_one(&shop.admin).await.unwrap();
+    let id: uuid::Uuid = sqlx::query_scalar("SELECT id FROM outbox.event WHERE version = 3")
+        .fetch_one(&shop.admin)
+        .await
+        .unwrap();
     let (status, html) = console.get(&format!("/find?q={id}"), LOOKER).await;
     assert_eq!(status, StatusCode::OK);
     assert_read!(crate::desk::text(&html), @r"

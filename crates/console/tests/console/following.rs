@@ -43,11 +43,13 @@ async fn a_subscriber_is_so_many_events_behind() {
     apply(&shop, 1_000).await;
     let console = Console::start("[outbox.shop]\n[inbox.mail]\n[inbox.idle]\n", &variables).await;
     let behind = async |up_to: i64| -> i64 {
-        sqlx::query_scalar("SELECT count(*) FROM outbox.event WHERE aggregate_type = 'thing' AND position > $1")
-            .bind(up_to)
-            .fetch_one(&shop.admin)
-            .await
-            .unwrap()
+        sqlx::query_scalar(
+            "SELECT count(*) FROM outbox.event WHERE aggregate_type = 'thing' AND position > $1",
+        )
+        .bind(up_to)
+        .fetch_one(&shop.admin)
+        .await
+        .unwrap()
     };
     for up_to in [1_000, 1_001, 1_002, 2_990, 2_998, 2_999] {
         apply(&shop, up_to).await;

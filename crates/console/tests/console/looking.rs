@@ -135,7 +135,8 @@ Everything flows. Nothing waits.
 - Backlog: Nothing waits. N published/s, N appended/s, over SPAN.
 ");
     // A page of the one that is well does not wait for the others.
-    let well = tokio::time::timeout(Duration::from_secs(20), console.get("/outbox/shop", LOOKER)).await.unwrap();
+    let well =
+        tokio::time::timeout(Duration::from_secs(20), console.get("/outbox/shop", LOOKER)).await.unwrap();
     assert!(well.1.contains("Everything flows"), "{}", well.1);
 }
 
@@ -163,8 +164,13 @@ async fn texts_of_others_are_texts() {
     shop.run("UPDATE outbox.relay SET paused_at = now(), paused_by = '<script>alert(1)</script>\u{202e}\"''><img src=x onerror=alert(2)>'").await;
     let console = console(&shop).await;
     console.reads("/outbox/shop", "is paused").await;
-    for path in ["/outbox/shop", "/", "/find?q=%3Cscript%3Ealert(1)%3C/script%3E", "/login?to=%22%3E%3Cscript%3E"] {
+    for path in
+        ["/outbox/shop", "/", "/find?q=%3Cscript%3Ealert(1)%3C/script%3E", "/login?to=%22%3E%3Cscript%3E"]
+    {
         let (_, html) = console.get(path, LOOKER).await;
-        assert!(!html.contains("<script>") && !html.contains("<img") && !html.contains('\u{202e}'), "{path}: {html}");
+        assert!(
+            !html.contains("<script>") && !html.contains("<img") && !html.contains('\u{202e}'),
+            "{path}: {html}"
+        );
     }
 }

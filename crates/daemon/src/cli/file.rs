@@ -37,8 +37,7 @@ impl File {
         kind: Option<&'static str>,
         own: &[&str],
     ) -> Result<Self, SettingError> {
-        let mut file =
-            Self { path, kind, values: Values::new(), tables: Vec::new(), own: Table::new() };
+        let mut file = Self { path, kind, values: Values::new(), tables: Vec::new(), own: Table::new() };
         let text = std::fs::read_to_string(&file.path).map_err(|error| file.wrong(error))?;
         // The parser's own text would quote the line, which may hold a secret by mistake.
         let mut table: Table = toml::from_str(&text).map_err(|error: toml::de::Error| {
