@@ -5,6 +5,7 @@ mod desk;
 
 mod access;
 mod acting;
+mod browser;
 mod finding;
 mod following;
 mod looking;
