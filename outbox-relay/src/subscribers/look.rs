@@ -52,8 +52,10 @@ pub struct Looked {
 pub(super) enum State {
     Exists(QueueState),
     Missing,
+    /// Exists, for one connection alone.
+    Exclusive,
     /// Nothing, for this reason.
-    Unknown(String),
+    Unknown(Fault),
 }
 
 impl Subscribers {
@@ -135,7 +137,13 @@ impl Subscribers {
                     ),
                 });
             }
-            State::Unknown(why) => known.push(why),
+            State::Exclusive => {
+                known.push(
+                    "it belongs to one connection alone, so its consumers cannot be counted".to_owned(),
+                );
+            }
+            // A look that sees nothing would be taken for good news.
+            State::Unknown(fault) => faults.push(fault),
             State::Exists(state) => {
                 (consumers, messages) = (state.consumers, state.messages);
                 let waiting = messages.map(|messages| many(messages, "message"));

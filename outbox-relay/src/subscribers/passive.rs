@@ -11,7 +11,7 @@ use lapin::{
     types::{FieldTable, ShortString},
 };
 
-use super::{Subscribers, look::State};
+use super::{Fault, Subscribers, look::State};
 
 /// A queue that has lost its majority does not answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -53,7 +53,11 @@ impl Passive {
                     self.connection = None;
                     return Err(amqp::describe(&error));
                 }
-                Err(_) => states.push(State::Unknown(format!("it did not respond within {TIMEOUT:?}"))),
+                Err(_) => states.push(State::Unknown(Fault {
+                    finding: format!("the queue {} did not respond within {TIMEOUT:?}", expectation.queue),
+                    advice: "see whether the majority of its nodes runs: rabbitmq-queues quorum_status QUEUE"
+                        .to_owned(),
+                })),
             }
         }
         Ok(states)
@@ -63,7 +67,8 @@ impl Passive {
 /// A refusal closes the channel, so it is one of its own.
 async fn state(connection: &Connection, queue: &str) -> lapin::Result<State> {
     let Ok(name) = ShortString::try_new(queue) else {
-        return Ok(State::Unknown("its name is longer than 255 bytes".to_owned()));
+        // The setting has none.
+        return Ok(State::Missing);
     };
     let channel = connection.create_channel().await?;
     let options = QueueDeclareOptions { passive: true, ..Default::default() };
@@ -78,11 +83,15 @@ async fn state(connection: &Connection, queue: &str) -> lapin::Result<State> {
         Err(error) => match error.kind() {
             ErrorKind::ProtocolError(amqp) => match amqp.kind() {
                 AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => Ok(State::Missing),
-                // So says RabbitMQ 4 of a queue that does not exist to a user who may not declare it.
-                AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => Ok(State::Missing),
-                AMQPErrorKind::Soft(AMQPSoftError::RESOURCELOCKED) => Ok(State::Unknown(
-                    "it exists, and belongs to one connection alone, which counts its consumers".to_owned(),
-                )),
+                // RabbitMQ 4 says so of every queue to a user without a right to it, whether it exists or not.
+                AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => Ok(State::Unknown(Fault {
+                    finding: format!(
+                        "the queue {queue} does not exist, or RabbitMQ does not let the relay's user see it"
+                    ),
+                    advice: "set MANAGEMENT_URL (or MANAGEMENT_URL_FILE), which also shows the bindings"
+                        .to_owned(),
+                })),
+                AMQPErrorKind::Soft(AMQPSoftError::RESOURCELOCKED) => Ok(State::Exclusive),
                 _ => Err(error),
             },
             _ => Err(error),
