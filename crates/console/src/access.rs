@@ -70,16 +70,15 @@ impl Access {
 
     /// Who sends a request; none where it has no key that has a role.
     pub fn user(&self, request: &Request) -> Option<User> {
-        let (key, form_token) = match self.keys.of(request) {
-            Some(key) => (key, None),
-            None => {
-                let session = self.sessions.find(&Token::of(request.headers())?)?;
-                // Also while the session goes on: the key may have been taken out of the file.
-                if !self.keys.has(&session.key) {
-                    return None;
-                }
-                (session.key, Some(session.form_token))
+        let (key, form_token) = if let Some(key) = self.keys.of(request) {
+            (key, None)
+        } else {
+            let session = self.sessions.find(&Token::of(request.headers())?)?;
+            // Also while the session goes on: the key may have been taken out of the file.
+            if !self.keys.has(&session.key) {
+                return None;
             }
+            (session.key, Some(session.form_token))
         };
         let role = self.role(&key)?;
         Some(User { name: key.caller().name().to_owned(), role, form_token })

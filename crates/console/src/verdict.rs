@@ -242,9 +242,8 @@ fn of_relay(relay: &RelayStatus) -> Findings {
     }
     for waiting in relay.waiting.iter().filter(|waiting| waiting.part != "paused") {
         let whose = match &*waiting.part {
-            "broker" => "the broker",
+            "broker" | "exchange" => "the broker",
             "database" | "server" => "the database",
-            "exchange" => "the broker",
             _ => "the relay",
         };
         findings.push(Finding::new(

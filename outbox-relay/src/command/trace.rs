@@ -134,7 +134,7 @@ impl RelayProgress {
             }
             "parked" => {
                 let next = self.next_attempt_at.map_or_else(
-                    || format!("only by hand: outbox-relay parked retry --id {}", id),
+                    || format!("only by hand: outbox-relay parked retry --id {id}"),
                     |at| format!("by itself at {}, or when the oldest of its type is taken", time(Some(at))),
                 );
                 format!(

@@ -286,12 +286,12 @@ The handler refuses events: 6 events of 3 aggregates wait since TIME, with the e
     console.reads("/inbox/stock", "no process of the subscriber has begun").await;
 
     // The subscriber, whose broker is away: it looks after what it holds all the same.
-    let (stock, stop) = (Stock::default(), CancellationToken::new());
+    let (stock, ending) = (Stock::default(), CancellationToken::new());
     let topology =
         Topology::new("event_dispatcher", "event_dispatcher.by_aggregate", "stock", &["order"]).unwrap();
     let config = Config::new(topology, "amqp://127.0.0.1:1".parse().unwrap(), "stock");
     let consumer = Consumer::new(config, Sequencer::new("stock", shop.admin.clone(), stock.clone()));
-    let running = tokio::spawn(consumer.run(stop.clone()));
+    let running = tokio::spawn(consumer.run(ending.clone()));
     console.reads("/inbox/stock", "0 would be applied, 3 aggregates tried, 3 refused again").await;
     stock.0.store(true, Ordering::Relaxed);
     assert_eq!(ask(ACTOR, "dry=no&why=it+is+open&aggregate=order/o2").await, StatusCode::SEE_OTHER);
@@ -315,6 +315,6 @@ Everything that arrived is applied.
 - 3: the stock is closed
 ## Rejected: 0
 ");
-    stop.cancel();
+    ending.cancel();
     running.await.unwrap();
 }

@@ -48,7 +48,13 @@ impl Driver {
     }
 
     async fn browser(&self) -> Browser {
-        let arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server"];
+        let arguments = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-proxy-server",
+        ];
         let options = json!({"capabilities": {"alwaysMatch": {
             "goog:chromeOptions": {"args": arguments},
             "goog:loggingPrefs": {"browser": "ALL"},
@@ -186,16 +192,24 @@ async fn no_script_of_an_event_runs() {
     .execute(&shop.admin)
     .await
     .unwrap();
-    sqlx::query("UPDATE outbox.relay SET paused_at = now(), paused_by = $1").bind(HOSTILE).execute(&shop.admin).await.unwrap();
+    sqlx::query("UPDATE outbox.relay SET paused_at = now(), paused_by = $1")
+        .bind(HOSTILE)
+        .execute(&shop.admin)
+        .await
+        .unwrap();
     let console = console(&shop, &shop.reader_url).await;
-    let (driver, id) = (Driver::start().await, sqlx::query_scalar::<_, uuid::Uuid>("SELECT id FROM outbox.event"));
+    let (driver, id) =
+        (Driver::start().await, sqlx::query_scalar::<_, uuid::Uuid>("SELECT id FROM outbox.event"));
     let id = id.fetch_one(&shop.admin).await.unwrap();
     let browser = driver.browser().await;
     browser.log_in(&console, "/outbox/shop", READER).await;
     browser.reads("is paused").await;
     browser.is_clean().await;
-    let searched: String = url::form_urlencoded::byte_serialize(format!("thing/{HOSTILE}").as_bytes()).collect();
-    for path in ["/", "/outbox/shop/parked", &format!("/find?q={id}"), &format!("/find?q={searched}"), "/audit"] {
+    let searched: String =
+        url::form_urlencoded::byte_serialize(format!("thing/{HOSTILE}").as_bytes()).collect();
+    for path in
+        ["/", "/outbox/shop/parked", &format!("/find?q={id}"), &format!("/find?q={searched}"), "/audit"]
+    {
         browser.open(&console.url(path)).await;
         browser.is_clean().await;
     }
@@ -236,8 +250,8 @@ async fn an_open_page_follows_what_happens_and_says_when_the_database_goes_away(
     assert_eq!(browser.script(first).await, "To the main part");
     // Nothing is wider than a telephone.
     browser.ask("window/rect", json!({"width": 500, "height": 900})).await;
-    let wide = "return document.documentElement.scrollWidth <= window.innerWidth";
-    assert_eq!(browser.script(wide).await, true);
+    let fits = "return document.documentElement.scrollWidth <= window.innerWidth";
+    assert_eq!(browser.script(fits).await, true);
     browser.end().await;
 }
 
