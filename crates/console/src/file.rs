@@ -171,6 +171,17 @@ mod tests {
             said(&format!("{role}[outbox.shop]\ndatabase-url-file = '/nowhere'")),
         ];
         assert!(!all.join("").contains("hush"));
-        insta::assert_snapshot!(all.join("\n"), @"");
+        insta::assert_snapshot!(all.join("\n"), @r#"
+        ["shop"] ["mail"] {"alice": Act}
+        CONFIG_FILE (or --config): it gives no key a role: write a table [role] with lines such as alice = "act"
+        CONFIG_FILE (or --config): it names no database: write a table [outbox.NAME] or [inbox.NAME]
+        CONFIG_FILE (or --config): unknown variant `root`, expected one of `look`, `act`, `bodies`
+        CONFIG_FILE (or --config): [outbox.Shop]: the name should be lower-case letters, digits or '-', a letter first
+        outbox.shop.database-url-file (or OUTBOX_SHOP_DATABASE_URL): is not set; it should look like postgres://user:password@host:5432/database
+        CONFIG_FILE (or --config): unknown field `port`, expected one of `database-url`, `database-url-file`, `name`
+        CONFIG_FILE (or --config): outbox.shop.database-url has a password, which this file is not for; put the URL into a file of its own, and name that: database-url-file
+        outbox.shop.database-url-file (or OUTBOX_SHOP_DATABASE_URL): the connection to PostgreSQL on elsewhere may be without TLS (sslmode Prefer); set sslmode=verify-full in the URL, with sslrootcert where the machine does not know the authority
+        outbox.shop.database-url-file (or OUTBOX_SHOP_DATABASE_URL): cannot read /nowhere: No such file or directory (os error 2)
+        "#);
     }
 }

@@ -53,26 +53,27 @@ fn float(count: i64) -> f64 {
     count as f64
 }
 
+/// Which tick a time is in.
+fn slot(at: DateTime<Utc>) -> i64 {
+    at.timestamp().div_euclid(i64::try_from(TICK.as_secs()).unwrap_or(1))
+}
+
 /// At most one for each tick of an hour.
 #[derive(Debug, Default)]
 pub struct Samples(Mutex<VecDeque<Sample>>);
 
 impl Samples {
-    /// Keeps it. Of looks that follow each other quickly, the one with most backlog stands for all.
+    /// Keeps it. Of the looks of one tick, the greatest values stand for all.
     pub fn add(&self, sample: Sample) {
         let mut samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let tick = TimeDelta::from_std(TICK).unwrap_or_default();
-        match samples.len().checked_sub(2).map(|before| samples[before].at) {
-            Some(before) if sample.at - before < tick => {
-                if let Some(last) = samples.back_mut() {
-                    *last = Sample {
-                        at: sample.at,
-                        backlog: last.backlog.max(sample.backlog),
-                        age: last.age.max(sample.age),
-                        aside: last.aside.max(sample.aside),
-                        ..sample
-                    };
-                }
+        match samples.back_mut() {
+            Some(last) if slot(last.at) == slot(sample.at) => {
+                *last = Sample {
+                    backlog: last.backlog.max(sample.backlog),
+                    age: last.age.max(sample.age),
+                    aside: last.aside.max(sample.aside),
+                    ..sample
+                };
             }
             _ => samples.push_back(sample),
         }

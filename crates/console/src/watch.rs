@@ -6,6 +6,7 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
+use futures_util::FutureExt;
 use tokio::{
     sync::{Notify, watch},
     time::{sleep, timeout},
@@ -113,6 +114,8 @@ impl<L: Send + Sync> Watch<L> {
                 Ok(looked) => looked,
                 Err(_) => Err(format!("it did not respond within {} s", TIMEOUT.as_secs())),
             };
+            // This look serves whoever has asked by now.
+            let _served = self.asked.notified().now_or_never();
             self.seen.send_modify(|seen| {
                 let now = Utc::now();
                 let (good, away) = match looked {

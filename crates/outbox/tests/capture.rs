@@ -953,7 +953,7 @@ async fn the_triggers_of_an_earlier_release_are_renewed() {
     shop.run(CAPTURE).await;
     shop.run(&format!(
         "ALTER TABLE shop.line DISABLE TRIGGER outbox_capture_2_truncate; SELECT outbox.grant_capture('{other}'); RESET ROLE;
-         CREATE SCHEMA other AUTHORIZATION {other}; SET ROLE {other}; CREATE TABLE other.thing (id int PRIMARY KEY);
+         CREATE SCHEMA other AUTHORIZATION {other}; GRANT USAGE ON SCHEMA other TO {owner}; SET ROLE {other}; CREATE TABLE other.thing (id int PRIMARY KEY);
          SELECT outbox.capture('other.thing', 'thing'); SET ROLE {owner}"
     ))
     .await;
