@@ -333,16 +333,16 @@ mod tests {
         database.waiting("the database is away");
         bank.is_known_as("source", "bank");
         assert!(shop.reasons().is_empty() && bank.reasons().len() == 1);
-        insta::assert_snapshot!(health.respond(READY, None).unwrap().body, @"");
+        insta::assert_snapshot!(health.respond(READY, None).unwrap().body, @r#"{"process":{"outbox":{"bank":{"relay":"default","source":"bank"},"shop":{"relay":"default"}},"program":"outbox-relay"},"ready":false,"waiting":[{"outbox":"bank","part":"database","reason":"the database is away","seconds":0}]}"#);
         bank.remove();
         database.waiting("what still ends says nothing");
-        insta::assert_snapshot!(health.respond(READY, None).unwrap().body, @"");
+        insta::assert_snapshot!(health.respond(READY, None).unwrap().body, @r#"{"process":{"outbox":{"shop":{"relay":"default"}},"program":"outbox-relay"},"ready":true,"waiting":[]}"#);
 
         let asked = Identity::of("outbox-relay").with_member("outbox", "shop", Identity::default());
         let said = health.state().identity.to_json();
         assert_eq!(asked.differs_from(&said), None);
         let other = asked.with_member("outbox", "bank", Identity::default());
         let other = other.with_member("outbox", "shop", Identity::default().with("relay", "other"));
-        insta::assert_snapshot!(other.differs_from(&said).unwrap(), @"");
+        insta::assert_snapshot!(other.differs_from(&said).unwrap(), @r#"it does not have the outbox "bank"; outbox shop: relay is "default", and not "other""#);
     }
 }
