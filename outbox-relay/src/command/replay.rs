@@ -41,6 +41,7 @@ const AHEAD: usize = 2;
 
 /// Settings of `replay`.
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct ReplayArgs {
     /// The database, and the form of the answer.
     #[command(flatten)]
