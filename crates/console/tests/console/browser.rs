@@ -12,7 +12,7 @@ use tokio::{
 
 use crate::desk::{ACTOR, Console, LOOKER, READER, Shop};
 
-/// What chromedriver calls an element (W3C WebDriver, 11).
+/// What chromedriver calls an element (W3C `WebDriver`, 11).
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
 
 /// A chromedriver. It ends when it is dropped.
@@ -37,7 +37,9 @@ impl Driver {
             .stderr(Stdio::null())
             .kill_on_drop(true)
             .spawn()
-            .expect("chromedriver is installed: crates/devstack/install tests");
+            .unwrap_or_else(|error| {
+                panic!("chromedriver: {error}; crates/devstack/install tests installs it")
+            });
         let url = format!("http://127.0.0.1:{port}");
         eventually("chromedriver is ready", async || {
             let status = client().get(format!("{url}/status")).send().await;
@@ -68,7 +70,7 @@ impl Driver {
 }
 
 fn client() -> reqwest::Client {
-    reqwest::Client::builder().no_proxy().timeout(std::time::Duration::from_secs(60)).build().unwrap()
+    reqwest::Client::builder().no_proxy().timeout(std::time::Duration::from_mins(1)).build().unwrap()
 }
 
 impl Browser {
