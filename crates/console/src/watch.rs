@@ -155,7 +155,7 @@ mod tests {
         async fn look(&self) -> Result<u32, String> {
             let n = self.0.fetch_add(1, Ordering::Relaxed);
             if n > 0 {
-                sleep(Duration::from_secs(60)).await;
+                sleep(Duration::from_mins(1)).await;
             }
             Ok(n)
         }
