@@ -312,7 +312,7 @@ async fn what_ten_idle_outboxes_take() {
         metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap()
     };
     let before = value("process_cpu_seconds_total ").await;
-    tokio::time::sleep(std::time::Duration::from_secs(60)).await;
+    tokio::time::sleep(std::time::Duration::from_mins(1)).await;
     let cpu = (value("process_cpu_seconds_total ").await - before) / 60.0 * 100.0;
     let memory = value("process_resident_memory_bytes ").await / 1e6;
     eprintln!("{memory} MB, {cpu} % of a core");

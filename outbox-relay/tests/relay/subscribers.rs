@@ -78,14 +78,14 @@ async fn doctor_says(program: &mut Command, wanted: &[&str]) -> String {
 #[tokio::test]
 async fn an_unbound_queue_beside_a_bound_one() {
     let stack = Stack::new("subscribers_unbound").await;
-    let mut stock = stack.subscribe("#").await;
+    let mut bound = stack.subscribe("#").await;
     declare(&stack, "mail").await;
     let mail = stack.consume("mail").await;
     let management = stack.management_url().await;
     let expect = r##"[{"queue": "mail", "types": ["thing.*"]}, {"queue": "#", "types": ["thing.new"]}]"##;
     let relay = Relay::ready(&mut expecting(&stack, "run", expect, Some(&management))).await;
     stack.append(0..10, 5, &["thing.new"]).await;
-    stock.complete(10).await;
+    bound.complete(10).await;
     assert_told!("an unbound queue", attends(&relay, "the queue mail").await);
     let ok = async || values(&relay, "outbox_relay_expected_subscribers").await;
     eventually("mail is not as expected", async || (ok().await == ["# 1", "mail 0"]).then_some(())).await;
