@@ -314,7 +314,8 @@ mod tests {
     #[tokio::test]
     async fn what_is_no_answer_is_not_taken_for_one() {
         let said = |asked: Result<Option<QueueState>, ManagementError>| asked.unwrap_err().to_string();
-        let endless = asked("HTTP/1.1 200 OK\r\n\r\n", &vec![b' '; 65_536]).await;
+        let spaces = " ".repeat(65_536).leak();
+        let endless = asked("HTTP/1.1 200 OK\r\n\r\n", spaces.as_bytes()).await;
         assert_eq!(said(endless), "its response cannot be used: it has more than 16 MiB");
         let elsewhere = "HTTP/1.1 301 Moved\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n";
         assert_eq!(said(asked(elsewhere, b"").await), "its response cannot be used: HTTP 301");

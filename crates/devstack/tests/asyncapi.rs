@@ -26,7 +26,9 @@ fn installed() -> PathBuf {
         let mut npm = Command::new("npm");
         npm.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"])
             .current_dir(&home);
-        let output = npm.output().expect("npm is missing: run crates/devstack/install tests");
+        let output = npm
+            .output()
+            .unwrap_or_else(|error| panic!("npm: {error}; crates/devstack/install tests installs it"));
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         fs::write(done, lock).unwrap();
     }

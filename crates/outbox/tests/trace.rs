@@ -1,8 +1,6 @@
 //! With the feature `opentelemetry` an event continues the trace of the span that publishes it:
 //! `cargo test --workspace --features rabbit-outbox/opentelemetry --test trace`.
 
-#![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
-
 use opentelemetry::trace::{TraceContextExt, TracerProvider};
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use outbox::{Event, install, publish};

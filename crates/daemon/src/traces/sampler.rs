@@ -41,21 +41,22 @@ mod tests {
 
     #[test]
     fn a_span_without_a_parent_follows_its_links() {
+        use Sampler::{AlwaysOff, AlwaysOn};
+
         let context = |flags: &str| {
             let text = format!("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-{flags}");
             outbox::trace::remote(&text).unwrap()
         };
         let (sampled, unsampled) = (context("01"), context("00"));
         let decision = |root: Sampler, parent: Option<&SpanContext>, links: &[&SpanContext]| {
-            let sampler = FollowLinks(Sampler::ParentBased(Box::new(root)));
+            let follows = FollowLinks(Sampler::ParentBased(Box::new(root)));
             let parent = parent.map(|parent| Context::new().with_remote_span_context(parent.clone()));
             let links: Vec<Link> = links.iter().map(|&link| Link::with_context(link.clone())).collect();
             let kind = SpanKind::Consumer;
             let result =
-                sampler.should_sample(parent.as_ref(), sampled.trace_id(), "process", &kind, &[], &links);
+                follows.should_sample(parent.as_ref(), sampled.trace_id(), "process", &kind, &[], &links);
             result.decision == SamplingDecision::RecordAndSample
         };
-        use Sampler::{AlwaysOff, AlwaysOn};
         assert!(decision(AlwaysOff, None, &[&unsampled, &sampled]));
         assert!(!decision(AlwaysOn, None, &[&unsampled]));
         assert!(decision(AlwaysOn, None, &[]) && !decision(AlwaysOff, None, &[]));
