@@ -230,7 +230,7 @@ mod tests {
             })
         };
         let plain: fn() = || tracing::info!(part = "a}", "waiting");
-        let named: fn() = || tracing::info!(trace_id = "its own", "request");
+        let named: fn() = || tracing::info!(trace_id = "its own", "listening");
         let lines = [
             inside(true, plain),
             inside(false, plain),
