@@ -272,12 +272,19 @@ async fn requests_are_counted_without_what_is_in_them() {
     let mut requests: Vec<_> = metrics.lines().filter(counted).collect();
     requests.sort_unstable();
     insta::assert_snapshot!(requests.join("\n"), @r#"
+    # HELP http_requests_total Requests, by method, route pattern and status.
     # TYPE http_requests_total counter
     http_requests_total{method="GET",route="/:cpf/score",status="200"} 2
     http_requests_total{method="GET",route="/:cpf/score",status="404"} 1
     http_requests_total{method="GET",route="/:cpf/score",status="422"} 1
+    http_requests_total{method="GET",route="/:cpf/score",status="500"} 0
+    http_requests_total{method="GET",route="/:cpf/score",status="503"} 0
     http_requests_total{method="GET",route="none",status="404"} 1
+    http_requests_total{method="GET",route="none",status="500"} 0
+    http_requests_total{method="GET",route="none",status="503"} 0
     http_requests_total{method="other",route="/:cpf/score",status="405"} 1
+    http_requests_total{method="other",route="/:cpf/score",status="500"} 0
+    http_requests_total{method="other",route="/:cpf/score",status="503"} 0
     "#);
     assert!(metrics.contains("http_request_duration_seconds_bucket{method=\"GET\",route=\"/:cpf/score\""));
     let mut labels = metrics.lines().filter_map(|line| line.split_once('}')).map(|(labels, _)| labels);

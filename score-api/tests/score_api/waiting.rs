@@ -227,10 +227,15 @@ async fn places_are_bounded_and_a_client_that_hangs_up_frees_its_own() {
     let mut counted: Vec<_> = metrics.lines().filter(|line| line.contains("score_api_waits_total")).collect();
     counted.sort_unstable();
     insta::assert_snapshot!(counted.join("\n"), @r#"
+    # HELP score_api_waits_total Reads that have waited for a write, by outcome.
     # TYPE score_api_waits_total counter
     score_api_waits_total{outcome="contained"} 2
+    score_api_waits_total{outcome="defect"} 0
+    score_api_waits_total{outcome="ending"} 0
     score_api_waits_total{outcome="hung_up"} 1
+    score_api_waits_total{outcome="not_there_yet"} 0
     score_api_waits_total{outcome="too_many"} 1
+    score_api_waits_total{outcome="unavailable"} 0
     "#);
     assert!(metrics.contains("score_api_wait_seconds_bucket"), "{metrics}");
     // Nobody waits, so nobody looks, whatever is told.
