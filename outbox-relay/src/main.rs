@@ -31,7 +31,7 @@ async fn start() -> anyhow::Result<Verdict> {
         Command::Run(args) if args.check_config => {
             telemetry::start(&args.telemetry)?;
             traces::check("outbox-relay")?;
-            print(&args.check(&settings)?)?;
+            print(&args.check(&settings, tables)?)?;
         }
         Command::Run(args) => {
             let metrics = telemetry::start(&args.telemetry)?;

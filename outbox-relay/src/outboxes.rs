@@ -58,9 +58,11 @@ pub async fn run(
     outboxes.values().for_each(Outbox::warn);
     let health = Health::of(Identity::of("outbox-relay"));
     health.has_version(env!("CARGO_PKG_VERSION"));
+    // Before anybody can ask: a process without parts would be ready.
+    let settings = health.part("settings");
     probes::serve(&shutdown, args.listen.listen, &args.probes, &health, Some(metrics))?;
     let supervisor = Supervisor {
-        settings: health.part("settings"),
+        settings,
         health: health.clone(),
         pulses: pulses.clone(),
         stop: shutdown.requested().clone(),

@@ -172,8 +172,8 @@ impl Outbox {
     }
 }
 
-/// Begins with a task only when the relay has connected: behind a pooler in transaction mode, which the relay detects
-/// and names, the driver panics over the answers to somebody else's statements.
+/// Begins with a task only when the relay has connected: before, the task could only repeat what the relay says of the
+/// database.
 async fn when_connected(
     connected: CancellationToken,
     stop: CancellationToken,

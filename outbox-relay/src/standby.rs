@@ -54,13 +54,19 @@ async fn lead(relay: &Relay, pause: &mut Backoff, stop: &CancellationToken) -> R
     relay.connected.cancel();
     let mut watch = Watch::new(series.clone(), &relay.name);
     series.leader.set(0.0);
+    let mut refused = false;
     while !candidate.ask().await? {
         relay.pulse.renew(lease::now());
         candidate.watch(&mut watch).await?;
-        // Healthy: somebody publishes, and this one stands by.
-        let leaders = [&relay.events_health, &relay.paused_health, &relay.sequence_health];
-        for part in [&relay.database_health, &relay.broker_health].into_iter().chain(leaders) {
-            part.ready();
+        // Healthy: somebody publishes, and this one stands by. Not yet at the first refusal: that may be the lock
+        // of this relay's own session, which was just ended and is not gone yet.
+        if refused {
+            let leaders = [&relay.events_health, &relay.paused_health, &relay.sequence_health];
+            for part in [&relay.database_health, &relay.broker_health].into_iter().chain(leaders) {
+                part.ready();
+            }
+            relay.nothing_flows.store(false, Ordering::Relaxed);
+            pause.reset();
         }
         refused = true;
         let again = STANDBY.min(relay.lease / 4);

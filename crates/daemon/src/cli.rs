@@ -211,8 +211,7 @@ struct Line {
 
 impl Line {
     fn parse<C: Parser>(&self, tables: Option<Tables>) -> Result<Parsed<C>, Wrong> {
-        let kind = tables.map(|tables| tables.kind);
-        let file = self.path().map(|path| File::read(path, &self.command, kind, self.own)).transpose()?;
+        let file = self.path().map(|path| File::read(path, &self.command, tables, self.own)).transpose()?;
         let (Some(file), Some(tables)) = (&file, tables) else {
             let (cli, settings) = self.parse_one(file.as_ref(), None)?;
             let own = file.map(|file| file.own).unwrap_or_default();
@@ -410,7 +409,6 @@ mod tests {
             own: &[],
             command: command.clone(),
             args: text.split(' ').map(OsString::from).collect(),
-            own: &[],
         };
         for text in
             ["program --config f run", "program run --config f", "program run --config=f --no-such-flag"]

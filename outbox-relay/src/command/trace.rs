@@ -198,9 +198,18 @@ pub async fn trace(args: &TraceArgs) -> anyhow::Result<Verdict> {
     let stored = stored.context("the outbox could not be searched")?;
     said.step("looking at the relays' progress", "event");
     let events = with_progress(&mut conn, stored).await.context("the relays' progress could not be read")?;
+    let routes = match management {
+        Some((management, vhost)) if !events.is_empty() => {
+            said.step("asking the broker for its bindings", "event");
+            Routes::ask(&management, &vhost, &args.exchange).await
+        }
+        _ => Routes::NotAsked,
+    };
     drop(said);
-    let document: Vec<_> =
-        events.iter().map(|(event, progress)| json!({"event": event, "relays": progress})).collect();
+    let document: Vec<_> = events
+        .iter()
+        .map(|(event, progress)| json!({"event": event, "relays": progress, "routes_now": routes.of(event)}))
+        .collect();
     args.common.answer(&json!({"events": document}), || {
         if events.is_empty() {
             return not_found(args);

@@ -34,9 +34,10 @@ impl File {
     pub(super) fn read(
         path: PathBuf,
         command: &Command,
-        kind: Option<&'static str>,
+        tables: Option<Tables>,
         own: &[&str],
     ) -> Result<Self, SettingError> {
+        let kind = tables.map(|tables| tables.kind);
         let mut file = Self { path, kind, values: Values::new(), tables: Vec::new(), own: Table::new() };
         let text = std::fs::read_to_string(&file.path).map_err(|error| file.wrong(error))?;
         // The parser's own text would quote the line, which may hold a secret by mistake.

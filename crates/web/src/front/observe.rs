@@ -11,7 +11,7 @@ use poem::{
 };
 use tracing::Instrument;
 
-use super::{admission::Admission, body::Inbound, caller::Caller, request_id};
+use super::{admission::Admission, body::Inbound, caller::Caller, request_id, span::ServerSpan};
 use crate::problem::{MALFORMED_REQUEST, Problem};
 
 /// A 401 to a request with a key (RFC 6750, 3.1).
