@@ -48,6 +48,8 @@ pub async fn run(
         let health = Health::of(outbox.identify(Identity::of("outbox-relay")));
         health.has_version(env!("CARGO_PKG_VERSION"));
         let pulse = pulses.begin();
+        // Before anybody can ask: a process without parts would be ready.
+        health.part("database");
         probes::serve(&shutdown, args.listen.listen, &args.probes, &health, Some(metrics))?;
         outbox.start(&health, pulse.lease(), drain, &shutdown);
         let stop = shutdown.requested().clone();
@@ -58,7 +60,7 @@ pub async fn run(
     outboxes.values().for_each(Outbox::warn);
     let health = Health::of(Identity::of("outbox-relay"));
     health.has_version(env!("CARGO_PKG_VERSION"));
-    // Before anybody can ask: a process without parts would be ready.
+    // As above.
     let settings = health.part("settings");
     probes::serve(&shutdown, args.listen.listen, &args.probes, &health, Some(metrics))?;
     let supervisor = Supervisor {

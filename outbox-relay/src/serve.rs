@@ -102,6 +102,8 @@ impl Outbox {
             name: name.clone(),
             was_missing: Arc::default(),
         };
+        // These wait from the beginning, so that the relay is not ready before they are.
+        let [database_health, broker_health] = ["database", "broker"].map(|part| health.part(part));
         let [events_health, paused_health, server_health, sequence_health, exchange_health] =
             ["events", "paused", "server", "sequence", "exchange"].map(|part| health.part(part));
         let [partitions_health, erasures_health] = ["partitions", "erasures"].map(|part| health.part(part));
@@ -135,8 +137,8 @@ impl Outbox {
             series: Arc::clone(&series),
             connected: connected.clone(),
             health: health.clone(),
-            database_health: health.part("database"),
-            broker_health: health.part("broker"),
+            database_health,
+            broker_health,
             events_health,
             nothing_flows: AtomicBool::new(false),
             paused_health,
