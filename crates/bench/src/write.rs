@@ -19,7 +19,7 @@ const DATABASE: &str = "bench_write";
 pub(crate) const CLIENTS: u32 = 16;
 
 /// What person-api sends with the statement, without an `Idempotency-Key` and without an `If-Match`.
-const PARAMETERS: [&str; 11] = [
+const PARAMETERS: [&str; 12] = [
     ":cpf",
     ":value::numeric",
     "NULL::text",
@@ -30,6 +30,7 @@ const PARAMETERS: [&str; 11] = [
     "'created'::text",
     "NULL::uuid[]",
     "NULL::bigint[]",
+    "NULL::jsonb",
     "'renting'::text",
 ];
 
