@@ -292,28 +292,3 @@ async fn tables_that_it_does_not_start_with() {
         insta::assert_snapshot!(said);
     });
 }
-
-/// A figure for the documents, and no promise of a test.
-#[tokio::test]
-#[ignore = "takes two minutes"]
-async fn what_ten_idle_outboxes_take() {
-    let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"];
-    let outboxes = Outboxes::new(&names).await;
-    outboxes.write(&names, "");
-    fs::write(
-        outboxes.folder.join("relay.toml"),
-        fs::read_to_string(outboxes.folder.join("relay.toml")).unwrap().replace("lease = \"10s\"\n", ""),
-    )
-    .unwrap();
-    let relay = Relay::ready(&mut outboxes.command("run")).await;
-    tokio::time::sleep(std::time::Duration::from_secs(30)).await;
-    let value = async |name: &str| -> f64 {
-        let (_, metrics) = relay.get("metrics").await.unwrap();
-        metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap()
-    };
-    let before = value("process_cpu_seconds_total ").await;
-    tokio::time::sleep(std::time::Duration::from_mins(1)).await;
-    let cpu = (value("process_cpu_seconds_total ").await - before) / 60.0 * 100.0;
-    let memory = value("process_resident_memory_bytes ").await / 1e6;
-    eprintln!("{memory} MB, {cpu} % of a core");
-}
