@@ -2,7 +2,7 @@
 
 use std::{process::Stdio, sync::Arc};
 
-use devstack::{ports, testing::eventually};
+use devstack::{folder::Folder, ports, testing::eventually};
 use serde_json::{Value, json};
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -18,6 +18,8 @@ const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
 /// A chromedriver. It ends when it is dropped.
 struct Driver {
     _child: Child,
+    /// What the browser leaves behind is removed with it.
+    _folder: Folder,
     url: String,
 }
 
@@ -29,8 +31,9 @@ struct Browser {
 
 impl Driver {
     async fn start() -> Self {
-        let port = ports::free();
+        let (port, folder) = (ports::free(), Folder::temporary().unwrap());
         let child = Command::new("chromedriver")
+            .env("TMPDIR", folder.path())
             .arg(format!("--port={port}"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -46,7 +49,7 @@ impl Driver {
             status.map(drop).map_err(|error| error.to_string())
         })
         .await;
-        Self { _child: child, url }
+        Self { _child: child, _folder: folder, url }
     }
 
     async fn browser(&self) -> Browser {
